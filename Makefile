@@ -1,0 +1,56 @@
+# The words to remember: make demo, make test. Everything they need is installed by setup.
+
+DEMO_ARGS ?=
+BENCH_ARGS ?= --workload=attend_cpu
+TIDY_ARGS ?=
+
+cc_files = $(shell find attention selector kvservice client tests \
+             -name '*.h' -o -name '*.cc' -o -name '*.cu')
+
+.PHONY: help setup build demo test bench eval campaign format tidy clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo      a real model decodes through the service       (DEMO_ARGS='--policy cpe')"
+	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
+	@echo "make build     programs in build/bin/"
+	@echo "make bench     kvbench, rows in build/bench.json               (BENCH_ARGS='--workload=...')"
+	@echo "make eval      quality of the selectors on real traces"
+	@echo "make campaign  the long forms of the tests"
+	@echo "make format    clang-format in place"
+	@echo "make tidy      tests/tidy.py and clang-tidy alone"
+	@echo "make setup     install what is missing"
+	@echo "make clean     remove what was built (installed packages and build/venv stay)"
+
+setup:
+	@deploy/setup.sh
+
+build: setup
+	@cmake --preset release --log-level=WARNING
+	@cmake --build --preset release --target all kv_python_stubs
+
+demo: build
+	PYTHONPATH=client/python:build/python build/venv/bin/python -m kvservice_demo \
+	  --json build/demo.json $(DEMO_ARGS)
+
+test: setup
+	@python3 tests/run.py
+
+campaign: setup
+	@python3 tests/run.py --campaign
+
+bench: build
+	build/bin/kvbench --json=build/bench.json $(BENCH_ARGS)
+
+eval: build
+	@if [ -x build/bin/kveval ]; then build/bin/kveval --json=build/eval.json $(EVAL_ARGS); else \
+	  echo "eval: this version has no kveval program yet; nothing was evaluated" >&2; exit 1; fi
+
+format: setup
+	@clang-format -i $(cc_files)
+
+tidy: setup
+	@python3 tests/run.py --only=tidy,release-build,clang-tidy
+
+clean:
+	@find build -mindepth 1 -maxdepth 1 ! -name venv -exec rm -rf {} + 2>/dev/null || true

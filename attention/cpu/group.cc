@@ -1,0 +1,390 @@
+#include "attention/cpu/group.h"
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "attention/sketch.h"
+
+namespace kvservice {
+namespace {
+
+// First token that a query at `position` sees.
+uint32_t WindowBegin(uint32_t sliding_window, uint32_t position) {
+  if (sliding_window == 0 || position + 1 <= sliding_window) return 0;
+  return position + 1 - sliding_window;
+}
+
+TokenMask And(const TokenMask& a, const TokenMask& b) {
+  TokenMask result(a);
+  for (size_t i = 0; i < result.size(); ++i) result[i] &= b[i];
+  return result;
+}
+
+TokenMask Or(const TokenMask& a, const TokenMask& b) {
+  TokenMask result(a);
+  for (size_t i = 0; i < result.size(); ++i) result[i] |= b[i];
+  return result;
+}
+
+TokenMask AndNot(const TokenMask& a, const TokenMask& b) {
+  TokenMask result(a);
+  for (size_t i = 0; i < result.size(); ++i) result[i] &= ~b[i];
+  return result;
+}
+
+TokenMask InRange(const TokenMask& a, uint32_t block_begin, uint64_t begin, uint64_t end) {
+  TokenMask result(a);
+  for (uint32_t i = 0; i < result.size(); ++i) result[i] &= RangeWord(block_begin + i, begin, end);
+  return result;
+}
+
+bool Proves(Guarantee guarantee) {
+  return guarantee == Guarantee::kConfidence || guarantee == Guarantee::kDeterministic;
+}
+
+}  // namespace
+
+void Group::Prepare(const LayerShape& shape, AttendRow* row, uint32_t kv_head,
+                    absl::Span<const float> anchor_queries) {
+  shape_ = &shape;
+  row_ = row;
+  kv_head_ = kv_head;
+  anchor_queries_ = anchor_queries;
+  has_choice_ = scanned_ = reused_ = everything_ = false;
+  similarity_ = -2.0F;
+  assert(row->position + row->query_count == row->view.length);
+  SetQueries();
+  SetRange();
+  SetPlaces();
+  SplitMiddle();
+  kept.Resize(head_count(), shape.layout.head_dim);
+  rest.Resize(head_count(), shape.layout.head_dim);
+  StartChoice(anchor_queries);
+  first_ = has_choice_ ? always_ : read_;
+  PlanScan();
+}
+
+uint32_t Group::OutputIndex(uint32_t head) const {
+  const uint32_t group = shape_->layout.group_size();
+  return head / group * shape_->layout.query_head_count + kv_head_ * group + head % group;
+}
+
+void Group::SetQueries() {
+  const uint32_t head_dim = shape_->layout.head_dim;
+  const uint32_t group = shape_->layout.group_size();
+  queries_.head_count = row_->query_count * group;
+  queries_.qs.resize(size_t{queries_.head_count} * head_dim);
+  queries_.norm.resize(queries_.head_count);
+  queries_.visible_begin.resize(queries_.head_count);
+  queries_.visible_end.resize(queries_.head_count);
+  for (uint32_t head = 0; head < queries_.head_count; ++head) {
+    const float* q = row_->q + size_t{OutputIndex(head)} * head_dim;
+    double squares = 0.0;
+    for (uint32_t c = 0; c < head_dim; ++c) {
+      const float qs = shape_->scale * q[c];
+      queries_.qs[size_t{head} * head_dim + c] = qs;
+      squares += static_cast<double>(qs) * static_cast<double>(qs);
+    }
+    // Covers the rounding of scale * q to fp32 (2^-24, or 2^-150 below the normal range) and of
+    // this sum.
+    queries_.norm[head] = std::sqrt(squares) * (1.0 + 0x1p-23) + 0x1p-120;
+    const uint32_t position = row_->position + head / group;
+    queries_.visible_begin[head] = WindowBegin(shape_->sliding_window, position);
+    queries_.visible_end[head] = position + 1;
+  }
+}
+
+void Group::SetRange() {
+  begin_ = WindowBegin(shape_->sliding_window, row_->position);
+  block_begin_ = begin_ / kBlockTokens;
+  const uint32_t blocks = BlockCount(row_->view.length) - block_begin_;
+  all_.resize(blocks);
+  for (uint32_t i = 0; i < blocks; ++i) {
+    all_[i] = RangeWord(block_begin_ + i, begin_, row_->view.length);
+  }
+}
+
+bool Group::IsSealed(uint32_t index) const {
+  return row_->view.sketches[block_begin_ + index] != nullptr;
+}
+
+void Group::SetPlaces() {
+  const Plan& plan = row_->plan;
+  // The query tokens' own keys are never sketched away from them.
+  const uint32_t local_begin = std::min(plan.local_begin, row_->position);
+  covered_end_ = local_begin;
+  always_.assign(all_.size(), 0);
+  middle_.assign(all_.size(), 0);
+  // Reading everything needs no sketch, not even to know that.
+  const bool reads_all =
+      plan.source == Source::kAll && plan.visible_begin <= std::max(plan.sink_end, begin_);
+  const SketchLayout layout(shape_->layout.head_dim);
+  constexpr uint32_t kAhead = 16;
+  const auto exact_of = [&](uint32_t index) {
+    return row_->view.sketches[block_begin_ + index] + kv_head_ * layout.page_bytes + layout.exact;
+  };
+  for (uint32_t i = 0; i < all_.size(); ++i) {
+    const uint32_t block = block_begin_ + i;
+    const uint64_t outer = all_[i] & (RangeWord(block, 0, plan.sink_end) |
+                                      RangeWord(block, local_begin, row_->view.length));
+    always_[i] = outer;
+    if (outer == all_[i]) continue;
+    if (!reads_all) {
+      uint64_t exact = ~uint64_t{0};
+      if (i + kAhead < all_.size() && IsSealed(i + kAhead)) {
+        __builtin_prefetch(exact_of(i + kAhead));
+      }
+      if (IsSealed(i)) {
+        std::memcpy(&exact, exact_of(i), sizeof(exact));
+      } else {
+        const auto first = static_cast<uint32_t>(std::countr_zero(all_[i] & ~outer));
+        covered_end_ = std::min(covered_end_, block * kBlockTokens + first);
+      }
+      always_[i] |= all_[i] & exact;
+    }
+    middle_[i] = all_[i] & ~always_[i] & RangeWord(block, plan.visible_begin, row_->view.length);
+  }
+}
+
+void Group::SplitMiddle() {
+  const Plan& plan = row_->plan;
+  const auto* frozen = static_cast<const HostLists*>(plan.frozen_lists);
+  const bool may_freeze = plan.source == Source::kScan || plan.source == Source::kReuse;
+  frozen_chosen_.assign(all_.size(), 0);
+  if (!may_freeze || frozen == nullptr || !frozen->has_selection(kv_head_)) {
+    open_ = middle_;
+    return;
+  }
+  const TokenMask below = InRange(middle_, block_begin_, 0, plan.frozen_end);
+  open_ = AndNot(middle_, below);
+  AddPositions(frozen->selection(kv_head_), block_begin_, &frozen_chosen_);
+  frozen_chosen_ = And(frozen_chosen_, below);
+}
+
+uint32_t Group::OpenTopK() const {
+  const uint32_t top_k = row_->plan.keep.top_k;
+  return top_k - std::min(top_k, CountTokens(frozen_chosen_));
+}
+
+void Group::StartChoice(absl::Span<const float> anchor_queries) {
+  const Plan& plan = row_->plan;
+  if (plan.source == Source::kAll) return Settle(middle_);
+  if (plan.source == Source::kGiven) {
+    TokenMask given(all_.size(), 0);
+    const uint32_t begin = plan.given_offsets[kv_head_];
+    AddPositions(plan.given.subspan(begin, plan.given_offsets[kv_head_ + 1] - begin), block_begin_,
+                 &given);
+    return Settle(And(given, middle_));
+  }
+  if (plan.source == Source::kReuse) {
+    assert(plan.lists != nullptr);
+    const HostLists::Match match = lists()->FindMostSimilar(kv_head_, anchor_queries);
+    similarity_ = match.similarity;
+    if (match.anchor >= 0 && match.similarity >= plan.min_cosine) {
+      return StartReuse(static_cast<uint32_t>(match.anchor));
+    }
+  }
+  has_choice_ = scanned_ = true;
+  candidates_ = open_;
+  places_ = OpenTopK();
+  // A proof speaks about all tokens, so it scans them all; without one the scan covers what it
+  // chooses from.
+  pool_ = Proves(plan.prove) || plan.prove == Guarantee::kExact ? AndNot(all_, always_) : open_;
+}
+
+// Takes the list of an anchor. Open tokens that the list has not considered are scanned and compete
+// with it for its places.
+void Group::StartReuse(uint32_t anchor) {
+  reused_ = true;
+  anchor_ = anchor;
+  lists()->Touch(kv_head_, anchor);
+  const HostLists::Anchor& list = lists()->anchor(kv_head_, anchor);
+  TokenMask chosen(all_.size(), 0);
+  AddPositions(list.tokens, block_begin_, &chosen);
+  chosen = And(chosen, open_);
+  covered_end_ = std::max(list.covered_end, covered_end_);
+  const TokenMask fresh = InRange(open_, block_begin_, list.covered_end, covered_end_);
+  if (CountTokens(fresh) == 0) return Settle(Or(chosen, frozen_chosen_));
+  has_choice_ = true;
+  places_ = std::max(CountTokens(chosen), OpenTopK());
+  candidates_ = Or(chosen, fresh);
+  pool_ = candidates_;
+}
+
+// Fixes what is read, beyond what always is, and remembers it in the lists.
+void Group::Settle(TokenMask chosen) {
+  const Plan& plan = row_->plan;
+  const uint32_t always_count = CountTokens(always_);
+  const double visible = always_count + CountTokens(middle_);
+  const double planned = always_count + CountTokens(chosen);
+  everything_ =
+      plan.source == Source::kAll || planned > static_cast<double>(plan.dense_share) * visible;
+  read_ = Or(always_, everything_ ? middle_ : chosen);
+  if (lists() == nullptr) return;
+  if (everything_) return lists()->ClearSelection(kv_head_);
+  std::vector<uint32_t> positions = PositionsOf(chosen, block_begin_);
+  lists()->SetSelection(kv_head_, positions);
+  if (plan.source == Source::kReuse && scanned_) {
+    lists()->Insert(kv_head_, anchor_queries_, std::move(positions), covered_end_);
+  }
+}
+
+void Group::PlanScan() {
+  const Plan& plan = row_->plan;
+  to_scan_ = has_choice_ ? pool_ : TokenMask(all_.size(), 0);
+  if (Proves(plan.prove)) to_scan_ = Or(to_scan_, AndNot(all_, first_));
+  if (CountTokens(to_scan_) == 0) return;
+  std::array<const float*, size_t{kQueryTokensMax} * kGroupMax> q;
+  for (uint32_t head = 0; head < head_count(); ++head) {
+    q[head] = row_->q + size_t{OutputIndex(head)} * shape_->layout.head_dim;
+  }
+  // A choice that an exact proof follows ranks by upper ends, as with the other proofs.
+  const bool bounded = plan.prove != Guarantee::kNone;
+  PrepareScan(*shape_, absl::MakeConstSpan(q.data(), head_count()), table(), bounded,
+              &scan_queries_);
+  weights.Resize(head_count(), block_begin_, static_cast<uint32_t>(all_.size()), bounded);
+}
+
+void Group::Decide(ChooseScratch* scratch) {
+  if (!has_choice_) return;
+  const Plan& plan = row_->plan;
+  const bool proving = plan.prove != Guarantee::kNone;
+  const TokenMask unread = AndNot(AndNot(AndNot(all_, always_), open_), frozen_chosen_);
+  ChooseTask task;
+  task.weights = &weights;
+  task.candidates = candidates_;
+  task.pool = pool_;
+  task.unread = unread;
+  task.always_lse = kept.lse;
+  task.top_k = places_;
+  if (scanned_) {
+    task.proving = proving;
+    task.mass_limit = plan.keep.mass_limit;
+    task.dilate_strongest = plan.keep.dilate_strongest;
+    task.dilate_radius = plan.keep.dilate_radius;
+  }
+  const TokenMask chosen = Or(Choose(task, scratch), frozen_chosen_);
+  if (reused_) {
+    lists()->Complete(kv_head_, anchor_, PositionsOf(chosen, block_begin_), covered_end_);
+  }
+  Settle(chosen);
+}
+
+TokenMask Group::Unread() const { return AndNot(read_, first_); }
+
+TokenMask Group::Rest() const { return AndNot(all_, read_); }
+
+bool Group::wants_rest() const {
+  return row_->plan.prove == Guarantee::kExact || wants_rest_values();
+}
+
+HeadCertificate Group::CertifyHead(uint32_t head, const TokenMask& dropped, bool estimated) const {
+  const Plan& plan = row_->plan;
+  HeadCertificate certificate;
+  certificate.log_kept = kept.lse[head];
+  certificate.log_kept_lower = kept.lower[head];
+  certificate.log_kept_upper = kept.upper[head];
+  const TokenMask seen =
+      InRange(dropped, block_begin_, queries_.visible_begin[head], queries_.visible_end[head]);
+  double log_dropped = kLogZero;
+  if (CountTokens(seen) == 0) {
+    certificate.level = Level::kExact;
+    certificate.log_dropped_upper = {kLogZero};
+    certificate.log_dropped_lower = {kLogZero};
+    estimated = true;
+  } else if (plan.prove == Guarantee::kExact) {
+    certificate.level = Level::kExact;
+    certificate.log_dropped_upper = rest.upper[head];
+    certificate.log_dropped_lower = rest.lower[head];
+    log_dropped = rest.lse[head];
+    estimated = true;
+  } else {
+    if (Proves(plan.prove)) {
+      certificate.level = Level::kDeterministic;
+      certificate.log_dropped_upper = SumUpperWeights(weights, head, dropped);
+      certificate.log_dropped_lower = SumLowerWeights(weights, head, dropped);
+    }
+    if (estimated) {
+      log_dropped = SumWeights(weights, weights.estimate, head, dropped, /*upward=*/false).Log();
+    }
+  }
+  const double share = 1.0 / (1.0 + std::exp(certificate.log_kept - log_dropped));
+  if (estimated && !std::isnan(share)) {
+    certificate.dropped_mass_estimate = static_cast<float>(share);
+  }
+  FinishCertificate(&certificate);
+  certificate.met = plan.max_dropped_mass >= 1.0F || certificate.dropped_mass_upper.value <=
+                                                         static_cast<double>(plan.max_dropped_mass);
+  return certificate;
+}
+
+Action Group::ActionOf() const {
+  if (row_->plan.mode == Mode::kShadow) return Action::kDense;
+  if (everything_ && read_ == all_) return Action::kDense;
+  return reused_ ? Action::kReused : Action::kSelected;
+}
+
+// Writes all heads' certificates; false if a limit does not hold.
+bool Group::Certify(bool dense) {
+  const TokenMask dropped = Rest();
+  const bool estimated = Proves(row_->plan.prove) || (has_choice_ && IsSubset(dropped, pool_));
+  const Action action = dense ? Action::kDense : ActionOf();
+  bool met = true;
+  for (uint32_t head = 0; head < head_count(); ++head) {
+    HeadCertificate& certificate = row_->certificates[OutputIndex(head)];
+    certificate = CertifyHead(head, dropped, estimated);
+    certificate.action = action;
+    met &= certificate.met;
+  }
+  return met;
+}
+
+void Group::WriteAnswer(const TokenMask& read, uint32_t tokens_read, Action action) {
+  const uint32_t head_dim = shape_->layout.head_dim;
+  for (uint32_t head = 0; head < head_count(); ++head) {
+    const size_t index = OutputIndex(head);
+    row_->lse[index] = static_cast<float>(kept.lse[head]);
+    const double* out = &kept.out[size_t{head} * head_dim];
+    for (uint32_t c = 0; c < head_dim; ++c) {
+      row_->out[index * head_dim + c] = static_cast<float>(out[c]);
+    }
+  }
+  if (row_->selected != nullptr) row_->selected[kv_head_] = PositionsOf(read, block_begin_);
+  GroupReport& report = row_->groups[kv_head_];
+  report.action = action;
+  report.scanned = scanned_;
+  report.tokens_read = tokens_read;
+  report.similarity = similarity_;
+}
+
+Group::Verdict Group::Conclude() {
+  const Plan& plan = row_->plan;
+  const bool met = Certify(/*dense=*/false);
+  TokenMask scanned = has_choice_ ? pool_ : TokenMask(all_.size(), 0);
+  if (Proves(plan.prove)) scanned = Or(scanned, Rest());
+  row_->groups[kv_head_].tokens_scanned = CountTokens(scanned);
+  if (!met && plan.mode == Mode::kEnforce && plan.on_violation != OnViolation::kReport) {
+    return plan.on_violation == OnViolation::kFail ? Verdict::kFailed : Verdict::kReadRest;
+  }
+  const TokenMask selected = read_;
+  if (plan.mode == Mode::kShadow) {
+    MergePartials(shape_->layout.head_dim, rest, &kept);
+    read_ = all_;
+  }
+  WriteAnswer(selected, CountTokens(read_), ActionOf());
+  return Verdict::kDone;
+}
+
+void Group::ConcludeDense() {
+  MergePartials(shape_->layout.head_dim, rest, &kept);
+  read_ = all_;
+  Certify(/*dense=*/true);
+  WriteAnswer(read_, CountTokens(read_), Action::kDense);
+}
+
+}  // namespace kvservice

@@ -1,0 +1,168 @@
+#include "attention/host_lists.h"
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <cmath>
+#include <utility>
+
+namespace kvservice {
+namespace {
+
+// Sum of products in eight independent lanes, so that the compiler may keep them in vector
+// registers; head_dim is a multiple of eight.
+float Dot(const float* a, const float* b, uint32_t count) {
+  std::array<float, 8> lanes{};
+  for (uint32_t i = 0; i < count; i += 8) {
+    for (uint32_t lane = 0; lane < 8; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+  }
+  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
+         ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+
+// Scales every query of a group to norm 1; one of norm zero (or not finite) becomes zero.
+void Normalize(absl::Span<const float> queries, uint32_t head_dim, float* out) {
+  for (size_t begin = 0; begin < queries.size(); begin += head_dim) {
+    double squares = 0.0;
+    for (uint32_t c = 0; c < head_dim; ++c) {
+      const double x = queries[begin + c];
+      squares += x * x;
+    }
+    const double norm = std::sqrt(squares);
+    const bool usable = norm > 0.0 && std::isfinite(norm);
+    for (uint32_t c = 0; c < head_dim; ++c) {
+      out[begin + c] = usable ? static_cast<float>(queries[begin + c] / norm) : 0.0F;
+    }
+  }
+}
+
+void DropFrom(uint32_t length, std::vector<uint32_t>* tokens) {
+  tokens->erase(std::lower_bound(tokens->begin(), tokens->end(), length), tokens->end());
+}
+
+}  // namespace
+
+HostLists::HostLists(const KvLayout& layout, uint32_t anchors_max)
+    : layout_(layout), anchors_max_(anchors_max), heads_(layout.kv_head_count) {}
+
+std::unique_ptr<TokenLists> HostLists::Copy() const {
+  auto copy = std::make_unique<HostLists>(layout_, anchors_max_);
+  copy->heads_ = heads_;
+  return copy;
+}
+
+void HostLists::Truncate(uint32_t length) {
+  for (Head& head : heads_) {
+    DropFrom(length, &head.selection);
+    for (Anchor& anchor : head.anchors) {
+      DropFrom(length, &anchor.tokens);
+      anchor.covered_end = std::min(anchor.covered_end, length);
+    }
+  }
+}
+
+size_t HostLists::bytes() const {
+  size_t bytes = sizeof(*this) + heads_.capacity() * sizeof(Head);
+  for (const Head& head : heads_) {
+    bytes += head.queries.capacity() * sizeof(float);
+    bytes += head.selection.capacity() * sizeof(uint32_t);
+    bytes += head.anchors.capacity() * sizeof(Anchor);
+    for (const Anchor& anchor : head.anchors) bytes += anchor.tokens.capacity() * sizeof(uint32_t);
+  }
+  return bytes;
+}
+
+HostLists::Match HostLists::FindMostSimilar(uint32_t kv_head,
+                                            absl::Span<const float> queries) const {
+  const Head& head = heads_[kv_head];
+  assert(queries.size() == query_floats());
+  std::array<float, size_t{kGroupMax} * kHeadDimMax> unit;
+  Normalize(queries, layout_.head_dim, unit.data());
+  Match best;
+  for (uint32_t index = 0; index < head.anchors.size(); ++index) {
+    const float* anchor = &head.queries[index * query_floats()];
+    // The smallest cosine counts, so one that is already beaten settles it: most anchors cost one
+    // dot product.
+    float smallest = 2.0F;
+    for (size_t begin = 0; begin < query_floats() && smallest > best.similarity;
+         begin += layout_.head_dim) {
+      smallest = std::min(smallest, Dot(&unit[begin], anchor + begin, layout_.head_dim));
+    }
+    if (smallest > best.similarity) best = {static_cast<int32_t>(index), smallest};
+  }
+  return best;
+}
+
+void HostLists::Insert(uint32_t kv_head, absl::Span<const float> queries,
+                       std::vector<uint32_t> tokens, uint32_t covered_end) {
+  if (anchors_max_ == 0) return;
+  Head& head = heads_[kv_head];
+  auto index = static_cast<uint32_t>(head.anchors.size());
+  if (index < anchors_max_) {
+    head.anchors.emplace_back();
+    head.queries.resize(head.anchors.size() * query_floats());
+  } else {
+    const auto oldest = std::min_element(
+        head.anchors.begin(), head.anchors.end(),
+        [](const Anchor& a, const Anchor& b) { return a.used_tick < b.used_tick; });
+    index = static_cast<uint32_t>(oldest - head.anchors.begin());
+  }
+  StoreQueries(kv_head, index, queries);
+  Complete(kv_head, index, std::move(tokens), covered_end);
+  Touch(kv_head, index);
+}
+
+void HostLists::StoreQueries(uint32_t kv_head, uint32_t index, absl::Span<const float> queries) {
+  assert(queries.size() == query_floats());
+  Normalize(queries, layout_.head_dim, &heads_[kv_head].queries[index * query_floats()]);
+}
+
+void HostLists::Touch(uint32_t kv_head, uint32_t index) {
+  Head& head = heads_[kv_head];
+  head.anchors[index].used_tick = ++head.tick;
+}
+
+void HostLists::Complete(uint32_t kv_head, uint32_t index, std::vector<uint32_t> tokens,
+                         uint32_t covered_end) {
+  assert(std::is_sorted(tokens.begin(), tokens.end()));
+  Anchor& anchor = heads_[kv_head].anchors[index];
+  anchor.tokens = std::move(tokens);
+  anchor.covered_end = covered_end;
+}
+
+void HostLists::SetSelection(uint32_t kv_head, absl::Span<const uint32_t> tokens) {
+  assert(std::is_sorted(tokens.begin(), tokens.end()));
+  heads_[kv_head].selection.assign(tokens.begin(), tokens.end());
+  heads_[kv_head].has_selection = true;
+}
+
+void HostLists::ClearSelection(uint32_t kv_head) {
+  heads_[kv_head].selection.clear();
+  heads_[kv_head].has_selection = false;
+}
+
+void UnrotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out) {
+  const uint32_t head_dim = shape.layout.head_dim;
+  const size_t float_count = static_cast<size_t>(shape.layout.query_head_count) * head_dim;
+  if (out != q) std::copy_n(q, float_count, out);
+  if (shape.rotary_style == RotaryStyle::kNone) return;
+  const auto pair_count = static_cast<uint32_t>(shape.inverse_frequencies.size());
+  assert(2 * pair_count <= head_dim);
+  for (uint32_t pair = 0; pair < pair_count; ++pair) {
+    const double angle = static_cast<double>(position) * shape.inverse_frequencies[pair];
+    const double cosine = std::cos(angle);
+    const double sine = std::sin(angle);
+    const bool half = shape.rotary_style == RotaryStyle::kHalf;
+    const uint32_t first = half ? pair : 2 * pair;
+    const uint32_t second = half ? pair + pair_count : 2 * pair + 1;
+    for (uint32_t head = 0; head < shape.layout.query_head_count; ++head) {
+      float* x = out + static_cast<size_t>(head) * head_dim;
+      const double a = x[first];
+      const double b = x[second];
+      x[first] = static_cast<float>(a * cosine + b * sine);
+      x[second] = static_cast<float>(b * cosine - a * sine);
+    }
+  }
+}
+
+}  // namespace kvservice

@@ -1,0 +1,195 @@
+#include "attention/reference/device.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <numeric>
+
+#include "absl/strings/str_cat.h"
+#include "attention/float16.h"
+#include "attention/host_lists.h"
+#include "attention/reference/choose.h"
+#include "attention/reference/head_row.h"
+#include "attention/reference/log_sum.h"
+#include "attention/reference/prove.h"
+#include "attention/sketch.h"
+
+namespace kvservice {
+namespace {
+
+using reference::Choice;
+using reference::HeadRow;
+using reference::Place;
+
+constexpr size_t kPageBytes = 4096;
+
+void ReleaseMemory(std::byte* data, size_t /*bytes*/) { std::free(data); }
+
+// Everything that some query token of the row sees.
+std::vector<uint32_t> AllTokens(const HeadRow& row) {
+  std::vector<uint32_t> tokens(row.end() - row.begin());
+  std::iota(tokens.begin(), tokens.end(), row.begin());
+  return tokens;
+}
+
+std::vector<uint32_t> TokensToRead(const Choice& choice, const HeadRow& row) {
+  const std::vector<uint32_t> always = row.TokensAt(Place::kAlways);
+  std::vector<uint32_t> tokens;
+  std::set_union(always.begin(), always.end(), choice.middle.begin(), choice.middle.end(),
+                 std::back_inserter(tokens));
+  return tokens;
+}
+
+// Exact attention of one head over `read`.
+void Answer(uint32_t head, const std::vector<uint32_t>& read, const LayerShape& shape,
+            const AttendRow& row, HeadRow* head_row) {
+  std::vector<double> logits;
+  for (const uint32_t token : read) {
+    if (head_row->Sees(head, token)) logits.push_back(head_row->Exact(head, token).nearest);
+  }
+  const double lse = reference::LogSum(logits);
+  std::vector<double> out(shape.layout.head_dim, 0.0);
+  size_t next = 0;
+  for (const uint32_t token : read) {
+    if (head_row->Sees(head, token)) {
+      head_row->AddValue(token, std::exp(logits[next++] - lse), out.data());
+    }
+  }
+  const size_t index = head_row->OutputIndex(head);
+  row.lse[index] = static_cast<float>(lse);
+  std::copy(out.begin(), out.end(), row.out + index * shape.layout.head_dim);
+}
+
+// Proves every head of the KV head; false if a limit does not hold.
+bool ProveAll(const std::vector<uint32_t>& read, Action action, const AttendRow& row,
+              HeadRow* head_row) {
+  bool met = true;
+  for (uint32_t head = 0; head < head_row->head_count(); ++head) {
+    HeadCertificate& certificate = row.certificates[head_row->OutputIndex(head)];
+    certificate = reference::Prove(row.plan, head, read, head_row);
+    certificate.action = action;
+    met &= certificate.met;
+  }
+  return met;
+}
+
+Action ActionOf(const Choice& choice, const Plan& plan, bool reads_all) {
+  if (plan.mode == Mode::kShadow) return Action::kDense;
+  if (choice.everything && reads_all) return Action::kDense;
+  return choice.reused ? Action::kReused : Action::kSelected;
+}
+
+// Executes the plan for one KV head: choose, prove, act on a violation, answer. False if the row
+// fails.
+bool AttendHead(const LayerShape& shape, uint32_t kv_head, absl::Span<const float> queries,
+                AttendRow* row) {
+  const Plan& plan = row->plan;
+  HeadRow head_row(shape, *row, kv_head);
+  const std::vector<uint32_t> all = AllTokens(head_row);
+  const Choice choice = reference::Choose(plan, queries, &head_row);
+  std::vector<uint32_t> read = TokensToRead(choice, head_row);
+  Action action = ActionOf(choice, plan, read.size() == all.size());
+  const bool met = ProveAll(read, action, *row, &head_row);
+
+  const bool enforce = plan.mode == Mode::kEnforce && !met;
+  if (enforce && plan.on_violation == OnViolation::kFail) return false;
+  if (enforce && plan.on_violation != OnViolation::kReport) {
+    read = all;
+    action = Action::kDense;
+    ProveAll(read, action, *row, &head_row);
+  }
+  if (row->selected != nullptr) row->selected[kv_head] = read;
+  if (plan.mode == Mode::kShadow) read = all;
+  for (uint32_t head = 0; head < head_row.head_count(); ++head) {
+    Answer(head, read, shape, *row, &head_row);
+  }
+  GroupReport& report = row->groups[kv_head];
+  report.action = action;
+  report.scanned = choice.scanned;
+  report.tokens_read = static_cast<uint32_t>(read.size());
+  report.tokens_scanned = head_row.scanned_count();
+  report.similarity = choice.similarity;
+  return true;
+}
+
+void AttendOne(const LayerShape& shape, AttendRow* row) {
+  const KvLayout& layout = shape.layout;
+  assert(row->query_count >= 1 && row->query_count <= kQueryTokensMax);
+  row->status = absl::OkStatus();
+  const size_t token_floats = static_cast<size_t>(layout.query_head_count) * layout.head_dim;
+  // An anchor is found by, and made for, the newest query.
+  std::vector<float> queries(token_floats);
+  UnrotateQueries(shape, row->view.length - 1, row->q + (row->query_count - 1) * token_floats,
+                  queries.data());
+  const size_t head_floats = static_cast<size_t>(layout.group_size()) * layout.head_dim;
+  for (uint32_t kv_head = 0; kv_head < layout.kv_head_count; ++kv_head) {
+    const absl::Span<const float> head_queries(&queries[kv_head * head_floats], head_floats);
+    if (AttendHead(shape, kv_head, head_queries, row)) continue;
+    row->status = absl::FailedPreconditionError(absl::StrCat("BOUND_NOT_MET: KV head ", kv_head,
+                                                             " exceeds max_dropped_mass ",
+                                                             row->plan.max_dropped_mass));
+  }
+  if (row->status.ok()) return;
+  std::fill_n(row->out, row->query_count * token_floats, 0.0F);
+  std::fill_n(row->lse, size_t{row->query_count} * layout.query_head_count, 0.0F);
+}
+
+class ReferenceDevice : public Device {
+ public:
+  std::string_view name() const override { return "reference"; }
+
+  absl::StatusOr<DeviceMemory> Allocate(size_t bytes) override {
+    const size_t rounded = std::max<size_t>(1, (bytes + kPageBytes - 1) / kPageBytes) * kPageBytes;
+    auto* data = rounded < bytes ? nullptr
+                                 : static_cast<std::byte*>(std::aligned_alloc(kPageBytes, rounded));
+    if (data == nullptr) {
+      return absl::ResourceExhaustedError(absl::StrCat("cannot allocate ", bytes, " bytes"));
+    }
+    std::memset(data, 0, rounded);
+    return DeviceMemory(data, bytes, ReleaseMemory);
+  }
+
+  std::unique_ptr<TokenLists> NewTokenLists(const KvLayout& layout, uint32_t anchors_max) override {
+    return std::make_unique<HostLists>(layout, anchors_max);
+  }
+
+  void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override {
+    const size_t vector_bytes = layout.vector_bytes();
+    for (const AppendSlice& append : slices) {
+      assert(append.first + append.token_count <= kBlockTokens);
+      for (uint32_t token = 0; token < append.token_count; ++token) {
+        for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
+          const size_t from = (size_t{token} * layout.kv_head_count + head) * vector_bytes;
+          std::byte* row = append.slice + layout.RowOffset(head, append.first + token);
+          std::memcpy(row, append.k + from, vector_bytes);
+          std::memcpy(row + vector_bytes, append.v + from, vector_bytes);
+        }
+      }
+    }
+  }
+
+  void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) override {
+    const SketchLayout sketch(layout.head_dim);
+    for (const SealSlice& seal : slices) {
+      for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
+        EncodeSketchPage(layout, seal.slice + layout.RowOffset(head, 0), seal.block_index,
+                         seal.tables[head], seal.sketch + head * sketch.page_bytes);
+      }
+    }
+  }
+
+  void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override {
+    for (AttendRow& row : rows) AttendOne(shape, &row);
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Device> NewReferenceDevice(const DeviceOptions& /*options*/) {
+  return std::make_unique<ReferenceDevice>();
+}
+
+}  // namespace kvservice

@@ -1,0 +1,70 @@
+// Prefill: a stream of keys and values into one sequence.
+
+#ifndef KVSERVICE_CLIENT_APPEND_WRITER_H_
+#define KVSERVICE_CLIENT_APPEND_WRITER_H_
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "client/tensor.h"
+
+namespace kvservice::client {
+
+class AppendStream;
+struct Core;
+
+// What the server has applied of a writer's messages.
+struct Receipt {
+  // Tokens that every layer has, and tokens of the longest layer.
+  uint32_t length_tokens = 0;
+  uint32_t length_max_tokens = 0;
+  // Messages applied, and how many of them were stored already in full.
+  uint64_t message_count = 0;
+  uint64_t duplicate_count = 0;
+};
+
+// Made by Sequence::Append. One thread; the client outlives it. Messages are applied one by one and
+// in order, and repeating one is harmless: after an error, whatever was applied stays, and writing
+// goes on from Sequence::Describe. Nothing is repeated by itself. Deleting a writer without Commit
+// abandons what is still under way.
+class AppendWriter {
+ public:
+  AppendWriter(Core* core, std::string id, uint64_t generation);
+  ~AppendWriter();
+  AppendWriter(AppendWriter&&) noexcept;
+  AppendWriter& operator=(AppendWriter&&) noexcept;
+
+  // Sends the keys and values of consecutive tokens, the first at `position`; both are
+  // [token_count][kv_head_count][head_dim] in the model's cache type and are borrowed for the call.
+  // Blocks while the server is behind. Errors may be those of an earlier Write: POSITION_GAP,
+  // APPEND_CONFLICT, GENERATION_MISMATCH, POOL_FULL. After one the writer is of no more use.
+  //
+  // A stream lives for at most the admin deadline, and a long prefill is spread over several: a
+  // pause of more than half of the deadline between writes can fail with DEADLINE_EXCEEDED. Commit
+  // before it.
+  absl::Status Write(uint32_t layer, uint32_t position, const TensorView& k, const TensorView& v);
+
+  // Waits until everything is applied. Afterwards the writer may be used again; counts go on.
+  absl::StatusOr<Receipt> Commit();
+
+ private:
+  absl::Status FinishStream();
+
+  Core* core_;
+  std::string id_;
+  uint64_t generation_;
+  std::unique_ptr<AppendStream> stream_;
+  std::chrono::steady_clock::time_point opened_;
+  // Messages of the present stream.
+  uint64_t sent_ = 0;
+  Receipt receipt_;
+  absl::Status status_;
+};
+
+}  // namespace kvservice::client
+
+#endif  // KVSERVICE_CLIENT_APPEND_WRITER_H_

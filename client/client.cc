@@ -1,0 +1,114 @@
+#include "client/client.h"
+
+#include <sys/random.h>
+
+#include <array>
+#include <cassert>
+#include <string_view>
+#include <utility>
+
+#include "client/core.h"
+#include "client/error.h"
+#include "client/replies.h"
+#include "client/requests.h"
+
+namespace kvservice::client {
+namespace {
+
+constexpr std::string_view kUnixPrefix = "unix:/";
+
+bool MayBeEndpoint(std::string_view endpoint) {
+  if (endpoint.substr(0, kUnixPrefix.size()) == kUnixPrefix) return true;
+  return endpoint.find('/') == std::string_view::npos &&
+         endpoint.find(':') != std::string_view::npos;
+}
+
+// 32 hexadecimal digits.
+absl::StatusOr<std::string> RandomName() {
+  std::array<unsigned char, 16> bytes;
+  if (getrandom(bytes.data(), bytes.size(), 0) != static_cast<ssize_t>(bytes.size())) {
+    return absl::UnavailableError("the system gives no random bytes");
+  }
+  constexpr std::string_view kDigits = "0123456789abcdef";
+  std::string name;
+  for (const unsigned char byte : bytes) {
+    name += kDigits[byte >> 4];
+    name += kDigits[byte & 15U];
+  }
+  return name;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const ClientOptions& options) {
+  if (!MayBeEndpoint(options.endpoint)) {
+    return InvalidRequest(
+        "endpoint", "is '" + options.endpoint + "', expected unix:/absolute/path or HOST:PORT");
+  }
+  absl::StatusOr<std::string> name = RandomName();
+  if (!name.ok()) return name.status();
+  auto core = std::make_unique<Core>(options);
+  core->request_id_prefix = *std::move(name) + "-";
+  if (!core->rpc->WaitUntilConnected(options.deadlines.connect)) {
+    return MakeError(static_cast<int>(absl::StatusCode::kUnavailable),
+                     "nobody answered at " + options.endpoint + " within " +
+                         std::to_string(options.deadlines.connect.count()) + " ms",
+                     kServerUnreachable, {}, {{"endpoint", options.endpoint}});
+  }
+  return std::unique_ptr<Client>(new Client(std::move(core)));
+}
+
+Client::Client(std::unique_ptr<Core> core) : core_(std::move(core)) {}
+
+Client::~Client() { assert(core_->borrowers == 0); }
+
+absl::StatusOr<uint64_t> Client::RegisterModel(const ModelDescription& model) {
+  v1::RegisterRequest request;
+  *request.mutable_model() = ModelToProto(model);
+  v1::RegisterResponse response;
+  const absl::Status status = core_->rpc->Register(request, &response);
+  if (!status.ok()) return status;
+  return response.fingerprint();
+}
+
+absl::StatusOr<Sequence> Client::CreateSequence(const SequenceOptions& options) {
+  v1::CreateRequest request;
+  request.set_model(options.model);
+  request.set_lease_ms(options.lease_ms);
+  if (options.policy) *request.mutable_policy() = PolicyToProto(*options.policy);
+  // Makes repeating harmless: a lost answer would otherwise leave a sequence behind.
+  request.set_request_id(core_->request_id_prefix + std::to_string(core_->requests++));
+  v1::CreateResponse response;
+  absl::Status status = core_->rpc->Create(request, &response);
+  if (status.ok()) status = CheckSequence(response.sequence(), {});
+  if (!status.ok()) return status;
+  const v1::SequenceHandle& handle = response.sequence().handle();
+  return Sequence(core_.get(), handle.id(), handle.generation());
+}
+
+Sequence Client::Adopt(std::string id, uint64_t generation) {
+  return {core_.get(), std::move(id), generation};
+}
+
+absl::StatusOr<AttendResult> Client::Attend(const AttendStep& step) {
+  for (size_t i = 0; i < step.rows.size(); ++i) {
+    const Sequence* const sequence = step.rows[i].sequence;
+    if (sequence != nullptr && sequence->core_ != nullptr && sequence->core_ != core_.get()) {
+      return InvalidRequest("rows[" + std::to_string(i) + "].sequence", "is another client's");
+    }
+  }
+  return client::Attend(core_.get(), step);
+}
+
+absl::StatusOr<AttendResult> Attend(Core* core, const AttendStep& step) {
+  v1::AttendRequest request;
+  absl::Status status = StepToProto(step, &request);
+  if (!status.ok()) return status;
+  request.set_step_id(++core->steps);
+  v1::AttendResponse response;
+  status = core->rpc->Attend(request, &response);
+  if (!status.ok()) return status;
+  return ResultFromProto(request, response);
+}
+
+}  // namespace kvservice::client

@@ -1,0 +1,75 @@
+// Client of KVService. No header of this library mentions gRPC or protobuf.
+//
+//   auto client = Client::Connect({.endpoint = "unix:/run/kvservice/kvservice.sock"});
+//   auto sequence = (*client)->CreateSequence({.model = "llama"});
+//   auto row = sequence->Attend({.layer = 0, .position = n, .q = q, .k = k, .v = v});
+//
+// Members of the plain structs may be left out of such initialisers: all have a value.
+//
+// Nothing throws; every call has a deadline; errors are taken apart with client/status.h. The
+// namespace is nested because a program may also link the service itself.
+
+#ifndef KVSERVICE_CLIENT_CLIENT_H_
+#define KVSERVICE_CLIENT_CLIENT_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "client/append_writer.h"
+#include "client/attend.h"
+#include "client/model.h"
+#include "client/options.h"
+#include "client/policy.h"
+#include "client/sequence.h"
+#include "client/status.h"
+
+namespace kvservice::client {
+
+struct SequenceOptions {
+  std::string model = {};
+  // The sequence expires when it is not used for so long; 0 = the server's default.
+  uint32_t lease_ms = 0;
+  // Default: the model's.
+  std::optional<Policy> policy = {};
+};
+
+// One connection to one server. Thread-safe; calls block the calling thread.
+class Client {
+ public:
+  // Waits for the connection. UNAVAILABLE / SERVER_UNREACHABLE when none came about in time,
+  // INVALID_ARGUMENT / REQUEST_INVALID for an endpoint that cannot be one. Later breaks of the
+  // connection are repaired by themselves.
+  static absl::StatusOr<std::unique_ptr<Client>> Connect(const ClientOptions& options);
+
+  // Waits, for at most the data deadline, until sequences left behind are dropped. All sequences
+  // and writers must be gone.
+  ~Client();
+  Client(const Client&) = delete;
+  Client& operator=(const Client&) = delete;
+
+  // Makes a model known and returns its fingerprint; harmless if it is known already.
+  // ALREADY_EXISTS when a different one has its name.
+  absl::StatusOr<uint64_t> RegisterModel(const ModelDescription& model);
+
+  absl::StatusOr<Sequence> CreateSequence(const SequenceOptions& options);
+
+  // Takes over a sequence that was detached, here or elsewhere.
+  Sequence Adopt(std::string id, uint64_t generation);
+
+  // One layer of a batch: appends, chooses, attends, certifies. Safe to repeat. Rows succeed and
+  // fail on their own; the call fails only when nothing ran. RESOURCE_EXHAUSTED / OVERLOADED comes
+  // with a retry delay and is not repeated by itself.
+  absl::StatusOr<AttendResult> Attend(const AttendStep& step);
+
+ private:
+  explicit Client(std::unique_ptr<Core> core);
+
+  const std::unique_ptr<Core> core_;
+};
+
+}  // namespace kvservice::client
+
+#endif  // KVSERVICE_CLIENT_CLIENT_H_

@@ -1,0 +1,205 @@
+#include "client/kvctl/commands.h"
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "client/kvctl/server_calls.h"
+#include "client/kvctl/show.h"
+#include "client/kvctl/text.h"
+#include "client/status.h"
+
+namespace kvservice::client {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr std::string_view kUnixPrefix = "unix:";
+constexpr char kSocketName[] = "/kvservice.sock";
+constexpr char kAdminSuffix[] = ".admin";
+
+int ExitOf(absl::StatusCode code) {
+  switch (code) {
+    case absl::StatusCode::kOk:
+      return kExitOk;
+    case absl::StatusCode::kNotFound:
+      return kExitNotFound;
+    case absl::StatusCode::kUnavailable:
+      return kExitUnavailable;
+    case absl::StatusCode::kDeadlineExceeded:
+      return kExitDeadline;
+    case absl::StatusCode::kUnauthenticated:
+    case absl::StatusCode::kPermissionDenied:
+      return kExitAuth;
+    default:
+      return kExitFailed;
+  }
+}
+
+int Fail(const GlobalOptions& options, const absl::Status& status) {
+  if (!options.quiet) {
+    const std::string reason = ReasonOf(status);
+    std::cerr << "kvctl: " << status.message();
+    if (!reason.empty()) std::cerr << " (" << reason << ")";
+    std::cerr << std::endl;
+  }
+  return ExitOf(status.code());
+}
+
+int Usage(const GlobalOptions& options, const std::string& problem) {
+  if (!options.quiet) std::cerr << "kvctl: " << problem << std::endl;
+  return kExitUsage;
+}
+
+void Print(const GlobalOptions& options, const Json& json, const std::string& table) {
+  if (options.quiet) return;
+  if (options.json) {
+    // Names are bytes of other people: whatever is not UTF-8 is replaced.
+    std::cout << json.dump(2, ' ', false, Json::error_handler_t::replace) << "\n";
+  } else {
+    std::cout << table;
+  }
+}
+
+std::unique_ptr<ServerCalls> Connect(const GlobalOptions& options) {
+  return NewServerCalls(options.endpoint, options.admin_endpoint, options.timeout);
+}
+
+template <typename Reply>
+int Show(const GlobalOptions& options, const absl::StatusOr<Reply>& reply) {
+  if (!reply.ok()) return Fail(options, reply.status());
+  Print(options, ToJson(*reply), ToTable(*reply));
+  return kExitOk;
+}
+
+template <typename Item>
+Json ArrayOf(const char* name, const std::vector<Item>& items) {
+  Json array = Json::array();
+  for (const Item& item : items) array.push_back(ToJson(item));
+  return {{name, std::move(array)}};
+}
+
+// Nothing when the command may go on, else its exit status. `word` is what a person must type.
+std::optional<int> Refused(const GlobalOptions& options, bool yes, const std::string& consequence,
+                           const std::string& word) {
+  if (yes) return std::nullopt;
+  if (isatty(STDIN_FILENO) == 0) return Usage(options, consequence + "; confirm with --yes");
+  std::cerr << "kvctl: " << consequence << ". Type " << word << " to go on: ";
+  std::string answer;
+  if (std::getline(std::cin, answer) && answer == word) return std::nullopt;
+  return Usage(options, "not confirmed, nothing was done");
+}
+
+int MalformedId(const GlobalOptions& options, const std::string& hex_id) {
+  return Usage(options, "'" + hex_id + "' is not an id: expected 32 digits of 0-9 and a-f");
+}
+
+}  // namespace
+
+std::string DefaultEndpoint() {
+  const char* const runtime = std::getenv("XDG_RUNTIME_DIR");
+  const std::string folder = runtime != nullptr && *runtime == '/'
+                                 ? std::string(runtime) + "/kvservice"
+                                 : "/tmp/kvservice-" + std::to_string(getuid());
+  return std::string(kUnixPrefix) + folder + kSocketName;
+}
+
+std::string DefaultAdminEndpoint(const std::string& endpoint) {
+  const bool is_unix = endpoint.substr(0, kUnixPrefix.size()) == kUnixPrefix;
+  return (is_unix ? endpoint : DefaultEndpoint()) + kAdminSuffix;
+}
+
+int CheckHealth(const GlobalOptions& options, const std::string& service) {
+  const absl::StatusOr<Health> health = Connect(options)->CheckHealth(service);
+  if (!health.ok()) return Fail(options, health.status());
+  const bool serving = *health == Health::kServing;
+  const std::string text = serving ? "serving" : "not_serving";
+  Print(options, {{"service", service}, {"status", text}}, text + "\n");
+  return serving ? kExitOk : kExitUnhealthy;
+}
+
+int ShowVersion(const GlobalOptions& options) {
+  Print(options, {{"version", KVSERVICE_VERSION}, {"build_type", KVSERVICE_BUILD_TYPE}},
+        "kvctl " KVSERVICE_VERSION " (" KVSERVICE_BUILD_TYPE ")\n");
+  return kExitOk;
+}
+
+int ShowServerInfo(const GlobalOptions& options) {
+  return Show(options, Connect(options)->GetServerInfo());
+}
+
+int ShowServerStats(const GlobalOptions& options) {
+  return Show(options, Connect(options)->GetStats());
+}
+
+int DrainServer(const GlobalOptions& options, std::chrono::milliseconds grace, bool yes) {
+  const std::optional<int> refused =
+      Refused(options, yes, "this ends the server at " + options.admin_endpoint, "drain");
+  if (refused.has_value()) return *refused;
+  const absl::Status status = Connect(options)->Drain(static_cast<uint32_t>(grace.count()));
+  if (!status.ok()) return Fail(options, status);
+  Print(options, {{"draining", true}}, "draining\n");
+  return kExitOk;
+}
+
+int ListSequences(const GlobalOptions& options, const SequenceListOptions& list) {
+  bool more = false;
+  const absl::StatusOr<std::vector<v1::Sequence>> sequences =
+      Connect(options)->ListSequences(list.tenant, list.limit, &more);
+  if (!sequences.ok()) return Fail(options, sequences.status());
+  Json json = ArrayOf("sequences", *sequences);
+  json["more"] = more;
+  Print(options, json, ToTable(*sequences));
+  if (more && !options.quiet) {
+    std::cerr << "kvctl: there are more than " << list.limit << "; see --limit" << std::endl;
+  }
+  return kExitOk;
+}
+
+int ShowSequence(const GlobalOptions& options, const std::string& hex_id) {
+  const std::optional<std::string> id = IdOfHex(hex_id);
+  if (!id.has_value()) return MalformedId(options, hex_id);
+  return Show(options, Connect(options)->DescribeSequence(*id));
+}
+
+int DropSequence(const GlobalOptions& options, const SequenceDropOptions& drop) {
+  const std::optional<std::string> id = IdOfHex(drop.hex_id);
+  if (!id.has_value()) return MalformedId(options, drop.hex_id);
+  const std::optional<int> refused =
+      Refused(options, drop.yes, "this drops the sequence " + drop.hex_id, drop.hex_id);
+  if (refused.has_value()) return *refused;
+  v1::EvictRequest request;
+  request.set_id(*id);
+  if (drop.expected_generation) request.set_expected_generation(*drop.expected_generation);
+  const absl::StatusOr<v1::EvictResponse> response = Connect(options)->Evict(request);
+  if (!response.ok()) return Fail(options, response.status());
+  const uint64_t freed = response->freed_bytes();
+  Print(options, {{"id", drop.hex_id}, {"freed_bytes", freed}},
+        "dropped " + drop.hex_id + ", " + BytesText(freed) + " freed\n");
+  return kExitOk;
+}
+
+int ListModels(const GlobalOptions& options) {
+  const absl::StatusOr<std::vector<v1::Model>> models = Connect(options)->ListModels();
+  if (!models.ok()) return Fail(options, models.status());
+  Print(options, ArrayOf("models", *models), ToTable(*models));
+  return kExitOk;
+}
+
+int ShowModel(const GlobalOptions& options, const std::string& name) {
+  const absl::StatusOr<v1::GetModelResponse> model = Connect(options)->GetModel(name);
+  if (!model.ok()) return Fail(options, model.status());
+  Json json = ToJson(model->model());
+  json["fingerprint"] = FixedText(model->fingerprint());
+  Print(options, json, ToTable(*model));
+  return kExitOk;
+}
+
+}  // namespace kvservice::client

@@ -1,0 +1,69 @@
+// What kvctl can do. A command prints its result to stdout, diagnostics to stderr, and returns the
+// program's exit status. One thread.
+
+#ifndef KVSERVICE_CLIENT_KVCTL_COMMANDS_H_
+#define KVSERVICE_CLIENT_KVCTL_COMMANDS_H_
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace kvservice::client {
+
+enum Exit : int {
+  kExitOk = 0,
+  kExitFailed = 1,
+  kExitUsage = 2,
+  kExitNotFound = 3,
+  kExitUnavailable = 4,
+  kExitDeadline = 5,
+  kExitAuth = 6,
+  kExitUnhealthy = 7,
+};
+
+struct GlobalOptions {
+  std::string endpoint;
+  std::string admin_endpoint;
+  std::chrono::milliseconds timeout{30'000};
+  bool json = false;
+  // Nothing on stdout or stderr: the exit status tells it all.
+  bool quiet = false;
+};
+
+struct SequenceListOptions {
+  // Empty = all.
+  std::string tenant;
+  size_t limit = 1000;
+};
+
+struct SequenceDropOptions {
+  std::string hex_id;
+  std::optional<uint64_t> expected_generation;
+  bool yes = false;
+};
+
+// Where a server without flags listens: $XDG_RUNTIME_DIR/kvservice, else /tmp/kvservice-UID.
+std::string DefaultEndpoint();
+// The admin side of a server with that endpoint and without an admin flag: the socket's path with
+// .admin after it; of a TCP endpoint, the default path's.
+std::string DefaultAdminEndpoint(const std::string& endpoint);
+
+int CheckHealth(const GlobalOptions& options, const std::string& service);
+// Asks no server.
+int ShowVersion(const GlobalOptions& options);
+int ShowServerInfo(const GlobalOptions& options);
+int ShowServerStats(const GlobalOptions& options);
+// Without `yes` a person must type a word at the terminal; without a terminal nothing is done.
+int DrainServer(const GlobalOptions& options, std::chrono::milliseconds grace, bool yes);
+int ListSequences(const GlobalOptions& options, const SequenceListOptions& list);
+int ShowSequence(const GlobalOptions& options, const std::string& hex_id);
+// Asks for confirmation as DrainServer does.
+int DropSequence(const GlobalOptions& options, const SequenceDropOptions& drop);
+int ListModels(const GlobalOptions& options);
+int ShowModel(const GlobalOptions& options, const std::string& name);
+
+}  // namespace kvservice::client
+
+#endif  // KVSERVICE_CLIENT_KVCTL_COMMANDS_H_

@@ -1,0 +1,154 @@
+// The command line of kvctl. Exit status: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 server
+// unavailable, 5 out of time, 6 not allowed, 7 unhealthy.
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <iostream>
+#include <string>
+
+#include "client/kvctl/commands.h"
+#include "client/kvctl/text.h"
+
+namespace kvservice::client {
+namespace {
+
+struct Flags {
+  GlobalOptions global;
+  std::string output = "table";
+  std::string service;
+  std::chrono::milliseconds grace{0};
+  bool yes = false;
+  SequenceListOptions list;
+  SequenceDropOptions drop;
+  std::string name;
+  // The command that was chosen.
+  std::function<int()> command;
+};
+
+CLI::Option* AddDuration(CLI::App* app, const std::string& flag, const std::string& help,
+                         std::chrono::milliseconds* target) {
+  return app
+      ->add_option_function<std::string>(
+          flag, [target](const std::string& text) { *target = *ParseDuration(text); }, help)
+      ->check([](const std::string& text) -> std::string {
+        if (ParseDuration(text).has_value()) return "";
+        return "'" + text + "' is not like 500ms, 5s or 2m";
+      })
+      ->type_name("TIME");
+}
+
+// A command without flags of its own.
+CLI::App* AddCommand(CLI::App* app, const std::string& name, const std::string& help, Flags* flags,
+                     std::function<int()> run) {
+  CLI::App* const command = app->add_subcommand(name, help);
+  command->callback([flags, run = std::move(run)] { flags->command = run; });
+  return command;
+}
+
+void AddGlobalFlags(CLI::App* app, Flags* flags) {
+  flags->global.endpoint = DefaultEndpoint();
+  app->add_option("--endpoint", flags->global.endpoint, "Data side: unix:/path or HOST:PORT")
+      ->envname("KVCTL_ENDPOINT")
+      ->type_name("ADDRESS")
+      ->capture_default_str();
+  app->add_option("--admin-endpoint", flags->global.admin_endpoint,
+                  "Admin side (default: the data side's path with .admin after it)")
+      ->envname("KVCTL_ADMIN_ENDPOINT")
+      ->type_name("ADDRESS");
+  AddDuration(app, "--timeout", "For the whole command", &flags->global.timeout)
+      ->envname("KVCTL_TIMEOUT")
+      ->default_str("30s");
+  app->add_option("-o,--output", flags->output, "How to print")
+      ->check(CLI::IsMember({"table", "json"}))
+      ->envname("KVCTL_OUTPUT")
+      ->type_name("FORMAT")
+      ->capture_default_str();
+  app->add_flag("-q,--quiet", flags->global.quiet, "Print nothing; the exit status tells");
+  app->require_subcommand(1);
+  app->fallthrough();
+}
+
+void AddServerCommands(CLI::App* app, Flags* flags) {
+  AddCommand(app, "health", "Is the server ready? Status 7 if not", flags,
+             [flags] { return CheckHealth(flags->global, flags->service); })
+      ->add_option("--service", flags->service,
+                   "kvservice.v1.AttentionService or kvservice.liveness (default: ready to serve)");
+  AddCommand(app, "version", "Version of this program", flags,
+             [flags] { return ShowVersion(flags->global); });
+
+  CLI::App* const server = app->add_subcommand("server", "The server as a whole");
+  server->require_subcommand(1);
+  server->fallthrough();
+  AddCommand(server, "info", "Version, device, limits", flags,
+             [flags] { return ShowServerInfo(flags->global); });
+  AddCommand(server, "stats", "Memory, calls, totals of attention", flags,
+             [flags] { return ShowServerStats(flags->global); });
+  CLI::App* const drain =
+      AddCommand(server, "drain", "Finish what is running, refuse the rest, end the server", flags,
+                 [flags] { return DrainServer(flags->global, flags->grace, flags->yes); });
+  AddDuration(drain, "--grace", "For calls in flight (default: the server's)", &flags->grace);
+  drain->add_flag("--yes", flags->yes, "Do not ask");
+}
+
+void AddSequenceCommands(CLI::App* app, Flags* flags) {
+  CLI::App* const sequence = app->add_subcommand("sequence", "Sequences of all tenants");
+  sequence->alias("seq");
+  sequence->require_subcommand(1);
+  sequence->fallthrough();
+  CLI::App* const list = AddCommand(sequence, "list", "One line each, ordered by id", flags,
+                                    [flags] { return ListSequences(flags->global, flags->list); });
+  list->add_option("--tenant", flags->list.tenant, "Only this tenant's");
+  list->add_option("--limit", flags->list.limit, "At most so many")
+      ->check(CLI::Range(size_t{1}, size_t{1'000'000}))
+      ->type_name("COUNT")
+      ->capture_default_str();
+  AddCommand(sequence, "get", "One sequence in full", flags,
+             [flags] { return ShowSequence(flags->global, flags->name); })
+      ->add_option("id", flags->name, "32 hexadecimal digits")
+      ->required();
+  CLI::App* const drop =
+      AddCommand(sequence, "drop", "Forget a sequence and free its memory", flags, [flags] {
+        flags->drop.yes = flags->yes;
+        return DropSequence(flags->global, flags->drop);
+      });
+  drop->add_option("id", flags->drop.hex_id, "32 hexadecimal digits")->required();
+  drop->add_option("--expected-generation", flags->drop.expected_generation,
+                   "Only if the sequence is at this generation");
+  drop->add_flag("--yes", flags->yes, "Do not ask");
+}
+
+void AddModelCommands(CLI::App* app, Flags* flags) {
+  CLI::App* const model = app->add_subcommand("model", "Registered models");
+  model->require_subcommand(1);
+  model->fallthrough();
+  AddCommand(model, "list", "One line each, ordered by name", flags,
+             [flags] { return ListModels(flags->global); });
+  AddCommand(model, "get", "One model in full", flags,
+             [flags] { return ShowModel(flags->global, flags->name); })
+      ->add_option("name", flags->name, "As it was registered")
+      ->required();
+}
+
+int Main(int argc, const char* const* argv) {
+  Flags flags;
+  CLI::App app("Looks after a kvservice server.", "kvctl");
+  AddGlobalFlags(&app, &flags);
+  AddServerCommands(&app, &flags);
+  AddSequenceCommands(&app, &flags);
+  AddModelCommands(&app, &flags);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? kExitOk : kExitUsage;
+  }
+  flags.global.json = flags.output == "json";
+  if (flags.global.admin_endpoint.empty()) {
+    flags.global.admin_endpoint = DefaultAdminEndpoint(flags.global.endpoint);
+  }
+  return flags.command();
+}
+
+}  // namespace
+}  // namespace kvservice::client
+
+int main(int argc, char** argv) { return kvservice::client::Main(argc, argv); }

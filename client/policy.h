@@ -1,0 +1,94 @@
+// What a caller asks for: which selector chooses tokens, with which budget, and what must be
+// guaranteed about the rest. Mirrors the message kvservice.v1.Policy: whatever is left out means
+// the server's default, so the defaults live in one place, the server. Plain data; any thread.
+
+#ifndef KVSERVICE_CLIENT_POLICY_H_
+#define KVSERVICE_CLIENT_POLICY_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace kvservice::client {
+
+enum class Selector : uint8_t {
+  kAuto,       // Dense for short sequences, certified above.
+  kDense,      // Every token.
+  kGiven,      // The caller's own positions, and the budget's sink and local tokens.
+  kCis,        // Time axis: reuse the choice made for the most similar earlier query.
+  kPsaw,       // Depth axis: deeper layers see a shorter past.
+  kEtf,        // Layer axis: deeper layers take a shallower layer's choice for the frozen prefix.
+  kCpe,        // CIS, PSAW and ETF together.
+  kCertified,  // Scan every call and keep tokens until the limit on dropped mass is proven.
+};
+
+// What kind of statement is asked for, weakest first.
+enum class Guarantee : uint8_t { kNone, kConfidence, kDeterministic, kExact };
+
+// What happens when the limit cannot be proven for a head: say so, read more, answer densely, or
+// fail the row with BOUND_NOT_MET.
+enum class OnViolation : uint8_t { kReport, kGrow, kDense, kFail };
+
+// kShadow answers densely and reports what the selection would have dropped.
+enum class Mode : uint8_t { kEnforce, kShadow };
+
+// Tokens per KV head.
+struct Budget {
+  std::optional<uint32_t> sink_tokens = {};
+  std::optional<uint32_t> local_tokens = {};
+  std::optional<uint32_t> top_k_tokens = {};
+};
+
+struct CisPolicy {
+  std::optional<float> min_cosine = {};
+  std::optional<uint32_t> anchors_max = {};
+  std::optional<uint32_t> block_steps = {};
+  std::optional<uint32_t> dilate_strongest_tokens = {};
+  std::optional<uint32_t> dilate_radius_tokens = {};
+};
+
+struct PsawPolicy {
+  std::optional<uint32_t> first_layer = {};
+  std::optional<float> phi = {};
+  std::optional<float> alpha = {};
+};
+
+struct EtfPolicy {
+  std::optional<uint32_t> first_layer = {};
+  std::optional<float> psi = {};
+  std::optional<float> gamma = {};
+};
+
+// Replaces the selector of layers [layer_begin, layer_end); later entries win.
+struct LayerOverride {
+  uint32_t layer_begin = 0;
+  uint32_t layer_end = 0;
+  Selector selector = Selector::kDense;
+  std::optional<Budget> budget = {};
+};
+
+struct Policy {
+  std::optional<Selector> selector = {};
+  std::optional<Budget> budget = {};
+  std::optional<CisPolicy> cis = {};
+  std::optional<PsawPolicy> psaw = {};
+  std::optional<EtfPolicy> etf = {};
+  // Absent = layers 0 and 1 are dense; an empty list = no overrides.
+  std::optional<std::vector<LayerOverride>> layers = {};
+  // Limit on the dropped share of softmax attention per query head, in (0, 1]; 1 = none.
+  std::optional<float> max_dropped_mass = {};
+  std::optional<Guarantee> guarantee = {};
+  // For Guarantee::kConfidence, per head and call.
+  std::optional<double> failure_probability = {};
+  std::optional<OnViolation> on_violation = {};
+  std::optional<Mode> mode = {};
+  // Sequences shorter than this are answered densely.
+  std::optional<uint32_t> dense_below_tokens = {};
+  // A policy that is stored on the server; excludes everything else.
+  std::string name = {};
+};
+
+}  // namespace kvservice::client
+
+#endif  // KVSERVICE_CLIENT_POLICY_H_

@@ -1,0 +1,41 @@
+"""Client of KVService: sequences of keys and values on a server, and certified attention over them.
+
+    with Client("unix:/run/kvservice.sock") as client:
+        client.register_model(Model(...))
+        with client.sequence("llama") as sequence:
+            sequence.append(0, k, v)                              # prefill, every layer
+            result = sequence.attend(0, q, k1, v1, position=n)    # one layer of one step
+            result.out, result.certificates.dropped_mass_upper
+
+Tensors are numpy arrays: float32, float16, or uint16 that holds bf16 bits (see `tensors`).
+"""
+
+import pkgutil
+
+# Generated messages (kvservice.v1) may lie in another folder of the path than this package.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+from kvservice.client import Client, Sequence  # noqa: E402
+from kvservice.errors import KvServiceError  # noqa: E402
+from kvservice.policies import make_policy  # noqa: E402
+from kvservice.results import (  # noqa: E402
+    Action,
+    AttendResult,
+    Certificates,
+    GroupReports,
+    Level,
+    Selector,
+)
+
+__all__ = [
+    "Action",
+    "AttendResult",
+    "Certificates",
+    "Client",
+    "GroupReports",
+    "KvServiceError",
+    "Level",
+    "Selector",
+    "Sequence",
+    "make_policy",
+]

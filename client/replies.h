@@ -1,0 +1,26 @@
+// Replies, checked against their requests before anything is taken from them: one that does not fit
+// is INTERNAL / REPLY_MALFORMED as a whole. Inside the library only. Pure functions; any thread.
+
+#ifndef KVSERVICE_CLIENT_REPLIES_H_
+#define KVSERVICE_CLIENT_REPLIES_H_
+
+#include "absl/status/statusor.h"
+#include "client/attend.h"
+#include "client/sequence.h"
+#include "kvservice/v1/attention.pb.h"
+#include "kvservice/v1/sequence.pb.h"
+
+namespace kvservice::client {
+
+// Step id, number of rows, sizes of all arrays, sides of all bounds.
+absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
+                                             const v1::AttendResponse& response);
+
+// A sequence that exists: its id has 16 bytes and, unless `expected_id` is empty, is that one.
+absl::Status CheckSequence(const v1::Sequence& sequence, const std::string& expected_id);
+
+SequenceInfo InfoFromProto(const v1::Sequence& sequence);
+
+}  // namespace kvservice::client
+
+#endif  // KVSERVICE_CLIENT_REPLIES_H_

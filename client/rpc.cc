@@ -1,0 +1,193 @@
+#include "client/rpc.h"
+
+#include <grpcpp/channel.h>
+#include <grpcpp/client_context.h>
+#include <grpcpp/create_channel.h>
+#include <grpcpp/security/credentials.h>
+#include <grpcpp/support/channel_arguments.h>
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "client/error.h"
+#include "client/retry.h"
+#include "kvservice/v1/attention.grpc.pb.h"
+#include "kvservice/v1/model.grpc.pb.h"
+#include "kvservice/v1/sequence.grpc.pb.h"
+
+namespace kvservice::client {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+// A restarted server is found again this soon, and this late.
+constexpr int kReconnectMs = 20;
+constexpr int kReconnectMsMax = 1'000;
+
+absl::Status ToStatus(const grpc::Status& status) {
+  return StatusFromWire(status.error_code(), status.error_message(), status.error_details());
+}
+
+std::chrono::system_clock::time_point After(milliseconds duration) {
+  return std::chrono::system_clock::now() + duration;
+}
+
+milliseconds Until(steady_clock::time_point end) {
+  const auto left = std::chrono::duration_cast<milliseconds>(end - steady_clock::now());
+  return std::max(left, milliseconds(0));
+}
+
+std::shared_ptr<grpc::Channel> NewChannel(const ClientOptions& options) {
+  grpc::ChannelArguments arguments;
+  const int bytes_max = static_cast<int>(std::min<size_t>(options.message_bytes_max, INT_MAX));
+  arguments.SetMaxReceiveMessageSize(bytes_max);
+  arguments.SetMaxSendMessageSize(bytes_max);
+  // Retries are ours: gRPC's own leave out every request above its buffer.
+  arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
+  // Clients of one process would otherwise share a connection and its reconnection pauses.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kReconnectMs);
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, kReconnectMsMax);
+  return grpc::CreateCustomChannel(options.endpoint, grpc::InsecureChannelCredentials(), arguments);
+}
+
+class GrpcAppendStream final : public AppendStream {
+ public:
+  GrpcAppendStream(v1::SequenceService::Stub* stub, milliseconds deadline) {
+    context_.set_deadline(After(deadline));
+    writer_ = stub->Append(&context_, &response_);
+  }
+  ~GrpcAppendStream() override {
+    if (finished_) return;
+    context_.TryCancel();
+    writer_->Finish();
+  }
+
+  bool Write(const v1::AppendRequest& request) override { return writer_->Write(request); }
+
+  absl::Status Finish(v1::AppendResponse* response) override {
+    finished_ = true;
+    writer_->WritesDone();
+    absl::Status status = ToStatus(writer_->Finish());
+    *response = std::move(response_);
+    return status;
+  }
+
+ private:
+  grpc::ClientContext context_;
+  v1::AppendResponse response_;
+  std::unique_ptr<grpc::ClientWriter<v1::AppendRequest>> writer_;
+  bool finished_ = false;
+};
+
+class GrpcRpc final : public Rpc {
+ public:
+  explicit GrpcRpc(const ClientOptions& options)
+      : deadlines_(options.deadlines),
+        retry_(options.retry),
+        channel_(NewChannel(options)),
+        models_(v1::ModelService::NewStub(channel_)),
+        sequences_(v1::SequenceService::NewStub(channel_)),
+        attention_(v1::AttentionService::NewStub(channel_)) {}
+
+  bool WaitUntilConnected(milliseconds deadline) override {
+    return channel_->WaitForConnected(After(deadline));
+  }
+
+  absl::Status Register(const v1::RegisterRequest& request,
+                        v1::RegisterResponse* response) override {
+    return Call(models_.get(), &v1::ModelService::Stub::Register, request, response,
+                deadlines_.admin, Repeat::kAlways);
+  }
+  absl::Status Create(const v1::CreateRequest& request, v1::CreateResponse* response) override {
+    return Call(sequences_.get(), &v1::SequenceService::Stub::Create, request, response,
+                deadlines_.data, Repeat::kAlways);
+  }
+  absl::Status Fork(const v1::ForkRequest& request, v1::ForkResponse* response) override {
+    return Call(sequences_.get(), &v1::SequenceService::Stub::Fork, request, response,
+                deadlines_.data, Repeat::kIfRefused);
+  }
+  absl::Status Truncate(const v1::TruncateRequest& request,
+                        v1::TruncateResponse* response) override {
+    return Call(sequences_.get(), &v1::SequenceService::Stub::Truncate, request, response,
+                deadlines_.data, Repeat::kIfRefused);
+  }
+  absl::Status Get(const v1::GetRequest& request, v1::GetResponse* response) override {
+    return Call(sequences_.get(), &v1::SequenceService::Stub::Get, request, response,
+                deadlines_.data, Repeat::kAlways);
+  }
+  absl::Status Attend(const v1::AttendRequest& request, v1::AttendResponse* response) override {
+    return Call(attention_.get(), &v1::AttentionService::Stub::Attend, request, response,
+                deadlines_.data, Repeat::kAlways);
+  }
+  absl::Status Drop(const v1::DropRequest& request) override {
+    v1::DropResponse response;
+    uint32_t attempts = 0;
+    const absl::Status status = Call(sequences_.get(), &v1::SequenceService::Stub::Drop, request,
+                                     &response, deadlines_.data, Repeat::kAlways, &attempts);
+    return attempts > 1 && absl::IsNotFound(status) ? absl::OkStatus() : status;
+  }
+  absl::Status DropOnce(const v1::DropRequest& request,
+                        steady_clock::time_point deadline) override {
+    v1::DropResponse response;
+    return Attempt(sequences_.get(), &v1::SequenceService::Stub::Drop, request, &response,
+                   Until(deadline));
+  }
+
+  std::unique_ptr<AppendStream> OpenAppend() override {
+    return std::make_unique<GrpcAppendStream>(sequences_.get(), deadlines_.admin);
+  }
+
+ private:
+  template <typename Stub, typename Request, typename Response>
+  using Method = grpc::Status (Stub::*)(grpc::ClientContext*, const Request&, Response*);
+
+  template <typename Stub, typename Request, typename Response>
+  static absl::Status Attempt(Stub* stub, Method<Stub, Request, Response> method,
+                              const Request& request, Response* response, milliseconds deadline) {
+    grpc::ClientContext context;
+    context.set_deadline(After(deadline));
+    response->Clear();
+    return ToStatus((stub->*method)(&context, request, response));
+  }
+
+  // `attempts`, if given, is set to the number of attempts made.
+  template <typename Stub, typename Request, typename Response>
+  absl::Status Call(Stub* stub, Method<Stub, Request, Response> method, const Request& request,
+                    Response* response, milliseconds deadline, Repeat repeat,
+                    uint32_t* attempts = nullptr) {
+    const steady_clock::time_point end = steady_clock::now() + deadline;
+    Backoff backoff(retry_, repeat, seeds_.fetch_add(1, std::memory_order_relaxed));
+    for (;;) {
+      if (attempts != nullptr) ++*attempts;
+      absl::Status status = Attempt(stub, method, request, response, Until(end));
+      if (status.ok()) return status;
+      const std::optional<milliseconds> pause = backoff.Next(status, Until(end));
+      if (!pause.has_value()) return status;
+      std::this_thread::sleep_for(*pause);
+    }
+  }
+
+  const Deadlines deadlines_;
+  const RetryOptions retry_;
+  const std::shared_ptr<grpc::Channel> channel_;  // gRPC's API shares channels.
+  const std::unique_ptr<v1::ModelService::Stub> models_;
+  const std::unique_ptr<v1::SequenceService::Stub> sequences_;
+  const std::unique_ptr<v1::AttentionService::Stub> attention_;
+  // Different clients and calls must not pause alike.
+  std::atomic<uint64_t> seeds_{
+      static_cast<uint64_t>(steady_clock::now().time_since_epoch().count())};
+};
+
+}  // namespace
+
+std::unique_ptr<Rpc> NewRpc(const ClientOptions& options) {
+  return std::make_unique<GrpcRpc>(options);
+}
+
+}  // namespace kvservice::client

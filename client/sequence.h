@@ -1,0 +1,86 @@
+// One growing KV history on the server, owned by this object.
+
+#ifndef KVSERVICE_CLIENT_SEQUENCE_H_
+#define KVSERVICE_CLIENT_SEQUENCE_H_
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "client/append_writer.h"
+#include "client/attend.h"
+
+namespace kvservice::client {
+
+// Inside the library only.
+struct Core;
+
+struct SequenceInfo {
+  std::string model = {};
+  // Tokens that every layer has, and tokens of the longest layer.
+  uint32_t length_tokens = 0;
+  uint32_t length_max_tokens = 0;
+  uint32_t block_count = 0;
+  uint64_t bytes = 0;
+  std::chrono::milliseconds lease_remaining{0};
+  // Certificates so far, those with a deterministic or exact statement, and their largest bound.
+  uint64_t certificates = 0;
+  uint64_t certificates_proven = 0;
+  double dropped_mass_upper_max = 0.0;
+};
+
+// Move-only. The destructor asks the client to drop the sequence in the background: it neither
+// blocks nor fails, and a sequence that cannot be dropped expires with its lease. One thread at a
+// time, as the tokens of a sequence have an order; different sequences are independent. The client
+// outlives its sequences.
+//
+// Errors of all calls: NOT_FOUND / SEQUENCE_NOT_FOUND when the server has forgotten it (expired,
+// dropped, restarted), FAILED_PRECONDITION / GENERATION_MISMATCH when its contents changed behind
+// this object, INVALID_ARGUMENT / REQUEST_INVALID after Close or Detach.
+class Sequence {
+ public:
+  // Client::CreateSequence and Client::Adopt make sequences.
+  Sequence(Core* core, std::string id, uint64_t generation);
+  ~Sequence();
+  Sequence(Sequence&& other) noexcept;
+  Sequence& operator=(Sequence&& other) noexcept;
+
+  // 16 bytes; empty after Close, Detach and being moved from.
+  const std::string& id() const { return id_; }
+  // Version of the contents; Truncate raises it.
+  uint64_t generation() const { return generation_; }
+
+  AppendWriter Append() const;
+
+  // Appends k and v, if given, and attends. Safe to repeat. The row's error is the call's.
+  absl::StatusOr<AttendRowResult> Attend(const AttendQuery& query) const;
+
+  // A copy-on-write child with the first tokens, by default all that every layer has.
+  absl::StatusOr<Sequence> Fork(std::optional<uint32_t> length_tokens = std::nullopt) const;
+
+  // Forgets the newest tokens. This object moves on to the new generation.
+  absl::Status Truncate(uint32_t length_tokens);
+
+  absl::StatusOr<SequenceInfo> Describe() const;
+
+  // Drops it now, and tells whether that worked. Whatever happened, this object owns nothing
+  // afterwards.
+  absl::Status Close();
+
+  // Gives up ownership: the sequence lives until its lease ends. Returns its id.
+  std::string Detach();
+
+ private:
+  friend class Client;
+
+  Core* core_;
+  std::string id_;
+  uint64_t generation_;
+};
+
+}  // namespace kvservice::client
+
+#endif  // KVSERVICE_CLIENT_SEQUENCE_H_

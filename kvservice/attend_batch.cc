@@ -1,0 +1,347 @@
+#include "kvservice/attend_batch.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "attention/float16.h"
+#include "kvservice/engine_errors.h"
+#include "kvservice/error.h"
+#include "kvservice/row_check.h"
+#include "kvservice/store_rows.h"
+#include "kvservice/tensor_check.h"
+#include "selector/selector.h"
+
+namespace kvservice {
+namespace {
+
+uint64_t QueryTokens(const AttendCall& call) {
+  uint64_t count = 0;
+  for (const AttendCallRow& row : call.rows) count += row.query_count;
+  return count;
+}
+
+// Elements of q and out per query token. The tensor's shape was checked.
+size_t TokenFloats(const AttendCall& call) {
+  return static_cast<size_t>(call.q.shape[1]) * static_cast<size_t>(call.q.shape[2]);
+}
+
+size_t TokenHeads(const AttendCall& call) { return static_cast<size_t>(call.q.shape[1]); }
+
+void SizeOutputs(AttendCall* call) {
+  const uint64_t token_count = QueryTokens(*call);
+  call->out.resize(token_count * TokenFloats(*call));
+  call->lse.resize(token_count * TokenHeads(*call));
+  call->results.resize(call->rows.size());
+}
+
+void FailRow(AttendCall* call, uint32_t index, uint64_t first_token, absl::Status status) {
+  const uint64_t count = call->rows[index].query_count;
+  std::fill_n(call->out.begin() + static_cast<ptrdiff_t>(first_token * TokenFloats(*call)),
+              count * TokenFloats(*call), 0.0F);
+  std::fill_n(call->lse.begin() + static_cast<ptrdiff_t>(first_token * TokenHeads(*call)),
+              count * TokenHeads(*call), 0.0F);
+  call->results[index] = AttendRowResult();
+  call->results[index].status = std::move(status);
+}
+
+// The row's queries as floats: in place where they are floats already, else widened into `widened`.
+const float* Queries(const TensorView& q, size_t first, size_t count, std::vector<float>* widened) {
+  const std::byte* data = q.bytes.data() + first * ElementBytes(q.dtype);
+  if (q.dtype == DType::kFloat32 && reinterpret_cast<uintptr_t>(data) % alignof(float) == 0) {
+    return reinterpret_cast<const float*>(data);
+  }
+  widened->resize(count);
+  for (size_t i = 0; i < count; ++i) (*widened)[i] = LoadElement(q.dtype, data, i);
+  return widened->data();
+}
+
+void AddGroups(const AttendRowResult& result, uint64_t tokens_visible, AttendStats* stats) {
+  for (const GroupReport& group : result.groups) {
+    ++stats->groups;
+    stats->groups_scanned += group.scanned ? 1 : 0;
+    stats->groups_dense += group.action == Action::kDense ? 1 : 0;
+    stats->tokens_read += group.tokens_read;
+    stats->tokens_visible += tokens_visible;
+  }
+}
+
+void AddCertificates(const AttendRowResult& result, AttendStats* stats) {
+  for (const HeadCertificate& certificate : result.certificates) {
+    ++stats->certificates;
+    stats->failure_probability_sum += certificate.failure_probability;
+    if (certificate.level < Level::kDeterministic) continue;
+    const double dropped = certificate.dropped_mass_upper.value;
+    ++stats->certificates_proven;
+    stats->dropped_mass_upper_sum += dropped;
+    stats->dropped_mass_upper_max = std::max(stats->dropped_mass_upper_max, dropped);
+  }
+}
+
+// A device says in its own words why it failed a row; callers get a reason.
+absl::Status DeviceError(const AttendRow& row, const AttendRowResult& result, uint32_t index) {
+  if (row.status.code() != absl::StatusCode::kFailedPrecondition) return row.status;
+  double worst = 0.0;
+  for (const HeadCertificate& certificate : result.certificates) {
+    worst = std::max(worst, certificate.dropped_mass_upper.value);
+  }
+  const absl::string_view text = row.status.message();
+  return MakeError(row.status.code(), std::string_view(text.data(), text.size()),
+                   {.reason = "BOUND_NOT_MET",
+                    .field = absl::StrCat("rows[", index, "]"),
+                    .metadata = {{"max_dropped_mass", absl::StrCat(row.plan.max_dropped_mass)},
+                                 {"dropped_mass_upper", absl::StrCat(worst)}}});
+}
+
+}  // namespace
+
+void AttendBatch::Run(absl::Span<AttendCall* const> calls, uint64_t now_ns,
+                      absl::Span<absl::Status> statuses) {
+  waiting_.clear();
+  for (size_t i = 0; i < calls.size(); ++i) {
+    calls[i]->call_number = ++call_number_;
+    calls[i]->started_ns = now_ns;
+    statuses[i] = CheckCall(calls[i], now_ns);
+    if (statuses[i].ok()) PrepareRows(calls[i], now_ns);
+  }
+  while (!waiting_.empty()) {
+    TakeBatch();
+    RunDevice();
+  }
+}
+
+absl::Status AttendBatch::CheckCall(AttendCall* call, uint64_t now_ns) {
+  if (call->rows.empty() || call->rows.size() > options_->rows_max) {
+    return InvalidField("rows", "ROW_COUNT_OUT_OF_RANGE",
+                        absl::StrCat("a call has 1 to ", options_->rows_max, " rows, this one ",
+                                     call->rows.size()));
+  }
+  model_ = nullptr;
+  records_.clear();
+  for (const AttendCallRow& row : call->rows) {
+    SequenceRecord* record = table_->Find(call->tenant, row.id, now_ns);
+    records_.push_back(record);
+    if (model_ == nullptr && record != nullptr) model_ = record->model;
+  }
+  if (model_ != nullptr && call->layer >= model_->spec.layer_count) {
+    return LayerOutOfRange(call->layer, model_->spec.layer_count);
+  }
+  const absl::Status status = CheckTensors(*call);
+  if (!status.ok() || call->policy == nullptr || model_ == nullptr) return status;
+  return CheckPolicy("", *call->policy, model_->spec.layer_count);
+}
+
+// Without a model (no handle of the call was found) tensors need only agree with themselves.
+absl::Status AttendBatch::CheckTensors(const AttendCall& call) const {
+  const auto token_count = static_cast<int64_t>(QueryTokens(call));
+  TensorExpectation of_q;
+  TensorExpectation of_kv;
+  of_q.shape[0] = of_kv.shape[0] = token_count;
+  if (model_ != nullptr) {
+    const KvLayout& layout = model_->spec.layout;
+    of_q.shape = {token_count, layout.query_head_count, layout.head_dim};
+    of_kv.shape = {token_count, layout.kv_head_count, layout.head_dim};
+    of_kv.dtype = layout.dtype;
+  }
+  absl::Status status = CheckTensor(call.q, of_q);
+  if (!status.ok()) return status;
+  if (call.k.has_value() != call.v.has_value()) {
+    const char* missing = call.k.has_value() ? "v" : "k";
+    return InvalidField(missing, "TENSOR_MISSING", "k and v come together or not at all");
+  }
+  if (call.k.has_value()) status = CheckTensor(*call.k, of_kv);
+  if (call.v.has_value() && status.ok()) status = CheckTensor(*call.v, of_kv);
+  return status;
+}
+
+void AttendBatch::PrepareRows(AttendCall* call, uint64_t now_ns) {
+  SizeOutputs(call);
+  uint64_t first_token = 0;
+  for (uint32_t i = 0; i < call->rows.size(); ++i) {
+    Row row{.call = call, .index = i, .record = records_[i], .first_token = first_token};
+    absl::Status status = PrepareRow(now_ns, &row);
+    if (status.ok()) {
+      waiting_.push_back(row);
+    } else {
+      FailRow(call, i, first_token, std::move(status));
+    }
+    first_token += call->rows[i].query_count;
+  }
+}
+
+absl::Status AttendBatch::PrepareRow(uint64_t now_ns, Row* row) {
+  const AttendCallRow& asked = row->call->rows[row->index];
+  const std::string field = absl::StrCat("rows[", row->index, "].");
+  SequenceRecord* record = row->record;
+  if (record == nullptr) return SequenceNotFound();
+  if (record->generation != asked.generation) {
+    return GenerationMismatch(field + "handle.generation", asked.generation, record->generation);
+  }
+  SequenceTable::Renew(record, now_ns);
+  if (record->model != model_) {
+    return InvalidField(field + "handle", "MODEL_MISMATCH",
+                        "all rows of a call are of sequences of one model");
+  }
+  const bool seen = std::exchange(record->last_call, call_number_) == call_number_;
+  absl::Status status = CheckRow(*row->call, row->index, seen);
+  if (status.ok()) status = CheckRowPolicy(field, row);
+  if (status.ok()) status = CheckRowFinite(*row);
+  return status.ok() ? StoreRow(field, *row) : status;
+}
+
+// Decides which policy rules the row: its own, the call's (checked with the call), the sequence's.
+absl::Status AttendBatch::CheckRowPolicy(const std::string& field, Row* row) const {
+  const AttendCallRow& asked = row->call->rows[row->index];
+  row->policy = row->call->policy != nullptr ? row->call->policy : &row->record->policy;
+  if (asked.policy != nullptr) {
+    row->policy = asked.policy;
+    const absl::Status status = CheckPolicy(field, *asked.policy, model_->spec.layer_count);
+    if (!status.ok()) return status;
+  }
+  if (ResolveSelector(*row->policy, Context(*row)) != SelectorKind::kGiven) return absl::OkStatus();
+  return CheckGiven(field, asked, model_->spec.layout.kv_head_count,
+                    static_cast<uint64_t>(asked.position) + asked.query_count);
+}
+
+absl::Status AttendBatch::CheckRowFinite(const Row& row) const {
+  const AttendCall& call = *row.call;
+  const KvLayout& layout = model_->spec.layout;
+  const uint32_t token_count = call.rows[row.index].query_count;
+  const size_t q_floats = TokenFloats(call);
+  absl::Status status = CheckFinite(call.q, row.first_token * q_floats, token_count * q_floats);
+  if (!status.ok() || !call.k.has_value()) return status;
+  const size_t kv_elements = static_cast<size_t>(layout.kv_head_count) * layout.head_dim;
+  const size_t first = row.first_token * kv_elements;
+  status = CheckFinite(*call.k, first, token_count * kv_elements);
+  return status.ok() ? CheckFinite(*call.v, first, token_count * kv_elements) : status;
+}
+
+absl::Status AttendBatch::StoreRow(const std::string& field, const Row& row) {
+  const AttendCall& call = *row.call;
+  const AttendCallRow& asked = call.rows[row.index];
+  Sequence* cache = row.record->cache.get();
+  if (call.k.has_value()) {
+    const KvLayout& layout = model_->spec.layout;
+    const size_t skipped_bytes =
+        row.first_token * layout.kv_head_count * static_cast<size_t>(layout.vector_bytes());
+    const absl::StatusOr<AppendResult> stored =
+        StoreRows(*options_, *pool_, field,
+                  {.layer = call.layer,
+                   .position = asked.position,
+                   .count = asked.query_count,
+                   .k = call.k->bytes.data() + skipped_bytes,
+                   .v = call.v->bytes.data() + skipped_bytes},
+                  cache);
+    if (!stored.ok()) return stored.status();
+  }
+  const uint32_t length = cache->length(call.layer);
+  const uint64_t end = static_cast<uint64_t>(asked.position) + asked.query_count;
+  if (end > length) return PositionGap(field + "position", end - 1, length);
+  return absl::OkStatus();
+}
+
+// A sequence that comes twice goes to another batch: a device changes its lists while it works.
+void AttendBatch::TakeBatch() {
+  ++batch_number_;
+  batch_.clear();
+  later_.clear();
+  const Model* model = waiting_.front().record->model;
+  for (const Row& row : waiting_) {
+    const bool fits = row.record->model == model &&
+                      std::exchange(row.record->last_batch, batch_number_) != batch_number_;
+    (fits ? batch_ : later_).push_back(row);
+  }
+  waiting_.swap(later_);
+}
+
+void AttendBatch::RunDevice() {
+  planned_.resize(batch_.size());
+  if (buffers_.size() < batch_.size()) buffers_.resize(batch_.size());
+  for (size_t i = 0; i < batch_.size(); ++i) PlanRow(batch_[i], &buffers_[i], &planned_[i]);
+  const uint32_t layer = batch_.front().call->layer;
+  device_->Attend(batch_.front().record->model->layers[layer], absl::MakeSpan(planned_));
+  for (size_t i = 0; i < batch_.size(); ++i) FinishRow(batch_[i], planned_[i]);
+}
+
+StepContext AttendBatch::Context(const Row& row) {
+  const AttendCallRow& asked = row.call->rows[row.index];
+  const Model& model = *row.record->model;
+  return {.layer = row.call->layer,
+          .layer_count = model.spec.layer_count,
+          .attended_length = asked.position + asked.query_count,
+          .query_count = asked.query_count,
+          .sliding_window = model.layers[row.call->layer].sliding_window,
+          .given = asked.given,
+          .given_offsets = asked.given_offsets};
+}
+
+PlannedStep AttendBatch::Plan(const Row& row) {
+  StepContext context = Context(row);
+  Sequence* cache = row.record->cache.get();
+  const uint32_t length = context.attended_length;
+  const uint32_t anchors_max = row.policy->cis.anchors_max;
+  if (UsesLists(ResolveSelector(*row.policy, context))) {
+    context.lists = cache->ListsFor(context.layer, length, anchors_max);
+    context.shallower_lists = cache->ShallowerLists(context.layer, length);
+  }
+  PlannedStep step = MakePlan(*row.policy, context);
+  if (step.drop_lists) {
+    cache->DropLists(context.layer);
+    step.plan.lists = cache->ListsFor(context.layer, length, anchors_max);
+  }
+  return step;
+}
+
+void AttendBatch::PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) {
+  AttendCall* call = row.call;
+  const AttendCallRow& asked = call->rows[row.index];
+  const Model& model = *row.record->model;
+  const KvLayout& layout = model.spec.layout;
+  const PlannedStep step = Plan(row);
+
+  AttendRowResult& result = call->results[row.index];
+  result.attended_length = asked.position + asked.query_count;
+  result.selector = step.selector;
+  result.groups.assign(layout.kv_head_count, GroupReport());
+  result.certificates.assign(static_cast<size_t>(asked.query_count) * layout.query_head_count,
+                             HeadCertificate());
+  result.selected.assign(call->want_selected ? layout.kv_head_count : 0, {});
+
+  const size_t q_floats = TokenFloats(*call);
+  *planned = AttendRow();
+  planned->view = row.record->cache->View(call->layer, result.attended_length, &buffers->view);
+  planned->position = asked.position;
+  planned->query_count = asked.query_count;
+  planned->q =
+      Queries(call->q, row.first_token * q_floats, asked.query_count * q_floats, &buffers->q);
+  planned->plan = step.plan;
+  planned->tables = model.shape.TablesOf(call->layer);
+  planned->out = call->out.data() + row.first_token * q_floats;
+  planned->lse = call->lse.data() + row.first_token * TokenHeads(*call);
+  planned->certificates = result.certificates.data();
+  planned->groups = result.groups.data();
+  planned->selected = call->want_selected ? result.selected.data() : nullptr;
+}
+
+void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
+  Sequence* cache = row.record->cache.get();
+  if (done.plan.lists != nullptr) {
+    cache->ListsUsed(row.call->layer, done.view.length);
+    if (cache->list_bytes() > options_->list_bytes_per_sequence_max) cache->DropLists();
+  }
+  AttendRowResult& result = row.call->results[row.index];
+  if (!done.status.ok()) {
+    FailRow(row.call, row.index, row.first_token, DeviceError(done, result, row.index));
+    return;
+  }
+  result.status = absl::OkStatus();
+  const uint32_t window = row.record->model->layers[row.call->layer].sliding_window;
+  const uint32_t seen_by_last = window == 0 ? done.view.length : std::min(window, done.view.length);
+  for (AttendStats* stats : {&row.record->stats, totals_}) {
+    ++stats->attend_rows;
+    AddGroups(result, seen_by_last, stats);
+    AddCertificates(result, stats);
+  }
+}
+
+}  // namespace kvservice

@@ -1,0 +1,92 @@
+// Runs waiting Attend calls of one layer: checks every row, stores its k and v, plans it, and
+// executes all rows of one model in one device batch.
+//
+// Rows fail on their own. A row is checked completely before anything of it is stored; after that
+// only the device can fail it (a bound that was not met), and then what was stored stays: repeating
+// the call stores nothing twice.
+//
+// Belongs to the executor thread, which reuses one object so that steady state allocates little.
+
+#ifndef KVSERVICE_KVSERVICE_ATTEND_BATCH_H_
+#define KVSERVICE_KVSERVICE_ATTEND_BATCH_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "attention/device.h"
+#include "kvservice/cache/block_pool.h"
+#include "kvservice/engine.h"
+#include "kvservice/sequence_table.h"
+#include "selector/selector.h"
+
+namespace kvservice {
+
+class AttendBatch {
+ public:
+  // Everything is borrowed and outlives the object.
+  AttendBatch(const EngineOptions* options, Device* device, const BlockPool* pool,
+              SequenceTable* table, AttendStats* totals)
+      : options_(options), device_(device), pool_(pool), table_(table), totals_(totals) {}
+
+  // Fills the outputs of every call and its status. All calls are of one layer and together have at
+  // most rows_max rows (a single call may have more: it is refused).
+  void Run(absl::Span<AttendCall* const> calls, uint64_t now_ns, absl::Span<absl::Status> statuses);
+
+ private:
+  // One row that passed its checks and waits for the device.
+  struct Row {
+    AttendCall* call = nullptr;
+    uint32_t index = 0;
+    SequenceRecord* record = nullptr;
+    const Policy* policy = nullptr;
+    // Index of the row's first query token in the call's tensors.
+    uint64_t first_token = 0;
+  };
+  // Memory behind one AttendRow of a device batch.
+  struct Buffers {
+    ViewArrays view;
+    std::vector<float> q;
+  };
+
+  absl::Status CheckCall(AttendCall* call, uint64_t now_ns);
+  absl::Status CheckTensors(const AttendCall& call) const;
+  void PrepareRows(AttendCall* call, uint64_t now_ns);
+  absl::Status PrepareRow(uint64_t now_ns, Row* row);
+  absl::Status CheckRowPolicy(const std::string& field, Row* row) const;
+  absl::Status CheckRowFinite(const Row& row) const;
+  absl::Status StoreRow(const std::string& field, const Row& row);
+  // Moves rows of one model and of different sequences from waiting_ to batch_.
+  void TakeBatch();
+  void RunDevice();
+  static StepContext Context(const Row& row);
+  static PlannedStep Plan(const Row& row);
+  static void PlanRow(const Row& row, Buffers* buffers, AttendRow* planned);
+  void FinishRow(const Row& row, const AttendRow& done);
+
+  const EngineOptions* const options_;
+  Device* const device_;
+  const BlockPool* const pool_;
+  SequenceTable* const table_;
+  AttendStats* const totals_;
+
+  uint64_t call_number_ = 0;
+  uint64_t batch_number_ = 0;
+
+  // Of the call that is being prepared: [rows], nullptr where the handle was not found.
+  std::vector<SequenceRecord*> records_;
+  const Model* model_ = nullptr;
+
+  // Rows that wait for the device, rows of the current batch, and the rest.
+  std::vector<Row> waiting_;
+  std::vector<Row> batch_;
+  std::vector<Row> later_;
+  std::vector<AttendRow> planned_;
+  std::vector<Buffers> buffers_;
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_ATTEND_BATCH_H_

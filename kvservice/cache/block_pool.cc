@@ -1,0 +1,93 @@
+#include "kvservice/cache/block_pool.h"
+
+#include <cassert>
+
+namespace kvservice {
+namespace {
+
+// Slices and sketches are 64-byte aligned.
+constexpr size_t kLineBytes = 64;
+
+}  // namespace
+
+struct BlockRef::Block {
+  BlockPool* pool;
+  std::byte* data;
+  size_t bytes;
+  uint32_t reference_count;
+};
+
+BlockRef::~BlockRef() {
+  if (block_ == nullptr || --block_->reference_count > 0) return;
+  const std::unique_ptr<Block> last(block_);
+  last->pool->Release(static_cast<size_t>(last->data - last->pool->memory_.data()), last->bytes);
+}
+
+BlockRef::BlockRef(Block* block) : block_(block), data_(block->data) {}
+
+bool BlockRef::shared() const { return block_->reference_count > 1; }
+
+BlockRef BlockRef::Share() const {
+  ++block_->reference_count;
+  return BlockRef(block_);
+}
+
+absl::StatusOr<std::unique_ptr<BlockPool>> BlockPool::New(Device* device, size_t bytes) {
+  auto memory = device->Allocate(bytes);
+  if (!memory.ok()) return memory.status();
+  return std::unique_ptr<BlockPool>(new BlockPool(*std::move(memory)));
+}
+
+BlockPool::BlockPool(DeviceMemory memory) : memory_(std::move(memory)) {
+  const size_t usable = memory_.bytes() / kLineBytes * kLineBytes;
+  if (usable > 0) AddFree(0, usable);
+}
+
+BlockPool::~BlockPool() { assert(blocks_used() == 0); }
+
+BlockRef BlockPool::Allocate(size_t bytes) {
+  assert(bytes > 0);
+  bytes = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+  const auto fit = free_by_bytes_.lower_bound({bytes, 0});
+  if (fit == free_by_bytes_.end()) return BlockRef();
+  const auto [range_bytes, offset] = *fit;
+  RemoveFree(free_by_offset_.find(offset));
+  if (range_bytes > bytes) AddFree(offset + bytes, range_bytes - bytes);
+  bytes_used_.fetch_add(bytes, std::memory_order_relaxed);
+  blocks_used_.fetch_add(1, std::memory_order_relaxed);
+  auto block = std::make_unique<BlockRef::Block>(BlockRef::Block{
+      .pool = this, .data = memory_.data() + offset, .bytes = bytes, .reference_count = 1});
+  return BlockRef(block.release());
+}
+
+void BlockPool::AddFree(size_t offset, size_t bytes) {
+  free_by_offset_.emplace(offset, bytes);
+  free_by_bytes_.emplace(bytes, offset);
+}
+
+void BlockPool::RemoveFree(std::map<size_t, size_t>::iterator range) {
+  free_by_bytes_.erase({range->second, range->first});
+  free_by_offset_.erase(range);
+}
+
+void BlockPool::Release(size_t offset, size_t bytes) {
+  bytes_used_.fetch_sub(bytes, std::memory_order_relaxed);
+  blocks_used_.fetch_sub(1, std::memory_order_relaxed);
+  auto next = free_by_offset_.lower_bound(offset);
+  if (next != free_by_offset_.end() && next->first == offset + bytes) {
+    bytes += next->second;
+    const auto merged = next++;
+    RemoveFree(merged);
+  }
+  if (next != free_by_offset_.begin()) {
+    const auto previous = std::prev(next);
+    if (previous->first + previous->second == offset) {
+      offset = previous->first;
+      bytes += previous->second;
+      RemoveFree(previous);
+    }
+  }
+  AddFree(offset, bytes);
+}
+
+}  // namespace kvservice

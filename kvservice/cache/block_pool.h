@@ -1,0 +1,99 @@
+// The memory that all sequences share: one arena, reserved at start, handed out in blocks.
+//
+// A block is one contiguous range: the slices of all layers, then their sketch slices. Models
+// differ in block size, so the arena keeps its free ranges coalesced and gives out the best fitting
+// one; with one model there is no fragmentation at all, with several a large block may find no
+// range although the sum of the free ones would do. Accounting is exact: what is not free is held
+// by some BlockRef.
+//
+// A block is handed out with whatever its last owner left in it. Nobody reads that: a sequence
+// reads only below its lengths, and a sketch only where a slice is full.
+//
+// One thread (the executor) allocates, shares and releases; the counters may be read by any.
+
+#ifndef KVSERVICE_KVSERVICE_CACHE_BLOCK_POOL_H_
+#define KVSERVICE_KVSERVICE_CACHE_BLOCK_POOL_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <set>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "attention/device.h"
+
+namespace kvservice {
+
+class BlockPool;
+
+// Shared ownership of one block; the last reference returns it to the pool. Move-only: sharing is
+// spelled out. Refers to the pool, which must outlive it. Belongs to the pool's thread.
+class BlockRef {
+ public:
+  BlockRef() = default;
+  BlockRef(BlockRef&& other) noexcept
+      : block_(std::exchange(other.block_, nullptr)), data_(std::exchange(other.data_, nullptr)) {}
+  BlockRef& operator=(BlockRef&& other) noexcept {
+    std::swap(block_, other.block_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~BlockRef();
+
+  explicit operator bool() const { return block_ != nullptr; }
+  // 64-byte aligned.
+  std::byte* data() const { return data_; }
+  // Some other reference to the block exists: it must not be written.
+  bool shared() const;
+  BlockRef Share() const;
+
+ private:
+  friend class BlockPool;
+  struct Block;
+  explicit BlockRef(Block* block);
+
+  Block* block_ = nullptr;
+  // The block's own, here so that walking a block table reads the table alone.
+  std::byte* data_ = nullptr;
+};
+
+class BlockPool {
+ public:
+  // RESOURCE_EXHAUSTED if the device cannot reserve `bytes`.
+  static absl::StatusOr<std::unique_ptr<BlockPool>> New(Device* device, size_t bytes);
+  // All blocks must have come back.
+  ~BlockPool();
+  BlockPool(const BlockPool&) = delete;
+  BlockPool& operator=(const BlockPool&) = delete;
+
+  // An empty reference when no free range is long enough. `bytes` is rounded up to whole cache
+  // lines.
+  BlockRef Allocate(size_t bytes);
+
+  size_t bytes() const { return memory_.bytes(); }
+  size_t bytes_used() const { return bytes_used_.load(std::memory_order_relaxed); }
+  uint64_t blocks_used() const { return blocks_used_.load(std::memory_order_relaxed); }
+
+ private:
+  friend class BlockRef;
+  explicit BlockPool(DeviceMemory memory);
+  void AddFree(size_t offset, size_t bytes);
+  void RemoveFree(std::map<size_t, size_t>::iterator range);
+  void Release(size_t offset, size_t bytes);
+
+  const DeviceMemory memory_;
+
+  std::atomic<size_t> bytes_used_ = 0;
+  std::atomic<uint64_t> blocks_used_ = 0;
+
+  // The same free ranges twice: offset -> bytes to coalesce, (bytes, offset) to find the best fit.
+  std::map<size_t, size_t> free_by_offset_;
+  std::set<std::pair<size_t, size_t>> free_by_bytes_;
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_CACHE_BLOCK_POOL_H_

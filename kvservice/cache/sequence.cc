@@ -1,0 +1,237 @@
+#include "kvservice/cache/sequence.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <utility>
+
+#include "absl/container/inlined_vector.h"
+
+namespace kvservice {
+namespace {
+
+// Decoding touches one slice, rarely two; prefill chunks go to the heap.
+constexpr size_t kSlicesInline = 2;
+
+}  // namespace
+
+Sequence::Sequence(const CacheShape* shape, BlockPool* pool, Device* device)
+    : shape_(shape), pool_(pool), device_(device), layers_(shape->layer_count) {}
+
+Sequence::~Sequence() = default;
+
+uint32_t Sequence::length_min() const {
+  uint32_t length = UINT32_MAX;
+  for (const Layer& layer : layers_) length = std::min(length, layer.length);
+  return length;
+}
+
+uint32_t Sequence::length_max() const {
+  uint32_t length = 0;
+  for (const Layer& layer : layers_) length = std::max(length, layer.length);
+  return length;
+}
+
+size_t Sequence::bytes() const { return blocks_.size() * shape_->block_bytes() + list_bytes_; }
+
+AppendOutcome Sequence::Append(uint32_t layer, uint32_t position, uint32_t count,
+                               const std::byte* k, const std::byte* v) {
+  const uint32_t old_length = layers_[layer].length;
+  assert(count > 0 && position <= UINT32_MAX - count);
+  if (position > old_length) return AppendOutcome::kGap;
+  const uint32_t stored = std::min(count, old_length - position);
+  if (!EqualsStored(layer, position, stored, k, v)) return AppendOutcome::kConflict;
+  if (stored == count) return AppendOutcome::kDuplicate;
+  if (!Reserve(BlockCount(position + count))) return AppendOutcome::kPoolFull;
+  const size_t skipped_bytes =
+      static_cast<size_t>(stored) * shape_->layout.kv_head_count * shape_->layout.vector_bytes();
+  Write(layer, old_length, count - stored, k + skipped_bytes, v + skipped_bytes);
+  layers_[layer].length = position + count;
+  SealFull(layer, old_length);
+  return AppendOutcome::kStored;
+}
+
+bool Sequence::EqualsStored(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
+                            const std::byte* v) const {
+  const KvLayout& layout = shape_->layout;
+  const size_t vector_bytes = layout.vector_bytes();
+  for (uint32_t token = position; token < position + count; ++token) {
+    const std::byte* slice = Slice(layer, token / kBlockTokens);
+    for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
+      const std::byte* row = slice + layout.RowOffset(head, token % kBlockTokens);
+      if (std::memcmp(row, k, vector_bytes) != 0) return false;
+      if (std::memcmp(row + vector_bytes, v, vector_bytes) != 0) return false;
+      k += vector_bytes;
+      v += vector_bytes;
+    }
+  }
+  return true;
+}
+
+bool Sequence::Reserve(uint32_t block_count) {
+  const size_t old_count = blocks_.size();
+  while (blocks_.size() < block_count) {
+    BlockRef block = pool_->Allocate(shape_->block_bytes());
+    if (!block) {
+      blocks_.erase(blocks_.begin() + static_cast<ptrdiff_t>(old_count), blocks_.end());
+      return false;
+    }
+    blocks_.push_back(std::move(block));
+  }
+  return true;
+}
+
+void Sequence::Write(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
+                     const std::byte* v) {
+  const size_t token_bytes =
+      static_cast<size_t>(shape_->layout.kv_head_count) * shape_->layout.vector_bytes();
+  absl::InlinedVector<AppendSlice, kSlicesInline> slices;
+  while (count > 0) {
+    const uint32_t block = position / kBlockTokens;
+    const uint32_t first = position % kBlockTokens;
+    const uint32_t part = std::min(count, kBlockTokens - first);
+    assert(!blocks_[block].shared());
+    slices.push_back(
+        {.slice = Slice(layer, block), .first = first, .token_count = part, .k = k, .v = v});
+    position += part;
+    count -= part;
+    k += part * token_bytes;
+    v += part * token_bytes;
+  }
+  device_->Append(shape_->layout, slices);
+}
+
+void Sequence::SealFull(uint32_t layer, uint32_t old_length) {
+  absl::InlinedVector<SealSlice, kSlicesInline> slices;
+  const uint32_t full_end = layers_[layer].length / kBlockTokens;
+  for (uint32_t block = old_length / kBlockTokens; block < full_end; ++block) {
+    slices.push_back({.slice = Slice(layer, block),
+                      .sketch = blocks_[block].data() + shape_->SketchOffset(layer),
+                      .block_index = block,
+                      .tables = shape_->TablesOf(layer)});
+  }
+  if (!slices.empty()) device_->Seal(shape_->layout, slices);
+}
+
+KvView Sequence::View(uint32_t layer, uint32_t length, ViewArrays* arrays) const {
+  assert(length <= layers_[layer].length);
+  const uint32_t block_count = BlockCount(length);
+  const uint32_t sealed_count = length / kBlockTokens;
+  arrays->slices.resize(block_count);
+  arrays->sketches.resize(block_count);
+  const size_t slice_offset = shape_->SliceOffset(layer);
+  const size_t sketch_offset = shape_->SketchOffset(layer);
+  for (uint32_t block = 0; block < block_count; ++block) {
+    const std::byte* data = blocks_[block].data();
+    arrays->slices[block] = data + slice_offset;
+    arrays->sketches[block] = block < sealed_count ? data + sketch_offset : nullptr;
+  }
+  return {.slices = arrays->slices, .sketches = arrays->sketches, .length = length};
+}
+
+BlockRef Sequence::CopyBlock(const BlockRef& block, uint32_t token_count) const {
+  BlockRef copy = pool_->Allocate(shape_->block_bytes());
+  if (!copy) return copy;
+  const KvLayout& layout = shape_->layout;
+  const size_t bytes = static_cast<size_t>(token_count) * layout.row_bytes();
+  for (uint32_t layer = 0; layer < shape_->layer_count; ++layer) {
+    for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
+      const size_t offset = shape_->SliceOffset(layer) + layout.RowOffset(head, 0);
+      std::memcpy(copy.data() + offset, block.data() + offset, bytes);
+    }
+  }
+  return copy;
+}
+
+std::unique_ptr<Sequence> Sequence::Fork(uint32_t length) const {
+  assert(length <= length_min());
+  auto child = std::make_unique<Sequence>(shape_, pool_, device_);
+  const uint32_t full_count = length / kBlockTokens;
+  child->blocks_.reserve(BlockCount(length));
+  for (uint32_t block = 0; block < full_count; ++block) {
+    child->blocks_.push_back(blocks_[block].Share());
+  }
+  if (length % kBlockTokens != 0) {
+    BlockRef partial = CopyBlock(blocks_[full_count], length % kBlockTokens);
+    if (!partial) return nullptr;
+    child->blocks_.push_back(std::move(partial));
+  }
+  for (uint32_t i = 0; i < shape_->layer_count; ++i) {
+    Layer& layer = child->layers_[i];
+    // Lists that know later tokens than the child has stay behind: they are a cache.
+    if (layers_[i].lists_length <= length) layer = layers_[i];
+    layer.length = length;
+    child->list_bytes_ += layer.list_bytes;
+  }
+  return child;
+}
+
+bool Sequence::Truncate(uint32_t length) {
+  if (length >= length_max()) return true;
+  const uint32_t block_count = BlockCount(length);
+  const uint32_t partial_tokens = length % kBlockTokens;
+  if (partial_tokens != 0 && blocks_[block_count - 1].shared()) {
+    BlockRef copy = CopyBlock(blocks_[block_count - 1], partial_tokens);
+    if (!copy) return false;
+    blocks_[block_count - 1] = std::move(copy);
+  }
+  blocks_.erase(blocks_.begin() + block_count, blocks_.end());
+  for (uint32_t i = 0; i < shape_->layer_count; ++i) {
+    Layer& layer = layers_[i];
+    layer.length = std::min(layer.length, length);
+    if (layer.lists == nullptr || layer.lists_length <= length) continue;
+    if (layer.lists.use_count() > 1) {
+      DropLists(i);
+    } else {
+      layer.lists->Truncate(length);
+      ListsUsed(i, length);
+    }
+  }
+  return true;
+}
+
+TokenLists* Sequence::ListsFor(uint32_t layer, uint32_t length, uint32_t anchors_max) {
+  Layer& state = layers_[layer];
+  if (state.lists != nullptr && state.anchors_max != anchors_max) DropLists(layer);
+  if (state.lists == nullptr) {
+    state.lists = device_->NewTokenLists(shape_->layout, anchors_max);
+    state.anchors_max = anchors_max;
+  } else if (state.lists.use_count() > 1) {
+    state.lists = state.lists->Copy();
+  }
+  if (state.lists_length > length) {
+    state.lists->Truncate(length);
+    state.lists_length = length;
+  }
+  return state.lists.get();
+}
+
+void Sequence::ListsUsed(uint32_t layer, uint32_t length) {
+  Layer& state = layers_[layer];
+  state.lists_length = length;
+  list_bytes_ -= state.list_bytes;
+  state.list_bytes = state.lists == nullptr ? 0 : state.lists->bytes();
+  list_bytes_ += state.list_bytes;
+}
+
+const TokenLists* Sequence::ShallowerLists(uint32_t layer, uint32_t length) const {
+  while (layer-- > 0) {
+    const Layer& state = layers_[layer];
+    if (state.lists != nullptr && state.lists_length == length) return state.lists.get();
+  }
+  return nullptr;
+}
+
+void Sequence::DropLists(uint32_t layer) {
+  Layer& state = layers_[layer];
+  list_bytes_ -= state.list_bytes;
+  state.lists.reset();
+  state.lists_length = 0;
+  state.list_bytes = 0;
+}
+
+void Sequence::DropLists() {
+  for (uint32_t layer = 0; layer < shape_->layer_count; ++layer) DropLists(layer);
+}
+
+}  // namespace kvservice

@@ -1,0 +1,154 @@
+// The keys and values of one sequence: a block table, a length per layer, and the lists that
+// selectors remember per layer.
+//
+// Invariants. Layer l holds tokens [0, length(l)); a block exists for every token of the longest
+// layer. A slice is sealed (its sketch is made) exactly when all its tokens are below its layer's
+// length. A block that is shared with another sequence is full in all layers of both, so nobody
+// writes it; the last, partial block is never shared. Operations that need memory take it first and
+// change nothing if there is too little. Lengths grow after the bytes are there.
+//
+// Belongs to the executor thread. The shape, the pool and the device are borrowed and outlive the
+// sequence; the pool's memory is host memory.
+
+#ifndef KVSERVICE_KVSERVICE_CACHE_SEQUENCE_H_
+#define KVSERVICE_KVSERVICE_CACHE_SEQUENCE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "attention/device.h"
+#include "attention/kv_layout.h"
+#include "attention/kv_view.h"
+#include "attention/sketch.h"
+#include "kvservice/cache/block_pool.h"
+
+namespace kvservice {
+
+// What all sequences of one model share: where layers lie in a block.
+//
+//     block = [layer] slices, then [layer] sketch slices
+struct CacheShape {
+  CacheShape(const KvLayout& layout_in, uint32_t layer_count_in,
+             absl::Span<const SketchTable> tables_in)
+      : layout(layout_in),
+        layer_count(layer_count_in),
+        tables(tables_in),
+        slice_bytes(layout.slice_bytes()),
+        sketch_bytes(SketchLayout(layout.head_dim).slice_bytes(layout.kv_head_count)) {}
+
+  KvLayout layout;
+  uint32_t layer_count;
+  // [layer_count][kv_head_count], borrowed.
+  absl::Span<const SketchTable> tables;
+  size_t slice_bytes;
+  size_t sketch_bytes;
+
+  size_t block_bytes() const { return layer_count * (slice_bytes + sketch_bytes); }
+  size_t SliceOffset(uint32_t layer) const { return layer * slice_bytes; }
+  size_t SketchOffset(uint32_t layer) const {
+    return layer_count * slice_bytes + layer * sketch_bytes;
+  }
+  absl::Span<const SketchTable> TablesOf(uint32_t layer) const {
+    return tables.subspan(static_cast<size_t>(layer) * layout.kv_head_count, layout.kv_head_count);
+  }
+};
+
+enum class AppendOutcome : uint8_t {
+  kStored,
+  kDuplicate,  // Every token was already there, with equal bytes.
+  kGap,        // The position is beyond the layer's length.
+  kConflict,   // A token that is already there has other bytes.
+  kPoolFull,
+};
+
+// The arrays behind a KvView, reused from call to call.
+struct ViewArrays {
+  std::vector<const std::byte*> slices;
+  std::vector<const std::byte*> sketches;
+};
+
+class Sequence {
+ public:
+  Sequence(const CacheShape* shape, BlockPool* pool, Device* device);
+  ~Sequence();
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+
+  uint32_t length(uint32_t layer) const { return layers_[layer].length; }
+  // Tokens that every layer has, and that any layer has.
+  uint32_t length_min() const;
+  uint32_t length_max() const;
+  uint32_t block_count() const { return static_cast<uint32_t>(blocks_.size()); }
+  // Blocks, shared ones counted in full, and lists.
+  size_t bytes() const;
+
+  // Stores rows [position, position + count) of one layer and seals the slices that become full.
+  // What is already stored is compared, not written. k and v are [count][kv_head_count][head_dim]
+  // in the cache dtype; count >= 1 and position + count fits 32 bits.
+  AppendOutcome Append(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
+                       const std::byte* v);
+
+  // The first `length` tokens of a layer, at most length(layer). A slice that is cut by `length` is
+  // shown unsealed. Valid until the sequence or the arrays change.
+  KvView View(uint32_t layer, uint32_t length, ViewArrays* arrays) const;
+
+  // A sequence with the first `length` tokens of every layer, at most length_min(). Full blocks are
+  // shared, the partial one is copied, lists are shared until one side uses them. nullptr if the
+  // pool is full.
+  std::unique_ptr<Sequence> Fork(uint32_t length) const;
+
+  // Forgets tokens at and above `length`. False if the pool is full, which can only happen where
+  // the cut goes through a shared block.
+  bool Truncate(uint32_t length);
+
+  // The lists of a layer for a call on its first `length` tokens, made at first use, made anew when
+  // anchors_max changes, and without anything about later tokens. Not shared with any other
+  // sequence.
+  TokenLists* ListsFor(uint32_t layer, uint32_t length, uint32_t anchors_max);
+  // Says that a call on `length` tokens has used the lists of `layer`.
+  void ListsUsed(uint32_t layer, uint32_t length);
+  // Lists of the nearest shallower layer that the latest call on `length` tokens has used, nullptr
+  // if there are none.
+  const TokenLists* ShallowerLists(uint32_t layer, uint32_t length) const;
+  void DropLists(uint32_t layer);
+  void DropLists();
+  size_t list_bytes() const { return list_bytes_; }
+
+ private:
+  struct Layer {
+    uint32_t length = 0;
+    // Shared by forks until one of them needs to write: copying lists costs more than most forks.
+    std::shared_ptr<TokenLists> lists;
+    uint32_t anchors_max = 0;
+    // Attended length of the latest call that used the lists.
+    uint32_t lists_length = 0;
+    size_t list_bytes = 0;
+  };
+
+  std::byte* Slice(uint32_t layer, uint32_t block) const {
+    return blocks_[block].data() + shape_->SliceOffset(layer);
+  }
+  bool EqualsStored(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
+                    const std::byte* v) const;
+  bool Reserve(uint32_t block_count);
+  void Write(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
+             const std::byte* v);
+  void SealFull(uint32_t layer, uint32_t old_length);
+  // A copy of the first `token_count` tokens of a block in all layers; empty if the pool is full.
+  BlockRef CopyBlock(const BlockRef& block, uint32_t token_count) const;
+
+  const CacheShape* const shape_;
+  BlockPool* const pool_;
+  Device* const device_;
+
+  std::vector<BlockRef> blocks_;
+  std::vector<Layer> layers_;
+  size_t list_bytes_ = 0;
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_CACHE_SEQUENCE_H_

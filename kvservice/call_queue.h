@@ -1,0 +1,85 @@
+// Waiting calls: three queues under one bound, and the order in which the executor takes them.
+//
+// Attend goes before control, control before Append; each is first in, first out. Waiting Attend
+// calls of one layer leave together, as long as their rows fit one device batch (calls of one layer
+// keep their order among themselves). So that a steady stream of Attend calls cannot starve the
+// others, one waiting call of the other kinds runs after every kAttendStreakMax batches.
+//
+// Thread-safe: any thread pushes, one thread takes.
+
+#ifndef KVSERVICE_KVSERVICE_CALL_QUEUE_H_
+#define KVSERVICE_KVSERVICE_CALL_QUEUE_H_
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <vector>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "kvservice/engine.h"
+
+namespace kvservice {
+
+// Runs once: with OK on the executor thread, or with the reason why it never will.
+using Task = absl::AnyInvocable<void(absl::Status admission)>;
+
+// What the executor does next: some Attend calls, or one task, or nothing (the wait was over).
+struct Work {
+  std::vector<AttendCall*> attends;
+  Task task;
+};
+
+class CallQueue {
+ public:
+  static constexpr uint32_t kAttendStreakMax = 32;
+
+  CallQueue(uint32_t calls_max, uint32_t rows_max) : calls_max_(calls_max), rows_max_(rows_max) {}
+
+  // OVERLOADED or DRAINING: the call was not taken.
+  absl::Status PushAttend(AttendCall* call);
+  // Takes the task over only if OK is returned.
+  absl::Status PushControl(Task* task);
+  absl::Status PushAppend(Task* task);
+
+  // Waits for work, at most until the timeout. False when the queue is closed and empty.
+  bool Take(std::chrono::milliseconds timeout, Work* work);
+  // Refuses new calls; what waits is still taken.
+  void Close();
+  bool closed() const;
+
+  struct Counts {
+    uint32_t waiting = 0;
+    // Calls that came, refused ones included, and how many were refused because the queue was full.
+    uint64_t total = 0;
+    uint64_t shed_total = 0;
+  };
+  Counts counts() const;
+
+ private:
+  absl::Status Push(std::deque<Task>* queue, Task* task);
+  // These need mutex_ held.
+  absl::Status Admit();
+  size_t waiting() const { return attends_.size() + controls_.size() + appends_.size(); }
+  void TakeAttends(std::vector<AttendCall*>* taken);
+
+  const uint32_t calls_max_;
+  const uint32_t rows_max_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  // Guarded by mutex_.
+  std::deque<AttendCall*> attends_;
+  std::deque<Task> controls_;
+  std::deque<Task> appends_;
+  uint32_t attend_streak_ = 0;
+  bool closed_ = false;
+  uint64_t total_ = 0;
+  uint64_t shed_total_ = 0;
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_CALL_QUEUE_H_

@@ -1,0 +1,204 @@
+#include "kvservice/engine.h"
+
+#include <chrono>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "kvservice/call_queue.h"
+#include "kvservice/engine_errors.h"
+#include "kvservice/executor.h"
+#include "kvservice/model_registry.h"
+
+namespace kvservice {
+namespace {
+
+// How often an idle executor looks for expired leases.
+constexpr std::chrono::milliseconds kIdleSweep{1000};
+
+class ThreadedEngine : public Engine {
+ public:
+  ThreadedEngine(const EngineOptions& options, std::unique_ptr<Device> device,
+                 std::unique_ptr<BlockPool> pool, Clock* clock, Random* random)
+      : device_name_(device->name()),
+        registry_(options.models_max, pool->bytes()),
+        queue_(options.queue_calls_max, options.rows_max),
+        executor_(options, std::move(device), std::move(pool), clock, random, &registry_) {
+    executor_.FillStats(&stats_);
+    thread_ = std::thread([this] { RunExecutor(); });
+  }
+  ~ThreadedEngine() override { Stop(); }
+  ThreadedEngine(const ThreadedEngine&) = delete;
+  ThreadedEngine& operator=(const ThreadedEngine&) = delete;
+
+  absl::StatusOr<uint64_t> RegisterModel(ModelSpec spec) override {
+    if (queue_.closed()) return Draining();
+    return registry_.Register(std::move(spec));
+  }
+  absl::StatusOr<ModelSpec> GetModel(std::string_view name) const override {
+    const Model* model = registry_.Find(name);
+    if (model == nullptr) return ModelNotFound(name);
+    return model->spec;
+  }
+  std::vector<ModelSpec> ListModels() const override { return registry_.List(); }
+
+  void Create(std::string_view tenant, CreateOptions options, Done<SequenceInfo> done) override {
+    Control<SequenceInfo>(std::move(done),
+                          [this, owner = std::string(tenant), asked = std::move(options)] {
+                            return executor_.Create(owner, asked);
+                          });
+  }
+  void Fork(std::string_view tenant, SequenceId id, uint64_t generation, uint32_t length,
+            uint32_t lease_ms, Done<SequenceInfo> done) override {
+    Control<SequenceInfo>(std::move(done),
+                          [this, owner = std::string(tenant), id, generation, length, lease_ms] {
+                            return executor_.Fork(owner, id, generation, length, lease_ms);
+                          });
+  }
+  void Truncate(std::string_view tenant, SequenceId id, uint64_t generation, uint32_t length,
+                Done<SequenceInfo> done) override {
+    Control<SequenceInfo>(std::move(done),
+                          [this, owner = std::string(tenant), id, generation, length] {
+                            return executor_.Truncate(owner, id, generation, length);
+                          });
+  }
+  void Get(std::string_view tenant, SequenceId id, Done<SequenceInfo> done) override {
+    Control<SequenceInfo>(std::move(done), [this, owner = std::string(tenant), id] {
+      return executor_.Get(owner, id);
+    });
+  }
+  void Drop(std::string_view tenant, SequenceId id, Done<SequenceInfo> done) override {
+    Control<SequenceInfo>(std::move(done), [this, owner = std::string(tenant), id] {
+      return executor_.Drop(owner, id);
+    });
+  }
+  void RenewLease(std::string_view tenant, SequenceId id, uint64_t generation, uint32_t lease_ms,
+                  Done<SequenceInfo> done) override {
+    Control<SequenceInfo>(std::move(done),
+                          [this, owner = std::string(tenant), id, generation, lease_ms] {
+                            return executor_.RenewLease(owner, id, generation, lease_ms);
+                          });
+  }
+  void List(std::string_view tenant, SequenceId after, uint32_t limit,
+            Done<std::vector<SequenceInfo>> done) override {
+    Control<std::vector<SequenceInfo>>(std::move(done),
+                                       [this, owner = std::string(tenant), after,
+                                        limit]() -> absl::StatusOr<std::vector<SequenceInfo>> {
+                                         return executor_.List(owner, after, limit);
+                                       });
+  }
+
+  void Append(AppendCall call, Done<AppendResult> done) override {
+    Task task = MakeTask<AppendResult>(
+        std::move(done), [this, asked = std::move(call)] { return executor_.Append(asked); });
+    const absl::Status status = queue_.PushAppend(&task);
+    if (!status.ok()) task(status);
+  }
+  void Attend(AttendCall* call) override {
+    const absl::Status status = queue_.PushAttend(call);
+    if (!status.ok()) FinishAttend(call, status);
+  }
+
+  EngineStats Stats() const override {
+    EngineStats stats;
+    {
+      const std::lock_guard<std::mutex> lock(stats_mutex_);
+      stats = stats_;
+    }
+    const CallQueue::Counts counts = queue_.counts();
+    stats.models = registry_.count();
+    stats.queue_calls = counts.waiting;
+    stats.calls_total = counts.total;
+    stats.calls_shed_total = counts.shed_total;
+    return stats;
+  }
+  std::string_view device_name() const override { return device_name_; }
+  void Drain() override { Stop(); }
+
+ private:
+  // A task that runs `work` and publishes the numbers before anybody hears of the result.
+  template <typename T, typename Function>
+  Task MakeTask(Done<T> done, Function work) {
+    return [this, done = std::move(done), work = std::move(work)](absl::Status admission) mutable {
+      if (!admission.ok()) {
+        done(std::move(admission));
+        return;
+      }
+      absl::StatusOr<T> result = work();
+      PublishStats();
+      done(std::move(result));
+    };
+  }
+
+  template <typename T, typename Function>
+  void Control(Done<T> done, Function work) {
+    Task task = MakeTask<T>(std::move(done), std::move(work));
+    const absl::Status status = queue_.PushControl(&task);
+    if (!status.ok()) task(status);
+  }
+
+  // The call may be gone once `done` runs, so `done` leaves it first.
+  static void FinishAttend(AttendCall* call, absl::Status status) {
+    auto done = std::move(call->done);
+    done(std::move(status));
+  }
+
+  void PublishStats() {
+    const std::lock_guard<std::mutex> lock(stats_mutex_);
+    executor_.FillStats(&stats_);
+  }
+
+  void RunExecutor() {
+    Work work;
+    std::vector<absl::Status> statuses;
+    while (queue_.Take(kIdleSweep, &work)) {
+      executor_.Sweep();
+      if (work.task != nullptr) {
+        work.task(absl::OkStatus());
+        work.task = nullptr;
+        continue;
+      }
+      statuses.assign(work.attends.size(), absl::OkStatus());
+      executor_.Attend(work.attends, absl::MakeSpan(statuses));
+      PublishStats();
+      for (size_t i = 0; i < work.attends.size(); ++i) {
+        FinishAttend(work.attends[i], std::move(statuses[i]));
+      }
+    }
+  }
+
+  void Stop() {
+    queue_.Close();
+    const std::lock_guard<std::mutex> lock(stop_mutex_);
+    if (thread_.joinable()) thread_.join();
+  }
+
+  const std::string device_name_;
+
+  ModelRegistry registry_;
+  CallQueue queue_;
+
+  // The executor thread alone, after construction.
+  Executor executor_;
+
+  mutable std::mutex stats_mutex_;
+  // Guarded by stats_mutex_.
+  EngineStats stats_;
+
+  std::mutex stop_mutex_;
+  // Guarded by stop_mutex_, after construction.
+  std::thread thread_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
+                                                  std::unique_ptr<Device> device, Clock* clock,
+                                                  Random* random) {
+  auto pool = BlockPool::New(device.get(), options.pool_bytes);
+  if (!pool.ok()) return pool.status();
+  return std::make_unique<ThreadedEngine>(options, std::move(device), *std::move(pool), clock,
+                                          random);
+}
+
+}  // namespace kvservice

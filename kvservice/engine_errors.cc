@@ -1,0 +1,112 @@
+#include "kvservice/engine_errors.h"
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "kvservice/error.h"
+
+namespace kvservice {
+namespace {
+
+// A sequence must end or be dropped first.
+constexpr uint32_t kPoolRetryMs = 1000;
+// About as long as a full queue takes to drain.
+constexpr uint32_t kQueueRetryMs = 50;
+
+}  // namespace
+
+absl::Status SequenceNotFound() {
+  return MakeError(absl::StatusCode::kNotFound, "there is no such sequence",
+                   {.reason = "SEQUENCE_NOT_FOUND", .field = "", .metadata = {}});
+}
+
+absl::Status ModelNotFound(std::string_view name) {
+  const std::string text(name);
+  return MakeError(absl::StatusCode::kNotFound, absl::StrCat("there is no model '", text, "'"),
+                   {.reason = "MODEL_NOT_FOUND", .field = "model", .metadata = {{"model", text}}});
+}
+
+absl::Status GenerationMismatch(std::string_view field, uint64_t got, uint64_t current) {
+  return MakeError(absl::StatusCode::kFailedPrecondition,
+                   absl::StrCat("the sequence is at generation ", current, ", the handle at ", got),
+                   {.reason = "GENERATION_MISMATCH",
+                    .field = std::string(field),
+                    .metadata = {{"generation", absl::StrCat(got)},
+                                 {"current_generation", absl::StrCat(current)}}});
+}
+
+absl::Status LayerOutOfRange(uint32_t layer, uint32_t layer_count) {
+  return MakeError(
+      absl::StatusCode::kInvalidArgument,
+      absl::StrCat("layer is ", layer, ", the model has ", layer_count),
+      {.reason = "LAYER_OUT_OF_RANGE",
+       .field = "layer",
+       .metadata = {{"layer", absl::StrCat(layer)}, {"layer_count", absl::StrCat(layer_count)}}});
+}
+
+absl::Status PositionGap(std::string_view field, uint64_t position, uint32_t current_length) {
+  return MakeError(
+      absl::StatusCode::kOutOfRange,
+      absl::StrCat("position ", position, " is beyond the layer's ", current_length, " tokens"),
+      {.reason = "POSITION_GAP",
+       .field = std::string(field),
+       .metadata = {{"position", absl::StrCat(position)},
+                    {"current_length", absl::StrCat(current_length)}}});
+}
+
+absl::Status LengthOutOfRange(uint32_t length, uint32_t current_length) {
+  return MakeError(
+      absl::StatusCode::kOutOfRange,
+      absl::StrCat("length is ", length, ", the sequence has ", current_length, " tokens"),
+      {.reason = "LENGTH_OUT_OF_RANGE",
+       .field = "length_tokens",
+       .metadata = {{"length", absl::StrCat(length)},
+                    {"current_length", absl::StrCat(current_length)}}});
+}
+
+absl::Status AppendConflict(std::string_view field, uint32_t position, uint32_t current_length) {
+  return MakeError(absl::StatusCode::kFailedPrecondition,
+                   absl::StrCat("tokens from position ", position,
+                                " are stored with other bytes; the layer has ", current_length),
+                   {.reason = "APPEND_CONFLICT",
+                    .field = std::string(field),
+                    .metadata = {{"position", absl::StrCat(position)},
+                                 {"current_length", absl::StrCat(current_length)}}});
+}
+
+absl::Status SequenceTooLong(std::string_view field, uint64_t length, uint32_t tokens_max) {
+  return MakeError(
+      absl::StatusCode::kResourceExhausted,
+      absl::StrCat("the sequence would have ", length, " tokens, at most ", tokens_max,
+                   " are allowed"),
+      {.reason = "SEQUENCE_TOO_LONG",
+       .field = std::string(field),
+       .metadata = {{"length", absl::StrCat(length)}, {"tokens_max", absl::StrCat(tokens_max)}}});
+}
+
+absl::Status PoolFull(size_t bytes_used, size_t bytes) {
+  return MakeError(
+      absl::StatusCode::kResourceExhausted,
+      absl::StrCat("no room for another block: ", bytes_used, " of ", bytes, " bytes are in use"),
+      {.reason = "POOL_FULL",
+       .field = "",
+       .metadata = {{"pool_bytes_used", absl::StrCat(bytes_used)},
+                    {"pool_bytes", absl::StrCat(bytes)}},
+       .retry_delay_ms = kPoolRetryMs});
+}
+
+absl::Status Overloaded(uint32_t queue_calls_max) {
+  return MakeError(absl::StatusCode::kResourceExhausted,
+                   absl::StrCat("all ", queue_calls_max, " places of the queue are taken"),
+                   {.reason = "OVERLOADED",
+                    .field = "",
+                    .metadata = {{"queue_calls_max", absl::StrCat(queue_calls_max)}},
+                    .retry_delay_ms = kQueueRetryMs});
+}
+
+absl::Status Draining() {
+  return MakeError(absl::StatusCode::kUnavailable, "the server is draining",
+                   {.reason = "DRAINING", .field = "", .metadata = {}});
+}
+
+}  // namespace kvservice

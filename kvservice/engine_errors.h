@@ -1,0 +1,41 @@
+// The errors that several engine calls share, so that each has one reason and one text. Pure
+// functions; any thread.
+
+#ifndef KVSERVICE_KVSERVICE_ENGINE_ERRORS_H_
+#define KVSERVICE_KVSERVICE_ENGINE_ERRORS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "absl/status/status.h"
+
+namespace kvservice {
+
+// NOT_FOUND / SEQUENCE_NOT_FOUND. Takes nothing: unknown, expired and foreign handles must look
+// alike.
+absl::Status SequenceNotFound();
+// NOT_FOUND / MODEL_NOT_FOUND.
+absl::Status ModelNotFound(std::string_view name);
+// FAILED_PRECONDITION / GENERATION_MISMATCH with current_generation.
+absl::Status GenerationMismatch(std::string_view field, uint64_t got, uint64_t current);
+// INVALID_ARGUMENT / LAYER_OUT_OF_RANGE.
+absl::Status LayerOutOfRange(uint32_t layer, uint32_t layer_count);
+// OUT_OF_RANGE / POSITION_GAP with current_length: something beyond the stored tokens was named.
+absl::Status PositionGap(std::string_view field, uint64_t position, uint32_t current_length);
+// OUT_OF_RANGE / LENGTH_OUT_OF_RANGE with current_length.
+absl::Status LengthOutOfRange(uint32_t length, uint32_t current_length);
+// FAILED_PRECONDITION / APPEND_CONFLICT with current_length.
+absl::Status AppendConflict(std::string_view field, uint32_t position, uint32_t current_length);
+// RESOURCE_EXHAUSTED / SEQUENCE_TOO_LONG.
+absl::Status SequenceTooLong(std::string_view field, uint64_t length, uint32_t tokens_max);
+// RESOURCE_EXHAUSTED / POOL_FULL with a retry delay: sequences end all the time.
+absl::Status PoolFull(size_t bytes_used, size_t bytes);
+// RESOURCE_EXHAUSTED / OVERLOADED with a retry delay.
+absl::Status Overloaded(uint32_t queue_calls_max);
+// UNAVAILABLE / DRAINING.
+absl::Status Draining();
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_ENGINE_ERRORS_H_

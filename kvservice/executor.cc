@@ -1,0 +1,236 @@
+#include "kvservice/executor.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kvservice/engine_errors.h"
+#include "kvservice/error.h"
+#include "kvservice/row_check.h"
+#include "kvservice/store_rows.h"
+#include "kvservice/tensor_check.h"
+
+namespace kvservice {
+namespace {
+
+constexpr uint32_t kRequestIdBytesMax = 64;
+// Ids are 128 random bits: a second collision in a row is a broken generator.
+constexpr int kIdAttemptsMax = 4;
+// Bounds what one sweep adds to the latency of the call behind it.
+constexpr uint32_t kSweepSequencesMax = 16;
+constexpr uint64_t kNsPerMs = 1000000;
+
+// The handle is one message of a request.
+constexpr char kGenerationField[] = "handle.generation";
+
+}  // namespace
+
+Executor::Executor(const EngineOptions& options, std::unique_ptr<Device> device,
+                   std::unique_ptr<BlockPool> pool, Clock* clock, Random* random,
+                   const ModelRegistry* registry)
+    : options_(options),
+      clock_(clock),
+      random_(random),
+      registry_(registry),
+      device_(std::move(device)),
+      pool_(std::move(pool)),
+      table_(options.sequences_max, options.sequences_per_tenant_max),
+      attend_batch_(&options_, device_.get(), pool_.get(), &table_, &totals_) {}
+
+absl::StatusOr<SequenceRecord*> Executor::Use(std::string_view tenant, const SequenceId& id) {
+  const uint64_t now_ns = clock_->SteadyNowNs();
+  SequenceRecord* record = table_.Find(tenant, id, now_ns);
+  if (record == nullptr) return SequenceNotFound();
+  SequenceTable::Renew(record, now_ns);
+  return record;
+}
+
+absl::StatusOr<SequenceRecord*> Executor::Use(std::string_view tenant, const SequenceId& id,
+                                              uint64_t generation) {
+  auto record = Use(tenant, id);
+  if (record.ok() && (*record)->generation != generation) {
+    return GenerationMismatch(kGenerationField, generation, (*record)->generation);
+  }
+  return record;
+}
+
+uint64_t Executor::LeaseNs(uint32_t lease_ms) const {
+  const uint32_t wanted_ms = lease_ms == 0 ? options_.lease_default_ms : lease_ms;
+  return std::min(wanted_ms, options_.lease_max_ms) * kNsPerMs;
+}
+
+SequenceInfo Executor::Describe(const SequenceRecord& record) const {
+  const uint64_t now_ns = clock_->SteadyNowNs();
+  const uint64_t left_ns = record.lease_end_ns - std::min(record.lease_end_ns, now_ns);
+  return {.id = record.id,
+          .generation = record.generation,
+          .model = record.model->spec.name,
+          .tenant = record.tenant,
+          .length = record.cache->length_min(),
+          .length_max = record.cache->length_max(),
+          .block_count = record.cache->block_count(),
+          .bytes = record.cache->bytes(),
+          .lease_remaining_ms = left_ns / kNsPerMs,
+          .stats = record.stats};
+}
+
+absl::StatusOr<SequenceRecord*> Executor::Insert(std::unique_ptr<SequenceRecord> record) {
+  for (int attempt = 0; attempt < kIdAttemptsMax; ++attempt) {
+    if (!random_->Fill(absl::MakeSpan(record->id.bytes)).ok()) break;
+    if (!table_.Contains(record->id)) {
+      return table_.Insert(std::move(record), clock_->SteadyNowNs());
+    }
+  }
+  return MakeError(absl::StatusCode::kUnavailable, "the random number source does not work",
+                   {.reason = "RANDOM_UNAVAILABLE", .field = "", .metadata = {}});
+}
+
+absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const CreateOptions& asked) {
+  const Model* model = registry_->Find(asked.model);
+  if (model == nullptr) return ModelNotFound(asked.model);
+  const Policy& policy = asked.policy.has_value() ? *asked.policy : model->spec.default_policy;
+  absl::Status status = CheckPolicy("", policy, model->spec.layer_count);
+  if (!status.ok()) return status;
+  if (asked.request_id.size() > kRequestIdBytesMax) {
+    return InvalidField("request_id", "REQUEST_ID_TOO_LONG",
+                        absl::StrCat("request_id has ", asked.request_id.size(), " bytes, at most ",
+                                     kRequestIdBytesMax, " are allowed"));
+  }
+  SequenceRecord* earlier = table_.FindRequest(tenant, asked.request_id, clock_->SteadyNowNs());
+  if (earlier != nullptr) return Repeat(earlier, asked, policy);
+  status = table_.CheckRoom(tenant);
+  if (!status.ok()) return status;
+
+  auto record = std::make_unique<SequenceRecord>();
+  record->tenant = std::string(tenant);
+  record->request_id = asked.request_id;
+  record->model = model;
+  record->policy = policy;
+  record->lease_ns = LeaseNs(asked.lease_ms);
+  record->cache = std::make_unique<Sequence>(&model->shape, pool_.get(), device_.get());
+  const auto inserted = Insert(std::move(record));
+  if (!inserted.ok()) return inserted.status();
+  return Describe(**inserted);
+}
+
+// The answer of the first request may have been lost: the same question gets the same sequence.
+absl::StatusOr<SequenceInfo> Executor::Repeat(SequenceRecord* record, const CreateOptions& asked,
+                                              const Policy& policy) {
+  if (record->model->spec.name != asked.model || record->policy != policy) {
+    return InvalidField("request_id", "REQUEST_ID_REUSED",
+                        "request_id belongs to a sequence with another model or policy");
+  }
+  SequenceTable::Renew(record, clock_->SteadyNowNs());
+  return Describe(*record);
+}
+
+absl::StatusOr<SequenceInfo> Executor::Fork(std::string_view tenant, const SequenceId& id,
+                                            uint64_t generation, uint32_t length,
+                                            uint32_t lease_ms) {
+  const auto parent = Use(tenant, id, generation);
+  if (!parent.ok()) return parent.status();
+  const uint32_t parent_length = (*parent)->cache->length_min();
+  if (length == UINT32_MAX) length = parent_length;
+  if (length > parent_length) return LengthOutOfRange(length, parent_length);
+  const absl::Status status = table_.CheckRoom(tenant);
+  if (!status.ok()) return status;
+
+  auto child = std::make_unique<SequenceRecord>();
+  child->tenant = (*parent)->tenant;
+  child->model = (*parent)->model;
+  child->policy = (*parent)->policy;
+  child->lease_ns = LeaseNs(lease_ms);
+  child->cache = (*parent)->cache->Fork(length);
+  if (child->cache == nullptr) return PoolFull(pool_->bytes_used(), pool_->bytes());
+  const auto inserted = Insert(std::move(child));
+  if (!inserted.ok()) return inserted.status();
+  return Describe(**inserted);
+}
+
+absl::StatusOr<SequenceInfo> Executor::Truncate(std::string_view tenant, const SequenceId& id,
+                                                uint64_t generation, uint32_t length) {
+  const auto record = Use(tenant, id, generation);
+  if (!record.ok()) return record.status();
+  const uint32_t longest = (*record)->cache->length_max();
+  if (length > longest) return LengthOutOfRange(length, longest);
+  if (!(*record)->cache->Truncate(length)) return PoolFull(pool_->bytes_used(), pool_->bytes());
+  ++(*record)->generation;
+  return Describe(**record);
+}
+
+absl::StatusOr<SequenceInfo> Executor::Get(std::string_view tenant, const SequenceId& id) {
+  const auto record = Use(tenant, id);
+  if (!record.ok()) return record.status();
+  return Describe(**record);
+}
+
+absl::StatusOr<SequenceInfo> Executor::Drop(std::string_view tenant, const SequenceId& id) {
+  const auto record = Use(tenant, id);
+  if (!record.ok()) return record.status();
+  SequenceInfo last = Describe(**record);
+  table_.Erase(*record);
+  return last;
+}
+
+absl::StatusOr<SequenceInfo> Executor::RenewLease(std::string_view tenant, const SequenceId& id,
+                                                  uint64_t generation, uint32_t lease_ms) {
+  const auto record = Use(tenant, id, generation);
+  if (!record.ok()) return record.status();
+  table_.SetLease(*record, LeaseNs(lease_ms), clock_->SteadyNowNs());
+  return Describe(**record);
+}
+
+std::vector<SequenceInfo> Executor::List(std::string_view tenant, const SequenceId& after,
+                                         uint32_t limit) {
+  std::vector<SequenceInfo> listed;
+  for (const SequenceRecord* record : table_.List(tenant, after, limit, clock_->SteadyNowNs())) {
+    listed.push_back(Describe(*record));
+  }
+  return listed;
+}
+
+absl::StatusOr<AppendResult> Executor::Append(const AppendCall& call) {
+  const auto found = Use(call.tenant, call.id, call.generation);
+  if (!found.ok()) return found.status();
+  SequenceRecord* record = *found;
+  const ModelSpec& spec = record->model->spec;
+  if (call.layer >= spec.layer_count) return LayerOutOfRange(call.layer, spec.layer_count);
+
+  TensorExpectation expected{.shape = {kAnyExtent, spec.layout.kv_head_count, spec.layout.head_dim},
+                             .dtype = spec.layout.dtype};
+  absl::Status status = CheckTensor(call.k, expected);
+  if (!status.ok()) return status;
+  expected.shape[0] = call.k.shape[0];
+  status = CheckTensor(call.v, expected);
+  const auto count = static_cast<uint64_t>(call.k.shape[0]);
+  const size_t elements = call.k.bytes.size() / ElementBytes(spec.layout.dtype);
+  if (status.ok()) status = CheckFinite(call.k, 0, elements);
+  if (status.ok()) status = CheckFinite(call.v, 0, elements);
+  if (!status.ok()) return status;
+  return StoreRows(options_, *pool_, "",
+                   {.layer = call.layer,
+                    .position = call.position,
+                    .count = count,
+                    .k = call.k.bytes.data(),
+                    .v = call.v.bytes.data()},
+                   record->cache.get());
+}
+
+void Executor::Attend(absl::Span<AttendCall* const> calls, absl::Span<absl::Status> statuses) {
+  attend_batch_.Run(calls, clock_->SteadyNowNs(), statuses);
+}
+
+void Executor::Sweep() {
+  leases_expired_total_ += table_.Sweep(clock_->SteadyNowNs(), kSweepSequencesMax);
+}
+
+void Executor::FillStats(EngineStats* stats) const {
+  stats->pool_bytes = pool_->bytes();
+  stats->pool_bytes_used = pool_->bytes_used();
+  stats->blocks_used = pool_->blocks_used();
+  stats->sequences = table_.count();
+  stats->leases_expired_total = leases_expired_total_;
+  stats->attend = totals_;
+}
+
+}  // namespace kvservice

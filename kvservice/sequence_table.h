@@ -1,0 +1,98 @@
+// The sequences of an engine: who owns them, how long they live, and where their cache is.
+//
+// A lease ends when the steady clock reaches it; from then on the sequence is not found, and a
+// sweep returns its blocks. Every call that names a sequence renews its lease.
+//
+// Belongs to the executor thread.
+
+#ifndef KVSERVICE_KVSERVICE_SEQUENCE_TABLE_H_
+#define KVSERVICE_KVSERVICE_SEQUENCE_TABLE_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kvservice/cache/sequence.h"
+#include "kvservice/engine.h"
+#include "kvservice/model_registry.h"
+#include "selector/policy.h"
+
+namespace kvservice {
+
+struct SequenceRecord {
+  SequenceId id;
+  std::string tenant;
+  std::string request_id;
+  const Model* model = nullptr;
+  Policy policy;
+  uint64_t generation = 1;
+  uint64_t lease_ns = 0;
+  uint64_t lease_end_ns = 0;
+  AttendStats stats;
+  std::unique_ptr<Sequence> cache;
+
+  // When the sweep looks next; at or before lease_end_ns, so that a renewal is one store. Owned by
+  // the table.
+  uint64_t sweep_ns = 0;
+  // Number of the Attend call and of the device batch that used the sequence last, to see one that
+  // comes twice.
+  uint64_t last_call = 0;
+  uint64_t last_batch = 0;
+};
+
+class SequenceTable {
+ public:
+  SequenceTable(uint32_t sequences_max, uint32_t sequences_per_tenant_max)
+      : sequences_max_(sequences_max), per_tenant_max_(sequences_per_tenant_max) {}
+
+  // nullptr for a sequence that is unknown, expired or another tenant's: a caller cannot tell
+  // which.
+  SequenceRecord* Find(std::string_view tenant, const SequenceId& id, uint64_t now_ns);
+  // The living sequence that the tenant created with this request id; nullptr if there is none or
+  // the request id is empty.
+  SequenceRecord* FindRequest(std::string_view tenant, std::string_view request_id,
+                              uint64_t now_ns);
+  // RESOURCE_EXHAUSTED / SEQUENCES_FULL or TENANT_QUOTA unless there is room for one more.
+  absl::Status CheckRoom(std::string_view tenant) const;
+  bool Contains(const SequenceId& id) const { return records_.contains(id); }
+  // The id is not contained. The lease starts now.
+  SequenceRecord* Insert(std::unique_ptr<SequenceRecord> record, uint64_t now_ns);
+  void Erase(SequenceRecord* record);
+  // Starts a new lease of `lease_ns`, which may end before the old one would have.
+  void SetLease(SequenceRecord* record, uint64_t lease_ns, uint64_t now_ns);
+  static void Renew(SequenceRecord* record, uint64_t now_ns) {
+    record->lease_end_ns = now_ns + record->lease_ns;
+  }
+  // Erases expired sequences, looking at no more than `limit`. Returns how many it erased.
+  uint32_t Sweep(uint64_t now_ns, uint32_t limit);
+  // Living sequences of a tenant ("" = of all), ordered by id, at most `limit` after `after`.
+  std::vector<const SequenceRecord*> List(std::string_view tenant, const SequenceId& after,
+                                          uint32_t limit, uint64_t now_ns) const;
+  uint32_t count() const { return static_cast<uint32_t>(records_.size()); }
+
+ private:
+  struct ById {
+    bool operator()(const SequenceId& a, const SequenceId& b) const { return a.bytes < b.bytes; }
+  };
+  struct Tenant {
+    uint32_t sequence_count = 0;
+    std::map<std::string, SequenceRecord*, std::less<>> by_request;
+  };
+
+  const uint32_t sequences_max_;
+  const uint32_t per_tenant_max_;
+
+  std::map<SequenceId, std::unique_ptr<SequenceRecord>, ById> records_;
+  std::map<std::string, Tenant, std::less<>> tenants_;
+  std::set<std::pair<uint64_t, SequenceRecord*>> by_sweep_;
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_SEQUENCE_TABLE_H_

@@ -1,0 +1,242 @@
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kvservice/engine_errors.h"
+#include "kvservice/error.h"
+#include "kvservice/server/build_info.h"
+#include "kvservice/server/convert.h"
+#include "kvservice/server/paging.h"
+#include "kvservice/server/service.h"
+#include "kvservice/v1/admin.grpc.pb.h"
+
+namespace kvservice {
+namespace {
+
+using Declared = v1::AdminService;
+using NotServed = Declared::WithGenericMethod_DescribeBlock<Declared::WithGenericMethod_Explain<
+    Declared::WithGenericMethod_WatchEvents<Declared::WithGenericMethod_SetQuota<
+        Declared::WithGenericMethod_VerifyStore<Declared::Service>>>>>;
+using Rpc = Declared::WithRawMethod_GetServerInfo<Declared::WithRawMethod_GetStats<
+    Declared::WithRawMethod_ListSequences<Declared::WithRawMethod_DescribeSequence<
+        Declared::WithRawMethod_Evict<Declared::WithRawMethod_Drain<NotServed>>>>>>;
+
+using GetServerInfoCall = UnaryCall<v1::GetServerInfoRequest, v1::GetServerInfoResponse>;
+using GetStatsCall = UnaryCall<v1::GetStatsRequest, v1::GetStatsResponse>;
+using ListSequencesCall = UnaryCall<v1::ListSequencesRequest, v1::ListSequencesResponse>;
+using DescribeSequenceCall = UnaryCall<v1::DescribeSequenceRequest, v1::DescribeSequenceResponse>;
+using EvictCall = UnaryCall<v1::EvictRequest, v1::EvictResponse>;
+using DrainCall = UnaryCall<v1::DrainRequest, v1::DrainResponse>;
+
+// Every tenant's sequences.
+constexpr std::string_view kAllTenants;
+
+constexpr char kHexDigits[] = "0123456789abcdef";
+
+std::string HexOfId(const SequenceId& id) {
+  std::string hex;
+  for (const std::byte byte : id.bytes) {
+    const auto value = std::to_integer<unsigned>(byte);
+    hex += kHexDigits[value >> 4];
+    hex += kHexDigits[value & 15U];
+  }
+  return hex;
+}
+
+std::optional<SequenceId> IdOfHex(std::string_view hex) {
+  SequenceId id;
+  if (hex.size() != 2 * id.bytes.size()) return std::nullopt;
+  for (size_t i = 0; i < hex.size(); ++i) {
+    const size_t digit = std::string_view(kHexDigits).find(hex[i]);
+    if (digit == std::string_view::npos) return std::nullopt;
+    id.bytes[i / 2] = id.bytes[i / 2] << 4 | static_cast<std::byte>(digit);
+  }
+  return id;
+}
+
+// The greatest id that is less (as bytes compare); nothing before the first.
+std::optional<SequenceId> Predecessor(SequenceId id) {
+  for (size_t i = id.bytes.size(); i-- > 0;) {
+    const bool borrow = id.bytes[i] == std::byte{0};
+    id.bytes[i] = static_cast<std::byte>(std::to_integer<unsigned>(id.bytes[i]) - 1U);
+    if (!borrow) return id;
+  }
+  return std::nullopt;
+}
+
+void OwnedSequenceToProto(const SequenceInfo& info, v1::Sequence* sequence) {
+  SequenceToProto(info, sequence);
+  sequence->set_tenant(info.tenant);
+}
+
+class AdminService final : public RpcService {
+ public:
+  AdminService(const ServiceHost& host, AdminFacts facts)
+      : host_(host),
+        facts_(std::move(facts)),
+        get_server_info_(
+            Bind("GetServerInfo", &Rpc::RequestGetServerInfo, &AdminService::GetServerInfo)),
+        get_stats_(Bind("GetStats", &Rpc::RequestGetStats, &AdminService::GetStats)),
+        list_sequences_(
+            Bind("ListSequences", &Rpc::RequestListSequences, &AdminService::ListSequences)),
+        describe_sequence_(Bind("DescribeSequence", &Rpc::RequestDescribeSequence,
+                                &AdminService::DescribeSequence)),
+        evict_(Bind("Evict", &Rpc::RequestEvict, &AdminService::Evict)),
+        drain_(Bind("Drain", &Rpc::RequestDrain, &AdminService::Drain)) {}
+
+  grpc::Service* grpc_service() override { return &rpc_; }
+  void Listen(grpc::ServerCompletionQueue* queue) override {
+    get_server_info_.Listen(&get_server_info_, queue);
+    get_stats_.Listen(&get_stats_, queue);
+    list_sequences_.Listen(&list_sequences_, queue);
+    describe_sequence_.Listen(&describe_sequence_, queue);
+    evict_.Listen(&evict_, queue);
+    drain_.Listen(&drain_, queue);
+  }
+
+ private:
+  template <typename Request, typename Response, typename Base>
+  UnaryMethod<Request, Response> Bind(
+      const char* name,
+      void (Base::*request)(grpc::ServerContext*, grpc::ByteBuffer*,
+                            grpc::ServerAsyncResponseWriter<grpc::ByteBuffer>*,
+                            grpc::CompletionQueue*, grpc::ServerCompletionQueue*, void*),
+      void (AdminService::*handle)(std::unique_ptr<UnaryCall<Request, Response>>)) {
+    return BindMethod(name, &host_.calls, &rpc_, request, this, handle);
+  }
+
+  void GetServerInfo(std::unique_ptr<GetServerInfoCall> call) {
+    v1::GetServerInfoResponse* const response = call->response();
+    response->set_version(Version());
+    response->set_build(BuildDescription());
+    response->set_device(std::string(host_.engine->device_name()));
+    response->set_instruction_set(InstructionSet(response->device()));
+    for (const auto& [name, version] : LibraryVersions()) {
+      (*response->mutable_libraries())[name] = version;
+    }
+    response->set_uptime_ms((host_.calls.clock->SteadyNowNs() - facts_.started_ns) / 1'000'000);
+    response->set_epoch(facts_.epoch);
+    for (const auto& [name, value] : facts_.limits) (*response->mutable_limits())[name] = value;
+    response->set_draining(facts_.draining());
+    GetServerInfoCall::Reply(std::move(call), absl::OkStatus());
+  }
+
+  void GetStats(std::unique_ptr<GetStatsCall> call) {
+    const EngineStats stats = host_.engine->Stats();
+    v1::GetStatsResponse* const response = call->response();
+    response->set_pool_bytes(stats.pool_bytes);
+    response->set_pool_used_bytes(stats.pool_bytes_used);
+    response->set_block_count(stats.blocks_used);
+    response->set_sequence_count(stats.sequences);
+    response->set_model_count(stats.models);
+    response->set_queued_call_count(stats.queue_calls);
+    response->set_calls_total(stats.calls_total);
+    response->set_calls_shed_total(stats.calls_shed_total);
+    response->set_leases_expired_total(stats.leases_expired_total);
+    TotalsToProto(stats.attend, facts_.sequence_tokens_max, response->mutable_totals());
+    GetStatsCall::Reply(std::move(call), absl::OkStatus());
+  }
+
+  // Pages are ordered by id; the token is the last id of the page before, in hexadecimal.
+  void ListSequences(std::unique_ptr<ListSequencesCall> call) {
+    const absl::StatusOr<uint32_t> limit = PageSize(call->request().page_size());
+    if (!limit.ok()) return ListSequencesCall::Reply(std::move(call), limit.status());
+    SequenceId after;
+    if (!call->request().page_token().empty()) {
+      const std::optional<SequenceId> last = IdOfHex(call->request().page_token());
+      if (!last.has_value()) {
+        return ListSequencesCall::Reply(
+            std::move(call), InvalidField("page_token", "PAGE_TOKEN_INVALID",
+                                          "page_token was not returned by an earlier page"));
+      }
+      after = *last;
+    }
+    const std::string tenant = call->request().tenant();
+    // One more than the page holds tells whether another page follows.
+    host_.engine->List(tenant, after, *limit + 1,
+                       [call = std::move(call), limit = *limit](
+                           const absl::StatusOr<std::vector<SequenceInfo>>& infos) mutable {
+                         if (infos.ok()) FillPage(*infos, limit, call->response());
+                         ListSequencesCall::Reply(std::move(call), infos.status());
+                       });
+  }
+
+  static void FillPage(const std::vector<SequenceInfo>& infos, size_t limit,
+                       v1::ListSequencesResponse* response) {
+    const size_t count = std::min(infos.size(), limit);
+    for (size_t i = 0; i < count; ++i) OwnedSequenceToProto(infos[i], response->add_sequences());
+    if (count < infos.size()) response->set_next_page_token(HexOfId(infos[count - 1].id));
+  }
+
+  // Finds a sequence of any tenant: it is the first one after its predecessor. Errors name `field`.
+  void Find(const std::string& id_bytes, Done<SequenceInfo> done) {
+    const absl::StatusOr<SequenceId> id = IdFromProto(id_bytes, "id");
+    if (!id.ok()) return done(id.status());
+    const std::optional<SequenceId> before = Predecessor(*id);
+    if (!before.has_value()) return done(SequenceNotFound());
+    host_.engine->List(kAllTenants, *before, 1,
+                       [id = *id, done = std::move(done)](
+                           const absl::StatusOr<std::vector<SequenceInfo>>& infos) mutable {
+                         if (!infos.ok()) return done(infos.status());
+                         const bool found = !infos->empty() && infos->front().id == id;
+                         if (!found) return done(SequenceNotFound());
+                         done(infos->front());
+                       });
+  }
+
+  void DescribeSequence(std::unique_ptr<DescribeSequenceCall> call) {
+    const std::string id = call->request().id();
+    Find(id, [call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
+      if (info.ok()) OwnedSequenceToProto(*info, call->response()->mutable_sequence());
+      DescribeSequenceCall::Reply(std::move(call), info.status());
+    });
+  }
+
+  // Two engine calls: the first finds the owner. In between the generation may change; what is
+  // dropped then is still the sequence of that id.
+  void Evict(std::unique_ptr<EvictCall> call) {
+    const std::string id = call->request().id();
+    Find(id, [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
+      if (!info.ok()) return EvictCall::Reply(std::move(call), info.status());
+      const v1::EvictRequest& request = call->request();
+      if (request.has_expected_generation() && request.expected_generation() != info->generation) {
+        const absl::Status mismatch = GenerationMismatch(
+            "expected_generation", request.expected_generation(), info->generation);
+        return EvictCall::Reply(std::move(call), mismatch);
+      }
+      host_.engine->Drop(
+          info->tenant, info->id,
+          [call = std::move(call)](const absl::StatusOr<SequenceInfo>& dropped) mutable {
+            if (dropped.ok()) call->response()->set_freed_bytes(dropped->bytes);
+            EvictCall::Reply(std::move(call), dropped.status());
+          });
+    });
+  }
+
+  void Drain(std::unique_ptr<DrainCall> call) {
+    facts_.request_drain(call->request().grace_ms());
+    DrainCall::Reply(std::move(call), absl::OkStatus());
+  }
+
+  const ServiceHost host_;
+  const AdminFacts facts_;
+  Rpc rpc_;
+  const UnaryMethod<v1::GetServerInfoRequest, v1::GetServerInfoResponse> get_server_info_;
+  const UnaryMethod<v1::GetStatsRequest, v1::GetStatsResponse> get_stats_;
+  const UnaryMethod<v1::ListSequencesRequest, v1::ListSequencesResponse> list_sequences_;
+  const UnaryMethod<v1::DescribeSequenceRequest, v1::DescribeSequenceResponse> describe_sequence_;
+  const UnaryMethod<v1::EvictRequest, v1::EvictResponse> evict_;
+  const UnaryMethod<v1::DrainRequest, v1::DrainResponse> drain_;
+};
+
+}  // namespace
+
+std::unique_ptr<RpcService> NewAdminService(const ServiceHost& host, AdminFacts facts) {
+  return std::make_unique<AdminService>(host, std::move(facts));
+}
+
+}  // namespace kvservice

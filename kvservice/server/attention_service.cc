@@ -1,0 +1,82 @@
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "kvservice/server/attend_reply.h"
+#include "kvservice/server/convert.h"
+#include "kvservice/server/service.h"
+#include "kvservice/v1/attention.grpc.pb.h"
+
+namespace kvservice {
+namespace {
+
+using Rpc =
+    v1::AttentionService::WithRawMethod_Attend<v1::AttentionService::WithGenericMethod_AttendStream<
+        v1::AttentionService::WithGenericMethod_Select<
+            v1::AttentionService::WithGenericMethod_Audit<v1::AttentionService::Service>>>>;
+
+using AttendRpcCall = UnaryCall<v1::AttendRequest, v1::AttendResponse>;
+
+// A call on its way through the engine, which borrows the tensors of its request. Owns itself from
+// the moment the engine has it until `done`.
+struct PendingAttend {
+  std::unique_ptr<AttendRpcCall> rpc;
+  AttendPolicies policies;
+  DType output_dtype = DType::kFloat32;
+  AttendCall call;
+};
+
+class AttentionService final : public RpcService {
+ public:
+  explicit AttentionService(const ServiceHost& host)
+      : host_(host),
+        attend_(BindMethod("Attend", &host_.calls, &rpc_, &Rpc::RequestAttend, this,
+                           &AttentionService::Attend)) {}
+
+  grpc::Service* grpc_service() override { return &rpc_; }
+  void Listen(grpc::ServerCompletionQueue* queue) override { attend_.Listen(&attend_, queue); }
+
+ private:
+  void Attend(std::unique_ptr<AttendRpcCall> rpc) {
+    auto pending = std::make_unique<PendingAttend>();
+    const v1::AttendRequest& request = rpc->request();
+    absl::StatusOr<DType> output_dtype = OutputDTypeFromProto(request);
+    absl::Status status = output_dtype.status();
+    if (status.ok()) {
+      status = AttendFromProto(request, *host_.policies, &pending->policies, &pending->call);
+    }
+    if (!status.ok()) return AttendRpcCall::Reply(std::move(rpc), status);
+    pending->output_dtype = *output_dtype;
+    pending->call.tenant = rpc->tenant();
+    pending->rpc = std::move(rpc);
+    PendingAttend* const owned_by_done = pending.release();
+    owned_by_done->call.done = [this, owned_by_done](const absl::Status& done) {
+      Done(std::unique_ptr<PendingAttend>(owned_by_done), done);
+    };
+    host_.engine->Attend(&owned_by_done->call);
+  }
+
+  void Done(std::unique_ptr<PendingAttend> pending, const absl::Status& status) {
+    if (!status.ok()) return AttendRpcCall::Reply(std::move(pending->rpc), status);
+    v1::AttendResponse* const response = pending->rpc->response();
+    AttendToProto(pending->rpc->request(), pending->call, response);
+    const uint64_t started_ns = std::max(pending->call.started_ns, pending->rpc->arrived_ns());
+    response->set_queue_ns(started_ns - pending->rpc->arrived_ns());
+    response->set_service_ns(host_.calls.clock->SteadyNowNs() - started_ns);
+    AttendRpcCall::ReplyBytes(
+        std::move(pending->rpc),
+        SerializeAttendReply(response, pending->output_dtype, &pending->call));
+  }
+
+  const ServiceHost host_;
+  Rpc rpc_;
+  const UnaryMethod<v1::AttendRequest, v1::AttendResponse> attend_;
+};
+
+}  // namespace
+
+std::unique_ptr<RpcService> NewAttentionService(const ServiceHost& host) {
+  return std::make_unique<AttentionService>(host);
+}
+
+}  // namespace kvservice

@@ -1,0 +1,321 @@
+#include "kvservice/server/config.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "kvservice/server/build_info.h"
+#include "kvservice/server/quantity.h"
+
+namespace kvservice {
+namespace {
+
+constexpr char kSocketName[] = "kvservice.sock";
+// Appended to the path of a data socket: the path of its admin socket.
+constexpr char kAdminSuffix[] = ".admin";
+constexpr char kNoAdmin[] = "none";
+constexpr uint32_t kThreadsMax = 1024;
+
+// What the flags hold before it is put together.
+struct Flags {
+  std::vector<std::string> listen;
+  std::string admin_listen;
+  bool check_config = false;
+  bool print_config = false;
+};
+
+// KVSERVICE_POOL_BYTES for pool-bytes.
+std::string EnvironmentName(std::string flag) {
+  std::transform(flag.begin(), flag.end(), flag.begin(), [](unsigned char c) {
+    return c == '-' ? '_' : static_cast<char>(std::toupper(c));
+  });
+  return "KVSERVICE_" + flag;
+}
+
+// The command line, after what the environment says about flags that it does not have. (CLI11 would
+// let the file win over the environment.)
+std::vector<std::string> WithEnvironment(const CLI::App& app, int argc, const char* const* argv) {
+  const std::vector<std::string> given(argv + 1, argv + argc);
+  std::vector<std::string> arguments;
+  for (const CLI::Option* option : app.get_options()) {
+    if (option->get_lnames().empty() || option->get_expected_max() == 0) continue;
+    const std::string& name = option->get_lnames().front();
+    const std::string flag = "--" + name;
+    const bool is_given = std::any_of(given.begin(), given.end(), [&](const std::string& text) {
+      return text == flag || text.rfind(flag + "=", 0) == 0;
+    });
+    const char* const value = std::getenv(EnvironmentName(name).c_str());
+    if (!is_given && value != nullptr) arguments.push_back(flag + "=" + value);
+  }
+  arguments.insert(arguments.end(), given.begin(), given.end());
+  return arguments;
+}
+
+// A number with a unit. `target` holds the default, and the value after parsing.
+template <typename Number>
+void AddQuantity(CLI::App* app, const std::string& flag, const std::string& help, Number* target,
+                 std::optional<uint64_t> (*parse)(std::string_view), std::string (*text)(uint64_t),
+                 const char* type, const char* example) {
+  app->add_option_function<std::string>(
+         flag,
+         [target, parse](const std::string& value) {
+           *target = static_cast<Number>(*parse(value));
+         },
+         help)
+      ->check([parse, example](const std::string& value) -> std::string {
+        const std::optional<uint64_t> number = parse(value);
+        if (!number.has_value()) return "'" + value + "' is not like " + example;
+        if (*number == 0 || *number > std::numeric_limits<Number>::max()) {
+          return "'" + value + "' is out of range";
+        }
+        return "";
+      })
+      ->default_str(text(*target))
+      ->type_name(type);
+}
+
+template <typename Number>
+void AddBytes(CLI::App* app, const std::string& flag, const std::string& help, Number* target) {
+  AddQuantity(app, flag, help, target, ParseBytes, BytesText, "BYTES", "4GiB, 512MiB or 65536");
+}
+
+void AddTime(CLI::App* app, const std::string& flag, const std::string& help, uint32_t* target) {
+  AddQuantity(app, flag, help, target, ParseMilliseconds, MillisecondsText, "TIME",
+              "500ms, 10s or 5m");
+}
+
+void AddCount(CLI::App* app, const std::string& flag, const std::string& help, uint32_t* target,
+              uint32_t minimum = 1, uint32_t maximum = std::numeric_limits<int32_t>::max()) {
+  app->add_option(flag, *target, help)
+      ->check(CLI::Range(minimum, maximum))
+      ->capture_default_str()
+      ->type_name("COUNT");
+}
+
+void AddChoice(CLI::App* app, const std::string& flag, const std::string& help, std::string* target,
+               const std::vector<std::string>& choices) {
+  app->add_option(flag, *target, help)
+      ->check(CLI::IsMember(choices))
+      ->capture_default_str()
+      ->type_name("NAME");
+}
+
+void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
+  const auto check_local = [](const Endpoint& endpoint) -> std::string {
+    if (endpoint.IsLocal()) return "";
+    return endpoint.ToString() +
+           " can be reached from other hosts, which needs TLS; use a Unix socket or a loopback "
+           "address";
+  };
+  app->add_option("--listen", flags->listen,
+                  "Address to serve: unix:/path or 127.0.0.1:PORT, repeatable; "
+                  "tenant=NAME,ADDRESS gives its connections to a tenant "
+                  "(default: unix:" +
+                      RuntimeDirectory() + "/" + kSocketName + ")")
+      ->check([check_local](const std::string& text) -> std::string {
+        const absl::StatusOr<ListenAddress> address = ParseListenAddress(text);
+        if (!address.ok()) return std::string(address.status().message());
+        return check_local(address->endpoint);
+      })
+      ->take_all()
+      ->type_name("ADDRESS");
+  app->add_option("--admin-listen", flags->admin_listen,
+                  "Address of the admin side, or none (default: the first Unix socket's path "
+                  "with .admin after it)")
+      ->check([check_local](const std::string& text) -> std::string {
+        if (text == kNoAdmin) return "";
+        const absl::StatusOr<Endpoint> endpoint = ParseEndpoint(text);
+        if (!endpoint.ok()) return std::string(endpoint.status().message());
+        return check_local(*endpoint);
+      })
+      ->type_name("ADDRESS");
+  app->add_option("--ready-file", config->ready_file,
+                  "File to write when the server is ready, one line per endpoint")
+      ->type_name("FILE");
+}
+
+void AddEngineFlags(CLI::App* app, Config* config) {
+  EngineOptions* const engine = &config->server.engine;
+  AddChoice(app, "--device", "Where attention runs", &config->device, {"auto", "cpu", "reference"});
+  AddCount(app, "--threads", "Threads that compute; 0 = one per CPU",
+           &config->device_options.thread_count, 0, kThreadsMax);
+  AddBytes(app, "--pool-bytes", "Memory for keys, values and sketches, reserved at start",
+           &engine->pool_bytes);
+  AddCount(app, "--sequences-max", "Sequences at a time", &engine->sequences_max);
+  AddCount(app, "--sequences-per-tenant-max", "Sequences of one tenant at a time",
+           &engine->sequences_per_tenant_max);
+  AddCount(app, "--sequence-tokens-max", "Tokens of one sequence", &engine->sequence_tokens_max);
+  AddCount(app, "--models-max", "Registered models", &engine->models_max);
+  AddCount(app, "--queue-calls-max", "Calls waiting for the engine", &engine->queue_calls_max);
+  AddCount(app, "--rows-max", "Rows of one attend call", &engine->rows_max);
+  AddTime(app, "--lease-default", "Time after which an unused sequence expires",
+          &engine->lease_default_ms);
+  AddTime(app, "--lease-max", "Longest lease a caller may ask for", &engine->lease_max_ms);
+  AddBytes(app, "--list-bytes-max", "Memory for the lists of one sequence",
+           &engine->list_bytes_per_sequence_max);
+}
+
+void AddServerFlags(CLI::App* app, Config* config) {
+  ServerOptions* const server = &config->server;
+  AddCount(app, "--io-threads", "Threads that receive and parse", &server->io_threads, 1,
+           kThreadsMax);
+  AddBytes(app, "--message-bytes-max", "Largest message", &server->message_bytes_max);
+  AddBytes(app, "--requests-bytes-max", "All requests being served together",
+           &server->requests_bytes_max);
+  AddBytes(app, "--transport-bytes-max", "Memory of the transport for messages on their way in",
+           &server->transport_bytes_max);
+  AddCount(app, "--connections-max", "Connections; more are reset", &server->connections_max);
+  AddCount(app, "--streams-per-connection-max", "Calls at a time on one connection",
+           &server->streams_per_connection_max);
+  AddTime(app, "--drain-grace", "Time a drain gives to calls in flight", &server->drain_grace_ms);
+}
+
+void AddProcessFlags(CLI::App* app, Flags* flags, Config* config) {
+  AddChoice(app, "--log-level", "Least severe messages to log to stderr", &config->log_level,
+            {"trace", "debug", "info", "warn", "error", "off"});
+  app->set_config("--config", "", "File with flag=value lines")->type_name("FILE");
+  app->allow_config_extras(CLI::config_extras_mode::error);
+  app->set_version_flag("--version", "kvservice " + Version() + " (" + BuildDescription() + ")");
+  app->add_flag("--check-config", flags->check_config, "Check the configuration and exit")
+      ->configurable(false);
+  app->add_flag("--print-config", flags->print_config, "Print the configuration and exit")
+      ->configurable(false);
+}
+
+absl::Status Invalid(const std::string& problem) { return absl::InvalidArgumentError(problem); }
+
+// Flags that are right one by one and wrong together.
+absl::Status CheckTogether(const Config& config) {
+  const ServerOptions& server = config.server;
+  if (server.message_bytes_max >= size_t{2} << 30) {
+    return Invalid("--message-bytes-max: must be less than 2GiB");
+  }
+  if (server.requests_bytes_max < server.message_bytes_max) {
+    return Invalid("--requests-bytes-max: must be at least --message-bytes-max");
+  }
+  if (server.engine.lease_default_ms > server.engine.lease_max_ms) {
+    return Invalid("--lease-default: must be at most --lease-max");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
+  const std::string default_path = RuntimeDirectory() + "/" + kSocketName;
+  std::vector<std::string> listen = flags.listen;
+  if (listen.empty()) listen.push_back("unix:" + default_path);
+  std::string admin_path = default_path;
+  bool any_unix = false;
+  for (const std::string& text : listen) {
+    absl::StatusOr<ListenAddress> address = ParseListenAddress(text);
+    if (!address.ok()) return Invalid("--listen: " + std::string(address.status().message()));
+    if (!any_unix && address->endpoint.kind == Endpoint::Kind::kUnix) {
+      any_unix = true;
+      admin_path = address->endpoint.path;
+    }
+    config.server.listen.push_back(*std::move(address));
+  }
+  const bool default_admin = flags.admin_listen.empty();
+  config.uses_runtime_directory = flags.listen.empty() || (default_admin && !any_unix);
+  if (flags.admin_listen != kNoAdmin) {
+    const std::string text =
+        default_admin ? "unix:" + admin_path + kAdminSuffix : flags.admin_listen;
+    absl::StatusOr<Endpoint> endpoint = ParseEndpoint(text);
+    if (!endpoint.ok()) {
+      return Invalid("--admin-listen: " + std::string(endpoint.status().message()));
+    }
+    config.server.admin_listen = *std::move(endpoint);
+  }
+  const absl::Status status = CheckTogether(config);
+  if (!status.ok()) return status;
+  return config;
+}
+
+// The addresses in force, in the form of a configuration file.
+std::string AddressLines(const ServerOptions& server) {
+  std::string text = "listen=[";
+  const char* separator = "";
+  for (const ListenAddress& address : server.listen) {
+    text += separator;
+    text += "\"tenant=" + address.tenant + "," + address.endpoint.ToString() + "\"";
+    separator = ", ";
+  }
+  const std::string admin =
+      server.admin_listen.has_value() ? server.admin_listen->ToString() : kNoAdmin;
+  return text + "]\nadmin-listen=\"" + admin + "\"\n";
+}
+
+std::string OneLine(std::string text) {
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  while (!text.empty() && text.back() == ' ') text.pop_back();
+  return text;
+}
+
+}  // namespace
+
+absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
+  Config config;
+  Flags flags;
+  CLI::App app("Owns the KV caches of language models and attends next to the data.", "kvservice");
+  app.footer(
+      "Flags come before the environment (KVSERVICE_POOL_BYTES for --pool-bytes), the environment "
+      "before the file.");
+  AddListenFlags(&app, &flags, &config);
+  AddEngineFlags(&app, &config);
+  AddServerFlags(&app, &config);
+  AddProcessFlags(&app, &flags, &config);
+  std::vector<std::string> arguments = WithEnvironment(app, argc, argv);
+  // The library wants them last first.
+  std::reverse(arguments.begin(), arguments.end());
+  try {
+    app.parse(arguments);
+  } catch (const CLI::CallForVersion& version) {
+    config.text = std::string(version.what()) + "\n";
+  } catch (const CLI::CallForHelp&) {
+    config.text = app.help();
+  } catch (const CLI::FileError& error) {
+    return Invalid("--config: " + OneLine(error.what()));
+  } catch (const CLI::Error& error) {
+    return Invalid(OneLine(error.what()));
+  }
+  if (!config.text.empty()) {
+    config.action = Config::Action::kPrint;
+    return config;
+  }
+  absl::StatusOr<Config> result = PutTogether(flags, std::move(config));
+  if (!result.ok() || !(flags.check_config || flags.print_config)) return result;
+  result->action = Config::Action::kPrint;
+  // As given they may be empty: the effective ones are printed instead.
+  app.get_option("--listen")->configurable(false);
+  app.get_option("--admin-listen")->configurable(false);
+  result->text = flags.print_config ? AddressLines(result->server) + app.config_to_str(true)
+                                    : "the configuration is valid\n";
+  return result;
+}
+
+std::string RuntimeDirectory() {
+  const char* const runtime = std::getenv("XDG_RUNTIME_DIR");
+  if (runtime != nullptr && *runtime == '/') return std::string(runtime) + "/kvservice";
+  return "/tmp/kvservice-" + std::to_string(getuid());
+}
+
+absl::Status CreateRuntimeDirectory(const std::string& path) {
+  if (mkdir(path.c_str(), 0700) != 0 && errno != EEXIST) {
+    return absl::UnavailableError("cannot create " + path + ": " + std::strerror(errno));
+  }
+  struct stat entry {};
+  const bool ours = lstat(path.c_str(), &entry) == 0 && S_ISDIR(entry.st_mode) &&
+                    entry.st_uid == getuid() && (entry.st_mode & (S_IWGRP | S_IWOTH)) == 0;
+  if (ours) return absl::OkStatus();
+  return absl::PermissionDeniedError(path + " is not a directory that only this user may write to");
+}
+
+}  // namespace kvservice

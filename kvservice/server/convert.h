@@ -1,0 +1,70 @@
+// Requests and replies between the wire and the engine. Every size that a caller sends is checked
+// here, before anything is allocated by it; every error names its field. Views borrow from the
+// message they were made of. Pure functions; any thread.
+
+#ifndef KVSERVICE_KVSERVICE_SERVER_CONVERT_H_
+#define KVSERVICE_KVSERVICE_SERVER_CONVERT_H_
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kvservice/engine.h"
+#include "kvservice/model.h"
+#include "kvservice/server/policy_registry.h"
+#include "kvservice/v1/attention.pb.h"
+#include "kvservice/v1/model.pb.h"
+#include "kvservice/v1/sequence.pb.h"
+#include "kvservice/v1/types.pb.h"
+
+namespace kvservice {
+
+// Nothing for a type that this version does not know.
+std::optional<DType> DTypeFromProto(v1::DataType dtype);
+v1::DataType DTypeToProto(DType dtype);
+// INVALID_ARGUMENT / TENSOR_DTYPE_UNKNOWN.
+absl::Status UnknownDTypeError(const std::string& path, int value);
+
+// A tensor of a known type whose extents are at least 1 and multiply to the payload's size.
+// INVALID_ARGUMENT: TENSOR_DTYPE_UNKNOWN (field.dtype), TENSOR_REGION_NOT_SERVED (field.region),
+// TENSOR_SHAPE_MISMATCH (field.shape), TENSOR_SIZE_MISMATCH (field.data). `field` is borrowed by
+// the view.
+absl::StatusOr<TensorView> TensorFromProto(const v1::Tensor& tensor, std::string_view field);
+
+// INVALID_ARGUMENT / HANDLE_MALFORMED unless the id has 16 bytes.
+absl::StatusOr<SequenceId> IdFromProto(std::string_view id, std::string_view field);
+
+// Shares of `info` that every caller may see; the tenant is left out.
+void SequenceToProto(const SequenceInfo& info, v1::Sequence* sequence);
+
+// `token_count_max` bounds the tokens of any sequence in the totals.
+void TotalsToProto(const AttendStats& stats, uint64_t token_count_max, v1::AttendTotals* totals);
+
+// The engine checks the result further.
+absl::StatusOr<ModelSpec> ModelFromProto(const v1::Model& model, const PolicyRegistry& registry);
+// Sketch tables are costly: they are written only if asked for, and never when all are the
+// identity.
+void ModelToProto(const ModelSpec& spec, bool with_sketch_tables, v1::Model* model);
+
+// Fills everything but `done`. Tensors and given positions are borrowed from `request`; inline
+// policies are stored in `policies`, which `call` borrows. INVALID_ARGUMENT also for no rows and
+// for one of k and v without the other.
+struct AttendPolicies {
+  std::vector<Policy> rows;
+  Policy call;
+};
+absl::Status AttendFromProto(const v1::AttendRequest& request, const PolicyRegistry& registry,
+                             AttendPolicies* policies, AttendCall* call);
+
+// What the caller asked `out` to be; FLOAT32 by default. INVALID_ARGUMENT / TENSOR_DTYPE_UNKNOWN.
+absl::StatusOr<DType> OutputDTypeFromProto(const v1::AttendRequest& request);
+
+// Everything but the two tensors.
+void AttendToProto(const v1::AttendRequest& request, const AttendCall& call,
+                   v1::AttendResponse* response);
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_SERVER_CONVERT_H_

@@ -1,0 +1,176 @@
+// The server program. Exit status: 0 after a drain, 78 for a bad configuration, 1 for anything
+// else.
+
+#include <malloc.h>
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "attention/device.h"
+#include "kvservice/engine.h"
+#include "kvservice/server/build_info.h"
+#include "kvservice/server/config.h"
+#include "kvservice/server/server.h"
+#include "kvservice/server/transport.h"
+
+namespace kvservice {
+namespace {
+
+// EX_CONFIG of sysexits.h.
+constexpr int kExitConfig = 78;
+
+// Buffers of messages come and go all the time; glibc would hand each back to the kernel and fetch
+// it again.
+constexpr int kMmapThresholdBytes = 1 << 30;
+constexpr int kTrimThresholdBytes = 1 << 30;
+constexpr int kTopPadBytes = 64 << 20;
+
+int FailConfig(const absl::Status& status) {
+  std::cerr << "kvservice: " << status.message() << std::endl;
+  return kExitConfig;
+}
+
+void KeepFreedMemory() {
+  mallopt(M_MMAP_THRESHOLD, kMmapThresholdBytes);
+  mallopt(M_TRIM_THRESHOLD, kTrimThresholdBytes);
+  mallopt(M_TOP_PAD, kTopPadBytes);
+}
+
+// Every connection is a descriptor.
+void RaiseDescriptorLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+sigset_t EndSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signals;
+}
+
+// Turns the first signal into a drain; a second one ends the process at once, as it would without
+// us. Stop wakes it with a signal of its own.
+class SignalThread {
+ public:
+  SignalThread(Server* server, spdlog::logger* logger)
+      : thread_([this, server, logger] { Run(server, logger); }) {}
+  ~SignalThread() {
+    stopping_ = true;
+    pthread_kill(thread_.native_handle(), SIGTERM);
+    thread_.join();
+  }
+
+ private:
+  void Run(Server* server, spdlog::logger* logger) {
+    const sigset_t signals = EndSignals();
+    int signal = 0;
+    sigwait(&signals, &signal);
+    if (stopping_) return;
+    logger->info("draining on {}", signal == SIGINT ? "SIGINT" : "SIGTERM");
+    server->RequestDrain(0);
+    while (!stopping_) {
+      sigwait(&signals, &signal);
+      if (!stopping_) _exit(128 + signal);
+    }
+  }
+
+  std::atomic<bool> stopping_{false};
+  std::thread thread_;
+};
+
+// Everything a stranger needs to connect: on stdout, and in the ready file if there is one.
+bool Announce(const Server& server, const std::string& ready_file) {
+  std::string text;
+  for (const Endpoint& endpoint : server.endpoints()) {
+    text += "listening on " + endpoint.ToString() + "\n";
+  }
+  if (server.admin_endpoint().has_value()) {
+    text += "admin on " + server.admin_endpoint()->ToString() + "\n";
+  }
+  text += "ready\n";
+  if (!ready_file.empty()) {
+    // Renamed into place, so that whoever waits for the file finds it complete.
+    const std::string partial = ready_file + ".partial";
+    std::ofstream(partial) << text;
+    if (std::rename(partial.c_str(), ready_file.c_str()) != 0) return false;
+  }
+  std::cout << text << std::flush;
+  return true;
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config) {
+  absl::StatusOr<std::unique_ptr<Device>> device = NewDevice(config.device, config.device_options);
+  if (!device.ok()) return device.status();
+  return NewEngine(config.server.engine, *std::move(device), SystemClock(), SystemRandom());
+}
+
+int Serve(const Config& config, spdlog::logger* logger) {
+  if (config.uses_runtime_directory) {
+    const absl::Status directory = CreateRuntimeDirectory(RuntimeDirectory());
+    if (!directory.ok()) return FailConfig(directory);
+  }
+  absl::StatusOr<std::unique_ptr<Engine>> engine = StartEngine(config);
+  if (!engine.ok()) {
+    logger->critical("cannot start the engine: {}", std::string(engine.status().message()));
+    return engine.status().code() == absl::StatusCode::kInvalidArgument ? kExitConfig : 1;
+  }
+  absl::StatusOr<std::unique_ptr<Server>> server = NewServer(config.server, engine->get(),
+                                                             {.clock = SystemClock(),
+                                                              .random = SystemRandom(),
+                                                              .transport = SystemTransport(),
+                                                              .logger = logger});
+  if (!server.ok()) {
+    logger->critical("cannot serve: {}", std::string(server.status().message()));
+    return server.status().code() == absl::StatusCode::kInvalidArgument ? kExitConfig : 1;
+  }
+  const SignalThread signals(server->get(), logger);
+  logger->info("kvservice {} on device {}, pool {} MiB", Version(), (*engine)->device_name(),
+               config.server.engine.pool_bytes >> 20);
+  if (!Announce(**server, config.ready_file)) {
+    logger->critical("cannot write {}", config.ready_file);
+    return 1;
+  }
+  const uint32_t grace_ms = (*server)->WaitForDrainRequest();
+  logger->info("draining, up to {} ms", grace_ms);
+  (*server)->Drain(grace_ms);
+  logger->info("drained");
+  return 0;
+}
+
+int Main(int argc, const char* const* argv) {
+  absl::StatusOr<Config> config = ParseCommandLine(argc, argv);
+  if (!config.ok()) return FailConfig(config.status());
+  if (config->action == Config::Action::kPrint) {
+    std::cout << config->text;
+    return 0;
+  }
+  KeepFreedMemory();
+  RaiseDescriptorLimit();
+  const sigset_t signals = EndSignals();
+  // Before any thread exists, so that all of them inherit it and only ours takes the signals.
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+  spdlog::logger logger("kvservice", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+  logger.set_level(
+      spdlog::level::from_str(config->log_level == "error" ? "err" : config->log_level));
+  logger.flush_on(spdlog::level::info);
+  return Serve(*config, &logger);
+}
+
+}  // namespace
+}  // namespace kvservice
+
+int main(int argc, char** argv) { return kvservice::Main(argc, argv); }

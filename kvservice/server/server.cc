@@ -1,0 +1,225 @@
+#include "kvservice/server/server.h"
+
+#include <spdlog/spdlog.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "kvservice/engine_errors.h"
+#include "kvservice/server/call.h"
+#include "kvservice/server/policy_registry.h"
+#include "kvservice/server/rpc_server.h"
+#include "kvservice/server/service.h"
+
+namespace kvservice {
+namespace {
+
+// The admin side serves few and small calls.
+constexpr size_t kAdminMessageBytesMax = size_t{4} << 20;
+constexpr size_t kAdminTransportBytesMax = size_t{32} << 20;
+constexpr size_t kAdminRequestsBytesMax = size_t{64} << 20;
+constexpr uint32_t kAdminConnectionsMax = 64;
+constexpr uint32_t kAdminStreamsMax = 32;
+// The answer to the call that asked for the drain is on its way.
+constexpr std::chrono::milliseconds kAdminGrace{1000};
+constexpr char kAdminTenant[] = "admin";
+
+// Protobuf cannot hold more in one message.
+constexpr size_t kMessageBytesLimit = (size_t{2} << 30) - 1;
+
+// Codes that say something is wrong with the server rather than with the call.
+bool IsServerFault(absl::StatusCode code) {
+  return code == absl::StatusCode::kInternal || code == absl::StatusCode::kUnknown ||
+         code == absl::StatusCode::kDataLoss;
+}
+
+class Gate final : public CallGate {
+ public:
+  explicit Gate(spdlog::logger* logger) : logger_(logger) {}
+
+  void Close() { closed_ = true; }
+  bool closed() const { return closed_; }
+
+  absl::Status Admit() override { return closed_ ? Draining() : absl::OkStatus(); }
+
+  void Ended(const char* method, const std::string& tenant, const absl::Status& status,
+             uint64_t duration_ns) override {
+    const auto level = IsServerFault(status.code()) ? spdlog::level::err : spdlog::level::debug;
+    if (logger_ == nullptr || !logger_->should_log(level)) return;
+    logger_->log(level, "rpc={} tenant={} code={} duration_us={} {}", method, tenant,
+                 absl::StatusCodeToString(status.code()), duration_ns / 1000,
+                 std::string(status.message()));
+  }
+
+ private:
+  spdlog::logger* const logger_;
+  std::atomic<bool> closed_{false};
+};
+
+class ServerOnEngine final : public Server {
+ public:
+  ServerOnEngine(const ServerOptions& options, Engine* engine, const ServerSeams& seams)
+      : options_(options),
+        engine_(engine),
+        seams_(seams),
+        data_gate_(seams.logger),
+        admin_gate_(seams.logger),
+        data_in_flight_(options.requests_bytes_max),
+        admin_in_flight_(kAdminRequestsBytesMax) {}
+  ~ServerOnEngine() override { Drain(0); }
+
+  absl::Status Start();
+
+  const std::vector<Endpoint>& endpoints() const override { return data_->endpoints(); }
+  std::optional<Endpoint> admin_endpoint() const override {
+    return admin_ == nullptr ? std::nullopt : std::optional(admin_->endpoints().front());
+  }
+
+  void RequestDrain(uint32_t grace_ms) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (drain_request_.has_value()) return;
+    drain_request_ = grace_ms == 0 ? options_.drain_grace_ms : grace_ms;
+    drain_requested_.notify_all();
+  }
+
+  uint32_t WaitForDrainRequest() override {
+    std::unique_lock<std::mutex> lock(mutex_);
+    drain_requested_.wait(lock, [this] { return drain_request_.has_value(); });
+    return *drain_request_;
+  }
+
+  void Drain(uint32_t grace_ms) override;
+
+ private:
+  absl::Status StartData();
+  absl::Status StartAdmin();
+  ServiceHost HostFor(CallGate* gate, InFlight* in_flight) {
+    return {.calls = {.gate = gate, .in_flight = in_flight, .clock = seams_.clock},
+            .engine = engine_,
+            .policies = &policies_};
+  }
+  absl::StatusOr<AdminFacts> Facts();
+
+  const ServerOptions options_;
+  Engine* const engine_;
+  const ServerSeams seams_;
+  const PolicyRegistry policies_;
+  Gate data_gate_;
+  Gate admin_gate_;
+  InFlight data_in_flight_;
+  InFlight admin_in_flight_;
+  std::unique_ptr<RpcServer> data_;
+  std::unique_ptr<RpcServer> admin_;
+  bool drained_ = false;
+
+  std::mutex mutex_;
+  std::condition_variable drain_requested_;
+  // Guarded by mutex_.
+  std::optional<uint32_t> drain_request_;
+};
+
+absl::Status ServerOnEngine::Start() {
+  if (options_.listen.empty()) return absl::InvalidArgumentError("nothing to listen on");
+  if (options_.io_threads == 0) return absl::InvalidArgumentError("io_threads is 0");
+  if (options_.message_bytes_max == 0 || options_.message_bytes_max > kMessageBytesLimit) {
+    return absl::InvalidArgumentError("message_bytes_max is " +
+                                      std::to_string(options_.message_bytes_max) +
+                                      ", expected 1 to 2147483647");
+  }
+  absl::Status status = StartData();
+  if (status.ok() && options_.admin_listen.has_value()) status = StartAdmin();
+  return status;
+}
+
+absl::Status ServerOnEngine::StartData() {
+  const ServiceHost host = HostFor(&data_gate_, &data_in_flight_);
+  std::vector<std::unique_ptr<RpcService>> services;
+  services.push_back(NewAttentionService(host));
+  services.push_back(NewSequenceService(host));
+  services.push_back(NewModelService(host));
+  absl::StatusOr<std::unique_ptr<RpcServer>> server =
+      StartRpcServer({.listen = options_.listen,
+                      .io_threads = options_.io_threads,
+                      .message_bytes_max = options_.message_bytes_max,
+                      .transport_bytes_max = options_.transport_bytes_max,
+                      .connections_max = options_.connections_max,
+                      .streams_per_connection_max = options_.streams_per_connection_max},
+                     std::move(services), host.calls, seams_.transport);
+  if (!server.ok()) return server.status();
+  data_ = *std::move(server);
+  return absl::OkStatus();
+}
+
+absl::Status ServerOnEngine::StartAdmin() {
+  absl::StatusOr<AdminFacts> facts = Facts();
+  if (!facts.ok()) return facts.status();
+  const ServiceHost host = HostFor(&admin_gate_, &admin_in_flight_);
+  std::vector<std::unique_ptr<RpcService>> services;
+  services.push_back(NewAdminService(host, *std::move(facts)));
+  services.push_back(NewModelService(host));
+  absl::StatusOr<std::unique_ptr<RpcServer>> server =
+      StartRpcServer({.listen = {{.tenant = kAdminTenant, .endpoint = *options_.admin_listen}},
+                      .io_threads = 1,
+                      .message_bytes_max = kAdminMessageBytesMax,
+                      .transport_bytes_max = kAdminTransportBytesMax,
+                      .connections_max = kAdminConnectionsMax,
+                      .streams_per_connection_max = kAdminStreamsMax},
+                     std::move(services), host.calls, seams_.transport);
+  if (!server.ok()) return server.status();
+  admin_ = *std::move(server);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
+  std::array<std::byte, sizeof(uint64_t)> epoch_bytes;
+  const absl::Status random = seams_.random->Fill(absl::MakeSpan(epoch_bytes));
+  if (!random.ok()) return random;
+  AdminFacts facts;
+  std::memcpy(&facts.epoch, epoch_bytes.data(), sizeof(facts.epoch));
+  facts.started_ns = seams_.clock->SteadyNowNs();
+  facts.sequence_tokens_max = options_.engine.sequence_tokens_max;
+  facts.limits = {{"message_bytes_max", options_.message_bytes_max},
+                  {"requests_bytes_max", options_.requests_bytes_max},
+                  {"connections_max", options_.connections_max},
+                  {"streams_per_connection_max", options_.streams_per_connection_max},
+                  {"pool_bytes", options_.engine.pool_bytes},
+                  {"sequences_max", options_.engine.sequences_max},
+                  {"sequences_per_tenant_max", options_.engine.sequences_per_tenant_max},
+                  {"models_max", options_.engine.models_max},
+                  {"sequence_tokens_max", options_.engine.sequence_tokens_max},
+                  {"queue_calls_max", options_.engine.queue_calls_max},
+                  {"rows_max", options_.engine.rows_max},
+                  {"lease_default_ms", options_.engine.lease_default_ms},
+                  {"lease_max_ms", options_.engine.lease_max_ms}};
+  facts.draining = [this] { return data_gate_.closed(); };
+  facts.request_drain = [this](uint32_t grace_ms) { RequestDrain(grace_ms); };
+  return facts;
+}
+
+void ServerOnEngine::Drain(uint32_t grace_ms) {
+  if (std::exchange(drained_, true)) return;
+  data_gate_.Close();
+  for (RpcServer* server : {data_.get(), admin_.get()}) {
+    if (server != nullptr) server->SetServing(false);
+  }
+  if (data_ != nullptr) data_->Shutdown(std::chrono::milliseconds(grace_ms));
+  engine_->Drain();
+  if (admin_ != nullptr) admin_->Shutdown(kAdminGrace);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Server>> NewServer(const ServerOptions& options, Engine* engine,
+                                                  const ServerSeams& seams) {
+  auto server = std::make_unique<ServerOnEngine>(options, engine, seams);
+  const absl::Status started = server->Start();
+  if (!started.ok()) return started;
+  return server;
+}
+
+}  // namespace kvservice

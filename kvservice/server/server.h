@@ -1,0 +1,83 @@
+// The service on the network: data side and admin side around one engine.
+
+#ifndef KVSERVICE_KVSERVICE_SERVER_SERVER_H_
+#define KVSERVICE_KVSERVICE_SERVER_SERVER_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kvservice/clock.h"
+#include "kvservice/engine.h"
+#include "kvservice/random.h"
+#include "kvservice/server/endpoint.h"
+#include "kvservice/server/transport.h"
+
+namespace spdlog {
+class logger;
+}  // namespace spdlog
+
+namespace kvservice {
+
+struct ServerOptions {
+  // At least one; every address must be local. A listener's tenant owns everything created through
+  // it.
+  std::vector<ListenAddress> listen;
+  // Operations: statistics, sequences of all tenants, drain. None = no admin side.
+  std::optional<Endpoint> admin_listen;
+  // Threads that receive and parse; the engine's threads are the device's.
+  uint32_t io_threads = 1;
+  // Largest message.
+  size_t message_bytes_max = size_t{64} << 20;
+  // All requests being served together; more is RESOURCE_EXHAUSTED / OVERLOADED with a retry delay.
+  size_t requests_bytes_max = size_t{1} << 30;
+  // What gRPC may use for messages on their way in.
+  size_t transport_bytes_max = size_t{256} << 20;
+  // Connections above it are reset.
+  uint32_t connections_max = 1024;
+  uint32_t streams_per_connection_max = 256;
+  // Time that a drain gives to calls in flight.
+  uint32_t drain_grace_ms = 10'000;
+  // The engine's options, for GetServerInfo.
+  EngineOptions engine;
+};
+
+// Borrowed; outlives the server.
+struct ServerSeams {
+  Clock* clock = nullptr;
+  Random* random = nullptr;
+  Transport* transport = nullptr;
+  // nullptr = silent.
+  spdlog::logger* logger = nullptr;
+};
+
+class Server {
+ public:
+  // Drains without grace if that has not been done.
+  virtual ~Server() = default;
+  // As bound, in the order of the options.
+  virtual const std::vector<Endpoint>& endpoints() const = 0;
+  virtual std::optional<Endpoint> admin_endpoint() const = 0;
+
+  // Asks for a drain; any thread, also signal-driven ones; returns at once. The first request
+  // counts. 0 = the default grace.
+  virtual void RequestDrain(uint32_t grace_ms) = 0;
+  // Blocks until somebody has asked; returns the grace to give.
+  virtual uint32_t WaitForDrainRequest() = 0;
+  // Health becomes NOT_SERVING, new calls get UNAVAILABLE / DRAINING, no connection is accepted;
+  // calls in flight are given the grace and then cancelled; the engine drains; the admin side ends
+  // last. Idempotent; from the thread that owns the server.
+  virtual void Drain(uint32_t grace_ms) = 0;
+};
+
+// Serves `engine` (borrowed; outlives the server; Drain drains it). INVALID_ARGUMENT for options
+// that contradict themselves or an address that is not local, else what listening answered.
+absl::StatusOr<std::unique_ptr<Server>> NewServer(const ServerOptions& options, Engine* engine,
+                                                  const ServerSeams& seams);
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_SERVER_SERVER_H_

@@ -1,0 +1,34 @@
+// SHA-256 (FIPS 180-4), for digests that must mean the same on every machine. A value type; not
+// thread-safe.
+
+#ifndef KVSERVICE_KVSERVICE_SHA256_H_
+#define KVSERVICE_KVSERVICE_SHA256_H_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "absl/types/span.h"
+
+namespace kvservice {
+
+class Sha256 {
+ public:
+  using Digest = std::array<std::byte, 32>;
+
+  void Update(absl::Span<const std::byte> bytes);
+  // Ends the message; the object is then spent.
+  Digest Finish();
+
+ private:
+  void Compress(const std::byte* chunk);
+
+  std::array<uint32_t, 8> state_ = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                    0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  uint64_t message_bytes_ = 0;
+  std::array<std::byte, 64> chunk_{};
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_SHA256_H_

@@ -1,0 +1,151 @@
+#include "selector/policy.h"
+
+#include <cmath>
+#include <string>
+#include <string_view>
+
+#include "absl/strings/str_cat.h"
+
+namespace kvservice {
+namespace {
+
+// abseil of this version has a string_view of its own.
+absl::string_view View(std::string_view text) { return {text.data(), text.size()}; }
+
+template <typename Number>
+absl::Status OutOfRange(std::string_view field, Number value, std::string_view expected) {
+  return absl::InvalidArgumentError(
+      absl::StrCat("policy.", View(field), " is ", value, ", expected ", View(expected)));
+}
+
+absl::Status CheckTokens(std::string_view field, uint32_t tokens) {
+  if (tokens <= kPolicyTokensMax) return absl::OkStatus();
+  return OutOfRange(field, tokens, absl::StrCat("at most ", kPolicyTokensMax));
+}
+
+template <typename Enum>
+absl::Status CheckEnum(std::string_view field, Enum value, Enum last) {
+  if (value <= last) return absl::OkStatus();
+  return OutOfRange(field, static_cast<int>(value), "a known value");
+}
+
+absl::Status CheckBudget(std::string_view field, const Budget& budget) {
+  const std::string prefix = absl::StrCat(View(field), ".");
+  absl::Status status = CheckTokens(prefix + "sink", budget.sink);
+  if (status.ok()) status = CheckTokens(prefix + "local", budget.local);
+  if (status.ok()) status = CheckTokens(prefix + "top_k", budget.top_k);
+  return status;
+}
+
+// Comparisons are written so that NaN fails them.
+absl::Status CheckCis(const CisParameters& cis) {
+  if (!(cis.min_cosine >= -1.0F && cis.min_cosine <= 1.0F)) {
+    return OutOfRange("cis.min_cosine", cis.min_cosine, "-1 to 1");
+  }
+  if (cis.anchors_max == 0 || cis.anchors_max > kAnchorsMax) {
+    return OutOfRange("cis.anchors_max", cis.anchors_max, absl::StrCat("1 to ", kAnchorsMax));
+  }
+  if (cis.dilate_radius > kDilateRadiusMax) {
+    return OutOfRange("cis.dilate_radius", cis.dilate_radius,
+                      absl::StrCat("at most ", kDilateRadiusMax));
+  }
+  const absl::Status status = CheckTokens("cis.dilate_strongest", cis.dilate_strongest);
+  return status.ok() ? CheckTokens("cis.block_steps", cis.block_steps) : status;
+}
+
+absl::Status CheckShare(std::string_view field, float share) {
+  if (share > 0.0F && share <= 1.0F) return absl::OkStatus();
+  return OutOfRange(field, share, "more than 0, at most 1");
+}
+
+// `by_share` is the value that stands for a share of the model's layers.
+absl::Status CheckFirstLayer(std::string_view field, uint32_t first, uint32_t by_share,
+                             uint32_t layer_count) {
+  if (first == by_share || first < layer_count) return absl::OkStatus();
+  return OutOfRange(field, first, absl::StrCat("below the model's ", layer_count, " layers"));
+}
+
+absl::Status CheckPsaw(const PsawParameters& psaw, uint32_t layer_count) {
+  absl::Status status = CheckFirstLayer("psaw.first_layer", psaw.first_layer,
+                                        PsawParameters::kHalfOfLayers, layer_count);
+  if (status.ok()) status = CheckShare("psaw.phi", psaw.phi);
+  if (status.ok() && !(psaw.alpha >= 0.0F && psaw.alpha <= kScheduleExponentMax)) {
+    status = OutOfRange("psaw.alpha", psaw.alpha, absl::StrCat("0 to ", kScheduleExponentMax));
+  }
+  return status;
+}
+
+absl::Status CheckEtf(const EtfParameters& etf, uint32_t layer_count) {
+  absl::Status status = CheckFirstLayer("etf.first_layer", etf.first_layer,
+                                        EtfParameters::kTwoThirdsOfLayers, layer_count);
+  if (status.ok()) status = CheckShare("etf.psi", etf.psi);
+  if (status.ok() && !(etf.gamma > 0.0F && etf.gamma <= kScheduleExponentMax)) {
+    status = OutOfRange("etf.gamma", etf.gamma,
+                        absl::StrCat("more than 0, at most ", kScheduleExponentMax));
+  }
+  return status;
+}
+
+// An override may reach beyond the last layer (one policy serves models of several depths) but must
+// begin within the model: one that rules nothing is a mistake.
+absl::Status CheckOverride(size_t index, const LayerOverride& entry, uint32_t layer_count) {
+  const std::string field = absl::StrCat("layers[", index, "]");
+  if (entry.layer_begin >= layer_count) {
+    return OutOfRange(field + ".layer_begin", entry.layer_begin,
+                      absl::StrCat("below the model's ", layer_count, " layers"));
+  }
+  if (entry.layer_end <= entry.layer_begin) {
+    return OutOfRange(field + ".layer_end", entry.layer_end,
+                      absl::StrCat("more than layer_begin ", entry.layer_begin));
+  }
+  const absl::Status status =
+      CheckEnum(field + ".selector", entry.selector, SelectorKind::kCertified);
+  return status.ok() ? CheckBudget(field + ".budget", entry.budget) : status;
+}
+
+absl::Status CheckOverrides(const Policy& policy, uint32_t layer_count) {
+  if (policy.layers.size() > kLayerOverridesMax) {
+    return absl::InvalidArgumentError(absl::StrCat("policy.layers has ", policy.layers.size(),
+                                                   " entries, expected at most ",
+                                                   kLayerOverridesMax));
+  }
+  for (size_t i = 0; i < policy.layers.size(); ++i) {
+    const absl::Status status = CheckOverride(i, policy.layers[i], layer_count);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckLimits(const Policy& policy) {
+  absl::Status status = CheckShare("max_dropped_mass", policy.max_dropped_mass);
+  if (status.ok()) status = CheckEnum("guarantee", policy.guarantee, Guarantee::kExact);
+  if (status.ok()) status = CheckEnum("on_violation", policy.on_violation, OnViolation::kFail);
+  if (status.ok()) status = CheckEnum("mode", policy.mode, Mode::kShadow);
+  return status;
+}
+
+}  // namespace
+
+Policy DefaultPolicy(SelectorKind selector) {
+  Policy policy;
+  policy.selector = selector;
+  if (selector == SelectorKind::kAuto || selector == SelectorKind::kCertified) return policy;
+  policy.guarantee = Guarantee::kNone;
+  policy.max_dropped_mass = 1.0F;
+  if (selector == SelectorKind::kPsaw) policy.psaw.phi = 0.85F;
+  if (selector == SelectorKind::kEtf) policy.etf.psi = 0.85F;
+  return policy;
+}
+
+absl::Status ValidatePolicy(const Policy& policy, uint32_t layer_count) {
+  absl::Status status = CheckEnum("selector", policy.selector, SelectorKind::kCertified);
+  if (status.ok()) status = CheckBudget("budget", policy.budget);
+  if (status.ok()) status = CheckCis(policy.cis);
+  if (status.ok()) status = CheckPsaw(policy.psaw, layer_count);
+  if (status.ok()) status = CheckEtf(policy.etf, layer_count);
+  if (status.ok()) status = CheckOverrides(policy, layer_count);
+  if (status.ok()) status = CheckLimits(policy);
+  return status;
+}
+
+}  // namespace kvservice

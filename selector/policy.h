@@ -1,0 +1,116 @@
+// What a caller asks for: which selector chooses tokens, with which budget, and what must be
+// guaranteed about the rest. The C++ image of the proto Policy; defaults live here and nowhere
+// else. Plain data.
+
+#ifndef KVSERVICE_SELECTOR_POLICY_H_
+#define KVSERVICE_SELECTOR_POLICY_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "attention/plan.h"
+
+namespace kvservice {
+
+enum class SelectorKind : uint8_t {
+  kAuto,       // Dense below dense_below_tokens, certified above.
+  kDense,      // Every token.
+  kGiven,      // The caller's own positions.
+  kCis,        // Time axis: reuse the list of the most similar earlier query.
+  kPsaw,       // Depth axis: deeper layers see a shorter past (and scan it).
+  kEtf,        // Layer axis: deeper layers take the frozen prefix's choice from a shallower layer.
+  kCpe,        // CIS, PSAW and ETF in a row.
+  kCertified,  // Scan every call and keep by mass until the limit is proven.
+};
+
+// Numbers of tokens per KV head.
+struct Budget {
+  uint32_t sink = 8;
+  uint32_t local = 64;
+  uint32_t top_k = 512;
+  friend bool operator==(const Budget&, const Budget&) = default;
+};
+
+struct CisParameters {
+  // Reuse when the smallest cosine over the group's query heads reaches this, in [-1, 1].
+  float min_cosine = 0.8F;
+  // Anchors kept per KV head, least recently used goes.
+  uint32_t anchors_max = 128;
+  // The paper's form: forget all anchors every `block_steps` positions. 0 = anchors live as long as
+  // the sequence.
+  uint32_t block_steps = 0;
+  uint32_t dilate_strongest = 0;
+  uint32_t dilate_radius = 0;
+  friend bool operator==(const CisParameters&, const CisParameters&) = default;
+};
+
+// P_l(t) = floor((1 - phi^(alpha (l - l_s) / (N - l_s))) t) hidden positions in layer l >= l_s. phi
+// = 1 hides nothing.
+struct PsawParameters {
+  static constexpr uint32_t kHalfOfLayers = UINT32_MAX;
+  uint32_t first_layer = kHalfOfLayers;  // l_s; kHalfOfLayers = N / 2
+  float phi = 1.0F;                      // in (0, 1]
+  float alpha = 1.0F;                    // >= 0
+  friend bool operator==(const PsawParameters&, const PsawParameters&) = default;
+};
+
+// E_l(t) = floor((1 - psi^(gamma (l - l_s) / (N - l_s))) t) frozen positions in layer l >= l_s. psi
+// = 1 freezes nothing.
+struct EtfParameters {
+  static constexpr uint32_t kTwoThirdsOfLayers = UINT32_MAX;
+  uint32_t first_layer = kTwoThirdsOfLayers;  // l_s; kTwoThirdsOfLayers = 2 N / 3
+  float psi = 1.0F;                           // in (0, 1]
+  float gamma = 1.0F;                         // > 0
+  friend bool operator==(const EtfParameters&, const EtfParameters&) = default;
+};
+
+// Replaces the selector of layers [layer_begin, layer_end), and its budget where top_k > 0.
+struct LayerOverride {
+  uint32_t layer_begin = 0;
+  uint32_t layer_end = 0;
+  SelectorKind selector = SelectorKind::kDense;
+  Budget budget{.top_k = 0};
+  friend bool operator==(const LayerOverride&, const LayerOverride&) = default;
+};
+
+inline constexpr uint32_t kLayerOverridesMax = 256;
+
+struct Policy {
+  SelectorKind selector = SelectorKind::kCertified;
+  Budget budget;
+  CisParameters cis;
+  PsawParameters psaw;
+  EtfParameters etf;
+  // Later entries win. Default: layers 0 and 1 are dense, their heads are diffuse (measured,
+  // docs/decisions.md).
+  std::vector<LayerOverride> layers = {{.layer_begin = 0, .layer_end = 2}};
+  // Sequences shorter than this are answered densely, unless the positions are given: scanning them
+  // costs more than reading them.
+  uint32_t dense_below_tokens = 2048;
+  // Limit on the dropped softmax mass per query head, in (0, 1]; 1 = none.
+  float max_dropped_mass = 0.05F;
+  Guarantee guarantee = Guarantee::kDeterministic;
+  OnViolation on_violation = OnViolation::kDense;
+  Mode mode = Mode::kEnforce;
+  friend bool operator==(const Policy&, const Policy&) = default;
+};
+
+// The policy a selector stands for when only its name is given: kCpe, kCis, kPsaw, kEtf and kGiven
+// ask for no proof (guarantee = kNone, limit 1), kPsaw and kEtf switch their edit on (phi = psi =
+// 0.85), kCertified and kAuto prove 0.05.
+Policy DefaultPolicy(SelectorKind selector);
+
+// Largest numbers that a policy may carry; beyond them is a mistake, not a wish.
+inline constexpr uint32_t kPolicyTokensMax = 1U << 20;
+inline constexpr uint32_t kAnchorsMax = 4096;
+inline constexpr uint32_t kDilateRadiusMax = 1024;
+inline constexpr float kScheduleExponentMax = 1000.0F;
+
+// INVALID_ARGUMENT unless every number is finite and in its range. The message starts with the path
+// of the field and a space: "policy.cis.min_cosine is 2, expected ...".
+absl::Status ValidatePolicy(const Policy& policy, uint32_t layer_count);
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_SELECTOR_POLICY_H_

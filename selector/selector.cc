@@ -1,0 +1,111 @@
+#include "selector/selector.h"
+
+#include <algorithm>
+#include <cassert>
+
+namespace kvservice {
+namespace {
+
+// The entry that rules `layer`: the last one that covers it.
+const LayerOverride* FindOverride(const Policy& policy, uint32_t layer) {
+  for (size_t i = policy.layers.size(); i-- > 0;) {
+    const LayerOverride& entry = policy.layers[i];
+    if (entry.layer_begin <= layer && layer < entry.layer_end) return &entry;
+  }
+  return nullptr;
+}
+
+// Every token is read: valid for every length, and what the edits start from.
+Plan DensePlan(const Budget& budget, const StepContext& context) {
+  const uint32_t local = std::max(budget.local, context.query_count);
+  Plan plan;
+  plan.source = Source::kAll;
+  plan.local_begin = context.attended_length - std::min(context.attended_length, local);
+  plan.sink_end = std::min(budget.sink, plan.local_begin);
+  plan.visible_begin = 0;
+  return plan;
+}
+
+// CIS in the paper's form starts a new block at every multiple of block_steps; a row starts one if
+// any of its query tokens stands there.
+bool StartsCisBlock(const CisParameters& cis, const StepContext& context) {
+  if (cis.block_steps == 0) return false;
+  const uint32_t position = context.attended_length - context.query_count;
+  const uint32_t into_block = position % cis.block_steps;
+  return into_block == 0 || into_block + context.query_count > cis.block_steps;
+}
+
+void ApplyEdits(SelectorKind selector, const Policy& policy, const StepContext& context,
+                Plan* plan) {
+  switch (selector) {
+    case SelectorKind::kAuto:
+    case SelectorKind::kDense:
+      return;
+    case SelectorKind::kGiven:
+      EditGiven(policy, context, plan);
+      break;
+    case SelectorKind::kCis:
+      EditCis(policy, context, plan);
+      break;
+    case SelectorKind::kPsaw:
+      EditScan(policy, context, plan);
+      EditPsaw(policy, context, plan);
+      break;
+    case SelectorKind::kEtf:
+      EditScan(policy, context, plan);
+      EditEtf(policy, context, plan);
+      break;
+    case SelectorKind::kCpe:
+      EditCis(policy, context, plan);
+      EditPsaw(policy, context, plan);
+      EditEtf(policy, context, plan);
+      break;
+    case SelectorKind::kCertified:
+      EditCertified(policy, context, plan);
+      break;
+  }
+  EditGuarantee(policy, context, plan);
+}
+
+}  // namespace
+
+void EditGuarantee(const Policy& policy, const StepContext& /*context*/, Plan* plan) {
+  plan->prove = policy.guarantee;
+  plan->max_dropped_mass = policy.max_dropped_mass;
+  plan->on_violation = policy.on_violation;
+  plan->mode = policy.mode;
+}
+
+SelectorKind ResolveSelector(const Policy& policy, const StepContext& context) {
+  // A window is short, and the masses of its layer refer to it: it is read whole.
+  if (context.sliding_window > 0) return SelectorKind::kDense;
+  const LayerOverride* ruling = FindOverride(policy, context.layer);
+  const SelectorKind selector = ruling != nullptr ? ruling->selector : policy.selector;
+  if (selector == SelectorKind::kGiven) return selector;
+  if (context.attended_length < policy.dense_below_tokens) return SelectorKind::kDense;
+  return selector == SelectorKind::kAuto ? SelectorKind::kCertified : selector;
+}
+
+bool UsesLists(SelectorKind selector) {
+  return selector == SelectorKind::kCis || selector == SelectorKind::kEtf ||
+         selector == SelectorKind::kCpe;
+}
+
+PlannedStep MakePlan(const Policy& policy, const StepContext& context) {
+  assert(context.query_count >= 1 && context.query_count <= context.attended_length);
+  assert(context.layer < context.layer_count);
+  const LayerOverride* ruling = FindOverride(policy, context.layer);
+  if (ruling != nullptr && ruling->budget.top_k > 0 && ruling->budget != policy.budget) {
+    Policy of_layer = policy;
+    of_layer.budget = ruling->budget;
+    return MakePlan(of_layer, context);
+  }
+  PlannedStep step;
+  step.selector = ResolveSelector(policy, context);
+  step.plan = DensePlan(policy.budget, context);
+  ApplyEdits(step.selector, policy, context, &step.plan);
+  step.drop_lists = step.plan.source == Source::kReuse && StartsCisBlock(policy.cis, context);
+  return step;
+}
+
+}  // namespace kvservice

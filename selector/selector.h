@@ -1,0 +1,75 @@
+// Selectors write plans. They are pure host code without access to keys: that is what pre-hoc means
+// here. Every pre-hoc method is an edit of a plan that already says something valid (dense), so
+// methods compose by applying their edits in a row (CPE).
+//
+// Adding one: write <name>.cc with an `Edit<Name>` function, declare it here and add one line to
+// MakePlan. Pure functions; any thread.
+
+#ifndef KVSERVICE_SELECTOR_SELECTOR_H_
+#define KVSERVICE_SELECTOR_SELECTOR_H_
+
+#include <cstdint>
+
+#include "absl/types/span.h"
+#include "attention/device.h"
+#include "attention/plan.h"
+#include "selector/policy.h"
+
+namespace kvservice {
+
+// Where in the model and the sequence a step is.
+struct StepContext {
+  uint32_t layer = 0;
+  uint32_t layer_count = 0;
+  // Tokens the row attends to, its own query tokens included.
+  uint32_t attended_length = 0;
+  uint32_t query_count = 1;
+  // The layer's sliding window, 0 = none. Windowed layers are dense over their window.
+  uint32_t sliding_window = 0;
+  // Lists of this layer (nullptr = nothing is remembered: CIS then scans), and of the nearest
+  // shallower layer of the same step for ETF (nullptr = there is none: nothing is frozen).
+  TokenLists* lists = nullptr;
+  const TokenLists* shallower_lists = nullptr;
+  // kGiven: see Plan::given.
+  absl::Span<const uint32_t> given;
+  absl::Span<const uint32_t> given_offsets;
+};
+
+struct PlannedStep {
+  Plan plan;
+  // The selector that was used after `auto`, layer overrides and length rules.
+  SelectorKind selector = SelectorKind::kDense;
+  // The sequence's lists of this layer must be dropped before the call (CIS in the paper's form, at
+  // a block's first step).
+  bool drop_lists = false;
+};
+
+// The plan of one row. `policy` is valid (ValidatePolicy).
+PlannedStep MakePlan(const Policy& policy, const StepContext& context);
+
+// What MakePlan will choose, for callers that prepare lists; reads neither lists nor given
+// positions.
+SelectorKind ResolveSelector(const Policy& policy, const StepContext& context);
+// The selector remembers choices in StepContext::lists.
+bool UsesLists(SelectorKind selector);
+
+// The edits. Each takes a plan that the previous ones wrote.
+void EditGiven(const Policy& policy, const StepContext& context, Plan* plan);
+void EditScan(const Policy& policy, const StepContext& context, Plan* plan);
+void EditCis(const Policy& policy, const StepContext& context, Plan* plan);
+void EditPsaw(const Policy& policy, const StepContext& context, Plan* plan);
+void EditEtf(const Policy& policy, const StepContext& context, Plan* plan);
+void EditCertified(const Policy& policy, const StepContext& context, Plan* plan);
+// Proof, limit, what a violation does, and the mode: the same for every selector.
+void EditGuarantee(const Policy& policy, const StepContext& context, Plan* plan);
+
+// The formulas of PSAW and ETF, in double, for tests and reports: positions hidden or frozen in
+// `layer` at length t.
+uint32_t PsawHiddenCount(const PsawParameters& psaw, uint32_t layer, uint32_t layer_count,
+                         uint32_t length);
+uint32_t EtfFrozenCount(const EtfParameters& etf, uint32_t layer, uint32_t layer_count,
+                        uint32_t length);
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_SELECTOR_SELECTOR_H_

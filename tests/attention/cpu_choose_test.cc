@@ -1,0 +1,333 @@
+// Choosing by thresholds against choosing by sorting, and sums of weights against long double, on
+// every target.
+
+#include "attention/cpu/choose.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "tests/attention/cpu_targets.h"
+
+namespace kvservice::testing {
+namespace {
+
+constexpr uint32_t kBlocks = 9;
+constexpr uint32_t kFirstBlock = 2;
+// Scores are cut to 128 steps per octave.
+constexpr double kStep = 1.0 + 1.0 / 64.0;
+// What a plan by mass leaves to the difference between estimated and measured normalisers.
+constexpr double kPlannedShare = 0.93;
+
+// Random weights: pages of very different powers of two, in every head.
+struct Weights {
+  Weights(uint32_t heads, uint64_t seed, double spread) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> normal;
+    weights.Resize(heads, kFirstBlock, kBlocks, /*with_bounds=*/true);
+    for (uint32_t head = 0; head < heads; ++head) {
+      for (uint32_t block = kFirstBlock; block < kFirstBlock + kBlocks; ++block) {
+        const auto reference = static_cast<int32_t>(random() % 7) - 3;
+        weights.reference[weights.PageIndex(head, block)] = reference;
+        for (uint32_t t = 0; t < kBlockTokens; ++t) {
+          const double logit = spread * normal(random);
+          const auto scale = std::exp2(static_cast<double>(-reference));
+          const double eps = 0.3 + 0.1 * normal(random);
+          weights.Page(weights.estimate, head, block)[t] =
+              static_cast<float>(std::exp(logit) * scale);
+          weights.Page(weights.upper, head, block)[t] =
+              static_cast<float>(std::exp(logit + eps) * scale);
+          weights.Page(weights.lower, head, block)[t] =
+              static_cast<float>(std::exp(logit - eps) * scale);
+        }
+      }
+    }
+    always_lse.assign(heads, 2.0);
+    candidates.assign(kBlocks, 0);
+    unread.assign(kBlocks, 0);
+    for (uint32_t i = 0; i < kBlocks; ++i) {
+      if (i == 4) continue;  // a block without candidates
+      candidates[i] = i == 7 ? random() & random() : ~uint64_t{0};
+      unread[i] = ~candidates[i] & random() & random();
+    }
+    pool = candidates;
+    for (uint32_t i = 0; i < kBlocks; ++i) pool[i] |= unread[i];
+  }
+
+  ChooseTask Task() const {
+    ChooseTask task;
+    task.weights = &weights;
+    task.candidates = candidates;
+    task.pool = pool;
+    task.unread = unread;
+    task.always_lse = always_lse;
+    return task;
+  }
+
+  double Weight(const std::vector<float>& numbers, uint32_t head, uint32_t token) const {
+    const uint32_t block = token / kBlockTokens;
+    return std::ldexp(weights.Page(numbers, head, block)[token % kBlockTokens],
+                      weights.reference[weights.PageIndex(head, block)]);
+  }
+
+  double Normalizer(uint32_t head) const {
+    double sum = std::exp(always_lse[head]);
+    for (const uint32_t token : PositionsOf(pool, kFirstBlock)) {
+      sum += Weight(weights.estimate, head, token);
+    }
+    return sum;
+  }
+
+  ScanWeights weights;
+  TokenMask candidates, unread, pool;
+  std::vector<double> always_lse;
+};
+
+// Every candidate's score, and every head's share of it, in double.
+struct Ranking {
+  Ranking(const Weights& from, bool proving, bool every_head) {
+    const std::vector<float>& numbers = proving ? from.weights.upper : from.weights.estimate;
+    tokens = PositionsOf(from.candidates, kFirstBlock);
+    for (const uint32_t token : tokens) {
+      double score = 0.0;
+      shares.emplace_back();
+      for (uint32_t head = 0; head < from.weights.head_count; ++head) {
+        const double share = from.Weight(numbers, head, token) / from.Normalizer(head);
+        shares.back().push_back(share);
+        score = every_head ? std::max(score, share) : score + share;
+      }
+      scores.push_back(score);
+    }
+  }
+
+  std::vector<uint32_t> tokens;
+  std::vector<double> scores;
+  std::vector<std::vector<double>> shares;
+};
+
+// Everything kept scores at least as much as everything else, up to the steps of the scores.
+void CheckOrder(const Ranking& ranking, const TokenMask& kept) {
+  double least_kept = std::numeric_limits<double>::infinity();
+  double most_left = 0.0;
+  const std::vector<uint32_t> positions = PositionsOf(kept, kFirstBlock);
+  for (size_t i = 0; i < ranking.tokens.size(); ++i) {
+    if (std::binary_search(positions.begin(), positions.end(), ranking.tokens[i])) {
+      least_kept = std::min(least_kept, ranking.scores[i]);
+    } else {
+      most_left = std::max(most_left, ranking.scores[i]);
+    }
+  }
+  EXPECT_GE(least_kept * kStep, most_left);
+}
+
+TEST(CpuChoose, TopKIsWhatSortingFinds) {
+  OnEveryTarget([] {
+    ChooseScratch scratch;
+    for (const uint32_t heads : {1U, 3U, 16U}) {
+      for (const bool proving : {false, true}) {
+        const Weights from(heads, heads, 2.0);
+        const Ranking ranking(from, proving, proving);
+        for (const uint32_t top_k : {1U, 2U, 64U, 300U, 100000U}) {
+          ChooseTask task = from.Task();
+          task.proving = proving;
+          task.top_k = top_k;
+          const TokenMask kept = Choose(task, &scratch);
+          EXPECT_EQ(CountTokens(kept), std::min<size_t>(top_k, ranking.tokens.size()));
+          EXPECT_TRUE(IsSubset(kept, from.candidates));
+          CheckOrder(ranking, kept);
+        }
+      }
+    }
+  });
+}
+
+// What a head leaves unchosen.
+double Rest(const Weights& from, const Ranking& ranking, bool proving, uint32_t head,
+            const TokenMask& kept) {
+  double rest = 0.0;
+  if (proving) {
+    for (const uint32_t token : PositionsOf(from.unread, kFirstBlock)) {
+      rest += from.Weight(from.weights.upper, head, token) / from.Normalizer(head);
+    }
+  }
+  const std::vector<uint32_t> positions = PositionsOf(kept, kFirstBlock);
+  for (size_t i = 0; i < ranking.tokens.size(); ++i) {
+    if (std::binary_search(positions.begin(), positions.end(), ranking.tokens[i])) continue;
+    rest += ranking.shares[i][head];
+  }
+  return rest;
+}
+
+// The fewest tokens, by falling score, that leave no head more than the limit.
+size_t CountBySorting(const Weights& from, const Ranking& ranking, bool proving, double limit) {
+  std::vector<size_t> order(ranking.tokens.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return ranking.scores[a] > ranking.scores[b]; });
+  size_t needed = 0;
+  for (uint32_t head = 0; head < from.weights.head_count; ++head) {
+    double rest = Rest(from, ranking, proving, head, from.candidates);
+    size_t count = order.size();
+    while (count > 0) {
+      rest += ranking.shares[order[count - 1]][head];
+      if (rest > kPlannedShare * limit) break;
+      --count;
+    }
+    needed = std::max(needed, count);
+  }
+  return needed;
+}
+
+TEST(CpuChoose, MassIsWhatSortingFinds) {
+  OnEveryTarget([] {
+    ChooseScratch scratch;
+    for (const uint32_t heads : {1U, 4U, 7U}) {
+      for (const bool proving : {false, true}) {
+        for (const double spread : {0.5, 3.0}) {
+          const Weights from(heads, heads + 100, spread);
+          const Ranking ranking(from, proving, /*every_head=*/true);
+          for (const float limit : {0.5F, 0.1F, 0.01F}) {
+            ChooseTask task = from.Task();
+            task.proving = proving;
+            task.mass_limit = limit;
+            const TokenMask kept = Choose(task, &scratch);
+            CheckOrder(ranking, kept);
+            const double share = static_cast<double>(limit);
+            const size_t sorted = CountBySorting(from, ranking, proving, share);
+            // Tokens within a step of each other may stand in for one another.
+            EXPECT_NEAR(CountTokens(kept), sorted, 0.02 * static_cast<double>(sorted) + 2.0);
+            if (sorted == ranking.tokens.size()) continue;
+            for (uint32_t head = 0; head < heads; ++head) {
+              EXPECT_LE(Rest(from, ranking, proving, head, kept), kPlannedShare * share * 1.0001);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(CpuChoose, BothRulesKeepTheLargerSet) {
+  ChooseScratch scratch;
+  const Weights from(4, 5, 2.0);
+  ChooseTask task = from.Task();
+  task.mass_limit = 0.2F;
+  const uint32_t by_mass = CountTokens(Choose(task, &scratch));
+  task.top_k = by_mass + 10;
+  EXPECT_EQ(CountTokens(Choose(task, &scratch)), by_mass + 10);
+  task.top_k = by_mass - 10;
+  EXPECT_EQ(CountTokens(Choose(task, &scratch)), by_mass);
+}
+
+TEST(CpuChoose, EqualWeightsAreTakenByPosition) {
+  OnEveryTarget([] {
+    ChooseScratch scratch;
+    Weights from(2, 1, 1.0);
+    std::fill(from.weights.estimate.begin(), from.weights.estimate.end(), 1.0F);
+    std::fill(from.weights.reference.begin(), from.weights.reference.end(), 0);
+    ChooseTask task = from.Task();
+    task.top_k = 77;
+    const std::vector<uint32_t> kept = PositionsOf(Choose(task, &scratch), kFirstBlock);
+    const std::vector<uint32_t> all = PositionsOf(from.candidates, kFirstBlock);
+    EXPECT_EQ(kept, std::vector<uint32_t>(all.begin(), all.begin() + 77));
+    // Half of the mass takes about half of the tokens, not one step of the score with everything.
+    task.top_k = 0;
+    task.mass_limit = 0.5F;
+    const uint32_t count = CountTokens(Choose(task, &scratch));
+    EXPECT_GT(count, all.size() / 3);
+    EXPECT_LT(count, all.size() * 2 / 3);
+  });
+}
+
+TEST(CpuChoose, UnknownWeightsAreKeptFirst) {
+  ChooseScratch scratch;
+  Weights from(2, 3, 1.0);
+  const float unknown = std::numeric_limits<float>::infinity();
+  from.weights.Page(from.weights.upper, 1, kFirstBlock + 3)[5] = unknown;
+  ChooseTask task = from.Task();
+  task.proving = true;
+  task.top_k = 1;
+  const std::vector<uint32_t> expected = {(kFirstBlock + 3) * kBlockTokens + 5};
+  EXPECT_EQ(PositionsOf(Choose(task, &scratch), kFirstBlock), expected);
+}
+
+TEST(CpuChoose, DilationStaysAmongCandidates) {
+  ChooseScratch scratch;
+  const Weights from(3, 8, 2.0);
+  ChooseTask task = from.Task();
+  task.top_k = 30;
+  const TokenMask plain = Choose(task, &scratch);
+  task.dilate_strongest = 10;
+  task.dilate_radius = 4;
+  const TokenMask dilated = Choose(task, &scratch);
+  EXPECT_TRUE(IsSubset(plain, dilated));
+  EXPECT_TRUE(IsSubset(dilated, from.candidates));
+  TokenMask reach = plain;
+  Dilate(4, &reach);
+  EXPECT_TRUE(IsSubset(dilated, reach));
+  EXPECT_GT(CountTokens(dilated), CountTokens(plain) + 20);
+  EXPECT_LE(CountTokens(dilated), CountTokens(plain) + 80);
+}
+
+TEST(CpuChoose, NothingIsChosenWithoutARule) {
+  ChooseScratch scratch;
+  const Weights from(2, 3, 1.0);
+  EXPECT_EQ(CountTokens(Choose(from.Task(), &scratch)), 0U);
+}
+
+// ln of the exact sum of stored weights.
+long double LogSum(const Weights& from, const std::vector<float>& numbers, const TokenMask& mask) {
+  long double sum = 0.0L;
+  for (const uint32_t token : PositionsOf(mask, kFirstBlock)) {
+    const uint32_t block = token / kBlockTokens;
+    sum += std::ldexp(
+        static_cast<long double>(from.weights.Page(numbers, 0, block)[token % kBlockTokens]),
+        from.weights.reference[from.weights.PageIndex(0, block)]);
+  }
+  return std::log(sum);
+}
+
+TEST(CpuChoose, SumsAreRoundedOutward) {
+  OnEveryTarget([] {
+    for (uint64_t seed = 0; seed < 50; ++seed) {
+      Weights from(1, seed, 1.0 + static_cast<double>(seed % 5) * 4.0);
+      // Powers of two too far apart for a double are part of it.
+      const int32_t spread = seed % 3 == 0 ? 1500 : 40;
+      std::mt19937_64 random(seed);
+      for (int32_t& reference : from.weights.reference) {
+        reference = static_cast<int32_t>(random() % (2 * spread)) - spread;
+      }
+      const LogMassUpper upper = SumUpperWeights(from.weights, 0, from.pool);
+      const LogMassLower lower = SumLowerWeights(from.weights, 0, from.pool);
+      const long double exact_upper = LogSum(from, from.weights.upper, from.pool);
+      const long double exact_lower = LogSum(from, from.weights.lower, from.pool);
+      EXPECT_GE(upper.value, exact_upper);
+      EXPECT_LE(lower.value, exact_lower);
+      EXPECT_LE(upper.value, exact_upper + 1e-5L);
+      EXPECT_GE(lower.value, exact_lower - 1e-5L);
+    }
+  });
+}
+
+TEST(CpuChoose, SumsOfNothingAndOfUnknowns) {
+  OnEveryTarget([] {
+    Weights from(1, 1, 1.0);
+    const TokenMask none(kBlocks, 0);
+    EXPECT_EQ(SumUpperWeights(from.weights, 0, none).value, kLogZero);
+    EXPECT_EQ(SumLowerWeights(from.weights, 0, none).value, kLogZero);
+    for (const float unknown :
+         {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+      const auto block = kFirstBlock + static_cast<uint32_t>(std::countr_zero(from.pool[0])) / 64;
+      from.weights.Page(from.weights.upper, 0, block)[std::countr_zero(from.pool[0])] = unknown;
+      EXPECT_EQ(SumUpperWeights(from.weights, 0, from.pool).value,
+                std::numeric_limits<double>::infinity());
+    }
+  });
+}
+
+}  // namespace
+}  // namespace kvservice::testing

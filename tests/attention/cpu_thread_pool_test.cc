@@ -1,0 +1,58 @@
+#include "attention/cpu/thread_pool.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <vector>
+
+namespace kvservice {
+namespace {
+
+TEST(ThreadPool, RunsEveryTaskOnce) {
+  for (const uint32_t threads : {1U, 2U, 5U}) {
+    ThreadPool pool(threads);
+    EXPECT_EQ(pool.thread_count(), threads);
+    // From none to many more than threads, again and again: late workers of one call meet the next.
+    for (uint32_t round = 0; round < 2000; ++round) {
+      const uint32_t count = round % 17;
+      // Plain numbers: the pool alone orders these writes before the reads below.
+      std::vector<uint32_t> runs(count, 0);
+      pool.ParallelFor(count, [&](uint32_t task, uint32_t thread) {
+        EXPECT_LT(thread, threads);
+        ++runs[task];
+      });
+      EXPECT_EQ(runs, std::vector<uint32_t>(count, 1));
+    }
+  }
+}
+
+TEST(ThreadPool, ThreadIndicesAreExclusive) {
+  constexpr uint32_t kThreads = 4;
+  ThreadPool pool(kThreads);
+  std::vector<std::atomic<bool>> busy(kThreads);
+  std::atomic<uint32_t> clashes{0};
+  pool.ParallelFor(20000, [&](uint32_t, uint32_t thread) {
+    if (busy[thread].exchange(true)) ++clashes;
+    busy[thread].store(false);
+  });
+  EXPECT_EQ(clashes.load(), 0U);
+}
+
+// Every task waits for all: a call really runs on all threads at once.
+TEST(ThreadPool, TasksRunAtTheSameTime) {
+  constexpr uint32_t kThreads = 3;
+  ThreadPool pool(kThreads);
+  std::atomic<uint32_t> here{0};
+  pool.ParallelFor(kThreads, [&](uint32_t, uint32_t) {
+    ++here;
+    while (here.load() < kThreads) std::this_thread::yield();
+  });
+  EXPECT_EQ(here.load(), kThreads);
+}
+
+TEST(ThreadPool, StartsAndStopsIdle) {
+  for (int i = 0; i < 50; ++i) const ThreadPool pool(3);
+}
+
+}  // namespace
+}  // namespace kvservice

@@ -1,0 +1,190 @@
+#include "attention/host_lists.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+namespace kvservice {
+namespace {
+
+constexpr KvLayout kLayout{.query_head_count = 4, .kv_head_count = 2, .head_dim = 64};
+constexpr size_t kGroupFloats = 2 * 64;
+
+using Tokens = std::vector<uint32_t>;
+
+std::vector<float> RandomQueries(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> queries(kGroupFloats);
+  for (float& x : queries) x = normal(random);
+  return queries;
+}
+
+double Cosine(const float* a, const float* b) {
+  double ab = 0.0;
+  double aa = 0.0;
+  double bb = 0.0;
+  for (uint32_t c = 0; c < 64; ++c) {
+    ab += static_cast<double>(a[c]) * b[c];
+    aa += static_cast<double>(a[c]) * a[c];
+    bb += static_cast<double>(b[c]) * b[c];
+  }
+  return ab / std::sqrt(aa * bb);
+}
+
+TEST(HostLists, FindsTheMostSimilarByTheSmallestCosine) {
+  HostLists lists(kLayout, 16);
+  EXPECT_EQ(lists.FindMostSimilar(0, RandomQueries(1)).anchor, -1);
+  EXPECT_EQ(lists.FindMostSimilar(0, RandomQueries(1)).similarity, -2.0F);
+  std::vector<std::vector<float>> anchors;
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    anchors.push_back(RandomQueries(seed));
+    lists.Insert(1, anchors.back(), {10}, 20);
+  }
+  EXPECT_EQ(lists.anchor_count(0), 0U);
+  EXPECT_EQ(lists.anchor_count(1), 12U);
+  for (uint64_t seed = 100; seed < 150; ++seed) {
+    std::vector<float> queries = RandomQueries(seed);
+    // Near one anchor in both heads, or in one head only.
+    const std::vector<float>& target = anchors[seed % 12];
+    const size_t near_floats = seed % 3 == 0 ? kGroupFloats / 2 : kGroupFloats;
+    for (size_t i = 0; i < near_floats; ++i) queries[i] = 5.0F * (target[i] + 0.3F * queries[i]);
+    double best = -2.0;
+    int32_t best_anchor = -1;
+    for (size_t i = 0; i < anchors.size(); ++i) {
+      const double cosine =
+          std::min(Cosine(&queries[0], &anchors[i][0]), Cosine(&queries[64], &anchors[i][64]));
+      if (cosine > best) {
+        best = cosine;
+        best_anchor = static_cast<int32_t>(i);
+      }
+    }
+    const HostLists::Match match = lists.FindMostSimilar(1, queries);
+    EXPECT_EQ(match.anchor, best_anchor);
+    EXPECT_NEAR(match.similarity, best, 1e-6);
+  }
+}
+
+TEST(HostLists, ZeroQueriesAreSimilarToNothing) {
+  HostLists lists(kLayout, 2);
+  lists.Insert(0, std::vector<float>(kGroupFloats, 0.0F), {1}, 9);
+  EXPECT_EQ(lists.FindMostSimilar(0, RandomQueries(1)).similarity, 0.0F);
+  EXPECT_EQ(lists.FindMostSimilar(0, std::vector<float>(kGroupFloats, 0.0F)).similarity, 0.0F);
+}
+
+TEST(HostLists, TheLeastRecentlyUsedGoes) {
+  HostLists lists(kLayout, 3);
+  for (uint64_t seed = 0; seed < 3; ++seed) {
+    lists.Insert(0, RandomQueries(seed), {static_cast<uint32_t>(seed)}, 50);
+  }
+  lists.Touch(0, 0);
+  lists.Insert(0, RandomQueries(3), {3}, 50);  // Takes the place of 1.
+  lists.Insert(0, RandomQueries(4), {4}, 50);  // Takes the place of 2.
+  EXPECT_EQ(lists.anchor_count(0), 3U);
+  for (const uint64_t seed : {0ULL, 3ULL, 4ULL}) {
+    const HostLists::Match match = lists.FindMostSimilar(0, RandomQueries(seed));
+    EXPECT_NEAR(match.similarity, 1.0F, 1e-5F);
+    EXPECT_EQ(lists.anchor(0, static_cast<uint32_t>(match.anchor)).tokens,
+              Tokens({static_cast<uint32_t>(seed)}));
+  }
+  EXPECT_LT(lists.FindMostSimilar(0, RandomQueries(1)).similarity, 0.9F);
+  EXPECT_LT(lists.FindMostSimilar(0, RandomQueries(2)).similarity, 0.9F);
+}
+
+TEST(HostLists, NoAnchorsStillHaveASelection) {
+  HostLists lists(kLayout, 0);
+  lists.Insert(0, RandomQueries(1), {1}, 2);
+  EXPECT_EQ(lists.anchor_count(0), 0U);
+  EXPECT_FALSE(lists.has_selection(0));
+  lists.SetSelection(0, Tokens({3, 5}));
+  EXPECT_TRUE(lists.has_selection(0));
+  EXPECT_FALSE(lists.has_selection(1));
+  EXPECT_EQ(lists.selection(0), Tokens({3, 5}));
+  lists.SetSelection(0, {});
+  EXPECT_TRUE(lists.has_selection(0));
+  EXPECT_TRUE(lists.selection(0).empty());
+  lists.ClearSelection(0);
+  EXPECT_FALSE(lists.has_selection(0));
+}
+
+TEST(HostLists, TruncateForgets) {
+  HostLists lists(kLayout, 2);
+  lists.Insert(0, RandomQueries(1), {8, 99, 100, 101}, 120);
+  lists.Insert(0, RandomQueries(2), {8, 9}, 40);
+  lists.SetSelection(1, Tokens({99, 100, 300}));
+  lists.Truncate(100);
+  EXPECT_EQ(lists.anchor(0, 0).tokens, Tokens({8, 99}));
+  EXPECT_EQ(lists.anchor(0, 0).covered_end, 100U);
+  EXPECT_EQ(lists.anchor(0, 1).tokens, Tokens({8, 9}));
+  EXPECT_EQ(lists.anchor(0, 1).covered_end, 40U);
+  EXPECT_EQ(lists.selection(1), Tokens({99}));
+  EXPECT_TRUE(lists.has_selection(1));
+}
+
+TEST(HostLists, CopiesAreIndependent) {
+  HostLists lists(kLayout, 2);
+  lists.Insert(0, RandomQueries(1), {8}, 40);
+  lists.SetSelection(0, Tokens({8}));
+  const std::unique_ptr<TokenLists> copy = lists.Copy();
+  const auto* forked = static_cast<const HostLists*>(copy.get());
+  lists.Complete(0, 0, {8, 9}, 50);
+  lists.ClearSelection(0);
+  EXPECT_EQ(forked->anchor(0, 0).tokens, Tokens({8}));
+  EXPECT_EQ(forked->anchor(0, 0).covered_end, 40U);
+  EXPECT_TRUE(forked->has_selection(0));
+  EXPECT_EQ(lists.anchor(0, 0).tokens, Tokens({8, 9}));
+  EXPECT_EQ(lists.anchor(0, 0).covered_end, 50U);
+}
+
+TEST(HostLists, BytesGrowWithWhatIsHeld) {
+  HostLists lists(kLayout, 8);
+  const size_t empty = lists.bytes();
+  lists.Insert(0, RandomQueries(1), Tokens(1000, 7), 40);
+  EXPECT_GE(lists.bytes(), empty + 1000 * sizeof(uint32_t) + kGroupFloats * sizeof(float));
+}
+
+// Rotates with long double; undoing it must give back what went in.
+void ExpectUnrotated(RotaryStyle style, uint32_t rotary_dim, uint32_t position) {
+  LayerShape shape;
+  shape.layout = kLayout;
+  shape.rotary_style = style;
+  std::vector<float> frequencies(rotary_dim / 2);
+  for (size_t i = 0; i < frequencies.size(); ++i) {
+    frequencies[i] =
+        std::pow(10000.0F, -2.0F * static_cast<float>(i) / static_cast<float>(rotary_dim));
+  }
+  shape.inverse_frequencies = frequencies;
+  std::vector<float> plain(4 * 64);
+  for (size_t i = 0; i < plain.size(); ++i) plain[i] = std::sin(1.0F + static_cast<float>(i));
+  std::vector<float> rotated = plain;
+  for (uint32_t head = 0; head < 4 && style != RotaryStyle::kNone; ++head) {
+    for (uint32_t pair = 0; pair < rotary_dim / 2; ++pair) {
+      const bool half = style == RotaryStyle::kHalf;
+      const uint32_t a = head * 64 + (half ? pair : 2 * pair);
+      const uint32_t b = head * 64 + (half ? pair + rotary_dim / 2 : 2 * pair + 1);
+      const long double angle = static_cast<long double>(position) * frequencies[pair];
+      rotated[a] = static_cast<float>(plain[a] * std::cos(angle) - plain[b] * std::sin(angle));
+      rotated[b] = static_cast<float>(plain[b] * std::cos(angle) + plain[a] * std::sin(angle));
+    }
+  }
+  std::vector<float> out(plain.size());
+  UnrotateQueries(shape, position, rotated.data(), out.data());
+  for (size_t i = 0; i < plain.size(); ++i) EXPECT_NEAR(out[i], plain[i], 1e-6F);
+  UnrotateQueries(shape, position, rotated.data(), rotated.data());
+  EXPECT_EQ(out, rotated);
+}
+
+TEST(UnrotateQueries, UndoesEveryStyle) {
+  for (const uint32_t position : {0U, 1U, 4095U, 1000003U}) {
+    ExpectUnrotated(RotaryStyle::kNone, 64, position);
+    ExpectUnrotated(RotaryStyle::kHalf, 64, position);
+    ExpectUnrotated(RotaryStyle::kHalf, 32, position);
+    ExpectUnrotated(RotaryStyle::kInterleaved, 64, position);
+    ExpectUnrotated(RotaryStyle::kInterleaved, 48, position);
+  }
+}
+
+}  // namespace
+}  // namespace kvservice

@@ -1,0 +1,58 @@
+// What every workload of kvbench shares. A workload measures its cases and their baselines in the
+// same process run, alternating, and checks results against an oracle while it measures; figures
+// are medians. Adding one: write <name>.cc with a `Run<Name>` function, declare it in
+// workloads.h and add one line to workloads.cc.
+
+#ifndef KVSERVICE_TESTS_BENCH_BENCH_H_
+#define KVSERVICE_TESTS_BENCH_BENCH_H_
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+
+namespace kvservice::bench {
+
+struct BenchOptions {
+  // Small sizes and few repetitions: a smoke test of the workload and its checks.
+  bool quick = false;
+  uint32_t thread_count = 0;  // 0 = one per CPU
+  std::string device = "cpu";
+};
+
+// One measured figure.
+struct Row {
+  std::string workload;
+  std::string case_name;
+  double value = 0.0;
+  std::string unit;
+  // What `ratio` compares with: how many times faster than the baseline's case (or, for
+  // "read_bandwidth" and "copy_bandwidth", the share of it that was reached).
+  std::string baseline;
+  double ratio = 0.0;
+  // The largest error found while checking against the oracle, in the unit that the workload's
+  // comment names.
+  double error = 0.0;
+};
+
+// Median of `samples`; reorders them.
+double Median(std::vector<double>* samples);
+
+// Seconds that `work` takes.
+double Seconds(const std::function<void()>& work);
+
+struct Workload {
+  std::string name;
+  std::string description;
+  // Appends rows. An error means that a result was wrong or could not be measured.
+  absl::Status (*run)(const BenchOptions& options, std::vector<Row>* rows);
+};
+
+// All workloads, in the order of --list.
+const std::vector<Workload>& Workloads();
+
+}  // namespace kvservice::bench
+
+#endif  // KVSERVICE_TESTS_BENCH_BENCH_H_

@@ -1,0 +1,27 @@
+#include "tests/bench/workloads.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace kvservice::bench {
+
+const std::vector<Workload>& Workloads() {
+  static const auto* const workloads = new std::vector<Workload>{
+      {"attend_cpu", "one layer, 32k tokens, 32 query / 8 KV heads, d=128, bf16", RunAttendCpu},
+  };
+  return *workloads;
+}
+
+double Median(std::vector<double>* samples) {
+  const auto middle = samples->begin() + static_cast<std::ptrdiff_t>(samples->size() / 2);
+  std::nth_element(samples->begin(), middle, samples->end());
+  return *middle;
+}
+
+double Seconds(const std::function<void()>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace kvservice::bench

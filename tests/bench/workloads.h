@@ -1,0 +1,19 @@
+// One function per workload; see bench.h.
+
+#ifndef KVSERVICE_TESTS_BENCH_WORKLOADS_H_
+#define KVSERVICE_TESTS_BENCH_WORKLOADS_H_
+
+#include <vector>
+
+#include "absl/status/status.h"
+#include "tests/bench/bench.h"
+
+namespace kvservice::bench {
+
+// One layer of one sequence on a host device: dense, a reused list, scan-and-choose, certified,
+// sealing.
+absl::Status RunAttendCpu(const BenchOptions& options, std::vector<Row>* rows);
+
+}  // namespace kvservice::bench
+
+#endif  // KVSERVICE_TESTS_BENCH_WORKLOADS_H_

@@ -1,0 +1,425 @@
+// The client against a real server, whose answers are compared with attention computed here.
+
+#include "client/client.h"
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "tests/server/served_engine.h"
+
+namespace kvservice::testing {
+namespace {
+
+using client::Client;
+using client::FieldOf;
+using client::MetadataOf;
+using client::ReasonOf;
+using std::chrono::milliseconds;
+
+// Normalised squared error of float32 outputs, and difference of logarithms.
+constexpr double kOutTolerance = 1e-10;
+constexpr double kLseTolerance = 1e-4;
+constexpr uint32_t kLayers = 2;
+
+std::string Line(const absl::Status& status) {
+  std::string line = absl::StatusCodeToString(status.code());
+  if (!ReasonOf(status).empty()) line += " " + ReasonOf(status);
+  if (!FieldOf(status).empty()) line += " " + FieldOf(status);
+  return line;
+}
+
+// Owns what a view borrows.
+struct Numbers {
+  std::vector<std::byte> bytes;
+  client::TensorView view;
+};
+
+class ClientTest : public ::testing::Test {
+ protected:
+  ClientTest() : client_(Connect()) {}
+
+  std::unique_ptr<Client> Connect() const {
+    client::ClientOptions options;
+    options.endpoint = "unix:" + served_.folder() + "/data";
+    // Hangs become failures, and a loaded machine does not.
+    options.deadlines.data = std::chrono::minutes(1);
+    options.deadlines.admin = std::chrono::minutes(1);
+    absl::StatusOr<std::unique_ptr<Client>> connected = Client::Connect(options);
+    EXPECT_TRUE(connected.ok()) << connected.status();
+    return *std::move(connected);
+  }
+
+  const KvLayout& layout() const { return served_.model().layout; }
+  LayerShape Shape() const {
+    return {.layout = layout(), .scale = served_.model().scale, .inverse_frequencies = {}};
+  }
+
+  Numbers Make(Part part, uint32_t layer, const Words& words) const {
+    const bool query = part == Part::kQuery;
+    Numbers numbers;
+    numbers.bytes =
+        PartBytes(layout(), query ? DType::kFloat32 : layout().dtype, part, layer, words);
+    numbers.view = {.dtype = query ? client::DType::kFloat32 : client::DType::kBfloat16,
+                    .token_count = static_cast<uint32_t>(words.size()),
+                    .head_count = query ? layout().query_head_count : layout().kv_head_count,
+                    .head_dim = layout().head_dim,
+                    .bytes = numbers.bytes};
+    return numbers;
+  }
+
+  client::Sequence Create() {
+    absl::StatusOr<client::Sequence> sequence = client_->CreateSequence({.model = kModel});
+    EXPECT_TRUE(sequence.ok()) << sequence.status();
+    return *std::move(sequence);
+  }
+
+  absl::Status Write(client::AppendWriter* writer, uint32_t layer, uint32_t position,
+                     const Words& words) const {
+    const Numbers k = Make(Part::kKey, layer, words);
+    const Numbers v = Make(Part::kValue, layer, words);
+    return writer->Write(layer, position, k.view, v.view);
+  }
+
+  // The words 0, 1, ... in all layers.
+  void Fill(const client::Sequence& sequence, uint32_t count) const {
+    client::AppendWriter writer = sequence.Append();
+    for (uint32_t layer = 0; layer < kLayers; ++layer) {
+      EXPECT_TRUE(Write(&writer, layer, 0, Counting(0, count)).ok());
+    }
+    const absl::StatusOr<client::Receipt> receipt = writer.Commit();
+    ASSERT_TRUE(receipt.ok()) << receipt.status();
+    EXPECT_EQ(receipt->length_tokens, count);
+  }
+
+  // The query of the word at `position`, which must be stored already.
+  absl::StatusOr<client::AttendRowResult> Read(const client::Sequence& sequence, uint32_t layer,
+                                               uint32_t position,
+                                               std::optional<client::Policy> policy = std::nullopt,
+                                               client::GivenPositions given = {}) const {
+    const Numbers q = Make(Part::kQuery, layer, {position});
+    client::AttendQuery query;
+    query.layer = layer;
+    query.position = position;
+    query.q = q.view;
+    query.policy = std::move(policy);
+    query.given = given;
+    query.return_selected = true;
+    return sequence.Attend(query);
+  }
+
+  // Share of the head's attention outside its selected positions.
+  static double DroppedMass(const DenseAnswer& dense, const client::AttendRowResult& row,
+                            size_t head) {
+    const size_t group_size = dense.lse.size() / row.selected.size();
+    std::vector<double> logits = dense.logits[head];
+    for (const uint32_t position : row.selected[head / group_size]) logits[position] = -INFINITY;
+    double mass = 0.0;
+    for (const double logit : logits) mass += std::exp(logit - dense.lse[head]);
+    return mass;
+  }
+
+  ServedEngine served_;
+  std::unique_ptr<Client> client_;
+};
+
+TEST_F(ClientTest, DenseAttentionIsWhatTheTestComputes) {
+  const client::Sequence sequence = Create();
+  EXPECT_EQ(sequence.id().size(), 16U);
+  Fill(sequence, 100);
+  for (uint32_t layer = 0; layer < kLayers; ++layer) {
+    // The hundred-and-first token comes with the query.
+    const Numbers q = Make(Part::kQuery, layer, {100});
+    const Numbers k = Make(Part::kKey, layer, {100});
+    const Numbers v = Make(Part::kValue, layer, {100});
+    client::AttendQuery query = {.layer = layer, .position = 100};
+    query.q = q.view;
+    query.k = k.view;
+    query.v = v.view;
+    const absl::StatusOr<client::AttendRowResult> row = sequence.Attend(query);
+    ASSERT_TRUE(row.ok()) << row.status();
+    const DenseAnswer dense = AttendDensely(Shape(), layer, Counting(0, 101), 100);
+    EXPECT_LT(NormalizedSquaredError(row->out, dense.out), kOutTolerance);
+    EXPECT_EQ(row->attended_tokens, 101U);
+    EXPECT_EQ(row->selector, client::Selector::kDense);
+    ASSERT_EQ(row->certificates.size(), dense.lse.size());
+    for (size_t head = 0; head < dense.lse.size(); ++head) {
+      EXPECT_NEAR(row->lse[head], dense.lse[head], kLseTolerance);
+      EXPECT_EQ(row->certificates[head].level, Level::kExact);
+      EXPECT_EQ(row->certificates[head].dropped_mass_upper.value, 0.0);
+    }
+  }
+  const absl::StatusOr<client::SequenceInfo> info = sequence.Describe();
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_EQ(info->length_tokens, 101U);
+  EXPECT_EQ(info->model, kModel);
+  EXPECT_EQ(info->certificates_proven, 2U * layout().query_head_count);
+}
+
+TEST_F(ClientTest, GivenPositionsAreAttendedAndTheRestIsBounded) {
+  const client::Sequence sequence = Create();
+  Fill(sequence, 200);
+  const std::vector<uint32_t> positions = {0, 50, 199, 1, 2, 3, 150, 199};
+  const std::vector<uint32_t> offsets = {0, 3, 8};
+  client::Policy policy;
+  policy.selector = client::Selector::kGiven;
+  // Otherwise the first and latest tokens would be attended too.
+  policy.budget = client::Budget{.sink_tokens = 0, .local_tokens = 0};
+  policy.guarantee = client::Guarantee::kExact;
+  policy.max_dropped_mass = 1.0F;
+  policy.layers.emplace();
+  const absl::StatusOr<client::AttendRowResult> row =
+      Read(sequence, 1, 199, policy, {.positions = positions, .offsets = offsets});
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_EQ(row->selector, client::Selector::kGiven);
+  EXPECT_EQ(row->selected, (std::vector<std::vector<uint32_t>>{{0, 50, 199}, {1, 2, 3, 150, 199}}));
+  const DenseAnswer dense = AttendDensely(Shape(), 1, Counting(0, 200), 199);
+  for (size_t head = 0; head < dense.lse.size(); ++head) {
+    const double truth = DroppedMass(dense, *row, head);
+    EXPECT_GT(truth, 0.1);
+    EXPECT_EQ(row->certificates[head].level, Level::kExact);
+    EXPECT_EQ(row->certificates[head].action, Action::kSelected);
+    EXPECT_GE(row->certificates[head].dropped_mass_upper.value, truth);
+    EXPECT_LE(row->certificates[head].dropped_mass_lower.value, truth);
+  }
+}
+
+TEST_F(ClientTest, CertifiedAttentionKeepsItsLimit) {
+  const client::Sequence sequence = Create();
+  Fill(sequence, 1000);
+  client::Policy policy;
+  policy.selector = client::Selector::kCertified;
+  policy.budget = client::Budget{.sink_tokens = 4, .local_tokens = 16};
+  policy.layers.emplace();
+  policy.max_dropped_mass = 0.1F;
+  policy.dense_below_tokens = 0;
+  const absl::StatusOr<client::AttendRowResult> row = Read(sequence, 0, 999, policy);
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_EQ(row->selector, client::Selector::kCertified);
+  const DenseAnswer dense = AttendDensely(Shape(), 0, Counting(0, 1000), 999);
+  for (size_t head = 0; head < dense.lse.size(); ++head) {
+    const client::GroupReport& group = row->groups[head / layout().group_size()];
+    EXPECT_TRUE(group.scanned);
+    EXPECT_LT(group.tokens_read, 1000U);
+    const HeadCertificate& certificate = row->certificates[head];
+    EXPECT_TRUE(certificate.met);
+    EXPECT_GE(certificate.level, Level::kDeterministic);
+    EXPECT_LE(certificate.dropped_mass_upper.value, static_cast<double>(0.1F));
+    EXPECT_GE(certificate.dropped_mass_upper.value, DroppedMass(dense, *row, head));
+  }
+}
+
+TEST_F(ClientTest, RowsOfABatchFailOnTheirOwn) {
+  std::vector<client::Sequence> sequences;
+  std::vector<client::AttendRow> rows(3);
+  for (uint32_t i = 0; i < 3; ++i) {
+    sequences.push_back(Create());
+    Fill(sequences.back(), 10 + i);
+  }
+  for (uint32_t i = 0; i < 3; ++i) rows[i] = {.sequence = &sequences[i], .position = 10 + i};
+  rows[1].position = 90;
+  const Words words = {10, 90, 12};
+  const Numbers q = Make(Part::kQuery, 0, words);
+  const Numbers k = Make(Part::kKey, 0, words);
+  const Numbers v = Make(Part::kValue, 0, words);
+  client::AttendStep step;
+  step.rows = rows;
+  step.q = q.view;
+  step.k = k.view;
+  step.v = v.view;
+  const absl::StatusOr<client::AttendResult> result = client_->Attend(step);
+  ASSERT_TRUE(result.ok()) << result.status();
+  ASSERT_EQ(result->rows.size(), 3U);
+  EXPECT_EQ(Line(result->rows[1].status), "OUT_OF_RANGE POSITION_GAP rows[1].position");
+  EXPECT_EQ(MetadataOf(result->rows[1].status).at("current_length"), "11");
+  EXPECT_TRUE(result->rows[1].out.empty());
+  for (const uint32_t i : {0U, 2U}) {
+    EXPECT_TRUE(result->rows[i].status.ok()) << result->rows[i].status;
+    const DenseAnswer dense = AttendDensely(Shape(), 0, Counting(0, 11 + i), 10 + i);
+    EXPECT_LT(NormalizedSquaredError(result->rows[i].out, dense.out), kOutTolerance);
+  }
+}
+
+TEST_F(ClientTest, ForkKeepsItsTokensWhateverTheParentDoes) {
+  client::Sequence parent = Create();
+  Fill(parent, 100);
+  absl::StatusOr<client::Sequence> child = parent.Fork(70);
+  ASSERT_TRUE(child.ok()) << child.status();
+  EXPECT_NE(child->id(), parent.id());
+  EXPECT_TRUE(parent.Close().ok());
+  const absl::StatusOr<client::AttendRowResult> row = Read(*child, 0, 69);
+  ASSERT_TRUE(row.ok()) << row.status();
+  const DenseAnswer dense = AttendDensely(Shape(), 0, Counting(0, 70), 69);
+  EXPECT_LT(NormalizedSquaredError(row->out, dense.out), kOutTolerance);
+  EXPECT_EQ(child->Fork(71).status().code(), absl::StatusCode::kOutOfRange);
+}
+
+TEST_F(ClientTest, TruncateMovesToANewGeneration) {
+  client::Sequence sequence = Create();
+  Fill(sequence, 80);
+  client::Sequence stale = client_->Adopt(sequence.id(), sequence.generation());
+  ASSERT_TRUE(sequence.Truncate(40).ok());
+  EXPECT_GT(sequence.generation(), stale.generation());
+  EXPECT_TRUE(Read(sequence, 0, 39).ok());
+
+  const absl::Status refused = Read(stale, 0, 39).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ReasonOf(refused), "GENERATION_MISMATCH");
+  client::AppendWriter writer = stale.Append();
+  // The stream may break at the first write or at its end, as the server is quick or slow.
+  Write(&writer, 0, 40, {40}).IgnoreError();
+  EXPECT_EQ(ReasonOf(writer.Commit().status()), "GENERATION_MISMATCH");
+  stale.Detach();
+}
+
+TEST_F(ClientTest, ReceiptsCountMessagesAndRepeats) {
+  const client::Sequence sequence = Create();
+  client::AppendWriter writer = sequence.Append();
+  EXPECT_TRUE(Write(&writer, 0, 0, Counting(0, 20)).ok());
+  EXPECT_TRUE(Write(&writer, 0, 0, Counting(0, 20)).ok());
+  absl::StatusOr<client::Receipt> receipt = writer.Commit();
+  ASSERT_TRUE(receipt.ok()) << receipt.status();
+  EXPECT_EQ(receipt->length_tokens, 0U);
+  EXPECT_EQ(receipt->length_max_tokens, 20U);
+  EXPECT_EQ(receipt->message_count, 2U);
+  EXPECT_EQ(receipt->duplicate_count, 1U);
+
+  // A writer goes on after Commit; an error stays.
+  EXPECT_TRUE(Write(&writer, 1, 0, Counting(0, 20)).ok());
+  EXPECT_EQ(writer.Commit()->length_tokens, 20U);
+  Write(&writer, 0, 30, {30}).IgnoreError();
+  EXPECT_EQ(Line(writer.Commit().status()), "OUT_OF_RANGE POSITION_GAP position");
+  EXPECT_EQ(ReasonOf(Write(&writer, 0, 20, {20})), "POSITION_GAP");
+  EXPECT_EQ(sequence.Describe()->length_tokens, 20U);
+}
+
+TEST_F(ClientTest, WritesAboveAMebibyteAreCut) {
+  const client::Sequence sequence = Create();
+  client::AppendWriter writer = sequence.Append();
+  // A token of a layer has 512 bytes of keys and values.
+  constexpr uint32_t kTokens = 2500;
+  EXPECT_TRUE(Write(&writer, 0, 0, Counting(0, kTokens)).ok());
+  const absl::StatusOr<client::Receipt> receipt = writer.Commit();
+  ASSERT_TRUE(receipt.ok()) << receipt.status();
+  EXPECT_EQ(receipt->message_count, 2U);
+  EXPECT_EQ(receipt->length_max_tokens, kTokens);
+}
+
+TEST_F(ClientTest, SequencesLeftBehindAreDropped) {
+  const auto sequences = [this] { return served_.engine()->Stats().sequences; };
+  {
+    client::Sequence first = Create();
+    Fill(first, 10);
+    client::Sequence second = Create();
+    EXPECT_EQ(sequences(), 2U);
+    // What was here leaves; moving drops nothing.
+    second = std::move(first);
+    EXPECT_TRUE(first.id().empty());  // NOLINT(bugprone-use-after-move): the contract.
+    EXPECT_TRUE(second.Describe().ok());
+  }
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+  while (sequences() != 0 && std::chrono::steady_clock::now() < give_up) std::this_thread::yield();
+  EXPECT_EQ(sequences(), 0U);
+  EXPECT_EQ(served_.engine()->Stats().pool_bytes_used, 0U);
+}
+
+TEST_F(ClientTest, TheClientsEndWaitsForItsDrops) {
+  {
+    const std::vector<client::Sequence> many = [&] {
+      std::vector<client::Sequence> made;
+      for (int i = 0; i < 20; ++i) made.push_back(Create());
+      return made;
+    }();
+  }
+  client_.reset();
+  EXPECT_EQ(served_.engine()->Stats().sequences, 0U);
+}
+
+TEST_F(ClientTest, DetachedSequencesStay) {
+  client::Sequence sequence = Create();
+  Fill(sequence, 10);
+  const uint64_t generation = sequence.generation();
+  const std::string id = sequence.Detach();
+  EXPECT_EQ(Line(sequence.Describe().status()), "INVALID_ARGUMENT REQUEST_INVALID sequence");
+  client_.reset();
+  client_ = Connect();
+  client::Sequence again = client_->Adopt(id, generation);
+  EXPECT_EQ(again.Describe()->length_tokens, 10U);
+  EXPECT_TRUE(again.Close().ok());
+  EXPECT_EQ(Line(again.Close()), "INVALID_ARGUMENT REQUEST_INVALID sequence");
+  client::Sequence gone = client_->Adopt(id, generation);
+  EXPECT_EQ(Line(gone.Close()), "NOT_FOUND SEQUENCE_NOT_FOUND");
+}
+
+TEST_F(ClientTest, ModelsAreRegisteredOnce) {
+  client::ModelDescription model;
+  model.name = "other";
+  model.layer_count = 3;
+  model.query_head_count = 8;
+  model.kv_head_count = 2;
+  model.head_dim = 64;
+  model.scale = 0.125F;
+  model.sliding_window_tokens = {0, 128, 0};
+  model.rotary_style = client::RotaryStyle::kHalf;
+  model.inverse_frequencies.assign(32, 0.5F);
+  model.default_policy = client::Policy{.selector = client::Selector::kCpe};
+  const absl::StatusOr<uint64_t> first = client_->RegisterModel(model);
+  ASSERT_TRUE(first.ok()) << first.status();
+  EXPECT_EQ(client_->RegisterModel(model), first);
+  model.scale = 0.5F;
+  EXPECT_EQ(client_->RegisterModel(model).status().code(), absl::StatusCode::kAlreadyExists);
+  model.name = "bad";
+  model.head_dim = 63;
+  const absl::Status refused = client_->RegisterModel(model).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(FieldOf(refused), "");
+}
+
+TEST_F(ClientTest, RequestsThatContradictThemselvesAreNotSent) {
+  const client::Sequence sequence = Create();
+  const uint64_t calls = served_.engine()->Stats().calls_total;
+  const Numbers q = Make(Part::kQuery, 0, {0});
+  const Numbers k = Make(Part::kKey, 0, {0});
+  client::AttendQuery query;
+  query.q = q.view;
+  query.k = k.view;
+  EXPECT_EQ(Line(sequence.Attend(query).status()), "INVALID_ARGUMENT REQUEST_INVALID v");
+  query.k = {};
+  query.query_count = 2;
+  EXPECT_EQ(Line(sequence.Attend(query).status()), "INVALID_ARGUMENT REQUEST_INVALID q");
+  query.query_count = 1;
+  query.q.head_dim = 32;
+  EXPECT_EQ(Line(sequence.Attend(query).status()), "INVALID_ARGUMENT REQUEST_INVALID q");
+  EXPECT_EQ(Line(client_->Attend({}).status()), "INVALID_ARGUMENT REQUEST_INVALID rows");
+  const std::unique_ptr<Client> stranger = Connect();
+  const client::AttendRow row = {.sequence = &sequence};
+  client::AttendStep step;
+  step.rows = {&row, 1};
+  step.q = q.view;
+  EXPECT_EQ(Line(stranger->Attend(step).status()),
+            "INVALID_ARGUMENT REQUEST_INVALID rows[0].sequence");
+  EXPECT_EQ(served_.engine()->Stats().calls_total, calls);
+}
+
+TEST(ClientConnectTest, SaysWhenNobodyAnswers) {
+  TemporaryFolder folder;
+  client::ClientOptions options;
+  options.endpoint = "unix:" + folder.path() + "/nobody";
+  options.deadlines.connect = milliseconds(50);
+  const absl::Status status = Client::Connect(options).status();
+  EXPECT_EQ(Line(status), "UNAVAILABLE SERVER_UNREACHABLE");
+  EXPECT_EQ(MetadataOf(status).at("endpoint"), options.endpoint);
+  options.endpoint = "nonsense";
+  EXPECT_EQ(Line(Client::Connect(options).status()), "INVALID_ARGUMENT REQUEST_INVALID endpoint");
+}
+
+}  // namespace
+}  // namespace kvservice::testing

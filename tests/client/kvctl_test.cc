@@ -1,0 +1,248 @@
+// kvctl as scripts use it: exit status, stdout and stderr of the program, against real servers.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <future>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+#include <utility>
+
+#include "tests/server/served_engine.h"
+
+namespace kvservice::testing {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+using Json = nlohmann::json;
+
+struct Outcome {
+  int exit = -1;
+  std::string out;
+  std::string err;
+};
+
+// As kvctl writes sizes of KiB.
+std::string MemoryCell(uint64_t bytes) {
+  EXPECT_LT(bytes, uint64_t{1} << 20);
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f KiB", static_cast<double>(bytes) / 1024);
+  return text;
+}
+
+std::string ReadAll(const std::string& path) {
+  std::ostringstream text;
+  text << std::ifstream(path).rdbuf();
+  return text.str();
+}
+
+class KvctlTest : public ::testing::Test {
+ protected:
+  // Runs through the shell, with nothing on stdin.
+  Outcome RunWith(const std::string& environment, const std::string& arguments) const {
+    const char* const bin = std::getenv("KVSERVICE_BIN_DIR");
+    EXPECT_NE(bin, nullptr);
+    const std::string err_path = folder_.path() + "/stderr";
+    const std::string line = environment + " '" + std::string(bin == nullptr ? "." : bin) +
+                             "/kvctl' " + arguments + " </dev/null 2>'" + err_path + "'";
+    Outcome outcome;
+    FILE* const pipe = popen(line.c_str(), "r");
+    EXPECT_NE(pipe, nullptr);
+    char buffer[4096];
+    for (size_t count = 0; (count = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) {
+      outcome.out.append(buffer, count);
+    }
+    const int status = pclose(pipe);
+    outcome.exit = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    outcome.err = ReadAll(err_path);
+    return outcome;
+  }
+
+  Outcome Run(const std::string& arguments) const {
+    return RunWith("KVCTL_ENDPOINT='" + DataEndpoint() +
+                       "' KVCTL_ADMIN_ENDPOINT='unix:" + served_.folder() + "/admin'",
+                   arguments);
+  }
+
+  std::string DataEndpoint() const { return "unix:" + served_.folder() + "/data"; }
+
+  Json RunJson(const std::string& arguments) const {
+    const Outcome outcome = Run("-o json " + arguments);
+    EXPECT_EQ(outcome.exit, 0) << outcome.err;
+    Json json = Json::parse(outcome.out, nullptr, false);
+    EXPECT_FALSE(json.is_discarded()) << outcome.out;
+    return json;
+  }
+
+  // A sequence of 100 tokens whose last one was attended. Returns its id in hexadecimal.
+  std::string MakeSequence() const;
+
+  ServedEngine served_;
+  TemporaryFolder folder_;
+};
+
+std::string KvctlTest::MakeSequence() const {
+  const std::string tenant = ListenAddress::kDefaultTenant;
+  std::promise<Handle> created;
+  CreateOptions options;
+  options.model = kModel;
+  served_.engine()->Create(tenant, options, [&](const absl::StatusOr<SequenceInfo>& info) {
+    EXPECT_TRUE(info.ok()) << info.status();
+    created.set_value({.id = info->id, .generation = info->generation});
+  });
+  const Handle handle = created.get_future().get();
+  for (uint32_t layer = 0; layer < 2; ++layer) {
+    const AppendStep append(served_.model(), handle, layer, 0, Counting(0, 99), tenant);
+    EXPECT_TRUE(append.Run(served_.engine()).ok());
+    AttendStep attend(served_.model(), layer, tenant);
+    EXPECT_TRUE(attend.Add(handle, 99, {99}).Run(served_.engine()).ok());
+  }
+  std::string hex;
+  for (const std::byte byte : handle.id.bytes) {
+    char digits[3];
+    std::snprintf(digits, sizeof(digits), "%02x", std::to_integer<unsigned>(byte));
+    hex += digits;
+  }
+  return hex;
+}
+
+TEST_F(KvctlTest, Health) {
+  EXPECT_EQ(Run("health").exit, 0);
+  EXPECT_EQ(Run("health").out, "serving\n");
+  EXPECT_EQ(RunJson("health"), (Json{{"service", ""}, {"status", "serving"}}));
+  EXPECT_EQ(Run("health --service kvservice.v1.AttentionService").exit, 0);
+  EXPECT_EQ(Run("health --service kvservice.v1.Unknown").exit, 3);
+}
+
+TEST_F(KvctlTest, VersionAsksNoServer) {
+  const Outcome outcome = RunWith("KVCTL_ENDPOINT=unix:/nowhere", "version");
+  EXPECT_EQ(outcome.exit, 0);
+  EXPECT_THAT(outcome.out, StartsWith("kvctl "));
+  EXPECT_TRUE(RunJson("version")["version"].is_string());
+}
+
+TEST_F(KvctlTest, ServerInfoAndStats) {
+  const std::string id = MakeSequence();
+  const Json info = RunJson("server info");
+  EXPECT_EQ(info["device"], "reference");
+  EXPECT_EQ(info["draining"], false);
+  EXPECT_EQ(info["epoch"].get<std::string>().size(), 16U);
+  EXPECT_GT(info["limits"]["rows_max"].get<uint64_t>(), 0U);
+  EXPECT_THAT(Run("server info").out, HasSubstr("\ndraining "));
+
+  const Json stats = RunJson("server stats");
+  EXPECT_EQ(stats["sequence_count"], 1);
+  EXPECT_EQ(stats["model_count"], 1);
+  EXPECT_EQ(stats["totals"]["rows"], 2);
+  EXPECT_EQ(stats["totals"]["certificates_proven"], 8);
+  const std::string table = Run("server stats").out;
+  EXPECT_THAT(table, HasSubstr("\nsequences                    1\n"));
+  EXPECT_THAT(table, HasSubstr("\ndropped mass, largest bound  0\n"));
+}
+
+TEST_F(KvctlTest, Sequences) {
+  EXPECT_EQ(RunJson("sequence list"), (Json{{"sequences", Json::array()}, {"more", false}}));
+  const std::string id = MakeSequence();
+  const Json list = RunJson("seq list");
+  ASSERT_EQ(list["sequences"].size(), 1U);
+  EXPECT_EQ(list["sequences"][0]["id"], id);
+  EXPECT_EQ(list["sequences"][0]["tenant"], "default");
+  EXPECT_EQ(RunJson("seq list --tenant nobody")["sequences"].size(), 0U);
+  const std::string memory = MemoryCell(list["sequences"][0]["bytes"].get<uint64_t>());
+  EXPECT_EQ(Run("sequence list").out, "ID                                TENANT   MODEL  TOKENS  " +
+                                          std::string("MEMORY").append(memory.size() - 6, ' ') +
+                                          "  LEASE   READ    DROPPED MAX\n" + id +
+                                          "  default  small  100     " + memory +
+                                          "  10m00s  100.0%  0\n");
+
+  const Json sequence = RunJson("sequence get " + id);
+  EXPECT_EQ(sequence, list["sequences"][0]);
+  EXPECT_EQ(sequence["length_tokens"], 100);
+  EXPECT_THAT(Run("seq get " + id).out, HasSubstr("\ntokens                       100\n"));
+}
+
+TEST_F(KvctlTest, LongListsAreCutAndSaySo) {
+  MakeSequence();
+  MakeSequence();
+  const Outcome outcome = Run("seq list --limit 1 -o json");
+  EXPECT_EQ(outcome.exit, 0);
+  const Json list = Json::parse(outcome.out);
+  EXPECT_EQ(list["sequences"].size(), 1U);
+  EXPECT_EQ(list["more"], true);
+  EXPECT_THAT(outcome.err, HasSubstr("--limit"));
+  EXPECT_EQ(RunJson("seq list --limit 2")["more"], false);
+}
+
+TEST_F(KvctlTest, DropNeedsConsentAndTheRightGeneration) {
+  const std::string id = MakeSequence();
+  const Outcome refused = Run("sequence drop " + id);
+  EXPECT_EQ(refused.exit, 2);
+  EXPECT_THAT(refused.err, HasSubstr("--yes"));
+  EXPECT_EQ(Run("sequence drop --yes --expected-generation 77 " + id).exit, 1);
+  EXPECT_EQ(served_.engine()->Stats().sequences, 1U);
+  const Json dropped = RunJson("sequence drop --yes " + id);
+  EXPECT_EQ(dropped["id"], id);
+  EXPECT_GT(dropped["freed_bytes"].get<uint64_t>(), 0U);
+  EXPECT_EQ(served_.engine()->Stats().sequences, 0U);
+  const Outcome gone = Run("sequence drop --yes " + id);
+  EXPECT_EQ(gone.exit, 3);
+  EXPECT_THAT(gone.err, HasSubstr("(SEQUENCE_NOT_FOUND)"));
+  EXPECT_EQ(Run("sequence get " + id).exit, 3);
+}
+
+TEST_F(KvctlTest, Models) {
+  const Json list = RunJson("model list");
+  ASSERT_EQ(list["models"].size(), 1U);
+  EXPECT_EQ(list["models"][0]["cache_dtype"], "bfloat16");
+  EXPECT_EQ(Run("model list").out,
+            "NAME   LAYERS  QUERY HEADS  KV HEADS  HEAD DIM  CACHE\n"
+            "small  2       4            2         64        bfloat16\n");
+  EXPECT_EQ(RunJson("model get small")["fingerprint"].get<std::string>().size(), 16U);
+  EXPECT_EQ(Run("model get large").exit, 3);
+}
+
+TEST_F(KvctlTest, WrongUsage) {
+  for (const char* const arguments :
+       {"", "nonsense", "server", "server nonsense", "seq get", "seq get 12", "seq list --limit 0",
+        "-o xml health", "--timeout soon health", "--timeout 0 health", "server drain"}) {
+    const Outcome outcome = Run(arguments);
+    EXPECT_EQ(outcome.exit, 2) << arguments;
+    EXPECT_EQ(outcome.out, "") << arguments;
+    EXPECT_NE(outcome.err, "") << arguments;
+  }
+  EXPECT_EQ(Run("--help").exit, 0);
+  EXPECT_EQ(served_.engine()->Stats().sequences, 0U);
+}
+
+TEST_F(KvctlTest, QuietPrintsNothing) {
+  for (const auto& [arguments, exit] :
+       {std::pair{"health", 0}, {"seq list", 0}, {"model get large", 3}, {"server drain", 2}}) {
+    const Outcome outcome = Run("--quiet " + std::string(arguments));
+    EXPECT_EQ(outcome.exit, exit) << arguments;
+    EXPECT_EQ(outcome.out + outcome.err, "") << arguments;
+  }
+}
+
+TEST_F(KvctlTest, TheAdminSideIsBesideTheDataSide) {
+  // A server that does not listen there: the address that was tried is in the error.
+  const Outcome outcome = RunWith("", "--endpoint " + DataEndpoint() + " server info");
+  EXPECT_EQ(outcome.exit, 4);
+  EXPECT_THAT(outcome.err, HasSubstr("/data.admin"));
+  EXPECT_EQ(RunWith("XDG_RUNTIME_DIR=" + folder_.path(), "health").exit, 4);
+}
+
+TEST_F(KvctlTest, DrainEndsTheServer) {
+  EXPECT_EQ(Run("server drain --yes --grace 5s").out, "draining\n");
+  EXPECT_EQ(served_.server()->WaitForDrainRequest(), 5'000U);
+  served_.server()->Drain(0);
+  EXPECT_EQ(Run("health").exit, 4);
+}
+
+}  // namespace
+}  // namespace kvservice::testing

@@ -1,0 +1,222 @@
+"""The client against a real server, whose numbers are compared with float64 attention."""
+
+import grpc
+import numpy as np
+import pytest
+
+from kvservice import Action, Client, KvServiceError, Level, make_policy
+from kvservice.tensors import to_bf16
+from kvservice_demo.decoding import count_bound_violations
+from kvservice_demo.gguf_model import LlamaConfig
+from kvservice_demo.local_attention import LocalAttention
+from kvservice_demo.server import OwnServer, describe_server
+from kvservice_demo.session import register
+
+CONFIG = LlamaConfig(
+    layer_count=3,
+    query_head_count=6,
+    kv_head_count=2,
+    head_dim=64,
+    hidden_size=384,
+    feed_forward_size=1,
+    context_tokens_max=8192,
+    rope_base=10000.0,
+    norm_epsilon=1e-5,
+)
+MODEL = "tiny"
+DENSE = make_policy("dense")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with OwnServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with Client(server.endpoint) as connected:
+        register(connected, MODEL, CONFIG)
+        yield connected
+
+
+@pytest.fixture
+def sequence(client):
+    with client.sequence(MODEL) as created:
+        yield created
+
+
+def random_tokens(count, seed=0):
+    """K and V of all layers as bf16 bits, [layers, count, KV heads, head_dim]."""
+    rng = np.random.default_rng(seed)
+    shape = (CONFIG.layer_count, count, CONFIG.kv_head_count, CONFIG.head_dim)
+    return to_bf16(rng.standard_normal(shape)), to_bf16(rng.standard_normal(shape))
+
+
+def random_query(seed=1):
+    rng = np.random.default_rng(seed)
+    return 2 * rng.standard_normal((CONFIG.query_head_count, CONFIG.head_dim)).astype(np.float32)
+
+
+def fill(sequence, count):
+    """Appends `count` random tokens; returns an oracle that holds the same."""
+    k, v = random_tokens(count)
+    sequence.append(0, k, v)
+    oracle = LocalAttention(CONFIG, count + 4)
+    oracle.append_chunk(0, k, v)
+    return oracle
+
+
+def attend_both(sequence, oracle, layer, policy, position):
+    """Appends one token on both sides and returns the reply and the exact attention."""
+    k, v = random_tokens(1, seed=position)
+    q = random_query(position)
+    result = sequence.attend(
+        layer, q, k[layer, 0], v[layer, 0], position=position, policy=policy, return_selected=True
+    )
+    return result, oracle.attend(layer, q, k[layer, 0], v[layer, 0])
+
+
+def test_server_describes_itself(server):
+    assert describe_server(server.admin_endpoint).startswith("kvservice ")
+
+
+def test_register_is_idempotent_and_refuses_another_shape(client):
+    register(client, MODEL, CONFIG)
+    model = client.get_model(MODEL)
+    assert (model.layer_count, model.head_dim) == (CONFIG.layer_count, CONFIG.head_dim)
+    model.scale = 0.5
+    with pytest.raises(KvServiceError) as refused:
+        client.register_model(model)
+    assert refused.value.code is grpc.StatusCode.ALREADY_EXISTS
+
+
+def test_dense_attention_is_exact(sequence):
+    oracle = fill(sequence, 130)
+    for layer in range(CONFIG.layer_count):
+        result, exact = attend_both(sequence, oracle, layer, DENSE, 130)
+        assert result.attended_tokens == 131
+        np.testing.assert_allclose(result.out[0], exact.output, atol=1e-5)
+        np.testing.assert_allclose(result.lse[0], exact.lse, atol=1e-4)
+        assert np.all(result.certificates.level == Level.EXACT)
+        assert np.all(result.certificates.action == Action.DENSE)
+        assert np.all(result.certificates.dropped_mass_upper == 0)
+        assert all(len(head) == 131 for head in result.selected)
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.05])
+def test_certified_bounds_hold(sequence, limit):
+    oracle = fill(sequence, 3000)
+    policy = make_policy("certified", max_dropped_mass=limit)
+    result, exact = attend_both(sequence, oracle, 2, policy, 3000)
+    dropped = exact.dropped_mass(result.selected)
+    kept = exact.kept_mass(result.selected)
+    assert count_bound_violations(result, exact.lse, kept, dropped) == 0
+    assert np.all(result.certificates.dropped_mass_upper.astype(np.float64) <= limit)
+    np.testing.assert_allclose(result.lse[0], exact.lse + np.log(kept), atol=1e-4)
+
+
+def test_given_positions_are_attended(sequence):
+    fill(sequence, 3000)
+    given = [np.array([700, 1500]), np.array([9, 1000, 2000])]
+    result = sequence.attend(
+        2, random_query(), position=2999, policy=make_policy("given"), given=given,
+        return_selected=True,
+    )
+    for kv_head, positions in enumerate(given):
+        assert set(positions.tolist()) <= set(result.selected[kv_head].tolist())
+    assert all(len(head) < 3000 for head in result.selected)
+
+
+def test_appending_again_is_harmless(sequence):
+    k, v = random_tokens(70)
+    assert sequence.append(0, k, v).message_count == CONFIG.layer_count
+    assert sequence.append(0, k, v).duplicate_count == CONFIG.layer_count
+    assert sequence.describe().length_tokens == 70
+
+
+def test_other_bytes_at_a_stored_position_are_a_conflict(sequence):
+    k, v = random_tokens(3)
+    sequence.append(0, k, v)
+    k[0, 1, 0, 0] ^= 1
+    with pytest.raises(KvServiceError) as refused:
+        sequence.append(0, k, v)
+    assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert refused.value.reason == "APPEND_CONFLICT"
+
+
+def test_a_gap_names_the_current_length(sequence):
+    fill(sequence, 5)
+    k, v = random_tokens(1)
+    with pytest.raises(KvServiceError) as refused:
+        sequence.append(7, k[0], v[0], layer=0)
+    assert refused.value.code is grpc.StatusCode.OUT_OF_RANGE
+    assert refused.value.reason == "POSITION_GAP"
+    assert refused.value.metadata["current_length"] == "5"
+
+
+def test_a_row_error_is_raised_by_attend(sequence):
+    fill(sequence, 5)
+    k, v = random_tokens(1)
+    with pytest.raises(KvServiceError) as refused:
+        sequence.attend(0, random_query(), k[0, 0], v[0, 0], position=9, policy=DENSE)
+    assert refused.value.reason == "POSITION_GAP"
+
+
+def test_a_long_append_is_cut_into_messages(sequence):
+    k, v = random_tokens(2500)
+    assert sequence.append(0, k, v).message_count > CONFIG.layer_count
+    assert sequence.describe().length_tokens == 2500
+
+
+def test_forks_grow_apart(sequence):
+    oracle = fill(sequence, 100)
+    with sequence.fork() as child, sequence.fork(64) as shorter:
+        assert child.id != sequence.id
+        assert shorter.describe().length_tokens == 64
+        attend_both(child, oracle, 0, DENSE, 100)
+        assert child.describe().length_max_tokens == 101
+        assert sequence.describe().length_max_tokens == 100
+
+
+def test_truncate_moves_to_a_new_generation(sequence):
+    fill(sequence, 100)
+    before = sequence.generation
+    assert sequence.truncate(40).length_tokens == 40
+    assert sequence.generation > before
+    sequence._handle.generation = before
+    with pytest.raises(KvServiceError) as refused:
+        sequence.truncate(30)
+    assert refused.value.reason == "GENERATION_MISMATCH"
+
+
+def test_leaving_the_block_drops_the_sequence(client):
+    with client.sequence(MODEL) as dropped:
+        pass
+    with pytest.raises(KvServiceError) as refused:
+        dropped.describe()
+    assert refused.value.code is grpc.StatusCode.NOT_FOUND
+    assert refused.value.reason == "SEQUENCE_NOT_FOUND"
+
+
+def test_a_wrong_shape_names_the_field(sequence):
+    fill(sequence, 5)
+    with pytest.raises(KvServiceError) as refused:
+        sequence.attend(0, random_query()[:, :32], position=4, policy=DENSE)
+    assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.field.startswith("q")
+
+
+def test_an_unknown_model(client):
+    with pytest.raises(KvServiceError) as refused:
+        client.sequence("no such model")
+    assert refused.value.code is grpc.StatusCode.NOT_FOUND
+
+
+def test_nobody_listens(tmp_path):
+    with Client(f"unix:{tmp_path}/nobody.sock") as nobody:
+        with pytest.raises(KvServiceError) as refused:
+            nobody.sequence(MODEL)
+        assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(TimeoutError):
+            nobody.wait_until_ready(0.05)

@@ -1,0 +1,114 @@
+#include "selector/policy.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+namespace kvservice {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+TEST(DefaultPolicyTest, EveryDefaultIsValid) {
+  for (int kind = 0; kind <= static_cast<int>(SelectorKind::kCertified); ++kind) {
+    const Policy policy = DefaultPolicy(static_cast<SelectorKind>(kind));
+    EXPECT_EQ(policy.selector, static_cast<SelectorKind>(kind));
+    for (const uint32_t layer_count : {1U, 2U, 30U, 256U}) {
+      EXPECT_TRUE(ValidatePolicy(policy, layer_count).ok()) << kind << ' ' << layer_count;
+    }
+  }
+}
+
+TEST(DefaultPolicyTest, OnlyCertifiedAndAutoProve) {
+  for (const SelectorKind kind : {SelectorKind::kCertified, SelectorKind::kAuto}) {
+    EXPECT_EQ(DefaultPolicy(kind).guarantee, Guarantee::kDeterministic);
+    EXPECT_EQ(DefaultPolicy(kind).max_dropped_mass, 0.05F);
+  }
+  for (const SelectorKind kind : {SelectorKind::kCpe, SelectorKind::kCis, SelectorKind::kPsaw,
+                                  SelectorKind::kEtf, SelectorKind::kGiven}) {
+    EXPECT_EQ(DefaultPolicy(kind).guarantee, Guarantee::kNone);
+    EXPECT_EQ(DefaultPolicy(kind).max_dropped_mass, 1.0F);
+  }
+  EXPECT_EQ(DefaultPolicy(SelectorKind::kPsaw).psaw.phi, 0.85F);
+  EXPECT_EQ(DefaultPolicy(SelectorKind::kEtf).etf.psi, 0.85F);
+  EXPECT_EQ(DefaultPolicy(SelectorKind::kCpe).psaw.phi, 1.0F);
+  EXPECT_EQ(DefaultPolicy(SelectorKind::kCpe).etf.psi, 1.0F);
+}
+
+struct BadPolicy {
+  std::string field;
+  std::function<void(Policy*)> spoil;
+};
+
+TEST(ValidatePolicyTest, NamesTheFieldThatIsWrong) {
+  const std::vector<BadPolicy> table = {
+      {"policy.selector", [](Policy* p) { p->selector = static_cast<SelectorKind>(99); }},
+      {"policy.budget.sink", [](Policy* p) { p->budget.sink = kPolicyTokensMax + 1; }},
+      {"policy.budget.local", [](Policy* p) { p->budget.local = UINT32_MAX; }},
+      {"policy.budget.top_k", [](Policy* p) { p->budget.top_k = kPolicyTokensMax + 1; }},
+      {"policy.cis.min_cosine", [](Policy* p) { p->cis.min_cosine = 1.01F; }},
+      {"policy.cis.min_cosine", [](Policy* p) { p->cis.min_cosine = -1.01F; }},
+      {"policy.cis.min_cosine", [](Policy* p) { p->cis.min_cosine = kNaN; }},
+      {"policy.cis.anchors_max", [](Policy* p) { p->cis.anchors_max = 0; }},
+      {"policy.cis.anchors_max", [](Policy* p) { p->cis.anchors_max = kAnchorsMax + 1; }},
+      {"policy.cis.block_steps", [](Policy* p) { p->cis.block_steps = UINT32_MAX; }},
+      {"policy.cis.dilate_strongest", [](Policy* p) { p->cis.dilate_strongest = UINT32_MAX; }},
+      {"policy.cis.dilate_radius", [](Policy* p) { p->cis.dilate_radius = kDilateRadiusMax + 1; }},
+      {"policy.psaw.first_layer", [](Policy* p) { p->psaw.first_layer = 30; }},
+      {"policy.psaw.phi", [](Policy* p) { p->psaw.phi = 0.0F; }},
+      {"policy.psaw.phi", [](Policy* p) { p->psaw.phi = 1.5F; }},
+      {"policy.psaw.phi", [](Policy* p) { p->psaw.phi = kNaN; }},
+      {"policy.psaw.alpha", [](Policy* p) { p->psaw.alpha = -0.1F; }},
+      {"policy.psaw.alpha", [](Policy* p) { p->psaw.alpha = kInfinity; }},
+      {"policy.etf.first_layer", [](Policy* p) { p->etf.first_layer = 30; }},
+      {"policy.etf.psi", [](Policy* p) { p->etf.psi = -1.0F; }},
+      {"policy.etf.gamma", [](Policy* p) { p->etf.gamma = 0.0F; }},
+      {"policy.etf.gamma", [](Policy* p) { p->etf.gamma = kNaN; }},
+      {"policy.layers", [](Policy* p) { p->layers.resize(kLayerOverridesMax + 1); }},
+      {"policy.layers[0].layer_begin",
+       [](Policy* p) { p->layers = {{.layer_begin = 30, .layer_end = 31}}; }},
+      {"policy.layers[1].layer_end",
+       [](Policy* p) { p->layers.push_back({.layer_begin = 4, .layer_end = 4}); }},
+      {"policy.layers[0].selector",
+       [](Policy* p) { p->layers[0].selector = static_cast<SelectorKind>(8); }},
+      {"policy.layers[0].budget.local",
+       [](Policy* p) { p->layers[0].budget.local = kPolicyTokensMax + 1; }},
+      {"policy.max_dropped_mass", [](Policy* p) { p->max_dropped_mass = 0.0F; }},
+      {"policy.max_dropped_mass", [](Policy* p) { p->max_dropped_mass = 1.01F; }},
+      {"policy.max_dropped_mass", [](Policy* p) { p->max_dropped_mass = kNaN; }},
+      {"policy.guarantee", [](Policy* p) { p->guarantee = static_cast<Guarantee>(4); }},
+      {"policy.on_violation", [](Policy* p) { p->on_violation = static_cast<OnViolation>(4); }},
+      {"policy.mode", [](Policy* p) { p->mode = static_cast<Mode>(2); }},
+  };
+  for (const BadPolicy& bad : table) {
+    Policy policy;
+    bad.spoil(&policy);
+    const absl::Status status = ValidatePolicy(policy, 30);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << bad.field;
+    const std::string message(status.message());
+    EXPECT_EQ(message.substr(0, message.find(' ')), bad.field) << message;
+  }
+}
+
+TEST(ValidatePolicyTest, TakesTheEndsOfEveryRange) {
+  Policy policy;
+  policy.budget = {.sink = 0, .local = kPolicyTokensMax, .top_k = 0};
+  policy.cis = {.min_cosine = -1.0F,
+                .anchors_max = 1,
+                .block_steps = kPolicyTokensMax,
+                .dilate_strongest = kPolicyTokensMax,
+                .dilate_radius = kDilateRadiusMax};
+  policy.psaw = {.first_layer = 29, .phi = 1e-38F, .alpha = 0.0F};
+  policy.etf = {.first_layer = 0, .psi = 1.0F, .gamma = kScheduleExponentMax};
+  policy.layers = {{.layer_begin = 29, .layer_end = UINT32_MAX}};
+  policy.max_dropped_mass = 1e-30F;
+  EXPECT_TRUE(ValidatePolicy(policy, 30).ok()) << ValidatePolicy(policy, 30);
+}
+
+}  // namespace
+}  // namespace kvservice

@@ -1,0 +1,179 @@
+// The server as a program: its command line, what it prints, how it ends.
+
+#include <grpcpp/channel.h>
+#include <grpcpp/client_context.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <csignal>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kvservice/v1/admin.grpc.pb.h"
+#include "tests/server/program.h"
+#include "tests/server/served_engine.h"
+
+namespace kvservice::testing {
+namespace {
+
+constexpr int kExitConfig = 78;
+
+std::string Contents(const std::string& path) {
+  std::ostringstream text;
+  text << std::ifstream(path).rdbuf();
+  return text.str();
+}
+
+class ProgramTest : public ::testing::Test {
+ protected:
+  // A small server on sockets in the folder.
+  std::vector<std::string> Arguments(std::vector<std::string> more = {}) const {
+    std::vector<std::string> arguments = {"--listen", "unix:" + Path("data"), "--pool-bytes",
+                                          "16MiB"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  }
+  std::string Path(const std::string& name) const { return folder_.path() + "/" + name; }
+
+  const TemporaryFolder folder_;
+};
+
+TEST_F(ProgramTest, AnnouncesItselfAndDrainsOnSignals) {
+  for (const int signal : {SIGTERM, SIGINT}) {
+    Program server("kvservice", Arguments({"--ready-file", Path("ready")}));
+    ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+    const std::string expected =
+        "listening on unix:" + Path("data") + "\nadmin on unix:" + Path("data.admin") + "\nready\n";
+    EXPECT_EQ(server.output(), expected);
+    EXPECT_EQ(Contents(Path("ready")), expected);
+    server.Signal(signal);
+    EXPECT_EQ(server.Wait(), 0);
+    EXPECT_NE(server.errors().find("drained"), std::string::npos) << server.errors();
+    EXPECT_NE(access(Path("data").c_str(), F_OK), 0);
+    EXPECT_NE(access(Path("data.admin").c_str(), F_OK), 0);
+  }
+}
+
+TEST_F(ProgramTest, DrainsWhenTheAdminSideSaysSo) {
+  Program server("kvservice", Arguments());
+  ASSERT_TRUE(server.WaitForLine("ready"));
+  v1::DrainResponse response;
+  EXPECT_EQ(
+      ErrorText(v1::AdminService::NewStub(ConnectTo(*ParseEndpoint("unix:" + Path("data.admin"))))
+                    ->Drain(NewContext().get(), {}, &response)),
+      "OK");
+  EXPECT_EQ(server.Wait(), 0);
+}
+
+TEST_F(ProgramTest, StartsAgainAfterAKill) {
+  {
+    Program killed("kvservice", Arguments());
+    ASSERT_TRUE(killed.WaitForLine("ready"));
+    killed.Signal(SIGKILL);
+    EXPECT_EQ(killed.Wait(), 128 + SIGKILL);
+  }
+  EXPECT_EQ(access(Path("data").c_str(), F_OK), 0);
+  Program server("kvservice", Arguments());
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  // A second one finds the address taken.
+  Program second("kvservice", Arguments({"--admin-listen", "none"}));
+  EXPECT_EQ(second.Wait(), 1);
+  EXPECT_NE(second.errors().find(Path("data")), std::string::npos) << second.errors();
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+}
+
+// One line on stderr that names the flag, nothing on stdout, exit status 78.
+TEST_F(ProgramTest, BadConfigurationsAreRefusedInOneLine) {
+  const std::pair<std::vector<std::string>, const char*> cases[] = {
+      {{"--listen", "0.0.0.0:50051"}, "--listen"},
+      {{"--listen", "[::]:50051"}, "--listen"},
+      {{"--listen", "example.com:80"}, "--listen"},
+      {{"--listen", "unix:relative"}, "--listen"},
+      {{"--listen", "tenant=a b,unix:/tmp/x"}, "--listen"},
+      {{"--listen", ""}, "--listen"},
+      {{"--admin-listen", "10.0.0.1:1"}, "--admin-listen"},
+      {{"--admin-listen", "tenant=a,unix:/x"}, "--admin-listen"},
+      {{"--pool-bytes", "lots"}, "--pool-bytes"},
+      {{"--pool-bytes", "0"}, "--pool-bytes"},
+      {{"--pool-bytes", "-1"}, "--pool-bytes"},
+      {{"--pool-bytes"}, "--pool-bytes"},
+      {{"--device", "quantum"}, "--device"},
+      {{"--threads", "-1"}, "--threads"},
+      {{"--threads", "100000"}, "--threads"},
+      {{"--sequences-max", "0"}, "--sequences-max"},
+      {{"--sequences-max", "many"}, "--sequences-max"},
+      {{"--rows-max", "4294967296"}, "--rows-max"},
+      {{"--lease-default", "10"}, "--lease-default"},
+      {{"--lease-default", "2h", "--lease-max", "1h"}, "--lease-default"},
+      {{"--lease-max", "2000h"}, "--lease-max"},
+      {{"--message-bytes-max", "2GiB"}, "--message-bytes-max"},
+      {{"--requests-bytes-max", "1KiB"}, "--requests-bytes-max"},
+      {{"--io-threads", "0"}, "--io-threads"},
+      {{"--drain-grace", "soon"}, "--drain-grace"},
+      {{"--log-level", "loud"}, "--log-level"},
+      {{"--config", "/no/such/file"}, "--config"},
+      {{"--no-such-flag"}, "--no-such-flag"},
+      {{"stray"}, "stray"},
+  };
+  for (const auto& [arguments, flag] : cases) {
+    Program server("kvservice", arguments);
+    EXPECT_EQ(server.Wait(), kExitConfig) << arguments.front();
+    EXPECT_EQ(server.output(), "");
+    EXPECT_EQ(std::count(server.errors().begin(), server.errors().end(), '\n'), 1)
+        << server.errors();
+    EXPECT_NE(server.errors().find(flag), std::string::npos) << server.errors();
+  }
+}
+
+TEST_F(ProgramTest, PrintsWhatItWouldRunWith) {
+  Program print("kvservice", Arguments({"--print-config", "--lease-default", "90s"}));
+  EXPECT_EQ(print.Wait(), 0);
+  EXPECT_NE(print.output().find("lease-default=\"90s\""), std::string::npos) << print.output();
+  EXPECT_NE(print.output().find("admin-listen=\"unix:" + Path("data.admin") + "\""),
+            std::string::npos);
+  // What it prints is a configuration file that says the same.
+  const std::string file = Path("config");
+  std::ofstream(file) << print.output();
+  Program again("kvservice", {"--config", file, "--print-config"});
+  EXPECT_EQ(again.Wait(), 0);
+  EXPECT_EQ(again.output(), print.output());
+  Program check("kvservice", {"--config", file, "--check-config"});
+  EXPECT_EQ(check.Wait(), 0);
+
+  std::ofstream(file, std::ios::app) << "no-such-key=1\n";
+  Program unknown("kvservice", {"--config", file, "--check-config"});
+  EXPECT_EQ(unknown.Wait(), kExitConfig);
+  EXPECT_NE(unknown.errors().find("no-such-key"), std::string::npos) << unknown.errors();
+}
+
+TEST_F(ProgramTest, FlagsComeBeforeTheEnvironmentBeforeTheFile) {
+  const std::string file = Path("config");
+  std::ofstream(file) << "rows-max=1\nmodels-max=1\nsequences-max=1\n";
+  setenv("KVSERVICE_ROWS_MAX", "2", 1);
+  setenv("KVSERVICE_MODELS_MAX", "2", 1);
+  Program print("kvservice", {"--config", file, "--rows-max", "3", "--print-config"});
+  EXPECT_EQ(print.Wait(), 0);
+  unsetenv("KVSERVICE_ROWS_MAX");
+  unsetenv("KVSERVICE_MODELS_MAX");
+  EXPECT_NE(print.output().find("\nrows-max=3\n"), std::string::npos) << print.output();
+  EXPECT_NE(print.output().find("\nmodels-max=2\n"), std::string::npos) << print.output();
+  EXPECT_NE(print.output().find("\nsequences-max=1\n"), std::string::npos) << print.output();
+}
+
+TEST_F(ProgramTest, SaysWhatItIs) {
+  Program version("kvservice", {"--version"});
+  EXPECT_EQ(version.Wait(), 0);
+  EXPECT_EQ(version.output().substr(0, 10), "kvservice ");
+  Program help("kvservice", {"--help"});
+  EXPECT_EQ(help.Wait(), 0);
+  EXPECT_NE(help.output().find("--listen"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace kvservice::testing
