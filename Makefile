@@ -1,8 +1,8 @@
 # The words to remember: make demo, make test. Everything they need is installed by setup.
 
 DEMO_ARGS ?=
-BENCH_ARGS ?= --workload=attend_cpu
-TIDY_ARGS ?=
+BENCH_ARGS ?=
+EVAL_ARGS ?=
 
 cc_files = $(shell find attention selector kvservice client tests \
              -name '*.h' -o -name '*.cc' -o -name '*.cu')

@@ -1,7 +1,7 @@
 // What a call promises about the tokens it did not attend, for one query token and one query head:
 //
-//     the reported upper bound is at least the exact softmax mass of all tokens below attended_length that were not attended,
-//     with q as received and K as stored.
+//     the reported upper bound is at least the exact softmax mass of all tokens below
+//     attended_length that were not attended, with q as received and K as stored.
 //
 // Plain data; any thread. docs and derivations: certificate specification sections 3 and 4.
 
@@ -16,8 +16,9 @@ namespace kvservice {
 
 // How strong a statement is, weakest first.
 enum class Level : uint8_t {
-  kNone,           // Says nothing; the bound is 1.
-  kConfidence,     // Holds with probability at least 1 - failure_probability over the server's private random numbers.
+  kNone,        // Says nothing; the bound is 1.
+  kConfidence,  // Holds with probability at least 1 - failure_probability over the server's private
+                // random numbers.
   kDeterministic,  // Always holds.
   kExact,          // The mass was computed (zero when everything was attended).
 };
@@ -29,9 +30,11 @@ enum class Action : uint8_t { kSelected, kReused, kGrown, kDense, kCompensated }
 struct HeadCertificate {
   Level level = Level::kNone;
   Action action = Action::kDense;
-  // The limits of the plan hold by a statement of the level that was asked for. True when no limit was set.
+  // The limits of the plan hold by a statement of the level that was asked for. True when no limit
+  // was set.
   bool met = true;
-  // ln of the attended mass: nearest (the lse of the output), and rounded outward including the device's arithmetic error.
+  // ln of the attended mass: nearest (the lse of the output), and rounded outward including the
+  // device's arithmetic error.
   double log_kept = kLogZero;
   LogMassLower log_kept_lower;
   LogMassUpper log_kept_upper;
@@ -41,7 +44,8 @@ struct HeadCertificate {
   // Share of all attention that was not attended.
   MassUpper dropped_mass_upper;
   MassLower dropped_mass_lower;
-  // The device's estimate of the same share. Not a bound, never used as one. Negative when there is none.
+  // The device's estimate of the same share. Not a bound, never used as one. Negative when there is
+  // none.
   float dropped_mass_estimate = -1.0F;
   // Probability that the statement is wrong (0 unless level is kConfidence).
   double failure_probability = 0.0;
@@ -50,13 +54,15 @@ struct HeadCertificate {
 // Fills the two dropped masses from the four log masses. Any NaN gives level kNone and the bound 1.
 void FinishCertificate(HeadCertificate* certificate);
 
-// Certificate of the union of two disjoint token sets (shards, or a worker's own window): masses of the same side add,
-// failure probabilities add, the level is the weaker one. Source: certificate section 6, merging.
+// Certificate of the union of two disjoint token sets (shards, or a worker's own window): masses of
+// the same side add, failure probabilities add, the level is the weaker one. Source: certificate
+// section 6, merging.
 HeadCertificate Merge(const HeadCertificate& a, const HeadCertificate& b);
 
-// Upper bound in nats of the mutual information between context and attended index that is lost when a mean share
-// `dropped_mass` of attention over `token_count` tokens is dropped: g(d) = h(d) + d ln N (our derivation, g1). Rounded up; d is clamped to
-// [0, 1] and g is taken at its maximum beyond the point where it starts to fall.
+// Upper bound in nats of the mutual information between context and attended index that is lost
+// when a mean share `dropped_mass` of attention over `token_count` tokens is dropped: g(d) = h(d) +
+// d ln N (our derivation, g1). Rounded up; d is clamped to [0, 1] and g is taken at its maximum
+// beyond the point where it starts to fall.
 double MutualInformationBoundNats(MassUpper dropped_mass, uint64_t token_count);
 
 }  // namespace kvservice

@@ -1,8 +1,10 @@
-// A device owns memory for KV slices, appends to them, seals them (builds sketches) and executes batches of plans. Implementations:
-// `reference` (scalar, double: the oracle), `cpu` (Highway). All must agree: same table of cases, stated tolerances, bounds with none.
+// A device owns memory for KV slices, appends to them, seals them (builds sketches) and executes
+// batches of plans. Implementations: `reference` (scalar, double: the oracle), `cpu` (Highway). All
+// must agree: same table of cases, stated tolerances, bounds with none.
 //
-// Thread rules: one thread (the engine's executor) calls Append, Seal and Attend, one at a time; Allocate and NewTokenLists may be called
-// from any thread. A device may use threads of its own inside a call; when a call returns all its work is done.
+// Thread rules: one thread (the engine's executor) calls Append, Seal and Attend, one at a time;
+// Allocate and NewTokenLists may be called from any thread. A device may use threads of its own
+// inside a call; when a call returns all its work is done.
 
 #ifndef KVSERVICE_ATTENTION_DEVICE_H_
 #define KVSERVICE_ATTENTION_DEVICE_H_
@@ -37,16 +39,18 @@ struct LayerShape {
   // logit = scale * q.k, then softcap * tanh(logit / softcap) when softcap > 0.
   float scale = 1.0F;
   float logit_softcap = 0.0F;
-  // A query at position p sees (p - sliding_window, p]; 0 = everything up to p. Attention over the window is then the reference that
-  // masses refer to.
+  // A query at position p sees (p - sliding_window, p]; 0 = everything up to p. Attention over the
+  // window is then the reference that masses refer to.
   uint32_t sliding_window = 0;
-  // Inverse frequencies [rotary_dim / 2], to undo the rotation of queries before cosines. Empty with kNone.
+  // Inverse frequencies [rotary_dim / 2], to undo the rotation of queries before cosines. Empty
+  // with kNone.
   absl::Span<const float> inverse_frequencies;
   RotaryStyle rotary_style = RotaryStyle::kNone;
 };
 
-// Lists and anchors of one sequence and layer in the memory of one device: a cache, not state, so dropping it is always correct. Only the
-// device that made it looks inside. Not thread-safe; belongs to the executor.
+// Lists and anchors of one sequence and layer in the memory of one device: a cache, not state, so
+// dropping it is always correct. Only the device that made it looks inside. Not thread-safe;
+// belongs to the executor.
 class TokenLists {
  public:
   virtual ~TokenLists() = default;
@@ -107,19 +111,22 @@ struct SealSlice {
 // What a device says about one KV head of one row.
 struct GroupReport {
   Action action = Action::kDense;
-  // A full scan was made to choose tokens (not only to prove a bound, not only to complete a reused list).
+  // A full scan was made to choose tokens (not only to prove a bound, not only to complete a reused
+  // list).
   bool scanned = false;
   // Rows (K and V) that were read for the output, and tokens whose sketches were read.
   uint32_t tokens_read = 0;
   uint32_t tokens_scanned = 0;
-  // Largest of the anchors' cosines (the smallest over the group's heads each); -2 when not computed.
+  // Largest of the anchors' cosines (the smallest over the group's heads each); -2 when not
+  // computed.
   float similarity = -2.0F;
 };
 
 // One row of a call. Inputs are borrowed and outputs are caller's memory.
 struct AttendRow {
   KvView view;
-  // Index of the first query token; position + query_count == view.length (the query tokens' own K and V are in the view).
+  // Index of the first query token; position + query_count == view.length (the query tokens' own K
+  // and V are in the view).
   uint32_t position = 0;
   uint32_t query_count = 1;
   // [query_count][query_head_count][head_dim], finite.
@@ -128,13 +135,15 @@ struct AttendRow {
   // [kv_head_count], the tables that the sequence's sketches were made with.
   absl::Span<const SketchTable> tables;
 
-  float* out = nullptr;                    // [query_count][query_head_count][head_dim]
-  float* lse = nullptr;                    // [query_count][query_head_count], natural log
-  HeadCertificate* certificates = nullptr; // [query_count][query_head_count]
-  GroupReport* groups = nullptr;           // [kv_head_count]
-  // Optional: [kv_head_count] lists that receive the positions attended, ascending. In shadow mode: the selection that was judged.
+  float* out = nullptr;                     // [query_count][query_head_count][head_dim]
+  float* lse = nullptr;                     // [query_count][query_head_count], natural log
+  HeadCertificate* certificates = nullptr;  // [query_count][query_head_count]
+  GroupReport* groups = nullptr;            // [kv_head_count]
+  // Optional: [kv_head_count] lists that receive the positions attended, ascending. In shadow mode:
+  // the selection that was judged.
   std::vector<uint32_t>* selected = nullptr;
-  // Set by the device; a failed row's out and lse are zero. FAILED_PRECONDITION = the bound was not met and the plan says kFail.
+  // Set by the device; a failed row's out and lse are zero. FAILED_PRECONDITION = the bound was not
+  // met and the plan says kFail.
   absl::Status status;
 };
 
@@ -145,12 +154,14 @@ class Device {
   virtual std::string_view name() const = 0;
   // RESOURCE_EXHAUSTED when the memory cannot be had. Contents are zero.
   virtual absl::StatusOr<DeviceMemory> Allocate(size_t bytes) = 0;
-  // Lists for one sequence and layer: at most `anchors_max` anchors per KV head, the least recently used goes first.
+  // Lists for one sequence and layer: at most `anchors_max` anchors per KV head, the least recently
+  // used goes first.
   virtual std::unique_ptr<TokenLists> NewTokenLists(const KvLayout& layout,
                                                     uint32_t anchors_max) = 0;
   virtual void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) = 0;
   virtual void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) = 0;
-  // Executes one layer's rows. Row errors go to AttendRow::status; nothing else can fail on a host device.
+  // Executes one layer's rows. Row errors go to AttendRow::status; nothing else can fail on a host
+  // device.
   virtual void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) = 0;
 };
 
@@ -159,7 +170,8 @@ struct DeviceOptions {
   uint32_t thread_count = 0;
 };
 
-// name: "reference", "cpu" or "auto" (the fastest that works here). INVALID_ARGUMENT for other names.
+// name: "reference", "cpu" or "auto" (the fastest that works here). INVALID_ARGUMENT for other
+// names.
 absl::StatusOr<std::unique_ptr<Device>> NewDevice(std::string_view name,
                                                   const DeviceOptions& options);
 

@@ -1,5 +1,5 @@
-// Conversions between float and the two 16-bit cache types; the one home of this arithmetic on the host. Widening is exact; narrowing
-// rounds to nearest even and keeps inf and NaN.
+// Conversions between float and the two 16-bit cache types; the one home of this arithmetic on the
+// host. Widening is exact; narrowing rounds to nearest even and keeps inf and NaN.
 
 #ifndef KVSERVICE_ATTENTION_FLOAT16_H_
 #define KVSERVICE_ATTENTION_FLOAT16_H_
@@ -37,10 +37,10 @@ inline uint16_t Float16FromFloat(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000U;
   const uint32_t magnitude = bits & 0x7fffffffU;
-  uint32_t half = 0x7c00U;                // infinity, also for 65520 and more
-  if (magnitude > 0x7f800000U) {          // NaN, made quiet
+  uint32_t half = 0x7c00U;        // infinity, also for 65520 and more
+  if (magnitude > 0x7f800000U) {  // NaN, made quiet
     half = 0x7e00U | ((magnitude >> 13) & 0x3ffU);
-  } else if (magnitude < 0x38800000U) {   // below 2^-14: adding 1/2 rounds to the subnormal grid
+  } else if (magnitude < 0x38800000U) {  // below 2^-14: adding 1/2 rounds to the subnormal grid
     half = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) - 0x3f000000U;
   } else if (magnitude < 0x477ff000U) {
     half = (magnitude - 0x38000000U + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;

@@ -1,11 +1,13 @@
 // Geometry of the KV cache: how keys and values of one layer lie in memory.
 //
-// A *block* is kBlockTokens consecutive tokens of all layers; a *slice* is one layer of a block and is contiguous:
+// A *block* is kBlockTokens consecutive tokens of all layers; a *slice* is one layer of a block and
+// is contiguous:
 //
 //     slice = [kv_head][token in block][K | V][head_dim]      in the cache dtype, little endian
 //
-// One *row* (one token, one KV head, K then V side by side) is one gather of row_bytes(). Everything here is plain data and
-// inline arithmetic, shared by hosts and devices; any thread may use it.
+// One *row* (one token, one KV head, K then V side by side) is one gather of row_bytes().
+// Everything here is plain data and inline arithmetic, shared by hosts and devices; any thread may
+// use it.
 
 #ifndef KVSERVICE_ATTENTION_KV_LAYOUT_H_
 #define KVSERVICE_ATTENTION_KV_LAYOUT_H_
@@ -24,7 +26,8 @@ inline constexpr uint32_t kQueryTokensMax = 8;
 // Query heads that may share one KV head.
 inline constexpr uint32_t kGroupMax = 16;
 inline constexpr uint32_t kHeadDimMax = 256;
-// Positions at the start of a sequence that are always read exactly and never sketched into min/max (attention sinks).
+// Positions at the start of a sequence that are always read exactly and never sketched into min/max
+// (attention sinks).
 inline constexpr uint32_t kSketchSinks = 8;
 
 // Element type of cached keys and values.
@@ -57,8 +60,8 @@ constexpr uint32_t BlockCount(uint32_t token_count) {
   return (token_count + kBlockTokens - 1) / kBlockTokens;
 }
 
-// INVALID_ARGUMENT naming the field unless the layout is one that every device serves: head_dim 64, 80, 96, 128 or 256, a
-// whole number of query heads per KV head, at most kGroupMax of them.
+// INVALID_ARGUMENT naming the field unless the layout is one that every device serves: head_dim 64,
+// 80, 96, 128 or 256, a whole number of query heads per KV head, at most kGroupMax of them.
 absl::Status ValidateLayout(const KvLayout& layout);
 
 }  // namespace kvservice

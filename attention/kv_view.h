@@ -1,6 +1,7 @@
-// What a device may read of one sequence in one layer during one call. Plain borrowed pointers: whoever builds a view keeps the blocks
-// pinned and the arrays alive until the device call returns. Sealed slices and their sketches are immutable; in the filling slice only
-// tokens below `length` may be read.
+// What a device may read of one sequence in one layer during one call. Plain borrowed pointers:
+// whoever builds a view keeps the blocks pinned and the arrays alive until the device call returns.
+// Sealed slices and their sketches are immutable; in the filling slice only tokens below `length`
+// may be read.
 
 #ifndef KVSERVICE_ATTENTION_KV_VIEW_H_
 #define KVSERVICE_ATTENTION_KV_VIEW_H_
@@ -16,8 +17,8 @@ namespace kvservice {
 struct KvView {
   // [BlockCount(length)] slices in token order, each KvLayout::slice_bytes() long, 64-byte aligned.
   absl::Span<const std::byte* const> slices;
-  // [BlockCount(length)] sketch slices (attention/sketch.h), nullptr where the slice is not sealed in this layer. Unsealed slices
-  // are always read exactly.
+  // [BlockCount(length)] sketch slices (attention/sketch.h), nullptr where the slice is not sealed
+  // in this layer. Unsealed slices are always read exactly.
   absl::Span<const std::byte* const> sketches;
   // Tokens that may be read; a row's attended length. May be less than what the slices hold.
   uint32_t length = 0;

@@ -1,8 +1,10 @@
-// Masses of softmax weight that round outward. A mass is a sum of exp(logit) over a set of tokens; its natural log is kept, because the
-// masses themselves overflow. The side of the rounding is part of the type and there is no conversion between the sides: an upper mass
-// can be added to upper masses only, so a bound cannot be built from a number that was rounded the wrong way.
+// Masses of softmax weight that round outward. A mass is a sum of exp(logit) over a set of tokens;
+// its natural log is kept, because the masses themselves overflow. The side of the rounding is part
+// of the type and there is no conversion between the sides: an upper mass can be added to upper
+// masses only, so a bound cannot be built from a number that was rounded the wrong way.
 //
-// All functions are pure. Doubles; libm's exp, log and log1p are within 1 ulp (glibc), and every result is widened by kUlps of them.
+// All functions are pure. Doubles; libm's exp, log and log1p are within 1 ulp (glibc), and every
+// result is widened by kUlps of them.
 
 #ifndef KVSERVICE_ATTENTION_LOG_MASS_H_
 #define KVSERVICE_ATTENTION_LOG_MASS_H_
@@ -34,11 +36,13 @@ struct MassLower {
   double value = 0.0;
 };
 
-// Next doubles away from / towards minus infinity by a few ulps of x (and of 1), enough to cover two libm calls.
+// Next doubles away from / towards minus infinity by a few ulps of x (and of 1), enough to cover
+// two libm calls.
 double WidenUp(double x);
 double WidenDown(double x);
 
-// ln(e^a + e^b), rounded to the side of the type. NaN in, "nothing known" out (+inf for upper, -inf for lower).
+// ln(e^a + e^b), rounded to the side of the type. NaN in, "nothing known" out (+inf for upper, -inf
+// for lower).
 LogMassUpper Add(LogMassUpper a, LogMassUpper b);
 LogMassLower Add(LogMassLower a, LogMassLower b);
 
@@ -46,8 +50,8 @@ LogMassLower Add(LogMassLower a, LogMassLower b);
 LogMassUpper LogOfUpper(double mass);
 LogMassLower LogOfLower(double mass);
 
-// dropped / (kept + dropped), rounded outward: 0 only if nothing was dropped (dropped = log zero), 1 if nothing is known.
-// Source: certificate section 4, U / (Z_lower + U) and L / (Z_upper + L).
+// dropped / (kept + dropped), rounded outward: 0 only if nothing was dropped (dropped = log zero),
+// 1 if nothing is known. Source: certificate section 4, U / (Z_lower + U) and L / (Z_upper + L).
 MassUpper DroppedMass(LogMassUpper dropped, LogMassLower kept);
 MassLower DroppedMass(LogMassLower dropped, LogMassUpper kept);
 

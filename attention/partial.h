@@ -1,5 +1,6 @@
-// Attention over a subset of the tokens: a normalised output and the natural log of its softmax denominator. Partials of disjoint subsets
-// merge exactly, in any order; this file is the one home of that formula. Pure functions; any thread.
+// Attention over a subset of the tokens: a normalised output and the natural log of its softmax
+// denominator. Partials of disjoint subsets merge exactly, in any order; this file is the one home
+// of that formula. Pure functions; any thread.
 
 #ifndef KVSERVICE_ATTENTION_PARTIAL_H_
 #define KVSERVICE_ATTENTION_PARTIAL_H_
@@ -9,8 +10,9 @@
 
 namespace kvservice {
 
-// Merges partial b into partial a, in place: out_a, out_b are [head_dim]; lse_* are ln sum exp(logit). An empty partial has lse = -inf and
-// its output is ignored (it may be NaN: 0 * NaN must not leak, which is why both weights are tested).
+// Merges partial b into partial a, in place: out_a, out_b are [head_dim]; lse_* are ln sum
+// exp(logit). An empty partial has lse = -inf and its output is ignored (it may be NaN: 0 * NaN
+// must not leak, which is why both weights are tested).
 template <typename Real>
 void MergePartial(Real* out_a, Real* lse_a, const Real* out_b, Real lse_b, uint32_t head_dim) {
   if (std::isinf(lse_b) && lse_b < 0) return;

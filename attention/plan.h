@@ -1,11 +1,15 @@
-// What a selector wants done for one row of a call (one sequence, one layer). A plan is plain data: selectors write it without access to
-// keys, a device executes it. Positions are absolute token indices; `length` is the row's attended length.
+// What a selector wants done for one row of a call (one sequence, one layer). A plan is plain data:
+// selectors write it without access to keys, a device executes it. Positions are absolute token
+// indices; `length` is the row's attended length.
 //
-//   always read   sinks [0, sink_end), the local window [local_begin, length), every unsealed slice, tokens that a sketch marks `exact`
-//   middle        everything else that is visible: [sink_end, local_begin) above visible_begin; `source` says where its choice comes from
+//   always read   sinks [0, sink_end), the local window [local_begin, length), every unsealed
+//                 slice, tokens that a sketch marks `exact`
+//   middle        everything else that is visible: [sink_end, local_begin) above visible_begin;
+//                 `source` says where its choice comes from
 //   hidden        [sink_end, visible_begin): never read (PSAW), always covered by the certificate
 //
-// Selection is per KV head (its query heads share one list), certificates are per query token and query head.
+// Selection is per KV head (its query heads share one list), certificates are per query token and
+// query head.
 
 #ifndef KVSERVICE_ATTENTION_PLAN_H_
 #define KVSERVICE_ATTENTION_PLAN_H_
@@ -22,19 +26,22 @@ class TokenLists;  // attention/device.h
 enum class Source : uint8_t {
   kAll,    // Read every visible token: dense attention.
   kScan,   // Scan the sketches and choose by Plan::keep.
-  kReuse,  // Take the list of the most similar anchor if its cosine reaches min_cosine, else scan and become an anchor. A reused list
-           // is completed by scanning only what was appended since it was made or last completed.
+  kReuse,  // Take the list of the most similar anchor if its cosine reaches min_cosine, else scan
+           // and become an anchor. A reused list is completed by scanning only what was appended
+           // since it was made or last completed.
   kGiven,  // Take the caller's own positions.
 };
 
-// How many of the scanned tokens are kept. Both rules may be set: then the larger set is kept. Neither set keeps none.
+// How many of the scanned tokens are kept. Both rules may be set: then the larger set is kept.
+// Neither set keeps none.
 struct KeepRule {
   // Keep at least this many tokens of the middle per KV head (0 = off).
   uint32_t top_k = 0;
-  // Keep the smallest set for which the certificate's dropped mass reaches this limit for every query head (0 = off). With prove = none
-  // the estimated mass is used instead of its bound.
+  // Keep the smallest set for which the certificate's dropped mass reaches this limit for every
+  // query head (0 = off). With prove = none the estimated mass is used instead of its bound.
   float mass_limit = 0.0F;
-  // Every kept token among the strongest `dilate_strongest` also brings its neighbours within +-dilate_radius (0 = off).
+  // Every kept token among the strongest `dilate_strongest` also brings its neighbours within
+  // +-dilate_radius (0 = off).
   uint32_t dilate_strongest = 0;
   uint32_t dilate_radius = 0;
 };
@@ -60,20 +67,23 @@ struct Plan {
 
   // kScan and kReuse.
   KeepRule keep;
-  // This layer's lists and anchors; required by kReuse. Read and changed by the device during the call.
+  // This layer's lists and anchors; required by kReuse. Read and changed by the device during the
+  // call.
   TokenLists* lists = nullptr;
   float min_cosine = 0.8F;
-  // ETF: the choice among [sink_end, frozen_end) is the last selection of a shallower layer of the same step and is not scanned for
-  // choosing (a proof still covers it). Used only when frozen_lists has a selection.
+  // ETF: the choice among [sink_end, frozen_end) is the last selection of a shallower layer of the
+  // same step and is not scanned for choosing (a proof still covers it). Used only when
+  // frozen_lists has a selection.
   const TokenLists* frozen_lists = nullptr;
   uint32_t frozen_end = 0;
 
-  // kGiven: positions per KV head, ascending and unique, concatenated; given_offsets is [kv_head_count + 1]. Positions outside the middle
-  // are allowed and change nothing.
+  // kGiven: positions per KV head, ascending and unique, concatenated; given_offsets is
+  // [kv_head_count + 1]. Positions outside the middle are allowed and change nothing.
   absl::Span<const uint32_t> given;
   absl::Span<const uint32_t> given_offsets;
 
-  // Planned sets larger than this share of the visible tokens are answered densely (certificate section 5: 0.6).
+  // Planned sets larger than this share of the visible tokens are answered densely (certificate
+  // section 5: 0.6).
   float dense_share = 0.6F;
 
   Guarantee prove = Guarantee::kNone;

@@ -1,19 +1,26 @@
-// The sketch slice: 4-bit image of a sealed slice's keys plus bounds of what the image missed. This header is the one place that fixes its
-// bytes; CPU, CUDA and disk share it. Source: certificate specification section 1.
+// The sketch slice: 4-bit image of a sealed slice's keys plus bounds of what the image missed. This
+// header is the one place that fixes its bytes; CPU, CUDA and disk share it. Source: certificate
+// specification section 1.
 //
-// A slice's sketch is kv_head_count *pages* (one per KV head, 64 tokens), each page_bytes() long and 64-byte aligned:
+// A slice's sketch is kv_head_count *pages* (one per KV head, 64 tokens), each page_bytes() long
+// and 64-byte aligned:
 //
 //   field   type              bytes        meaning
-//   codes   u4 pairs          64 * d/2     [d/8][64][4]: byte j of a token = code[j] | code[j + d/2] << 4, four bytes of every token
-//                                          side by side (CodeOffset), so that a scan holds one token per lane and adds nothing across lanes
-//   lo      f32[d]            4 d          exact per-channel minimum of the sketched tokens (cache dtype widened: no rounding exists)
+//   codes   u4 pairs          64 * d/2     [d/8][64][4]: byte j of a token = code[j] |
+//                                          code[j + d/2] << 4, four bytes of every token side by
+//                                          side (CodeOffset), so that a scan holds one token per
+//                                          lane and adds nothing across lanes
+//   lo      f32[d]            4 d          exact per-channel minimum of the sketched tokens (cache
+//                                          dtype widened: no rounding exists)
 //   step    f16[d]            2 d          (max - lo) / 16 rounded up, at least 2^-14
 //   pj      i8[nd][64]        64 nd        projections of the residual, rint(W_j.e / ps_j)
 //   r       u8[64]            64           ||M e_i||  <= rmax * RadiusScale(r)
 //   vn      u8[64]            64           ||v_i||    <= vmax * RadiusScale(vn)
 //   ps      f32[4]            16           projection steps (nd used)
-//   exact   u64               8            tokens that are always read exactly; they have code = r = pj = 0
-//   rmax, hn, vmax            3 x f32      upward rounded norms: max ||M e||, ||M step/2|| (any rounding), max ||v||
+//   exact   u64               8            tokens that are always read exactly; they have
+//                                          code = r = pj = 0
+//   rmax, hn, vmax            3 x f32      upward rounded norms: max ||M e||, ||M step/2|| (any
+//                                          rounding), max ||v||
 //   version u32               4            kSketchVersion
 //
 // Everything is inline arithmetic on plain bytes; any thread.
@@ -65,30 +72,34 @@ constexpr size_t CodeOffset(uint32_t token, uint32_t j) {
 struct SketchPage {
   SketchPage(const SketchLayout& layout, const std::byte* page);
 
-  const uint8_t* codes;    // [d/8][64][4], see CodeOffset
-  const float* lo;         // [d]
-  const uint16_t* step;    // [d] fp16 bits
-  const int8_t* pj;        // [nd][64]
-  const uint8_t* r;        // [64]
-  const uint8_t* vn;       // [64]
-  const float* ps;         // [nd]
+  const uint8_t* codes;  // [d/8][64][4], see CodeOffset
+  const float* lo;       // [d]
+  const uint16_t* step;  // [d] fp16 bits
+  const int8_t* pj;      // [nd][64]
+  const uint8_t* r;      // [64]
+  const uint8_t* vn;     // [64]
+  const float* ps;       // [nd]
   uint64_t exact;
   float rmax, hn, vmax;
 };
 
-// DEC of the specification: a geometric scale from 1 down, rounded up: nextup(fl(1.02^-code * (1 + 1e-6))).
+// DEC of the specification: a geometric scale from 1 down, rounded up: nextup(fl(1.02^-code * (1 +
+// 1e-6))).
 extern const std::array<float, 256> kRadiusScale;
 
-// Encodes one page (one KV head of one full slice) in double precision and verifies every stored inequality; what cannot be verified goes
-// into `exact`, so the result is valid for any input, inf and NaN included.
-//   rows        [64] rows of K and V of this KV head: slice + layout.RowOffset(kv_head, 0), layout.row_bytes() apart
-//   block_index index of the slice in its sequence: the first kSketchSinks positions of slice 0 are `exact`
+// Encodes one page (one KV head of one full slice) in double precision and verifies every stored
+// inequality; what cannot be verified goes into `exact`, so the result is valid for any input, inf
+// and NaN included.
+//   rows        [64] rows of K and V of this KV head: slice + layout.RowOffset(kv_head, 0),
+//               layout.row_bytes() apart
+//   block_index index of the slice in its sequence: the first kSketchSinks positions of slice 0 are
+//               `exact`
 //   page        SketchLayout(layout.head_dim).page_bytes bytes, overwritten
 void EncodeSketchPage(const KvLayout& layout, const std::byte* rows, uint32_t block_index,
                       const SketchTable& table, std::byte* page);
 
-// True if every stored inequality of section 1 holds for the page against the rows it was made from (double precision, no tolerance).
-// Used by tests and by the store scrub.
+// True if every stored inequality of section 1 holds for the page against the rows it was made from
+// (double precision, no tolerance). Used by tests and by the store scrub.
 bool VerifySketchPage(const KvLayout& layout, const std::byte* rows, const SketchTable& table,
                       const std::byte* page);
 

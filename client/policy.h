@@ -15,7 +15,7 @@ namespace kvservice::client {
 enum class Selector : uint8_t {
   kAuto,       // Dense for short sequences, certified above.
   kDense,      // Every token.
-  kGiven,      // The caller's own positions, and the budget's sink and local tokens.
+  kGiven,      // The caller's own positions, besides what is always read.
   kCis,        // Time axis: reuse the choice made for the most similar earlier query.
   kPsaw,       // Depth axis: deeper layers see a shorter past.
   kEtf,        // Layer axis: deeper layers take a shallower layer's choice for the frozen prefix.

@@ -1,5 +1,5 @@
-"""Every rule of tidy.py is shown to fail on a tiny tree that breaks it, and to pass on one that does
-not: a check that cannot fail checks nothing."""
+"""Every rule of tidy.py is shown to fail on a tiny tree that breaks it, and to pass on one that
+does not: a check that cannot fail checks nothing."""
 
 import pathlib
 import sys

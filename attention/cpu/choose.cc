@@ -69,20 +69,29 @@ class PageAdder {
 
 ScaledSum SumWeightsTarget(const ScanWeights& weights, const std::vector<float>& numbers,
                            uint32_t head, absl::Span<const uint64_t> mask, bool upward) {
-  const int32_t* references = &weights.reference[weights.PageIndex(head, weights.block_begin)];
+  const size_t first_page = weights.PageIndex(head, weights.block_begin);
+  const int32_t* references = &weights.reference[first_page];
+  // Estimates come with the sums of their pages; bounds are added up here, to their side.
+  const bool estimates = &numbers == &weights.estimate;
+  const float* page_sums = estimates ? &weights.estimate_sum[first_page] : nullptr;
   ScaledSum sum;
   for (size_t i = 0; i < mask.size(); ++i) {
     if (mask[i] != 0) sum.reference = HWY_MAX(sum.reference, references[i]);
   }
   PageAdder adder;
+  double whole_pages = 0.0;
   for (uint32_t i = 0; i < mask.size(); ++i) {
     if (mask[i] == 0) continue;
     const int32_t change = references[i] - sum.reference;
     if (change < kScaleMin && !upward) continue;
+    if (page_sums != nullptr && mask[i] == ~uint64_t{0}) {
+      whole_pages += static_cast<double>(page_sums[i]) * ScaleOf(change);
+      continue;
+    }
     adder.Add(SumLanes(weights.Page(numbers, head, weights.block_begin + i), mask[i]),
               ScaleOf(change));
   }
-  sum.sum = adder.Sum();
+  sum.sum = adder.Sum() + whole_pages;
   return sum;
 }
 

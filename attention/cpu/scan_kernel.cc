@@ -293,9 +293,13 @@ HWY_INLINE void StoreWeights(const HeadPage& terms, const PageLogits& logits, fl
   const auto reference_lanes = hn::Set(di, reference);
   weights->reference[weights->PageIndex(head, block)] = reference;
   float* estimate = weights->Page(weights->estimate, head, block);
+  auto sum = hn::Zero(d);
   for (size_t t = 0; t < kBlockTokens; t += hn::Lanes(d)) {
-    hn::StoreU(ExpScaled(d, hn::Load(d, logits.estimate + t), reference_lanes), d, estimate + t);
+    const auto weight = ExpScaled(d, hn::Load(d, logits.estimate + t), reference_lanes);
+    hn::StoreU(weight, d, estimate + t);
+    sum = hn::Add(sum, weight);
   }
+  weights->estimate_sum[weights->PageIndex(head, block)] = hn::GetLane(hn::SumOfLanes(d, sum));
   if constexpr (kBounded) {
     float* upper = weights->Page(weights->upper, head, block);
     float* lower = weights->Page(weights->lower, head, block);
@@ -318,13 +322,19 @@ HWY_INLINE void ZeroUnseen(const HeadQueries& queries, uint32_t head, uint32_t b
   const uint32_t visible_begin = queries.visible_begin[head];
   const uint32_t visible_end = queries.visible_end[head];
   if (begin >= visible_begin && begin + kBlockTokens <= visible_end) return;
+  float seen_sum = 0.0F;
   for (uint32_t t = 0; t < kBlockTokens; ++t) {
-    if (begin + t >= visible_begin && begin + t < visible_end) continue;
-    weights->Page(weights->estimate, head, block)[t] = 0.0F;
+    float& estimate = weights->Page(weights->estimate, head, block)[t];
+    if (begin + t >= visible_begin && begin + t < visible_end) {
+      seen_sum += estimate;
+      continue;
+    }
+    estimate = 0.0F;
     if (!weights->bounded) continue;
     weights->Page(weights->upper, head, block)[t] = 0.0F;
     weights->Page(weights->lower, head, block)[t] = 0.0F;
   }
+  weights->estimate_sum[weights->PageIndex(head, block)] = seen_sum;
 }
 
 template <bool kBounded, size_t kHeads>
@@ -439,6 +449,7 @@ void ScanWeights::Resize(uint32_t heads, uint32_t first_block, uint32_t blocks, 
     if (numbers->size() < size) numbers->resize(size);
   };
   grow(pages, &reference);
+  grow(pages, &estimate_sum);
   grow(pages * kBlockTokens, &estimate);
   if (with_bounds) {
     grow(pages * kBlockTokens, &upper);

@@ -59,6 +59,9 @@ struct ScanWeights {
   bool bounded = false;
   std::vector<int32_t> reference;  // [head_count][block_count]
   std::vector<float> estimate;     // [head_count][block_count][64]: e^s^
+  // [head_count][block_count]: the sum of a page's estimates, tokens that a head does not see left
+  // out. Choosing needs it for whole pages, and here it costs nothing.
+  std::vector<float> estimate_sum;
   // With bounds: lower <= e^s <= upper for the true logit s, device rounding included. An upper
   // weight of infinity or NaN says that nothing is known.
   std::vector<float> upper, lower;

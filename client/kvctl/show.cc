@@ -142,7 +142,7 @@ Json ToJson(const v1::Model& model) {
 }
 
 std::string ToTable(const v1::GetServerInfoResponse& info) {
-  const std::string set = info.instruction_set();
+  const std::string& set = info.instruction_set();
   std::vector<Row> rows = {{"version", info.version()},
                            {"build", info.build()},
                            {"device", info.device() + (set.empty() ? "" : " (" + set + ")")},

@@ -7,6 +7,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <csignal>
 #include <cstdio>
 #include <fstream>
@@ -53,37 +54,42 @@ void RaiseDescriptorLimit() {
   setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-sigset_t EndSignals() {
+// Wakes the thread that waits for signals; from outside it means nothing.
+constexpr int kWakeSignal = SIGUSR1;
+
+sigset_t AwaitedSignals() {
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
+  sigaddset(&signals, kWakeSignal);
   return signals;
 }
 
-// Turns the first signal into a drain; a second one ends the process at once, as it would without
-// us. Stop wakes it with a signal of its own.
+// Turns the first SIGTERM or SIGINT into a drain; a second one ends the process at once.
 class SignalThread {
  public:
   SignalThread(Server* server, spdlog::logger* logger)
       : thread_([this, server, logger] { Run(server, logger); }) {}
   ~SignalThread() {
     stopping_ = true;
-    pthread_kill(thread_.native_handle(), SIGTERM);
+    pthread_kill(thread_.native_handle(), kWakeSignal);
     thread_.join();
   }
 
  private:
   void Run(Server* server, spdlog::logger* logger) {
-    const sigset_t signals = EndSignals();
-    int signal = 0;
-    sigwait(&signals, &signal);
-    if (stopping_) return;
-    logger->info("draining on {}", signal == SIGINT ? "SIGINT" : "SIGTERM");
-    server->RequestDrain(0);
-    while (!stopping_) {
+    const sigset_t signals = AwaitedSignals();
+    bool draining = false;
+    for (;;) {
+      int signal = 0;
       sigwait(&signals, &signal);
-      if (!stopping_) _exit(128 + signal);
+      if (stopping_) return;
+      if (signal == kWakeSignal) continue;
+      if (draining) _exit(128 + signal);
+      draining = true;
+      logger->info("draining on {}", signal == SIGINT ? "SIGINT" : "SIGTERM");
+      server->RequestDrain(0);
     }
   }
 
@@ -159,7 +165,7 @@ int Main(int argc, const char* const* argv) {
   }
   KeepFreedMemory();
   RaiseDescriptorLimit();
-  const sigset_t signals = EndSignals();
+  const sigset_t signals = AwaitedSignals();
   // Before any thread exists, so that all of them inherit it and only ours takes the signals.
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   std::signal(SIGPIPE, SIG_IGN);

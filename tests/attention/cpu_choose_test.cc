@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -46,6 +47,7 @@ struct Weights {
         }
       }
     }
+    SumEstimates();
     always_lse.assign(heads, 2.0);
     candidates.assign(kBlocks, 0);
     unread.assign(kBlocks, 0);
@@ -56,6 +58,15 @@ struct Weights {
     }
     pool = candidates;
     for (uint32_t i = 0; i < kBlocks; ++i) pool[i] |= unread[i];
+  }
+
+  // As a scan leaves them.
+  void SumEstimates() {
+    for (size_t page = 0; page < weights.estimate_sum.size(); ++page) {
+      const auto begin =
+          weights.estimate.begin() + static_cast<std::ptrdiff_t>(page * kBlockTokens);
+      weights.estimate_sum[page] = std::accumulate(begin, begin + kBlockTokens, 0.0F);
+    }
   }
 
   ChooseTask Task() const {
@@ -229,6 +240,7 @@ TEST(CpuChoose, EqualWeightsAreTakenByPosition) {
     Weights from(2, 1, 1.0);
     std::fill(from.weights.estimate.begin(), from.weights.estimate.end(), 1.0F);
     std::fill(from.weights.reference.begin(), from.weights.reference.end(), 0);
+    from.SumEstimates();
     ChooseTask task = from.Task();
     task.top_k = 77;
     const std::vector<uint32_t> kept = PositionsOf(Choose(task, &scratch), kFirstBlock);

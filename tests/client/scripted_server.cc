@@ -41,22 +41,21 @@ grpc::Status ToGrpc(const ScriptedError& error) {
 }
 
 // Shared by the services. Thread-safe.
-class Script {
- public:
+struct Script {
   grpc::Status Next() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ++call_count_;
-    if (errors_.empty()) return grpc::Status::OK;
-    const ScriptedError error = errors_.front();
-    errors_.pop_front();
+    const std::lock_guard<std::mutex> lock(mutex);
+    ++call_count;
+    if (errors.empty()) return grpc::Status::OK;
+    const ScriptedError error = errors.front();
+    errors.pop_front();
     return ToGrpc(error);
   }
 
-  std::mutex mutex_;
-  uint32_t call_count_ = 0;
-  std::deque<ScriptedError> errors_;
-  std::function<void(v1::AttendResponse*)> edit_;
-  std::vector<std::string> request_ids_;
+  std::mutex mutex;
+  uint32_t call_count = 0;
+  std::deque<ScriptedError> errors;
+  std::function<void(v1::AttendResponse*)> edit;
+  std::vector<std::string> request_ids;
 };
 
 class Models final : public v1::ModelService::Service {
@@ -78,8 +77,8 @@ class Sequences final : public v1::SequenceService::Service {
   grpc::Status Create(grpc::ServerContext* /*context*/, const v1::CreateRequest* request,
                       v1::CreateResponse* response) override {
     {
-      const std::lock_guard<std::mutex> lock(script_->mutex_);
-      script_->request_ids_.push_back(request->request_id());
+      const std::lock_guard<std::mutex> lock(script_->mutex);
+      script_->request_ids.push_back(request->request_id());
     }
     FillHandle('p', response->mutable_sequence());
     return script_->Next();
@@ -115,8 +114,8 @@ class Attention final : public v1::AttentionService::Service {
       FillRow(row, heads * static_cast<int>(row.query_count()), response->add_results());
     }
     {
-      const std::lock_guard<std::mutex> lock(script_->mutex_);
-      if (script_->edit_) script_->edit_(response);
+      const std::lock_guard<std::mutex> lock(script_->mutex);
+      if (script_->edit) script_->edit(response);
     }
     return script_->Next();
   }
@@ -186,23 +185,23 @@ ScriptedServer::~ScriptedServer() {
 }
 
 void ScriptedServer::FailNext(std::vector<ScriptedError> errors) {
-  const std::lock_guard<std::mutex> lock(impl_->script.mutex_);
-  impl_->script.errors_.assign(errors.begin(), errors.end());
+  const std::lock_guard<std::mutex> lock(impl_->script.mutex);
+  impl_->script.errors.assign(errors.begin(), errors.end());
 }
 
 void ScriptedServer::EditAttend(std::function<void(v1::AttendResponse*)> edit) {
-  const std::lock_guard<std::mutex> lock(impl_->script.mutex_);
-  impl_->script.edit_ = std::move(edit);
+  const std::lock_guard<std::mutex> lock(impl_->script.mutex);
+  impl_->script.edit = std::move(edit);
 }
 
 uint32_t ScriptedServer::call_count() const {
-  const std::lock_guard<std::mutex> lock(impl_->script.mutex_);
-  return impl_->script.call_count_;
+  const std::lock_guard<std::mutex> lock(impl_->script.mutex);
+  return impl_->script.call_count;
 }
 
 std::vector<std::string> ScriptedServer::request_ids() const {
-  const std::lock_guard<std::mutex> lock(impl_->script.mutex_);
-  return impl_->script.request_ids_;
+  const std::lock_guard<std::mutex> lock(impl_->script.mutex);
+  return impl_->script.request_ids;
 }
 
 }  // namespace kvservice::testing

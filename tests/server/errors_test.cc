@@ -148,6 +148,12 @@ std::vector<AttendCase> TensorCases() {
          SetShape(r->mutable_q(), {1, 2, 128});
        },
        "INVALID_ARGUMENT TENSOR_SHAPE_MISMATCH q"},
+  };
+}
+
+std::vector<AttendCase> SizeCases() {
+  using Request = v1::AttendRequest;
+  return {
       {"product wraps to 0",
        [](Request* r) {
          SetShape(r->mutable_q(), {int64_t{1} << 32, int64_t{1} << 32, 1});
@@ -257,7 +263,7 @@ std::vector<AttendCase> PolicyCases() {
 
 TEST_F(ErrorsTest, AttendSaysWhatIsWrongAndChangesNothing) {
   const std::string before = State();
-  for (const auto& cases : {TensorCases(), RowCases(), PolicyCases()}) {
+  for (const auto& cases : {TensorCases(), SizeCases(), RowCases(), PolicyCases()}) {
     for (const AttendCase& one : cases) {
       SCOPED_TRACE(one.name);
       v1::AttendRequest request = MakeAttend();
@@ -412,6 +418,14 @@ TEST_F(ErrorsTest, MalformedMessagesGetATypedError) {
         << method;
   }
   EXPECT_EQ(State(), before);
+}
+
+// Just below the limit a message is looked at.
+TEST_F(ErrorsTest, LargeMessagesAreRead) {
+  EXPECT_EQ(ErrorText(CallRaw(channel_, kAttend, ManyMebibytes(63))),
+            "INVALID_ARGUMENT MESSAGE_MALFORMED");
+  EXPECT_EQ(ErrorText(CallRaw(channel_, kAppend, ManyMebibytes(63))),
+            "INVALID_ARGUMENT MESSAGE_MALFORMED");
 }
 
 // 2 GiB of anything: gRPC refuses it after the length, long before it is received.

@@ -53,6 +53,7 @@ Program::Program(const std::string& name, std::vector<std::string> arguments) {
   const std::string path = PathOf(name);
   arguments.insert(arguments.begin(), name);
   std::vector<char*> argv;
+  argv.reserve(arguments.size() + 1);
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
   EXPECT_EQ(posix_spawn(&pid_, path.c_str(), &actions, nullptr, argv.data(), environ), 0) << path;
