@@ -217,7 +217,7 @@ void Group::StartReuse(uint32_t anchor) {
 }
 
 // Fixes what is read, beyond what always is, and remembers it in the lists.
-void Group::Settle(TokenMask chosen) {
+void Group::Settle(const TokenMask& chosen) {
   const Plan& plan = row_->plan;
   const uint32_t always_count = CountTokens(always_);
   const double visible = always_count + CountTokens(middle_);

@@ -74,7 +74,7 @@ class Group {
   void StartChoice(absl::Span<const float> anchor_queries);
   void StartReuse(uint32_t anchor);
   void PlanScan();
-  void Settle(TokenMask chosen);
+  void Settle(const TokenMask& chosen);
   uint32_t OpenTopK() const;
   uint32_t OutputIndex(uint32_t head) const;
   bool IsSealed(uint32_t index) const;

@@ -420,14 +420,6 @@ TEST_F(ErrorsTest, MalformedMessagesGetATypedError) {
   EXPECT_EQ(State(), before);
 }
 
-// Just below the limit a message is looked at.
-TEST_F(ErrorsTest, LargeMessagesAreRead) {
-  EXPECT_EQ(ErrorText(CallRaw(channel_, kAttend, ManyMebibytes(63))),
-            "INVALID_ARGUMENT MESSAGE_MALFORMED");
-  EXPECT_EQ(ErrorText(CallRaw(channel_, kAppend, ManyMebibytes(63))),
-            "INVALID_ARGUMENT MESSAGE_MALFORMED");
-}
-
 // 2 GiB of anything: gRPC refuses it after the length, long before it is received.
 TEST_F(ErrorsTest, OversizedMessagesAreRefused) {
   const std::string before = State();
