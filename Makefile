@@ -27,7 +27,7 @@ setup:
 
 build: setup
 	@cmake --preset release --log-level=WARNING
-	@cmake --build --preset release --target all kv_python_stubs
+	@cmake --build --preset release --target kvservice kvctl kvbench kv_python_stubs
 
 demo: build
 	PYTHONPATH=client/python:build/python build/venv/bin/python -m kvservice_demo \

@@ -6,10 +6,10 @@
 namespace kvservice::bench {
 
 const std::vector<Workload>& Workloads() {
-  static const auto* const workloads = new std::vector<Workload>{
+  static const auto* const kWorkloads = new std::vector<Workload>{
       {"attend_cpu", "one layer, 32k tokens, 32 query / 8 KV heads, d=128, bf16", RunAttendCpu},
   };
-  return *workloads;
+  return *kWorkloads;
 }
 
 double Median(std::vector<double>* samples) {
