@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention/rounding.h"
+
 namespace kvservice {
 namespace {
 
@@ -58,6 +60,14 @@ void FinishCertificate(HeadCertificate* certificate) {
       DroppedMass(certificate->log_dropped_lower, certificate->log_kept_upper);
 }
 
+double RelativeOutputError(const HeadCertificate& certificate) {
+  const double error = certificate.output_error_upper;
+  if (error == 0.0) return 0.0;
+  // A norm of zero (or NaN) leaves nothing to compare with.
+  if (!(certificate.value_norm_lower > 0.0)) return std::numeric_limits<double>::infinity();
+  return DivideUp(error, certificate.value_norm_lower);
+}
+
 HeadCertificate Merge(const HeadCertificate& a, const HeadCertificate& b) {
   HeadCertificate merged;
   merged.level = std::min(a.level, b.level);
@@ -71,6 +81,9 @@ HeadCertificate Merge(const HeadCertificate& a, const HeadCertificate& b) {
   merged.log_dropped_upper = Add(a.log_dropped_upper, b.log_dropped_upper);
   merged.log_dropped_lower = Add(a.log_dropped_lower, b.log_dropped_lower);
   merged.dropped_mass_estimate = MergeEstimate(a, b);
+  merged.value_norm_lower = std::max(a.value_norm_lower, b.value_norm_lower);
+  merged.keys_sampled = a.keys_sampled + b.keys_sampled;
+  merged.rows_sampled = a.rows_sampled + b.rows_sampled;
   const double failure = a.failure_probability + b.failure_probability;
   merged.failure_probability = failure == 0.0 ? 0.0 : std::min(1.0, std::nextafter(failure, 2.0));
   if (HasNan(a) || HasNan(b)) merged.log_kept = std::numeric_limits<double>::quiet_NaN();

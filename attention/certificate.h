@@ -47,16 +47,29 @@ struct HeadCertificate {
   // The device's estimate of the same share. Not a bound, never used as one. Negative when there is
   // none.
   float dropped_mass_estimate = -1.0F;
-  // Probability that the statement is wrong (0 unless level is kConfidence).
+  // ||o_dense - out||_2 in units of the values, rounded up, the device's arithmetic included, and a
+  // lower bound of the largest value norm that the head's KV head sees. Infinity: nothing is known.
+  double output_error_upper = std::numeric_limits<double>::infinity();
+  double value_norm_lower = 0.0;
+  // Probability that one of the statements is wrong: 0 unless something was sampled.
   double failure_probability = 0.0;
+  // Sampled tokens over all rounds: those of which the key was read to bound the mass, and those of
+  // which key and value were read to compensate.
+  uint32_t keys_sampled = 0;
+  uint32_t rows_sampled = 0;
 };
+
+// The output error relative to the largest value norm, as Plan::max_output_error limits it, rounded
+// up; infinity when nothing is known.
+double RelativeOutputError(const HeadCertificate& certificate);
 
 // Fills the two dropped masses from the four log masses. Any NaN gives level kNone and the bound 1.
 void FinishCertificate(HeadCertificate* certificate);
 
 // Certificate of the union of two disjoint token sets (shards, or a worker's own window): masses of
 // the same side add, failure probabilities add, the level is the weaker one. Source: certificate
-// section 6, merging.
+// section 6, merging. The output error of a union depends on the parts' outputs, so it stays unknown
+// here: MergedOutputError (attention/output_error.h) bounds it.
 HeadCertificate Merge(const HeadCertificate& a, const HeadCertificate& b);
 
 // Upper bound in nats of the mutual information between context and attended index that is lost

@@ -9,6 +9,7 @@
 #ifndef KVSERVICE_ATTENTION_DEVICE_H_
 #define KVSERVICE_ATTENTION_DEVICE_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -19,6 +20,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "attention/certificate.h"
+#include "attention/draws.h"
 #include "attention/kv_layout.h"
 #include "attention/kv_view.h"
 #include "attention/plan.h"
@@ -117,6 +119,9 @@ struct GroupReport {
   // Rows (K and V) that were read for the output, and tokens whose sketches were read.
   uint32_t tokens_read = 0;
   uint32_t tokens_scanned = 0;
+  // Sampled tokens of all its query heads: keys alone, and keys with values.
+  uint32_t keys_sampled = 0;
+  uint32_t rows_sampled = 0;
   // Largest of the anchors' cosines (the smallest over the group's heads each); -2 when not
   // computed.
   float similarity = -2.0F;
@@ -134,6 +139,9 @@ struct AttendRow {
   Plan plan;
   // [kv_head_count], the tables that the sequence's sketches were made with.
   absl::Span<const SketchTable> tables;
+  // Key of the row's random numbers, used when the plan proves with kConfidence: secret, and never
+  // the same for two calls (attention/draws.h).
+  std::array<std::byte, kDrawKeyBytes> draw_key{};
 
   float* out = nullptr;                     // [query_count][query_head_count][head_dim]
   float* lse = nullptr;                     // [query_count][query_head_count], natural log

@@ -15,12 +15,15 @@
 #define KVSERVICE_ATTENTION_PLAN_H_
 
 #include <cstdint>
+#include <limits>
 
 #include "absl/types/span.h"
 
 namespace kvservice {
 
 class TokenLists;  // attention/device.h
+
+inline constexpr uint32_t kDrawsPerRoundMax = 4096;
 
 // Where the middle's tokens come from.
 enum class Source : uint8_t {
@@ -50,7 +53,7 @@ enum class Guarantee : uint8_t { kNone, kConfidence, kDeterministic, kExact };
 // What happens to a row whose limit cannot be proven.
 enum class OnViolation : uint8_t {
   kReport,  // Answer as selected; the certificate says met = false.
-  kGrow,    // Read more until it holds (served as kDense until growing exists).
+  kGrow,    // Read more until it holds, in at most FailureBudget::kRoundsMax rounds; then densely.
   kDense,   // Answer the KV head densely: exact.
   kFail,    // The row fails with FAILED_PRECONDITION (reason BOUND_NOT_MET).
 };
@@ -87,7 +90,17 @@ struct Plan {
   float dense_share = 0.6F;
 
   Guarantee prove = Guarantee::kNone;
+  // Limits on every query head; with both set both must hold. The share of softmax mass that is not
+  // attended (1 = no limit), and ||o_dense - out||_2 relative to the largest value norm that the KV
+  // head sees, of which a lower bound is used (infinity = no limit).
   float max_dropped_mass = 1.0F;
+  float max_output_error = std::numeric_limits<float>::infinity();
+  // kConfidence: how often each of the two statements about a head and call may be wrong, in
+  // (0, 1). Read by nothing else.
+  double failure_probability = 1e-9;
+  // kConfidence: tokens that one head may sample in one round, 1 to kDrawsPerRoundMax. How many it
+  // does sample follows from what they save.
+  uint32_t draws_max = 1024;
   OnViolation on_violation = OnViolation::kReport;
   Mode mode = Mode::kEnforce;
 };
