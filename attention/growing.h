@@ -56,6 +56,16 @@ inline LogMassUpper MassToMove(LogMassUpper bound, LogMassLower kept_frozen, dou
   return {WidenUp(RemainingDropped(bound, {WidenDown(allowed)}).value + std::log1p(-limit))};
 }
 
+// A bound of what was dropped when D was frozen, and what was moved out of D since.
+struct FrozenBound {
+  LogMassUpper bound;  // Z_D <= e^bound
+  LogMassLower kept;   // Z_S when D was frozen
+  LogMassLower moved;  // M
+  LogMassUpper Dropped() const { return RemainingDropped(bound, moved); }
+  LogMassLower Kept() const { return Add(kept, moved); }
+  MassUpper Mass() const { return GrownMass(bound, moved, kept); }
+};
+
 // The failure probability of one head and call, spent round by round. A round is one plan with one
 // sample under fresh random numbers; the shares 1/2, 1/4, 1/8, 1/8 give most to the round that
 // nearly always suffices, and add up to 1, so whichever round the reply quotes, it is wrong with

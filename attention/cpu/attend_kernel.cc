@@ -88,6 +88,7 @@ struct Work {
   std::array<int32_t, size_t{kQueryTokensMax} * kGroupMax> reference;
   std::array<double, size_t{kQueryTokensMax} * kGroupMax> sum;
   float key_squares_max = 0.0F;  // largest ||k||^2
+  uint32_t token_count = 0;
 };
 
 // Asks for the bytes of a chunk that will be loaded a batch later. Spread over the arithmetic like
@@ -390,11 +391,18 @@ void BoundMass(const AttendTask& task, const Work& work, uint32_t head, Partial*
   if (!task.bound_masses || !(size <= kLogitMax)) {
     result->upper[head] = {std::numeric_limits<double>::infinity()};
     result->lower[head] = {kLogZero};
+    result->arithmetic[head] = std::numeric_limits<double>::infinity();
     return;
   }
   const double cap = task.shape->logit_softcap;
   const double roundings = static_cast<double>(work.dim) / kLanes + kFixedRoundings;
   const double error = size * (roundings * 0x1p-24 + kExpArgumentError) + cap * kTanhError;
+  // Weights off by a share rho of themselves move their mean of values by at most
+  // rho / (1 - rho) max ||v - o||; a value passes through one addition per token after it.
+  const double rho = std::expm1(error + kMassError);
+  const double moved =
+      rho < 0.5 ? 2.0 * rho / (1.0 - rho) : std::numeric_limits<double>::infinity();
+  result->arithmetic[head] = moved + (work.token_count + 16.0) * 0x1p-24 + kMassError;
   const double lse = result->lse[head];
   result->upper[head] = {lse == kLogZero ? lse : WidenUp(lse + error + kMassError)};
   result->lower[head] = {lse == kLogZero ? lse : WidenDown(lse - error - kMassError)};
@@ -429,6 +437,7 @@ void AttendTyped(D d, const AttendTask& task, AttendScratch* scratch, Partial* r
   reader.Read(*next, batch);
   PrefetchRows(*batch, task.shape->layout.row_bytes());
   while (batch->count > 0) {
+    work.token_count += batch->count;
     reader.Read(*batch, next);
     AttendBatch<kType>(d, task, *batch, *next, &work);
     std::swap(batch, next);
@@ -473,6 +482,7 @@ void Partial::Resize(uint32_t head_count, uint32_t head_dim) {
   lse.assign(head_count, kLogZero);
   lower.assign(head_count, LogMassLower{});
   upper.assign(head_count, LogMassUpper{});
+  arithmetic.assign(head_count, 0.0);
 }
 
 void MergePartials(uint32_t head_dim, const Partial& part, Partial* total) {
@@ -481,6 +491,11 @@ void MergePartials(uint32_t head_dim, const Partial& part, Partial* total) {
                  &part.out[size_t{head} * head_dim], part.lse[head], head_dim);
     total->lower[head] = Add(total->lower[head], part.lower[head]);
     total->upper[head] = Add(total->upper[head], part.upper[head]);
+    // Every weight keeps its own error; the merge adds that of two lse, of at most 2^20, as
+    // doubles.
+    constexpr double kMergeRoundoff = 0x1p-30;
+    total->arithmetic[head] =
+        std::max(total->arithmetic[head], part.arithmetic[head]) + kMergeRoundoff;
   }
 }
 

@@ -40,6 +40,9 @@ struct Partial {
   // The same mass in real arithmetic, with q as received: device rounding is inside.
   std::vector<LogMassLower> lower;  // [head_count]
   std::vector<LogMassUpper> upper;  // [head_count]
+  // [head_count], how far `out` may be from the exact output, in units of the largest norm of a
+  // value of the set (and 2^-120 for underflow). Infinity where masses were not bounded.
+  std::vector<double> arithmetic;
 };
 
 // Adds `part` (a disjoint set of tokens) to `total`.

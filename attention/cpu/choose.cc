@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cassert>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,11 +16,26 @@
 #include "hwy/highway.h"
 // clang-format on
 
+#ifndef KVSERVICE_ATTENTION_CPU_CHOOSE_ONCE
+#define KVSERVICE_ATTENTION_CPU_CHOOSE_ONCE
+namespace kvservice {
+namespace {
+
+// What the weights of a page are multiplied with before they are added up.
+enum class Share : uint8_t { kNumbers, kLower, kEstimate };
+
+}  // namespace
+}  // namespace kvservice
+#endif  // KVSERVICE_ATTENTION_CPU_CHOOSE_ONCE
+
 HWY_BEFORE_NAMESPACE();
 namespace kvservice {
 namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
+
+// 64 weights of 2^-126, and 2^10 times as much: see SumWeightsTarget.
+constexpr double kUnderflowMax = 0x1p-110;
 
 using FloatTag = hn::CappedTag<float, 16>;
 using ScoreTag = hn::CappedTag<int16_t, 32>;
@@ -67,13 +83,17 @@ class PageAdder {
   hn::Vec<DoubleTag> high_;
 };
 
-ScaledSum SumWeightsTarget(const ScanWeights& weights, const std::vector<float>& numbers,
-                           uint32_t head, absl::Span<const uint64_t> mask, bool upward) {
+ScaledSum SumWeightsTarget(const ScanWeights& weights, Share share, uint32_t head,
+                           absl::Span<const uint64_t> mask) {
   const size_t first_page = weights.PageIndex(head, weights.block_begin);
   const int32_t* references = &weights.reference[first_page];
-  // Estimates come with the sums of their pages; bounds are added up here, to their side.
-  const bool estimates = &numbers == &weights.estimate;
-  const float* page_sums = estimates ? &weights.estimate_sum[first_page] : nullptr;
+  const float* page_sums = &weights.page_sum[first_page];
+  const float* shares = share == Share::kLower      ? &weights.lower_share[first_page]
+                        : share == Share::kEstimate ? &weights.estimate_share[first_page]
+                                                    : nullptr;
+  // Upper ends are rounded up where they vanish next to the sum, all else down.
+  const bool upward = weights.bounded && share == Share::kNumbers;
+  const float* numbers = weights.Page(weights.numbers(), head, weights.block_begin);
   ScaledSum sum;
   for (size_t i = 0; i < mask.size(); ++i) {
     if (mask[i] != 0) sum.reference = HWY_MAX(sum.reference, references[i]);
@@ -84,14 +104,23 @@ ScaledSum SumWeightsTarget(const ScanWeights& weights, const std::vector<float>&
     if (mask[i] == 0) continue;
     const int32_t change = references[i] - sum.reference;
     if (change < kScaleMin && !upward) continue;
-    if (page_sums != nullptr && mask[i] == ~uint64_t{0}) {
-      whole_pages += static_cast<double>(page_sums[i]) * ScaleOf(change);
-      continue;
+    double scale = ScaleOf(change);
+    if (shares != nullptr) {
+      if (shares[i] == 0.0F) continue;
+      scale *= static_cast<double>(shares[i]);
     }
-    adder.Add(SumLanes(weights.Page(numbers, head, weights.block_begin + i), mask[i]),
-              ScaleOf(change));
+    if (mask[i] == ~uint64_t{0}) {
+      whole_pages += static_cast<double>(page_sums[i]) * scale;
+    } else {
+      adder.Add(SumLanes(numbers + size_t{i} * kBlockTokens, mask[i]), scale);
+    }
+    // Weights that stand for an exponential which underflowed are no lower ends: what they and the
+    // rounding of what is left may come to.
+    if (share == Share::kLower) whole_pages -= kUnderflowMax * scale;
   }
   sum.sum = adder.Sum() + whole_pages;
+  // NaN stays: it says that nothing is known.
+  if (sum.sum < 0.0) sum.sum = 0.0;
   return sum;
 }
 
@@ -113,7 +142,7 @@ template <bool kByMass, bool kLargest>
 HWY_INLINE void ScoreBlock(const ChooseTask& task, uint32_t index, ChooseScratch* scratch) {
   const FloatTag d;
   const ScanWeights& weights = *task.weights;
-  const std::vector<float>& numbers = task.proving ? weights.upper : weights.estimate;
+  const std::vector<float>& numbers = weights.numbers();
   const size_t blocks = task.candidates.size();
   const size_t stride = blocks * kBlockTokens;
   for (size_t t = 0; t < kBlockTokens; t += hn::Lanes(d)) {
@@ -202,6 +231,11 @@ HWY_EXPORT(CountTarget);
 HWY_EXPORT(SelectTarget);
 HWY_EXPORT(SumBelowTarget);
 
+ScaledSum SumWeights(const ScanWeights& weights, Share share, uint32_t head,
+                     absl::Span<const uint64_t> mask) {
+  return HWY_DYNAMIC_DISPATCH(SumWeightsTarget)(weights, share, head, mask);
+}
+
 constexpr double kLog2E64 = 0x1.71547652b82fep+0;
 // The highest threshold asked for; infinity scores 0x7f80.
 constexpr int32_t kThresholdMax = 0x7ffe;
@@ -215,7 +249,7 @@ class Normalizers {
   explicit Normalizers(const ChooseTask& task) {
     const ScanWeights& weights = *task.weights;
     for (uint32_t head = 0; head < weights.head_count; ++head) {
-      ScaledSum sum = SumWeights(weights, weights.estimate, head, task.pool, /*upward=*/false);
+      ScaledSum sum = SumEstimates(weights, head, task.pool);
       const double always = task.always_lse[head];
       if (std::isfinite(always)) {
         const auto exponent = static_cast<int32_t>(
@@ -245,7 +279,7 @@ std::vector<double> UnreadShares(const ChooseTask& task, const Normalizers& norm
   for (uint32_t head = 0; head < weights.head_count; ++head) {
     shares.push_back(0.0);
     if (!task.proving) continue;
-    const ScaledSum sum = SumWeights(weights, weights.upper, head, task.unread, /*upward=*/true);
+    const ScaledSum sum = SumWeights(weights, Share::kNumbers, head, task.unread);
     shares.back() = sum.sum * normalizers.Factor(head, sum.reference);
   }
   return shares;
@@ -373,14 +407,13 @@ void ScaledSum::Add(double mass, int32_t exponent, bool upward) {
 
 double ScaledSum::Log() const { return sum == 0.0 ? kLogZero : std::log(sum) + reference * kLn2; }
 
-ScaledSum SumWeights(const ScanWeights& weights, const std::vector<float>& numbers, uint32_t head,
-                     absl::Span<const uint64_t> mask, bool upward) {
-  return HWY_DYNAMIC_DISPATCH(SumWeightsTarget)(weights, numbers, head, mask, upward);
+ScaledSum SumEstimates(const ScanWeights& weights, uint32_t head, absl::Span<const uint64_t> mask) {
+  return SumWeights(weights, weights.bounded ? Share::kEstimate : Share::kNumbers, head, mask);
 }
 
 LogMassUpper SumUpperWeights(const ScanWeights& weights, uint32_t head,
                              absl::Span<const uint64_t> mask) {
-  const double log = SumWeights(weights, weights.upper, head, mask, /*upward=*/true).Log();
+  const double log = SumWeights(weights, Share::kNumbers, head, mask).Log();
   // Infinity, and NaN too, in the weights: nothing is known.
   if (!(log < std::numeric_limits<double>::infinity())) {
     return {std::numeric_limits<double>::infinity()};
@@ -390,7 +423,7 @@ LogMassUpper SumUpperWeights(const ScanWeights& weights, uint32_t head,
 
 LogMassLower SumLowerWeights(const ScanWeights& weights, uint32_t head,
                              absl::Span<const uint64_t> mask) {
-  const double log = SumWeights(weights, weights.lower, head, mask, /*upward=*/false).Log();
+  const double log = SumWeights(weights, Share::kLower, head, mask).Log();
   if (!(log < std::numeric_limits<double>::infinity())) return {kLogZero};
   return {WidenDown(log - kMassError)};
 }
@@ -400,14 +433,18 @@ TokenMask Choose(const ChooseTask& task, ChooseScratch* scratch) {
   const bool by_mass = task.mass_limit > 0.0F;
   const uint32_t candidate_count = CountTokens(task.candidates);
   if (candidate_count == 0 || (task.top_k == 0 && !by_mass)) return TokenMask(blocks, 0);
+  assert(!task.proving || task.weights->bounded);
   Reserve(task, by_mass, scratch);
   const Normalizers normalizers(task);
   const ScanWeights& weights = *task.weights;
   for (uint32_t head = 0; head < weights.head_count; ++head) {
     for (uint32_t i = 0; i < blocks; ++i) {
       if (task.candidates[i] == 0) continue;
-      const int32_t reference = weights.reference[weights.PageIndex(head, weights.block_begin + i)];
-      scratch->factors[head * blocks + i] = static_cast<float>(normalizers.Factor(head, reference));
+      const size_t page = weights.PageIndex(head, weights.block_begin + i);
+      const int32_t reference = weights.reference[page];
+      double factor = normalizers.Factor(head, reference);
+      if (weights.bounded && !task.proving) factor *= weights.estimate_share[page];
+      scratch->factors[head * blocks + i] = static_cast<float>(factor);
     }
   }
   HWY_DYNAMIC_DISPATCH(ScoreTarget)(task, by_mass, scratch);

@@ -39,11 +39,11 @@ struct ScaledSum {
   int32_t reference = kReferenceMin;
 };
 
-// Sum of one head's weights over a set. `numbers` is an array of `weights`, `mask` covers its
-// blocks.
-ScaledSum SumWeights(const ScanWeights& weights, const std::vector<float>& numbers, uint32_t head,
-                     absl::Span<const uint64_t> mask, bool upward);
-// Logs of such sums, rounded outward with the error of the additions.
+// Sum of one head's estimated weights over a set; `mask` covers the blocks of `weights`. Of a scan
+// with bounds, tokens of which nothing is known are left out.
+ScaledSum SumEstimates(const ScanWeights& weights, uint32_t head, absl::Span<const uint64_t> mask);
+// Logs of sums of upper and lower ends, rounded outward with the error of the additions; of scans
+// with bounds.
 LogMassUpper SumUpperWeights(const ScanWeights& weights, uint32_t head,
                              absl::Span<const uint64_t> mask);
 LogMassLower SumLowerWeights(const ScanWeights& weights, uint32_t head,
@@ -56,7 +56,7 @@ struct ChooseTask {
   absl::Span<const uint64_t> pool;        // scanned tokens that enter the normaliser
   absl::Span<const uint64_t> unread;      // dropped whatever is chosen; counts when proving
   absl::Span<const double> always_lse;    // [head_count], exact mass of what is always read
-  // Scores and limits use the upper ends of the weights, else the estimates.
+  // Scores and limits use the upper ends of the weights (of a scan with bounds), else estimates.
   bool proving = false;
   uint32_t top_k = 0;       // at least this many candidates, if there are
   float mass_limit = 0.0F;  // what no head may leave unchosen more than; 0 = off

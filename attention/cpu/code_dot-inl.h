@@ -4,8 +4,8 @@
 //
 // Coarse factors are one signed byte where the processor multiplies bytes (AVX3_DL) and 16 bits
 // elsewhere. They err by at most 1/254 of the largest factor in a channel, which adds less than a
-// tenth to what 4-bit codes miss themselves: good enough to choose by. Fine factors have 23 bits,
-// so that rounding them costs a bound nothing.
+// tenth to what 4-bit codes miss themselves: good enough to choose by. Fine factors have 16 bits,
+// so that rounding them costs a bound a few thousandths of a nat.
 //
 // Included once per target; the guard toggles.
 
@@ -35,44 +35,16 @@ namespace hn = hwy::HWY_NAMESPACE;
 using ScanTag = hn::CappedTag<float, 16>;
 using CodeTag = hn::RebindToSigned<ScanTag>;
 
-// What a head's integer factors n_c stand for: a_c is about scale * n_c.
-struct FactorSums {
-  float scale = 0.0F;
-  // To be added over lanes: coarse, sum_c n_c (exact, below 2^24); fine, sum_c |a_c - scale n_c|.
-  hn::Vec<ScanTag> sum;
-};
-
-// Below 2^22, the domain of rounding by addition.
-constexpr float kFineFactorMax = 4'194'000.0F;
-
-// Rounds a[dim] to integers of at most `limit` and hands them in vectors to store(channel, vector).
-template <bool kFine, class Store>
-HWY_INLINE FactorSums RoundFactors(const float* HWY_RESTRICT a, size_t dim, float largest,
-                                   float limit, const Store& store) {
-  const ScanTag d;
-  const CodeTag di;
-  // Factors so small that the quotient would overflow are all miss.
-  constexpr float kLeast = 1e-30F;
-  const bool usable = largest > kLeast;
-  FactorSums sums;
-  sums.scale = usable ? largest / limit : 0.0F;
-  const auto inverse = hn::Set(d, usable ? limit / largest : 0.0F);
-  const auto scale = hn::Set(d, sums.scale);
-  const auto magic = hn::Set(d, kRoundingMagic);
-  sums.sum = hn::Zero(d);
-  for (size_t c = 0; c < dim; c += hn::Lanes(d)) {
-    const auto factor = hn::Load(d, a + c);
-    const auto rounded = hn::MulAdd(factor, inverse, magic);
-    const auto n = hn::Sub(rounded, magic);
-    store(c, hn::Sub(hn::BitCast(di, rounded), hn::Set(di, kRoundingMagicBits)));
-    if constexpr (kFine) {
-      sums.sum = hn::Add(sums.sum, hn::Abs(hn::NegMulAdd(n, scale, factor)));
-    } else {
-      sums.sum = hn::Add(sums.sum, n);
-    }
-  }
-  return sums;
-}
+// Factors are q_c step_c, and integers n_c = rint(q_c step_c * inverse) of at most the limit stand
+// for them. With scale = largest / limit and inverse = limit / largest, both rounded,
+// |q_c step_c - scale n_c| is at most kFactorMiss scale: half of it is the rounding to integers,
+// the rest that of the product (2^-24 limit), of scale and of inverse (2^-23 limit).
+constexpr float kCoarseLimit = HWY_TARGET == HWY_AVX3_DL ? 127.0F : 32767.0F;
+// On AVX3_DL two bytes, the lower of which is signed: 127 * 256 + 127.
+constexpr float kFineLimit = HWY_TARGET == HWY_AVX3_DL ? 32639.0F : 32767.0F;
+constexpr double kFactorMiss = 0.52;
+// Factors below this are taken for zero, so that no quotient overflows.
+constexpr float kFactorLeast = 1e-30F;
 
 HWY_INLINE uint32_t LoadFour(const void* from) {
   uint32_t bits;
@@ -98,38 +70,76 @@ HWY_INLINE hn::Vec<CodeTag> DotBytes(hn::Vec<CodeTag> sum, hn::Vec<CodeTag> code
   return sum;
 }
 
-// Signed bytes of n, the lowest first: n = 2^16 bytes[2] + 2^8 bytes[1] + bytes[0].
-template <size_t kParts>
-HWY_INLINE void SplitBytes(hn::Vec<CodeTag> n, hn::Vec<CodeTag>* bytes) {
-  const CodeTag di;
-#pragma GCC unroll 3
-  for (size_t part = 0; part + 1 < kParts; ++part) {
-    const auto above = hn::ShiftRight<8>(hn::Add(n, hn::Set(di, 128)));
-    bytes[part] = hn::Sub(n, hn::ShiftLeft<8>(above));
-    n = above;
+// How the bytes of two vectors of integers are put side by side: all lowest bytes, then all next
+// ones.
+struct ByteOrder {
+  constexpr ByteOrder() {
+    for (size_t i = 0; i < 32; ++i) {
+      places[i] = static_cast<uint8_t>(4 * i);
+      places[i + 32] = static_cast<uint8_t>(4 * i + 1);
+      ones[i] = ones_twice[i] = ones_twice[i + 32] = 1;
+    }
+    for (size_t i = 0; i < 16; ++i) units[i] = i < 8 ? 1.0F : 256.0F;
   }
-  bytes[kParts - 1] = n;
-}
+
+  alignas(64) uint8_t places[64] = {};
+  alignas(64) uint8_t ones[64] = {};
+  alignas(64) uint8_t ones_twice[64] = {};
+  alignas(64) float units[16] = {};  // of a lane's four bytes
+};
+constexpr ByteOrder kByteOrder;
 
 template <size_t kHeads, bool kFine>
 class CodeFactors {
  public:
-  HWY_INLINE FactorSums Quantize(const float* HWY_RESTRICT a, size_t dim, float largest,
-                                 size_t head) {
-    const hn::Rebind<int8_t, CodeTag> d8;
-    return RoundFactors<kFine>(a, dim, largest, kFine ? kFineFactorMax : 127.0F,
-                               [=, this](size_t c, hn::Vec<CodeTag> n) HWY_ATTR {
-                                 hn::Vec<CodeTag> bytes[kParts];
-                                 SplitBytes<kParts>(n, bytes);
-#pragma GCC unroll 3
-                                 for (size_t part = 0; part < kParts; ++part) {
-                                   hn::Store(hn::DemoteTo(d8, bytes[part]), d8,
-                                             factors_[part][head] + c);
-                                 }
-                               });
+  // qs: [kHeads][dim], inverse: [kHeads]. The lanes of sums[head] add up to sum_c n_c, exactly.
+  HWY_INLINE void Quantize(const float* HWY_RESTRICT qs, const float* HWY_RESTRICT step, size_t dim,
+                           const float* HWY_RESTRICT inverse, hn::Vec<ScanTag>* sums) {
+    const ScanTag d;
+    const CodeTag di;
+    const hn::Repartition<uint8_t, CodeTag> d8;
+    const hn::Half<hn::Repartition<int8_t, CodeTag>> half8;
+    constexpr size_t kLanes = hn::MaxLanes(CodeTag());
+    // n + 128 is left in the two low bytes of the sum; without its sign bit the lower one is the
+    // signed byte of n = 256 high + low.
+    const auto magic = hn::Set(d, kFine ? kRoundingMagic + 128.0F : kRoundingMagic);
+    const auto sign = hn::BitCast(
+        di, hn::ZeroExtendVector(d8, hn::Set(hn::Half<decltype(d8)>(), kFine ? 0x80 : 0)));
+    const auto place = hn::BitCast(di, hn::Load(d8, kByteOrder.places));
+    const auto one = hn::BitCast(di, hn::Load(d8, kFine ? kByteOrder.ones_twice : kByteOrder.ones));
+    hn::Vec<CodeTag> sum[kHeads];
+    hn::Vec<ScanTag> factor[kHeads];
+#pragma GCC unroll 4
+    for (size_t h = 0; h < kHeads; ++h) {
+      sum[h] = hn::Zero(di);
+      factor[h] = hn::Set(d, inverse[h]);
+    }
+    for (size_t c = 0; c < dim; c += 2 * kLanes) {
+      const bool pair = c + kLanes < dim;
+      const auto step0 = hn::Load(d, step + c);
+      const auto step1 = pair ? hn::Load(d, step + c + kLanes) : hn::Zero(d);
+#pragma GCC unroll 4
+      for (size_t h = 0; h < kHeads; ++h) {
+        const float* q = qs + h * dim + c;
+        const auto q1 = pair ? hn::LoadU(d, q + kLanes) : hn::Zero(d);
+        const auto n0 = hn::MulAdd(hn::Mul(hn::LoadU(d, q), step0), factor[h], magic);
+        const auto n1 = hn::MulAdd(hn::Mul(q1, step1), factor[h], magic);
+        const hn::Vec<CodeTag> bytes{
+            _mm512_permutex2var_epi8(hn::BitCast(di, n0).raw, place.raw, hn::BitCast(di, n1).raw)};
+        const auto parts = hn::Xor(bytes, sign);
+        sum[h] = DotBytes(sum[h], one, parts);
+        const auto parts8 = hn::BitCast(hn::Repartition<int8_t, CodeTag>(), parts);
+        hn::Store(hn::LowerHalf(half8, parts8), half8, factors_[0][h] + c);
+        if constexpr (kFine) hn::Store(hn::UpperHalf(half8, parts8), half8, factors_[1][h] + c);
+      }
+    }
+#pragma GCC unroll 4
+    for (size_t h = 0; h < kHeads; ++h) {
+      sums[h] = hn::Mul(hn::ConvertTo(d, sum[h]), hn::Load(d, kByteOrder.units));
+    }
   }
 
-  // dots[head][token] = sum_c n_c code_c, with one or two roundings if fine. `next` is the page
+  // dots[head][token] = sum_c n_c code_c, rounded once if fine. `next` is the page
   // that will be asked for next.
   HWY_INLINE void Dot(const uint8_t* codes, const std::byte* next, size_t dim,
                       float (*dots)[kBlockTokens]) const {
@@ -140,7 +150,7 @@ class CodeFactors {
   }
 
  private:
-  static constexpr size_t kParts = kFine ? 3 : 1;
+  static constexpr size_t kParts = kFine ? 2 : 1;
 
   template <size_t kVectors>
   HWY_INLINE void DotTokens(const uint8_t* codes, const std::byte* next, size_t dim, size_t token,
@@ -149,7 +159,7 @@ class CodeFactors {
     constexpr size_t kLanes = hn::MaxLanes(CodeTag());
     const auto nibble = hn::Set(di, 0x0f0f0f0f);
     hn::Vec<CodeTag> sum[kParts][kHeads][kVectors];
-#pragma GCC unroll 3
+#pragma GCC unroll 2
     for (size_t part = 0; part < kParts; ++part) {
 #pragma GCC unroll 4
       for (size_t h = 0; h < kHeads; ++h) {
@@ -170,7 +180,7 @@ class CodeFactors {
       }
 #pragma GCC unroll 4
       for (size_t h = 0; h < kHeads; ++h) {
-#pragma GCC unroll 3
+#pragma GCC unroll 2
         for (size_t part = 0; part < kParts; ++part) {
           AddProducts<kVectors>(factors_[part][h] + 4 * column, dim / 2, first, second,
                                 sum[part][h]);
@@ -182,12 +192,10 @@ class CodeFactors {
     for (size_t h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 4
       for (size_t v = 0; v < kVectors; ++v) {
-        auto total = hn::ConvertTo(d, sum[kParts - 1][h][v]);
-        if constexpr (kFine) {
-          const auto low = hn::Add(hn::ShiftLeft<8>(sum[1][h][v]), sum[0][h][v]);
-          total = hn::MulAdd(total, hn::Set(d, 65536.0F), hn::ConvertTo(d, low));
-        }
-        hn::Store(total, d, dots[h] + token + v * kLanes);
+        // At most 127 * 257 * 15 in each of 256 channels: 2^27.
+        auto total = sum[0][h][v];
+        if constexpr (kFine) total = hn::Add(hn::ShiftLeft<8>(sum[1][h][v]), total);
+        hn::Store(hn::ConvertTo(d, total), d, dots[h] + token + v * kLanes);
       }
     }
   }
@@ -213,22 +221,26 @@ class CodeFactors {
 template <size_t kHeads, bool kFine>
 class CodeFactors {
  public:
-  HWY_INLINE FactorSums Quantize(const float* HWY_RESTRICT a, size_t dim, float largest,
-                                 size_t head) {
+  // qs: [kHeads][dim], inverse: [kHeads]. The lanes of sums[head] add up to sum_c n_c, exactly.
+  HWY_INLINE void Quantize(const float* HWY_RESTRICT qs, const float* HWY_RESTRICT step, size_t dim,
+                           const float* HWY_RESTRICT inverse, hn::Vec<ScanTag>* sums) {
+    const ScanTag d;
     const CodeTag di;
-    return RoundFactors<kFine>(
-        a, dim, largest, kFine ? kFineFactorMax : 32767.0F,
-        [=, this](size_t c, hn::Vec<CodeTag> n) HWY_ATTR {
-          if constexpr (kFine) {
-            const auto above = hn::ShiftRight<8>(hn::Add(n, hn::Set(di, 128)));
-            StorePairs(hn::Sub(n, hn::ShiftLeft<8>(above)), factors_[0][head] + c);
-            n = above;
-          }
-          StorePairs(n, factors_[kParts - 1][head] + c);
-        });
+    const auto magic = hn::Set(d, kRoundingMagic);
+    for (size_t h = 0; h < kHeads; ++h) {
+      auto sum = hn::Zero(d);
+      for (size_t c = 0; c < dim; c += hn::Lanes(d)) {
+        const auto factor = hn::Mul(hn::LoadU(d, qs + h * dim + c), hn::Load(d, step + c));
+        const auto rounded = hn::MulAdd(factor, hn::Set(d, inverse[h]), magic);
+        sum = hn::Add(sum, hn::Sub(rounded, magic));
+        StorePairs(hn::Sub(hn::BitCast(di, rounded), hn::Set(di, kRoundingMagicBits)),
+                   factors_[h] + c);
+      }
+      sums[h] = sum;
+    }
   }
 
-  // dots[head][token] = sum_c n_c code_c, with one or two roundings if fine. `next` is the page
+  // dots[head][token] = sum_c n_c code_c, rounded once if fine. `next` is the page
   // that will be asked for next.
   HWY_INLINE void Dot(const uint8_t* codes, const std::byte* next, size_t dim,
                       float (*dots)[kBlockTokens]) const {
@@ -240,7 +252,6 @@ class CodeFactors {
 
  private:
   using PairTag = hn::Repartition<int16_t, CodeTag>;
-  static constexpr size_t kParts = kFine ? 2 : 1;
 
   // In the order in which the bytes of a lane come apart: 0, 2, 1, 3.
   HWY_INLINE static void StorePairs(hn::Vec<CodeTag> n, int16_t* to) {
@@ -264,12 +275,10 @@ class CodeFactors {
     const hn::RebindToUnsigned<CodeTag> du;
     constexpr size_t kLanes = hn::MaxLanes(CodeTag());
     const auto nibbles = hn::Set(du, 0x000f000fU);
-    hn::Vec<CodeTag> sum[kParts][kHeads][kVectors];
-    hn::Vec<CodeTag> rest[kParts][kHeads][kVectors];
-    for (size_t part = 0; part < kParts; ++part) {
-      for (size_t h = 0; h < kHeads; ++h) {
-        for (size_t v = 0; v < kVectors; ++v) sum[part][h][v] = rest[part][h][v] = hn::Zero(di);
-      }
+    hn::Vec<CodeTag> sum[kHeads][kVectors];
+    hn::Vec<CodeTag> rest[kHeads][kVectors];
+    for (size_t h = 0; h < kHeads; ++h) {
+      for (size_t v = 0; v < kVectors; ++v) sum[h][v] = rest[h][v] = hn::Zero(di);
     }
     for (size_t column = 0; column < dim / 8; ++column) {
       const auto* at = reinterpret_cast<const uint32_t*>(codes + column * kColumnBytes) + token;
@@ -282,23 +291,16 @@ class CodeFactors {
             hn::BitCast(d16, hn::And(hn::ShiftRight<8>(pairs), nibbles)),
             hn::BitCast(d16, hn::And(hn::ShiftRight<4>(pairs), nibbles)),
             hn::BitCast(d16, hn::And(hn::ShiftRight<12>(pairs), nibbles))};
-        for (size_t part = 0; part < kParts; ++part) {
-          for (size_t h = 0; h < kHeads; ++h) {
-            AddProducts(factors_[part][h] + 4 * column, dim / 2, parts, &sum[part][h][v],
-                        &rest[part][h][v]);
-          }
+        for (size_t h = 0; h < kHeads; ++h) {
+          AddProducts(factors_[h] + 4 * column, dim / 2, parts, &sum[h][v], &rest[h][v]);
         }
       }
     }
     for (size_t h = 0; h < kHeads; ++h) {
       for (size_t v = 0; v < kVectors; ++v) {
-        const auto low = hn::RearrangeToOddPlusEven(sum[0][h][v], rest[0][h][v]);
-        auto total = hn::ConvertTo(d, low);
-        if constexpr (kFine) {
-          const auto high = hn::RearrangeToOddPlusEven(sum[1][h][v], rest[1][h][v]);
-          total = hn::MulAdd(hn::ConvertTo(d, high), hn::Set(d, 256.0F), total);
-        }
-        hn::Store(total, d, dots[h] + token + v * kLanes);
+        // At most 32767 * 15 in each of 256 channels: 2^27.
+        const auto total = hn::RearrangeToOddPlusEven(sum[h][v], rest[h][v]);
+        hn::Store(hn::ConvertTo(d, total), d, dots[h] + token + v * kLanes);
       }
     }
   }
@@ -315,7 +317,7 @@ class CodeFactors {
     }
   }
 
-  HWY_ALIGN int16_t factors_[kParts][kHeads][kHeadDimMax];
+  HWY_ALIGN int16_t factors_[kHeads][kHeadDimMax];
 };
 
 #endif  // HWY_TARGET

@@ -63,7 +63,10 @@ void AppendOne(const KvLayout& layout, const AppendSlice& append) {
 class CpuDevice : public Device {
  public:
   explicit CpuDevice(uint32_t thread_count)
-      : pool_(thread_count), attend_scratch_(thread_count), choose_scratch_(thread_count) {}
+      : pool_(thread_count),
+        attend_scratch_(thread_count),
+        choose_scratch_(thread_count),
+        proof_scratch_(thread_count) {}
 
   std::string_view name() const override { return "cpu"; }
   absl::StatusOr<DeviceMemory> Allocate(size_t bytes) override;
@@ -76,7 +79,7 @@ class CpuDevice : public Device {
 
  private:
   // What a task reads and where the result goes.
-  enum class Part : uint8_t { kKept, kRest, kWeights };
+  enum class Part : uint8_t { kKept, kRest, kGrown, kWeights };
   struct Job {
     uint32_t group = 0;
     Part part = Part::kKept;
@@ -101,13 +104,16 @@ class CpuDevice : public Device {
   void AddJobs(const Reading& reading, uint64_t target);
   void RunJobs(const LayerShape& shape);
   void RunJob(const LayerShape& shape, Job* job, uint32_t thread);
+  static Partial* PartialOf(Part part, Group* group);
   void MergeJobs(const LayerShape& shape, uint32_t group);
+  void Conclude(const LayerShape& shape, std::vector<Group::Verdict>* verdicts);
   void ReadRests(const LayerShape& shape, absl::Span<const Group::Verdict> verdicts);
 
   // Each used by one thread of the pool at a time.
   ThreadPool pool_;
   std::vector<AttendScratch> attend_scratch_;
   std::vector<ChooseScratch> choose_scratch_;
+  std::vector<ProofScratch> proof_scratch_;
   // Memory of the current wave, kept for the next: only the calling thread changes their number.
   std::deque<Group> groups_;
   std::vector<Reading> readings_;
@@ -261,13 +267,25 @@ void CpuDevice::RunJobs(const LayerShape& shape) {
                     [&](uint32_t task, uint32_t thread) { RunJob(shape, &jobs_[task], thread); });
 }
 
+Partial* CpuDevice::PartialOf(Part part, Group* group) {
+  switch (part) {
+    case Part::kRest:
+      return &group->rest;
+    case Part::kGrown:
+      return &group->grown;
+    case Part::kKept:
+    case Part::kWeights:
+      break;
+  }
+  return &group->kept;
+}
+
 void CpuDevice::MergeJobs(const LayerShape& shape, uint32_t group) {
   const auto [begin, end] = jobs_of_group_[group];
   for (size_t i = begin; i < end; ++i) {
     const Job& job = jobs_[i];
     if (job.part == Part::kWeights) continue;
-    Partial* to = job.part == Part::kKept ? &groups_[group].kept : &groups_[group].rest;
-    MergePartials(shape.layout.head_dim, job.partial, to);
+    MergePartials(shape.layout.head_dim, job.partial, PartialOf(job.part, &groups_[group]));
   }
 }
 
@@ -284,11 +302,36 @@ void CpuDevice::ReadRests(const LayerShape& shape, absl::Span<const Group::Verdi
   const auto asks = [](Group::Verdict verdict) { return verdict == Group::Verdict::kReadRest; };
   if (std::none_of(verdicts.begin(), verdicts.end(), asks)) return;
   RunJobs(shape);
-  pool_.ParallelFor(static_cast<uint32_t>(verdicts.size()), [&](uint32_t i, uint32_t) {
+  pool_.ParallelFor(static_cast<uint32_t>(verdicts.size()), [&](uint32_t i, uint32_t thread) {
     if (verdicts[i] != Group::Verdict::kReadRest) return;
     MergeJobs(shape, i);
-    groups_[i].ConcludeDense();
+    groups_[i].ConcludeDense(&proof_scratch_[thread]);
   });
+}
+
+// Concludes all groups, reading more for those that grow, in rounds. A group grows a bounded number
+// of times.
+void CpuDevice::Conclude(const LayerShape& shape, std::vector<Group::Verdict>* verdicts) {
+  const auto count = static_cast<uint32_t>(verdicts->size());
+  const auto grows = [](Group::Verdict verdict) { return verdict == Group::Verdict::kReadMore; };
+  pool_.ParallelFor(count, [&](uint32_t i, uint32_t thread) {
+    MergeJobs(shape, i);
+    (*verdicts)[i] = groups_[i].Conclude(&proof_scratch_[thread]);
+  });
+  while (std::any_of(verdicts->begin(), verdicts->end(), grows)) {
+    readings_.clear();
+    for (uint32_t i = 0; i < count; ++i) {
+      if (!grows((*verdicts)[i])) continue;
+      groups_[i].grown.Resize(groups_[i].head_count(), shape.layout.head_dim);
+      Want(i, Part::kGrown, /*read_values=*/true, groups_[i].more());
+    }
+    RunJobs(shape);
+    pool_.ParallelFor(count, [&](uint32_t i, uint32_t thread) {
+      if (!grows((*verdicts)[i])) return;
+      MergeJobs(shape, i);
+      (*verdicts)[i] = groups_[i].Conclude(&proof_scratch_[thread]);
+    });
+  }
 }
 
 void CpuDevice::ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows, size_t first_group,
@@ -336,10 +379,7 @@ void CpuDevice::ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows,
   }
 
   std::vector<Group::Verdict> verdicts(count);
-  pool_.ParallelFor(count, [&](uint32_t i, uint32_t) {
-    MergeJobs(shape, i);
-    verdicts[i] = groups_[i].Conclude();
-  });
+  Conclude(shape, &verdicts);
   ReadRests(shape, verdicts);
   for (uint32_t i = 0; i < count; ++i) {
     if (verdicts[i] != Group::Verdict::kFailed) continue;

@@ -27,15 +27,12 @@ HWY_INLINE V ExpExponentBits(D d, V x) {
   return hn::MulAdd(x, hn::Set(d, kLog2E), hn::Set(d, kRoundingMagic));
 }
 
-// e^x 2^-reference with a relative error of kExpError + kExpArgumentError |x| for kLogitMin < x <=
-// -kLogitMin; 0 where the result would be below 2^-126, which holds for every x <= kLogitMin
-// (-infinity marks absent terms) because references are at least kReferenceMin. Requires that the
-// result is below 2^127. NaN stays NaN.
+// e^x 2^-reference with a relative error of kExpError + kExpArgumentError |x| for |x| <=
+// -kLogitMin; 0 where the result would be below 2^-126. Requires that the result is below 2^127.
+// Anything else, NaN included, gives some number or none.
 template <class D, class V = hn::Vec<D>>
-HWY_INLINE V ExpScaled(D d, V x, hn::Vec<hn::RebindToSigned<D>> reference) {
+HWY_INLINE V ExpScaledWithin(D d, V x, hn::Vec<hn::RebindToSigned<D>> reference) {
   const hn::RebindToSigned<D> di;
-  // The second operand survives a comparison with NaN.
-  x = hn::Max(hn::Set(d, kLogitMin), hn::Min(hn::Set(d, -kLogitMin), x));
   const V bits = ExpExponentBits(d, x);
   const V n = hn::Sub(bits, hn::Set(d, kRoundingMagic));
   // Cody-Waite: ln 2 in three parts, of which the first two have nine bits, so that their products
@@ -54,6 +51,15 @@ HWY_INLINE V ExpScaled(D d, V x, hn::Vec<hn::RebindToSigned<D>> reference) {
       hn::Add(reference, hn::Set(di, kRoundingMagicBits - kFloatExponentBias));
   const auto field = hn::Max(hn::Sub(hn::BitCast(di, bits), zero_exponent), hn::Zero(di));
   return hn::Mul(p, hn::BitCast(d, hn::ShiftLeft<23>(field)));
+}
+
+// The same for every x: what is below kLogitMin (-infinity marks absent terms) gives 0, because
+// references are at least kReferenceMin; NaN stays NaN.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V ExpScaled(D d, V x, hn::Vec<hn::RebindToSigned<D>> reference) {
+  // The second operand survives a comparison with NaN.
+  x = hn::Max(hn::Set(d, kLogitMin), hn::Min(hn::Set(d, -kLogitMin), x));
+  return ExpScaledWithin(d, x, reference);
 }
 
 // cap tanh(x / cap), within kTanhError cap; NaN stays NaN.

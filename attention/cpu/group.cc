@@ -8,6 +8,8 @@
 #include <limits>
 #include <utility>
 
+#include "attention/cpu/population.h"
+#include "attention/float16.h"
 #include "attention/sketch.h"
 
 namespace kvservice {
@@ -64,6 +66,17 @@ void Group::Prepare(const LayerShape& shape, AttendRow* row, uint32_t kv_head,
   SplitMiddle();
   kept.Resize(head_count(), shape.layout.head_dim);
   rest.Resize(head_count(), shape.layout.head_dim);
+  if (row->plan.prove != Guarantee::kNone) SetValueNorms();
+  rounds_grown_ = 0;
+  draws_planned_ = row->plan.draws_max;
+  proofs_.resize(head_count());
+  const uint32_t group = shape.layout.group_size();
+  for (uint32_t head = 0; head < head_count(); ++head) {
+    const DrawStream stream{.kv_head = static_cast<uint16_t>(kv_head),
+                            .query_head = static_cast<uint16_t>(head % group),
+                            .query_token = head / group};
+    proofs_[head].Begin(row->plan, shape.layout.head_dim, row->draw_key, stream);
+  }
   StartChoice(anchor_queries);
   first_ = has_choice_ ? always_ : read_;
   PlanScan();
@@ -283,108 +296,267 @@ bool Group::wants_rest() const {
   return row_->plan.prove == Guarantee::kExact || wants_rest_values();
 }
 
-HeadCertificate Group::CertifyHead(uint32_t head, const TokenMask& dropped, bool estimated) const {
-  const Plan& plan = row_->plan;
-  HeadCertificate certificate;
-  certificate.log_kept = kept.lse[head];
-  certificate.log_kept_lower = kept.lower[head];
-  certificate.log_kept_upper = kept.upper[head];
+void Group::SetValueNorms() {
+  // Tokens whose norms no sketch bounds, and the largest norm of those that one does.
+  TokenMask unsketched = all_;
+  double lower = 0.0;
+  double upper = 0.0;
+  const SketchLayout layout(shape_->layout.head_dim);
+  // What a stored norm may be above the largest norm of its page.
+  constexpr double kDown = 1.0 - 0x1p-21;
+  for (uint32_t i = 0; i < all_.size(); ++i) {
+    if (!IsSealed(i)) continue;
+    const SketchPage page(layout,
+                          row_->view.sketches[block_begin_ + i] + kv_head_ * layout.page_bytes);
+    const auto norm = static_cast<double>(page.vmax);
+    upper = std::max(upper, norm);
+    // The norm may be of a token outside the window.
+    if (all_[i] == ~uint64_t{0}) lower = std::max(lower, norm * kDown);
+    unsketched[i] = all_[i] & page.exact;
+  }
+  value_norms_ = BoundValueNorms(*shape_, row_->view, kv_head_, unsketched, block_begin_);
+  value_norms_.lower = std::max(value_norms_.lower, lower);
+  value_norms_.upper = std::max(value_norms_.upper, upper);
+}
+
+HeadEvidence Group::EvidenceOf(uint32_t head, const TokenMask& dropped, bool estimated,
+                               std::vector<float>* output) const {
+  const Guarantee prove = row_->plan.prove;
+  HeadEvidence evidence;
+  evidence.log_kept = kept.lse[head];
+  evidence.kept_lower = kept.lower[head];
+  evidence.kept_upper = kept.upper[head];
   const TokenMask seen =
       InRange(dropped, block_begin_, queries_.visible_begin[head], queries_.visible_end[head]);
-  double log_dropped = kLogZero;
   if (CountTokens(seen) == 0) {
-    certificate.level = Level::kExact;
-    certificate.log_dropped_upper = {kLogZero};
-    certificate.log_dropped_lower = {kLogZero};
-    estimated = true;
-  } else if (plan.prove == Guarantee::kExact) {
-    certificate.level = Level::kExact;
-    certificate.log_dropped_upper = rest.upper[head];
-    certificate.log_dropped_lower = rest.lower[head];
-    log_dropped = rest.lse[head];
-    estimated = true;
-  } else {
-    if (Proves(plan.prove)) {
-      certificate.level = Level::kDeterministic;
-      certificate.log_dropped_upper = SumUpperWeights(weights, head, dropped);
-      certificate.log_dropped_lower = SumLowerWeights(weights, head, dropped);
-    }
-    if (estimated) {
-      log_dropped = SumWeights(weights, weights.estimate, head, dropped, /*upward=*/false).Log();
-    }
+    evidence.level = Level::kExact;
+    evidence.log_dropped_estimate = kLogZero;
+  } else if (prove == Guarantee::kExact) {
+    evidence.level = Level::kExact;
+    evidence.dropped_upper = rest.upper[head];
+    evidence.dropped_lower = rest.lower[head];
+    evidence.log_dropped_estimate = rest.lse[head];
+  } else if (Proves(prove)) {
+    evidence.level = Level::kDeterministic;
+    evidence.dropped_upper = SumUpperWeights(weights, head, dropped);
+    evidence.dropped_lower = SumLowerWeights(weights, head, dropped);
   }
-  const double share = 1.0 / (1.0 + std::exp(certificate.log_kept - log_dropped));
-  if (estimated && !std::isnan(share)) {
-    certificate.dropped_mass_estimate = static_cast<float>(share);
+  if (estimated && std::isnan(evidence.log_dropped_estimate)) {
+    evidence.log_dropped_estimate = SumEstimates(weights, head, dropped).Log();
   }
-  FinishCertificate(&certificate);
-  certificate.met = plan.max_dropped_mass >= 1.0F || certificate.dropped_mass_upper.value <=
-                                                         static_cast<double>(plan.max_dropped_mass);
-  return certificate;
+  if (prove == Guarantee::kNone) return evidence;
+  const uint32_t head_dim = shape_->layout.head_dim;
+  output->resize(head_dim);
+  for (uint32_t c = 0; c < head_dim; ++c) {
+    (*output)[c] = static_cast<float>(kept.out[size_t{head} * head_dim + c]);
+  }
+  evidence.output = output->data();
+  evidence.value_norm_lower = value_norms_.lower;
+  evidence.value_norm_upper = value_norms_.upper;
+  // The kernel's own, and the rounding of the output to float.
+  evidence.arithmetic_error = value_norms_.upper * (kept.arithmetic[head] + 0x1p-23) + 0x1p-119;
+  return evidence;
 }
 
 Action Group::ActionOf() const {
   if (row_->plan.mode == Mode::kShadow) return Action::kDense;
+  if (rounds_grown_ > 0) return Action::kGrown;
   if (everything_ && read_ == all_) return Action::kDense;
   return reused_ ? Action::kReused : Action::kSelected;
 }
 
-// Writes all heads' certificates; false if a limit does not hold.
-bool Group::Certify(bool dense) {
-  const TokenMask dropped = Rest();
-  const bool estimated = Proves(row_->plan.prove) || (has_choice_ && IsSubset(dropped, pool_));
-  const Action action = dense ? Action::kDense : ActionOf();
+namespace {
+
+// The dropped tokens of one head, for its proof.
+class Dropped : public DroppedTokens {
+ public:
+  Dropped(const LayerShape& shape, const AttendRow& row, uint32_t kv_head,
+          const HeadQueries& queries, const ScanWeights& weights, const TokenMask& mask,
+          ProofScratch* scratch)
+      : shape_(shape),
+        row_(row),
+        kv_head_(kv_head),
+        queries_(queries),
+        weights_(weights),
+        mask_(mask),
+        scratch_(scratch) {}
+
+  void SetHead(uint32_t head) { head_ = head; }
+
+  const Population* Weigh() override {
+    const bool known = FillPopulation(weights_, head_, mask_, &scratch_->population);
+    return known ? &scratch_->population : nullptr;
+  }
+
+  void BoundValues(const Population& population, std::vector<float>* bounds) override {
+    const SketchLayout layout(shape_.layout.head_dim);
+    bounds->assign(population.weights.size(), 0.0F);
+    for (uint32_t i = 0; i < mask_.size(); ++i) {
+      if (mask_[i] == 0) continue;
+      const SketchPage page(
+          layout, row_.view.sketches[weights_.block_begin + i] + kv_head_ * layout.page_bytes);
+      for (uint32_t t = 0; t < kBlockTokens; ++t) {
+        // The product of two floats is exact in double.
+        const double norm =
+            static_cast<double>(page.vmax) * static_cast<double>(kRadiusScale[page.vn[t]]);
+        (*bounds)[size_t{i} * kBlockTokens + t] = RoundUpToFloat(norm);
+      }
+    }
+  }
+
+  void Read(absl::Span<const uint32_t> positions, double ref, absl::Span<DrawnWeight> weights,
+            float* values) override {
+    scratch_->scores.resize(positions.size());
+    ScoreTask task;
+    task.shape = &shape_;
+    task.view = &row_.view;
+    task.kv_head = kv_head_;
+    task.queries = &queries_;
+    task.head = head_;
+    task.positions = positions;
+    ScoreTokens(task, scratch_->scores.data());
+    const uint32_t head_dim = shape_.layout.head_dim;
+    for (size_t i = 0; i < positions.size(); ++i) {
+      const Score& score = scratch_->scores[i];
+      weights[i] = WeightOfLogit(WidenDown(score.logit - score.error), score.logit,
+                                 WidenUp(score.logit + score.error), ref);
+      if (values == nullptr) continue;
+      const std::byte* v =
+          row_.view.Row(shape_.layout, kv_head_, positions[i]) + shape_.layout.vector_bytes();
+      for (uint32_t c = 0; c < head_dim; ++c) {
+        values[i * head_dim + c] = LoadElement(shape_.layout.dtype, v, c);
+      }
+    }
+  }
+
+ private:
+  const LayerShape& shape_;
+  const AttendRow& row_;
+  const uint32_t kv_head_;
+  const HeadQueries& queries_;
+  const ScanWeights& weights_;
+  const TokenMask& mask_;
+  ProofScratch* const scratch_;
+  uint32_t head_ = 0;
+};
+
+}  // namespace
+
+// Proves what can be proven of all heads; false if a limit does not hold.
+bool Group::ProveAll(ProofScratch* scratch) {
+  const TokenMask rest_mask = Rest();
+  const bool estimated = Proves(row_->plan.prove) || (has_choice_ && IsSubset(rest_mask, pool_));
+  Dropped dropped(*shape_, *row_, kv_head_, queries_, weights, rest_mask, scratch);
   bool met = true;
   for (uint32_t head = 0; head < head_count(); ++head) {
-    HeadCertificate& certificate = row_->certificates[OutputIndex(head)];
-    certificate = CertifyHead(head, dropped, estimated);
-    certificate.action = action;
-    met &= certificate.met;
+    const HeadEvidence evidence = EvidenceOf(head, rest_mask, estimated, &scratch->output);
+    const LogMassLower moved = rounds_grown_ > 0 ? grown.lower[head] : LogMassLower();
+    dropped.SetHead(head);
+    proofs_[head].Prove(evidence, moved, draws_planned_, &dropped);
+    met &= proofs_[head].met();
   }
   return met;
 }
 
-void Group::WriteAnswer(const TokenMask& read, uint32_t tokens_read, Action action) {
+// Adds to what is read the heaviest tokens of the heads whose limits do not hold yet. False if
+// reading everything is the better answer.
+bool Group::ChooseMore() {
+  if (rounds_grown_ == FailureBudget::kRoundsMax) return false;
+  const TokenMask rest_mask = Rest();
+  more_.assign(all_.size(), 0);
+  for (uint32_t head = 0; head < head_count(); ++head) {
+    const double wanted = proofs_[head].log_wanted();
+    if (wanted == std::numeric_limits<double>::infinity()) return false;
+    if (wanted == kLogZero) continue;
+    ChooseHeaviest(weights, head, rest_mask, wanted, absl::MakeSpan(more_));
+  }
+  const uint32_t count = CountTokens(more_);
+  const double read = CountTokens(read_) + count;
+  const double visible = CountTokens(always_) + CountTokens(middle_);
+  if (count == 0 || read > static_cast<double>(row_->plan.dense_share) * visible) return false;
+  read_ = Or(read_, more_);
+  ++rounds_grown_;
+  return true;
+}
+
+void Group::WriteCertificates(Action action) {
+  for (uint32_t head = 0; head < head_count(); ++head) {
+    HeadCertificate& certificate = row_->certificates[OutputIndex(head)];
+    certificate = proofs_[head].certificate();
+    if (certificate.action != Action::kCompensated) certificate.action = action;
+  }
+}
+
+void Group::WriteAnswer(const TokenMask& read, Action action, bool compensate) {
   const uint32_t head_dim = shape_->layout.head_dim;
+  GroupReport& report = row_->groups[kv_head_];
+  report.action = action;
+  report.keys_sampled = 0;
+  report.rows_sampled = 0;
   for (uint32_t head = 0; head < head_count(); ++head) {
     const size_t index = OutputIndex(head);
-    row_->lse[index] = static_cast<float>(kept.lse[head]);
+    const HeadProof& proof = proofs_[head];
+    report.keys_sampled += proof.certificate().keys_sampled;
+    report.rows_sampled += proof.certificate().rows_sampled;
+    const absl::Span<const double> correction =
+        compensate ? proof.correction() : absl::Span<const double>();
+    double lse = kept.lse[head];
+    if (!correction.empty()) {
+      report.action = Action::kCompensated;
+      const double top = std::max(lse, proof.log_compensated());
+      lse = top + std::log(std::exp(lse - top) + std::exp(proof.log_compensated() - top));
+    }
+    row_->lse[index] = static_cast<float>(lse);
     const double* out = &kept.out[size_t{head} * head_dim];
     for (uint32_t c = 0; c < head_dim; ++c) {
-      row_->out[index * head_dim + c] = static_cast<float>(out[c]);
+      const auto plain = static_cast<float>(out[c]);
+      row_->out[index * head_dim + c] =
+          correction.empty() ? plain
+                             : static_cast<float>(static_cast<double>(plain) + correction[c]);
     }
   }
   if (row_->selected != nullptr) row_->selected[kv_head_] = PositionsOf(read, block_begin_);
-  GroupReport& report = row_->groups[kv_head_];
-  report.action = action;
   report.scanned = scanned_;
-  report.tokens_read = tokens_read;
+  report.tokens_read = CountTokens(read_);
   report.similarity = similarity_;
 }
 
-Group::Verdict Group::Conclude() {
+Group::Verdict Group::Conclude(ProofScratch* scratch) {
   const Plan& plan = row_->plan;
-  const bool met = Certify(/*dense=*/false);
-  TokenMask scanned = has_choice_ ? pool_ : TokenMask(all_.size(), 0);
-  if (Proves(plan.prove)) scanned = Or(scanned, Rest());
-  row_->groups[kv_head_].tokens_scanned = CountTokens(scanned);
+  if (rounds_grown_ == 0) {
+    TokenMask scanned = has_choice_ ? pool_ : TokenMask(all_.size(), 0);
+    if (Proves(plan.prove)) scanned = Or(scanned, Rest());
+    row_->groups[kv_head_].tokens_scanned = CountTokens(scanned);
+  } else {
+    MergePartials(shape_->layout.head_dim, grown, &kept);
+  }
+  const bool met = ProveAll(scratch);
   if (!met && plan.mode == Mode::kEnforce && plan.on_violation != OnViolation::kReport) {
+    if (plan.on_violation == OnViolation::kGrow && Proves(plan.prove) && ChooseMore()) {
+      return Verdict::kReadMore;
+    }
+    WriteCertificates(ActionOf());
     return plan.on_violation == OnViolation::kFail ? Verdict::kFailed : Verdict::kReadRest;
   }
+  WriteCertificates(ActionOf());
   const TokenMask selected = read_;
-  if (plan.mode == Mode::kShadow) {
+  const bool shadow = plan.mode == Mode::kShadow;
+  if (shadow) {
     MergePartials(shape_->layout.head_dim, rest, &kept);
     read_ = all_;
   }
-  WriteAnswer(selected, CountTokens(read_), ActionOf());
+  WriteAnswer(selected, ActionOf(), /*compensate=*/!shadow);
   return Verdict::kDone;
 }
 
-void Group::ConcludeDense() {
+void Group::ConcludeDense(ProofScratch* scratch) {
   MergePartials(shape_->layout.head_dim, rest, &kept);
   read_ = all_;
-  Certify(/*dense=*/true);
-  WriteAnswer(read_, CountTokens(read_), Action::kDense);
+  // What was moved no longer matters: nothing is dropped.
+  rounds_grown_ = 0;
+  ProveAll(scratch);
+  WriteCertificates(Action::kDense);
+  WriteAnswer(read_, Action::kDense, /*compensate=*/false);
 }
 
 }  // namespace kvservice

@@ -5,28 +5,41 @@
 //
 //   Prepare  -> attend `first`, scan `to_scan`
 //   Decide   -> attend what of `read` was not read yet; score or attend the rest, if asked for
-//   Conclude -> if it returns kReadRest: attend the rest, and ConcludeDense
+//   Conclude -> if it returns kReadMore: attend `more` into `grown`, and Conclude again
+//            -> if it returns kReadRest: attend the rest, and ConcludeDense
 
 #ifndef KVSERVICE_ATTENTION_CPU_GROUP_H_
 #define KVSERVICE_ATTENTION_CPU_GROUP_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "absl/types/span.h"
 #include "attention/cpu/attend_kernel.h"
 #include "attention/cpu/choose.h"
 #include "attention/cpu/head_queries.h"
 #include "attention/cpu/scan_kernel.h"
+#include "attention/cpu/score_kernel.h"
 #include "attention/cpu/token_mask.h"
 #include "attention/device.h"
+#include "attention/head_proof.h"
 #include "attention/host_lists.h"
+#include "attention/sample_head.h"
 
 namespace kvservice {
+
+// Memory of one thread for proofs; grows to the longest row it has seen.
+struct ProofScratch {
+  Population population;
+  std::vector<Score> scores;
+  std::vector<float> output;
+};
 
 class Group {
  public:
   enum class Verdict : uint8_t {
     kDone,      // Outputs are written.
+    kReadMore,  // The plan's limits do not hold and it says to grow.
     kReadRest,  // The plan's limit does not hold and it says to answer densely.
     kFailed,    // The plan's limit does not hold and it says to fail.
   };
@@ -38,8 +51,8 @@ class Group {
   // True if Decide has to choose by weights: needs the mass of `first` in `kept`.
   bool has_choice() const { return has_choice_; }
   void Decide(ChooseScratch* scratch);
-  Verdict Conclude();
-  void ConcludeDense();
+  Verdict Conclude(ProofScratch* scratch);
+  void ConcludeDense(ProofScratch* scratch);
 
   const AttendRow& row() const { return *row_; }
   uint32_t kv_head() const { return kv_head_; }
@@ -56,6 +69,8 @@ class Group {
   // After Decide: what is read but not in `first`, and what is not read.
   TokenMask Unread() const;
   TokenMask Rest() const;
+  // After kReadMore: what else is to be read.
+  const TokenMask& more() const { return more_; }
   // True if the keys of the rest are needed in any case (an exact proof, shadow mode), and whether
   // their values are.
   bool wants_rest() const;
@@ -65,6 +80,7 @@ class Group {
   ScanWeights weights;
   Partial kept;  // over `first`, then over all that is read
   Partial rest;
+  Partial grown;  // over `more`
 
  private:
   void SetRange();
@@ -78,9 +94,13 @@ class Group {
   uint32_t OpenTopK() const;
   uint32_t OutputIndex(uint32_t head) const;
   bool IsSealed(uint32_t index) const;
-  bool Certify(bool dense);
-  HeadCertificate CertifyHead(uint32_t head, const TokenMask& dropped, bool estimated) const;
-  void WriteAnswer(const TokenMask& read, uint32_t tokens_read, Action action);
+  void SetValueNorms();
+  HeadEvidence EvidenceOf(uint32_t head, const TokenMask& dropped, bool estimated,
+                          std::vector<float>* output) const;
+  bool ProveAll(ProofScratch* scratch);
+  bool ChooseMore();
+  void WriteCertificates(Action action);
+  void WriteAnswer(const TokenMask& read, Action action, bool compensate);
   Action ActionOf() const;
   HostLists* lists() const { return static_cast<HostLists*>(row_->plan.lists); }
 
@@ -99,7 +119,11 @@ class Group {
   TokenMask all_, always_, middle_;
   TokenMask open_, frozen_chosen_;  // of the middle: left to choose from; chosen by a frozen list
   TokenMask candidates_, pool_;     // of a choice by weights
-  TokenMask first_, to_scan_, read_;
+  TokenMask first_, to_scan_, read_, more_;
+  std::vector<HeadProof> proofs_;
+  ValueNorms value_norms_;
+  uint32_t rounds_grown_ = 0;
+  uint32_t draws_planned_ = 0;
 
   bool has_choice_ = false;
   bool scanned_ = false;

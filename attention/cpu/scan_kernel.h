@@ -10,6 +10,7 @@
 #ifndef KVSERVICE_ATTENTION_CPU_SCAN_KERNEL_H_
 #define KVSERVICE_ATTENTION_CPU_SCAN_KERNEL_H_
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -20,18 +21,16 @@
 namespace kvservice {
 
 // What a scan needs of the queries of one KV head of one row, beyond what attention does, for all
-// pages.
+// pages. Arrays per head are padded with zeros to a multiple of four heads.
 struct ScanQueries {
-  struct Head {
-    // Projections of qs on the sketch directions; zero without any.
-    float qw[4] = {};
-    float x_norm = 0.0F;  // ||x||
-    // ||qs|| + sum_j |qw_j| ||W_j||, rounded up.
-    double weight = 0.0;
-  };
-  std::vector<Head> heads;  // [head_count]
-  // [head_count][head_dim], |p_c| / M_c rounded up. Filled for bounded scans only.
-  std::vector<float> x;
+  // Projections of qs on the sketch directions; zero without any.
+  std::array<std::vector<float>, 4> qw;  // [direction][heads]
+  // Filled for bounded scans only:
+  std::vector<float> x_norm;   // [heads] ||x||
+  std::vector<double> norm;    // [heads] at least ||qs|| and ||scale * q||
+  std::vector<double> weight;  // [heads] ||qs|| + sum_j |qw_j| ||W_j||, rounded up
+  std::vector<double> used;    // [heads] channels in which qs is not zero
+  std::vector<float> x;        // [head_count][head_dim], |p_c| / M_c rounded up
 };
 
 // `q`: the heads' queries as received, [head_count] pointers to [head_dim].
@@ -52,19 +51,26 @@ struct ScanWeights {
   const float* Page(const std::vector<float>& weights, uint32_t head, uint32_t block) const {
     return &weights[PageIndex(head, block) * kBlockTokens];
   }
+  // The weights that were computed.
+  const std::vector<float>& numbers() const { return bounded ? upper : estimate; }
 
   uint32_t head_count = 0;
   uint32_t block_begin = 0;
   uint32_t block_count = 0;
   bool bounded = false;
   std::vector<int32_t> reference;  // [head_count][block_count]
-  std::vector<float> estimate;     // [head_count][block_count][64]: e^s^
-  // [head_count][block_count]: the sum of a page's estimates, tokens that a head does not see left
-  // out. Choosing needs it for whole pages, and here it costs nothing.
-  std::vector<float> estimate_sum;
-  // With bounds: lower <= e^s <= upper for the true logit s, device rounding included. An upper
-  // weight of infinity or NaN says that nothing is known.
-  std::vector<float> upper, lower;
+  // [head_count][block_count]: the sum of a page's weights, which costs nothing here: seven
+  // additions in fp32.
+  std::vector<float> page_sum;
+  // Without bounds: e^s^, [head_count][block_count][64].
+  std::vector<float> estimate;
+  // With bounds: at least e^s for the true logit s, device rounding included; infinity or NaN say
+  // that nothing is known. [head_count][block_count][64].
+  std::vector<float> upper;
+  // With bounds, [head_count][block_count]: how the weights of a page relate to their upper ends.
+  // upper * lower_share - 2^-126 <= e^s for each of its tokens; upper * estimate_share is about
+  // e^s^, for planning. Both zero where nothing is known.
+  std::vector<float> lower_share, estimate_share;
 };
 
 struct ScanTask {

@@ -114,6 +114,44 @@ HWY_INLINE void StoreRowSums(D d, const V (*rows)[4], T (*out)[4]) {
   for (size_t r = 0; r < 4; r += kTileRows) StoreTileSums<kTileRows>(d, rows + r, out[r], 4);
 }
 
+// The first four lanes.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE hn::Vec<hn::CappedTag<hn::TFromD<D>, 4>> LowestFour([[maybe_unused]] D d, V v) {
+  if constexpr (hn::MaxLanes(D()) == 4) {
+    return v;
+  } else {
+    const hn::Half<D> half;
+    return LowestFour(half, hn::LowerHalf(half, v));
+  }
+}
+
+// Folds the lanes of each of four vectors with fold(V, V); the results side by side.
+template <class D, class V = hn::Vec<D>, class Fold>
+HWY_INLINE hn::Vec<hn::CappedTag<hn::TFromD<D>, 4>> FoldFour(D d, const V* rows, const Fold& fold) {
+  const hn::Repartition<uint64_t, D> d64;
+  const V ab =
+      fold(hn::InterleaveLower(d, rows[0], rows[1]), hn::InterleaveUpper(d, rows[0], rows[1]));
+  const V ce =
+      fold(hn::InterleaveLower(d, rows[2], rows[3]), hn::InterleaveUpper(d, rows[2], rows[3]));
+  const auto ab64 = hn::BitCast(d64, ab);
+  const auto ce64 = hn::BitCast(d64, ce);
+  V all = fold(hn::BitCast(d, hn::InterleaveLower(d64, ab64, ce64)),
+               hn::BitCast(d, hn::InterleaveUpper(d64, ab64, ce64)));
+  if constexpr (hn::MaxLanes(D()) > 8) all = fold(all, hn::ReverseBlocks(d, all));
+  if constexpr (hn::MaxLanes(D()) > 4) all = fold(all, hn::SwapAdjacentBlocks(all));
+  return LowestFour(d, all);
+}
+
+// The largest lane of each of four vectors, and their sums.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE auto MaxOfFour(D d, const V* rows) {
+  return FoldFour(d, rows, [](V a, V b) HWY_ATTR { return hn::Max(a, b); });
+}
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE auto SumsOfFour(D d, const V* rows) {
+  return FoldFour(d, rows, [](V a, V b) HWY_ATTR { return hn::Add(a, b); });
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace kvservice
 HWY_AFTER_NAMESPACE();

@@ -21,6 +21,7 @@ namespace kvservice {
 namespace {
 
 using reference::Choice;
+using reference::GroupProof;
 using reference::HeadRow;
 using reference::Place;
 
@@ -43,43 +44,51 @@ std::vector<uint32_t> TokensToRead(const Choice& choice, const HeadRow& row) {
   return tokens;
 }
 
-// Exact attention of one head over `read`.
-void Answer(uint32_t head, const std::vector<uint32_t>& read, const LayerShape& shape,
-            const AttendRow& row, HeadRow* head_row) {
-  std::vector<double> logits;
-  for (const uint32_t token : read) {
-    if (head_row->Sees(head, token)) logits.push_back(head_row->Exact(head, token).nearest);
-  }
-  const double lse = reference::LogSum(logits);
-  std::vector<double> out(shape.layout.head_dim, 0.0);
-  size_t next = 0;
-  for (const uint32_t token : read) {
-    if (head_row->Sees(head, token)) {
-      head_row->AddValue(token, std::exp(logits[next++] - lse), out.data());
-    }
-  }
-  const size_t index = head_row->OutputIndex(head);
-  row.lse[index] = static_cast<float>(lse);
-  std::copy(out.begin(), out.end(), row.out + index * shape.layout.head_dim);
-}
-
-// Proves every head of the KV head; false if a limit does not hold.
-bool ProveAll(const std::vector<uint32_t>& read, Action action, const AttendRow& row,
-              HeadRow* head_row) {
-  bool met = true;
-  for (uint32_t head = 0; head < head_row->head_count(); ++head) {
-    HeadCertificate& certificate = row.certificates[head_row->OutputIndex(head)];
-    certificate = reference::Prove(row.plan, head, read, head_row);
-    certificate.action = action;
-    met &= certificate.met;
-  }
-  return met;
-}
-
 Action ActionOf(const Choice& choice, const Plan& plan, bool reads_all) {
   if (plan.mode == Mode::kShadow) return Action::kDense;
   if (choice.everything && reads_all) return Action::kDense;
   return choice.reused ? Action::kReused : Action::kSelected;
+}
+
+// Certificates of all heads.
+void WriteCertificates(const GroupProof& proof, Action action, const HeadRow& head_row,
+                       const AttendRow& row) {
+  for (uint32_t head = 0; head < head_row.head_count(); ++head) {
+    HeadCertificate& certificate = row.certificates[head_row.OutputIndex(head)];
+    certificate = proof.head(head).certificate();
+    if (certificate.action != Action::kCompensated) certificate.action = action;
+  }
+}
+
+// Outputs over what was last proven, compensated where that was done and is wanted.
+void WriteOutputs(const GroupProof& proof, bool compensate, const LayerShape& shape,
+                  const HeadRow& head_row, const AttendRow& row) {
+  for (uint32_t head = 0; head < head_row.head_count(); ++head) {
+    const size_t index = head_row.OutputIndex(head);
+    float* out = row.out + index * shape.layout.head_dim;
+    std::copy(proof.output(head).begin(), proof.output(head).end(), out);
+    double lse = proof.log_kept(head);
+    const absl::Span<const double> correction = proof.head(head).correction();
+    if (compensate && !correction.empty()) {
+      row.groups[head_row.kv_head()].action = Action::kCompensated;
+      lse = reference::LogSum({lse, proof.head(head).log_compensated()});
+      for (size_t c = 0; c < correction.size(); ++c) {
+        out[c] = static_cast<float>(static_cast<double>(out[c]) + correction[c]);
+      }
+    }
+    row.lse[index] = static_cast<float>(lse);
+  }
+}
+
+// Reads more, round by round, until the limits hold or reading everything is the better answer.
+bool GrowUntilMet(GroupProof* proof, std::vector<uint32_t>* read) {
+  for (uint32_t round = 0; round < FailureBudget::kRoundsMax; ++round) {
+    std::vector<uint32_t> grown = proof->Grow(*read);
+    if (grown.empty()) return false;
+    *read = std::move(grown);
+    if (proof->Prove(*read)) return true;
+  }
+  return false;
 }
 
 // Executes the plan for one KV head: choose, prove, act on a violation, answer. False if the row
@@ -91,23 +100,39 @@ bool AttendHead(const LayerShape& shape, uint32_t kv_head, absl::Span<const floa
   const std::vector<uint32_t> all = AllTokens(head_row);
   const Choice choice = reference::Choose(plan, queries, &head_row);
   std::vector<uint32_t> read = TokensToRead(choice, head_row);
-  Action action = ActionOf(choice, plan, read.size() == all.size());
-  const bool met = ProveAll(read, action, *row, &head_row);
+  GroupReport& report = row->groups[kv_head];
+  report.action = ActionOf(choice, plan, read.size() == all.size());
+  GroupProof proof(shape, *row, &head_row);
+  bool met = proof.Prove(read);
 
-  const bool enforce = plan.mode == Mode::kEnforce && !met;
-  if (enforce && plan.on_violation == OnViolation::kFail) return false;
-  if (enforce && plan.on_violation != OnViolation::kReport) {
-    read = all;
-    action = Action::kDense;
-    ProveAll(read, action, *row, &head_row);
+  const bool proves =
+      plan.prove == Guarantee::kConfidence || plan.prove == Guarantee::kDeterministic;
+  if (!met && plan.mode == Mode::kEnforce && plan.on_violation != OnViolation::kReport) {
+    if (plan.on_violation == OnViolation::kGrow && proves) {
+      met = GrowUntilMet(&proof, &read);
+      if (met) report.action = Action::kGrown;
+    }
+    WriteCertificates(proof, report.action, head_row, *row);
+    if (plan.on_violation == OnViolation::kFail) return false;
+    if (!met) {
+      read = all;
+      report.action = Action::kDense;
+      proof.Prove(read);
+    }
+  }
+  WriteCertificates(proof, report.action, head_row, *row);
+  report.keys_sampled = report.rows_sampled = 0;
+  for (uint32_t head = 0; head < head_row.head_count(); ++head) {
+    report.keys_sampled += proof.head(head).certificate().keys_sampled;
+    report.rows_sampled += proof.head(head).certificate().rows_sampled;
   }
   if (row->selected != nullptr) row->selected[kv_head] = read;
-  if (plan.mode == Mode::kShadow) read = all;
-  for (uint32_t head = 0; head < head_row.head_count(); ++head) {
-    Answer(head, read, shape, *row, &head_row);
+  const bool shadow = plan.mode == Mode::kShadow;
+  if (shadow) {
+    read = all;
+    proof.Prove(read);
   }
-  GroupReport& report = row->groups[kv_head];
-  report.action = action;
+  WriteOutputs(proof, !shadow, shape, head_row, *row);
   report.scanned = choice.scanned;
   report.tokens_read = static_cast<uint32_t>(read.size());
   report.tokens_scanned = head_row.scanned_count();

@@ -137,6 +137,13 @@ LogitRange HeadRow::Estimate(uint32_t head, uint32_t token) {
   return Capped(shape_.logit_softcap, logit - error, logit, logit + error);
 }
 
+float HeadRow::ValueBound(uint32_t token) const {
+  const SketchPage page(sketch_layout_, SketchBytes(token / kBlockTokens));
+  // The product of two floats is exact in double.
+  return RoundUpToFloat(static_cast<double>(page.vmax) *
+                        static_cast<double>(kRadiusScale[page.vn[token % kBlockTokens]]));
+}
+
 void HeadRow::AddValue(uint32_t token, double weight, double* out) const {
   const std::byte* v = row_.view.Row(shape_.layout, kv_head_, token) + shape_.layout.vector_bytes();
   for (uint32_t c = 0; c < shape_.layout.head_dim; ++c) {

@@ -62,6 +62,9 @@ class HeadRow {
   uint32_t scanned_count() const { return scanned_count_; }
   bool WasScanned(uint32_t token) const { return scanned_[token - begin_]; }
 
+  // At least the norm of the token's value, from the sketch, which the token must have.
+  float ValueBound(uint32_t token) const;
+
   // Adds weight * V of the token to out, [head_dim].
   void AddValue(uint32_t token, double weight, double* out) const;
 

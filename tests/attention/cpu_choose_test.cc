@@ -24,30 +24,30 @@ constexpr double kStep = 1.0 + 1.0 / 64.0;
 // What a plan by mass leaves to the difference between estimated and measured normalisers.
 constexpr double kPlannedShare = 0.93;
 
-// Random weights: pages of very different powers of two, in every head.
+// Random weights: pages of very different powers of two, in every head; upper ends of estimates, or
+// estimates themselves.
 struct Weights {
-  Weights(uint32_t heads, uint64_t seed, double spread) {
+  Weights(uint32_t heads, uint64_t seed, double spread, bool bounded) {
     std::mt19937_64 random(seed);
     std::normal_distribution<double> normal;
-    weights.Resize(heads, kFirstBlock, kBlocks, /*with_bounds=*/true);
+    weights.Resize(heads, kFirstBlock, kBlocks, bounded);
     for (uint32_t head = 0; head < heads; ++head) {
       for (uint32_t block = kFirstBlock; block < kFirstBlock + kBlocks; ++block) {
+        const size_t page = weights.PageIndex(head, block);
         const auto reference = static_cast<int32_t>(random() % 7) - 3;
-        weights.reference[weights.PageIndex(head, block)] = reference;
+        weights.reference[page] = reference;
+        const double eps = 0.3 + 0.1 * normal(random);
+        const double scale = std::exp2(-reference) * (bounded ? std::exp(eps) : 1.0);
         for (uint32_t t = 0; t < kBlockTokens; ++t) {
-          const double logit = spread * normal(random);
-          const auto scale = std::exp2(static_cast<double>(-reference));
-          const double eps = 0.3 + 0.1 * normal(random);
-          weights.Page(weights.estimate, head, block)[t] =
-              static_cast<float>(std::exp(logit) * scale);
-          weights.Page(weights.upper, head, block)[t] =
-              static_cast<float>(std::exp(logit + eps) * scale);
-          weights.Page(weights.lower, head, block)[t] =
-              static_cast<float>(std::exp(logit - eps) * scale);
+          numbers()[page * kBlockTokens + t] =
+              static_cast<float>(std::exp(spread * normal(random)) * scale);
         }
+        if (!bounded) continue;
+        weights.estimate_share[page] = static_cast<float>(std::exp(-eps));
+        weights.lower_share[page] = static_cast<float>(std::exp(-2.0 * eps));
       }
     }
-    SumEstimates();
+    SumPages();
     always_lse.assign(heads, 2.0);
     candidates.assign(kBlocks, 0);
     unread.assign(kBlocks, 0);
@@ -60,12 +60,13 @@ struct Weights {
     for (uint32_t i = 0; i < kBlocks; ++i) pool[i] |= unread[i];
   }
 
+  std::vector<float>& numbers() { return weights.bounded ? weights.upper : weights.estimate; }
+
   // As a scan leaves them.
-  void SumEstimates() {
-    for (size_t page = 0; page < weights.estimate_sum.size(); ++page) {
-      const auto begin =
-          weights.estimate.begin() + static_cast<std::ptrdiff_t>(page * kBlockTokens);
-      weights.estimate_sum[page] = std::accumulate(begin, begin + kBlockTokens, 0.0F);
+  void SumPages() {
+    for (size_t page = 0; page < weights.page_sum.size(); ++page) {
+      const auto begin = numbers().begin() + static_cast<std::ptrdiff_t>(page * kBlockTokens);
+      weights.page_sum[page] = std::accumulate(begin, begin + kBlockTokens, 0.0F);
     }
   }
 
@@ -79,17 +80,21 @@ struct Weights {
     return task;
   }
 
-  double Weight(const std::vector<float>& numbers, uint32_t head, uint32_t token) const {
+  double Weight(uint32_t head, uint32_t token) const {
     const uint32_t block = token / kBlockTokens;
-    return std::ldexp(weights.Page(numbers, head, block)[token % kBlockTokens],
+    return std::ldexp(weights.Page(weights.numbers(), head, block)[token % kBlockTokens],
                       weights.reference[weights.PageIndex(head, block)]);
+  }
+  double Estimate(uint32_t head, uint32_t token) const {
+    const double weight = Weight(head, token);
+    if (!weights.bounded) return weight;
+    return weight * static_cast<double>(
+                        weights.estimate_share[weights.PageIndex(head, token / kBlockTokens)]);
   }
 
   double Normalizer(uint32_t head) const {
     double sum = std::exp(always_lse[head]);
-    for (const uint32_t token : PositionsOf(pool, kFirstBlock)) {
-      sum += Weight(weights.estimate, head, token);
-    }
+    for (const uint32_t token : PositionsOf(pool, kFirstBlock)) sum += Estimate(head, token);
     return sum;
   }
 
@@ -101,13 +106,13 @@ struct Weights {
 // Every candidate's score, and every head's share of it, in double.
 struct Ranking {
   Ranking(const Weights& from, bool proving, bool every_head) {
-    const std::vector<float>& numbers = proving ? from.weights.upper : from.weights.estimate;
     tokens = PositionsOf(from.candidates, kFirstBlock);
     for (const uint32_t token : tokens) {
       double score = 0.0;
       shares.emplace_back();
       for (uint32_t head = 0; head < from.weights.head_count; ++head) {
-        const double share = from.Weight(numbers, head, token) / from.Normalizer(head);
+        const double share = (proving ? from.Weight(head, token) : from.Estimate(head, token)) /
+                             from.Normalizer(head);
         shares.back().push_back(share);
         score = every_head ? std::max(score, share) : score + share;
       }
@@ -140,7 +145,7 @@ TEST(CpuChoose, TopKIsWhatSortingFinds) {
     ChooseScratch scratch;
     for (const uint32_t heads : {1U, 3U, 16U}) {
       for (const bool proving : {false, true}) {
-        const Weights from(heads, heads, 2.0);
+        const Weights from(heads, heads, 2.0, proving);
         const Ranking ranking(from, proving, proving);
         for (const uint32_t top_k : {1U, 2U, 64U, 300U, 100000U}) {
           ChooseTask task = from.Task();
@@ -162,7 +167,7 @@ double Rest(const Weights& from, const Ranking& ranking, bool proving, uint32_t 
   double rest = 0.0;
   if (proving) {
     for (const uint32_t token : PositionsOf(from.unread, kFirstBlock)) {
-      rest += from.Weight(from.weights.upper, head, token) / from.Normalizer(head);
+      rest += from.Weight(head, token) / from.Normalizer(head);
     }
   }
   const std::vector<uint32_t> positions = PositionsOf(kept, kFirstBlock);
@@ -199,7 +204,7 @@ TEST(CpuChoose, MassIsWhatSortingFinds) {
     for (const uint32_t heads : {1U, 4U, 7U}) {
       for (const bool proving : {false, true}) {
         for (const double spread : {0.5, 3.0}) {
-          const Weights from(heads, heads + 100, spread);
+          const Weights from(heads, heads + 100, spread, proving);
           const Ranking ranking(from, proving, /*every_head=*/true);
           for (const float limit : {0.5F, 0.1F, 0.01F}) {
             ChooseTask task = from.Task();
@@ -224,7 +229,7 @@ TEST(CpuChoose, MassIsWhatSortingFinds) {
 
 TEST(CpuChoose, BothRulesKeepTheLargerSet) {
   ChooseScratch scratch;
-  const Weights from(4, 5, 2.0);
+  const Weights from(4, 5, 2.0, /*bounded=*/false);
   ChooseTask task = from.Task();
   task.mass_limit = 0.2F;
   const uint32_t by_mass = CountTokens(Choose(task, &scratch));
@@ -237,10 +242,10 @@ TEST(CpuChoose, BothRulesKeepTheLargerSet) {
 TEST(CpuChoose, EqualWeightsAreTakenByPosition) {
   OnEveryTarget([] {
     ChooseScratch scratch;
-    Weights from(2, 1, 1.0);
+    Weights from(2, 1, 1.0, /*bounded=*/false);
     std::fill(from.weights.estimate.begin(), from.weights.estimate.end(), 1.0F);
     std::fill(from.weights.reference.begin(), from.weights.reference.end(), 0);
-    from.SumEstimates();
+    from.SumPages();
     ChooseTask task = from.Task();
     task.top_k = 77;
     const std::vector<uint32_t> kept = PositionsOf(Choose(task, &scratch), kFirstBlock);
@@ -257,7 +262,7 @@ TEST(CpuChoose, EqualWeightsAreTakenByPosition) {
 
 TEST(CpuChoose, UnknownWeightsAreKeptFirst) {
   ChooseScratch scratch;
-  Weights from(2, 3, 1.0);
+  Weights from(2, 3, 1.0, /*bounded=*/true);
   const float unknown = std::numeric_limits<float>::infinity();
   from.weights.Page(from.weights.upper, 1, kFirstBlock + 3)[5] = unknown;
   ChooseTask task = from.Task();
@@ -269,7 +274,7 @@ TEST(CpuChoose, UnknownWeightsAreKeptFirst) {
 
 TEST(CpuChoose, DilationStaysAmongCandidates) {
   ChooseScratch scratch;
-  const Weights from(3, 8, 2.0);
+  const Weights from(3, 8, 2.0, /*bounded=*/false);
   ChooseTask task = from.Task();
   task.top_k = 30;
   const TokenMask plain = Choose(task, &scratch);
@@ -287,18 +292,22 @@ TEST(CpuChoose, DilationStaysAmongCandidates) {
 
 TEST(CpuChoose, NothingIsChosenWithoutARule) {
   ChooseScratch scratch;
-  const Weights from(2, 3, 1.0);
+  const Weights from(2, 3, 1.0, /*bounded=*/false);
   EXPECT_EQ(CountTokens(Choose(from.Task(), &scratch)), 0U);
 }
 
-// ln of the exact sum of stored weights.
-long double LogSum(const Weights& from, const std::vector<float>& numbers, const TokenMask& mask) {
+// ln of the exact sum of stored weights, times their pages' shares if there are any.
+long double LogSum(const Weights& from, const std::vector<float>* shares, const TokenMask& mask) {
   long double sum = 0.0L;
   for (const uint32_t token : PositionsOf(mask, kFirstBlock)) {
     const uint32_t block = token / kBlockTokens;
-    sum += std::ldexp(
-        static_cast<long double>(from.weights.Page(numbers, 0, block)[token % kBlockTokens]),
-        from.weights.reference[from.weights.PageIndex(0, block)]);
+    const size_t page = from.weights.PageIndex(0, block);
+    const float weight = from.weights.Page(from.weights.upper, 0, block)[token % kBlockTokens];
+    const float share = shares == nullptr ? 1.0F : (*shares)[page];
+    // What stands for an underflow is no lower end.
+    if (shares != nullptr && weight == 0x1p-126F) continue;
+    sum += std::ldexp(static_cast<long double>(weight) * static_cast<long double>(share),
+                      from.weights.reference[page]);
   }
   return std::log(sum);
 }
@@ -306,35 +315,58 @@ long double LogSum(const Weights& from, const std::vector<float>& numbers, const
 TEST(CpuChoose, SumsAreRoundedOutward) {
   OnEveryTarget([] {
     for (uint64_t seed = 0; seed < 50; ++seed) {
-      Weights from(1, seed, 1.0 + static_cast<double>(seed % 5) * 4.0);
-      // Powers of two too far apart for a double are part of it.
+      Weights from(1, seed, 1.0 + static_cast<double>(seed % 5) * 4.0, /*bounded=*/true);
+      // Powers of two too far apart for a double are part of it, and underflows.
       const int32_t spread = seed % 3 == 0 ? 1500 : 40;
       std::mt19937_64 random(seed);
       for (int32_t& reference : from.weights.reference) {
         reference = static_cast<int32_t>(random() % (2 * spread)) - spread;
       }
-      const LogMassUpper upper = SumUpperWeights(from.weights, 0, from.pool);
-      const LogMassLower lower = SumLowerWeights(from.weights, 0, from.pool);
-      const long double exact_upper = LogSum(from, from.weights.upper, from.pool);
-      const long double exact_lower = LogSum(from, from.weights.lower, from.pool);
-      EXPECT_GE(upper.value, exact_upper);
-      EXPECT_LE(lower.value, exact_lower);
-      EXPECT_LE(upper.value, exact_upper + 1e-5L);
-      EXPECT_GE(lower.value, exact_lower - 1e-5L);
+      if (seed % 2 == 0) {
+        for (size_t i = 0; i < 40; ++i) {
+          from.weights.upper[random() % from.weights.upper.size()] = 0x1p-126F;
+        }
+        from.SumPages();
+      }
+      // Whole pages come with their sums, others are added up.
+      for (const TokenMask& mask : {from.pool, from.candidates, from.unread}) {
+        const LogMassUpper upper = SumUpperWeights(from.weights, 0, mask);
+        const LogMassLower lower = SumLowerWeights(from.weights, 0, mask);
+        const long double exact_upper = LogSum(from, nullptr, mask);
+        const long double exact_lower = LogSum(from, &from.weights.lower_share, mask);
+        EXPECT_GE(upper.value, exact_upper);
+        EXPECT_LE(lower.value, exact_lower);
+        EXPECT_LE(upper.value, exact_upper + 1e-5L);
+        EXPECT_GE(lower.value, exact_lower - 1e-5L);
+        EXPECT_NEAR(SumEstimates(from.weights, 0, mask).Log(),
+                    static_cast<double>(LogSum(from, &from.weights.estimate_share, mask)), 1e-5);
+      }
     }
+  });
+}
+
+// A page of nothing but underflows proves no mass at all.
+TEST(CpuChoose, UnderflowsAreNoLowerEnds) {
+  OnEveryTarget([] {
+    Weights from(1, 3, 1.0, /*bounded=*/true);
+    std::fill(from.weights.upper.begin(), from.weights.upper.end(), 0x1p-126F);
+    from.SumPages();
+    EXPECT_EQ(SumLowerWeights(from.weights, 0, from.pool).value, kLogZero);
+    EXPECT_GT(SumUpperWeights(from.weights, 0, from.pool).value, kLogZero);
   });
 }
 
 TEST(CpuChoose, SumsOfNothingAndOfUnknowns) {
   OnEveryTarget([] {
-    Weights from(1, 1, 1.0);
+    Weights from(1, 1, 1.0, /*bounded=*/true);
     const TokenMask none(kBlocks, 0);
     EXPECT_EQ(SumUpperWeights(from.weights, 0, none).value, kLogZero);
     EXPECT_EQ(SumLowerWeights(from.weights, 0, none).value, kLogZero);
     for (const float unknown :
          {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
-      const auto block = kFirstBlock + static_cast<uint32_t>(std::countr_zero(from.pool[0])) / 64;
-      from.weights.Page(from.weights.upper, 0, block)[std::countr_zero(from.pool[0])] = unknown;
+      from.weights.Page(from.weights.upper, 0, kFirstBlock)[std::countr_zero(from.pool[0])] =
+          unknown;
+      from.SumPages();
       EXPECT_EQ(SumUpperWeights(from.weights, 0, from.pool).value,
                 std::numeric_limits<double>::infinity());
     }

@@ -202,6 +202,11 @@ TEST_P(DeviceConformance, GivenIsReadAsGiven) {
 // and once in eps, and rounding weights to integers adds less than 0.001. The reference pays
 // nothing, so a device that claims less than it is found out by the other tests.
 constexpr double kBoundCost = 0.01;
+// A device may take the lower ends of a page from its upper ends and the widest interval of the
+// page, where the reference has every token's own.
+constexpr double kLowerCost = 0.6;
+// And the estimates from one factor per page, as a share of all attention.
+constexpr double kEstimateCost = 0.02;
 
 TEST_P(DeviceConformance, BoundAgreesWithReference) {
   if (device_->name() == "reference") GTEST_SKIP() << "it is the one compared with";
@@ -216,8 +221,9 @@ TEST_P(DeviceConformance, BoundAgreesWithReference) {
     const HeadCertificate& ours = call->certificates[head];
     const HeadCertificate& theirs = reference->certificates[head];
     EXPECT_NEAR(ours.log_dropped_upper.value, theirs.log_dropped_upper.value, kBoundCost);
-    EXPECT_NEAR(ours.log_dropped_lower.value, theirs.log_dropped_lower.value, kBoundCost);
-    EXPECT_NEAR(ours.dropped_mass_estimate, theirs.dropped_mass_estimate, 1e-3);
+    EXPECT_LE(ours.log_dropped_lower.value, theirs.log_dropped_lower.value + kBoundCost);
+    EXPECT_GE(ours.log_dropped_lower.value, theirs.log_dropped_lower.value - kLowerCost);
+    EXPECT_NEAR(ours.dropped_mass_estimate, theirs.dropped_mass_estimate, kEstimateCost);
     EXPECT_NEAR(ours.log_kept, theirs.log_kept, 1e-4);
   }
 }

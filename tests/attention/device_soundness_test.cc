@@ -63,6 +63,14 @@ class DeviceAdversary : public ::testing::TestWithParam<Parameters> {
     plan.prove = Guarantee::kDeterministic;
     plan.on_violation = OnViolation::kDense;
     run(nullptr);
+    plan.prove = Guarantee::kConfidence;
+    plan.on_violation = OnViolation::kGrow;
+    run(nullptr);
+    plan.max_output_error = 0.02F;
+    run(nullptr);
+    plan.max_dropped_mass = 1.0F;
+    plan.keep.mass_limit = 0.0F;
+    run(nullptr);
   }
 };
 
@@ -135,6 +143,7 @@ class RandomCase {
       if (plan.lists == lists.get() && Below(2) == 0) plan.frozen_lists = frozen.get();
       Call run(kv, options_.length, options_.query_count, kv.queries(), plan);
       const Oracle oracle(kv, run.row);
+      for (std::byte& byte : run.row.draw_key) byte = static_cast<std::byte>(random_());
       // Softened or sharpened logits may exceed what fp32 outputs resolve; bounds may not.
       run.Run(device_, *shape);
       CheckCall(kv, oracle, run, nullptr, slack);
@@ -173,8 +182,11 @@ class RandomCase {
     plan.given = given_;
     plan.given_offsets = offsets_;
     plan.dense_share = Below(2) == 0 ? 0.6F : 1.0F;
-    plan.prove = Below(4) == 0 ? static_cast<Guarantee>(Below(4)) : Guarantee::kDeterministic;
+    const Guarantee usual = Below(2) == 0 ? Guarantee::kConfidence : Guarantee::kDeterministic;
+    plan.prove = Below(4) == 0 ? static_cast<Guarantee>(Below(4)) : usual;
     if (Below(2) == 0) plan.max_dropped_mass = 0.5F / static_cast<float>(1 + Below(100));
+    if (Below(3) == 0) plan.max_output_error = 0.5F / static_cast<float>(1 + Below(100));
+    plan.draws_max = 1 + Below(300);
     plan.on_violation = static_cast<OnViolation>(Below(3));
     plan.mode = Below(5) == 0 ? Mode::kShadow : Mode::kEnforce;
     return plan;

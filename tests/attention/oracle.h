@@ -36,6 +36,8 @@ class Oracle {
   bool MayBeSilent(uint32_t head) const { return infinite_[head]; }
   // `selected` ascending.
   Truth Judge(uint32_t head, const std::vector<uint32_t>& selected) const;
+  // The largest norm of a value that the head's KV head sees; NaN if one is not finite.
+  long double LargestValueNorm(uint32_t head) const;
   // Attention over what the truth kept, [head_dim].
   std::vector<long double> Output(uint32_t head, const Truth& truth) const;
 
