@@ -68,8 +68,8 @@ void FinishCertificate(HeadCertificate* certificate);
 
 // Certificate of the union of two disjoint token sets (shards, or a worker's own window): masses of
 // the same side add, failure probabilities add, the level is the weaker one. Source: certificate
-// section 6, merging. The output error of a union depends on the parts' outputs, so it stays unknown
-// here: MergedOutputError (attention/output_error.h) bounds it.
+// section 6, merging. The output error of a union depends on the parts' outputs, so it stays
+// unknown here: MergedOutputError (attention/output_error.h) bounds it.
 HeadCertificate Merge(const HeadCertificate& a, const HeadCertificate& b);
 
 // Upper bound in nats of the mutual information between context and attended index that is lost

@@ -81,12 +81,23 @@ class HostLists : public TokenLists {
   void SetSelection(uint32_t kv_head, absl::Span<const uint32_t> tokens);
   void ClearSelection(uint32_t kv_head);
 
+  // A stretch of positions that is answered densely without a scan (Plan::dense_positions).
+  bool IsDense(uint32_t kv_head, uint32_t position) const {
+    return position >= heads_[kv_head].dense_begin && position < heads_[kv_head].dense_end;
+  }
+  void SetDense(uint32_t kv_head, uint32_t begin, uint32_t end) {
+    heads_[kv_head].dense_begin = begin;
+    heads_[kv_head].dense_end = end;
+  }
+
  private:
   struct Head {
     std::vector<Anchor> anchors;
     std::vector<float> queries;
     std::vector<uint32_t> selection;
     bool has_selection = false;
+    uint32_t dense_begin = 0;
+    uint32_t dense_end = 0;
     uint64_t tick = 0;
   };
 

@@ -6,7 +6,8 @@
 //                 slice, tokens that a sketch marks `exact`
 //   middle        everything else that is visible: [sink_end, local_begin) above visible_begin;
 //                 `source` says where its choice comes from
-//   hidden        [sink_end, visible_begin): never read (PSAW), always covered by the certificate
+//   hidden        [sink_end, visible_begin): not read (PSAW) unless a limit cannot be proven
+//                 otherwise, always covered by the certificate
 //
 // Selection is per KV head (its query heads share one list), certificates are per query token and
 // query head.
@@ -35,14 +36,17 @@ enum class Source : uint8_t {
   kGiven,  // Take the caller's own positions.
 };
 
-// How many of the scanned tokens are kept. Both rules may be set: then the larger set is kept.
-// Neither set keeps none.
+// How many of the scanned tokens are kept. Of several rules the one that keeps most counts; none
+// keeps none.
 struct KeepRule {
   // Keep at least this many tokens of the middle per KV head (0 = off).
   uint32_t top_k = 0;
   // Keep the smallest set for which the certificate's dropped mass reaches this limit for every
   // query head (0 = off). With prove = none the estimated mass is used instead of its bound.
   float mass_limit = 0.0F;
+  // Keep the smallest set for which the output error of every query head is expected to be proven
+  // to be at most this, as Plan::max_output_error counts it (0 = off). Needs a proof.
+  float output_limit = 0.0F;
   // Every kept token among the strongest `dilate_strongest` also brings its neighbours within
   // +-dilate_radius (0 = off).
   uint32_t dilate_strongest = 0;
@@ -88,6 +92,11 @@ struct Plan {
   // Planned sets larger than this share of the visible tokens are answered densely (certificate
   // section 5: 0.6).
   float dense_share = 0.6F;
+
+  // kScan with `lists`: a KV head that had to be answered densely is answered so without a scan for
+  // this many positions more, then tried again (0 = off). The head rarely changes its mind, and a
+  // scan in vain costs a sixth of reading everything.
+  uint32_t dense_positions = 0;
 
   Guarantee prove = Guarantee::kNone;
   // Limits on every query head; with both set both must hold. The share of softmax mass that is not

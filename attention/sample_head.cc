@@ -100,7 +100,6 @@ bool OutputPopulation::Propose(const Population& population, absl::Span<const fl
 
 OutputSample SampleOutput(const OutputPopulation& population, const KeyedBits& bits,
                           const OutputSampling& sampling, ReadTokens read) {
-  constexpr uint32_t kFirstLook = 64;
   WeightedDraws draws;
   draws.Begin(population.sums, bits, sampling.draws_max);
   Compensation compensation;
@@ -112,7 +111,7 @@ OutputSample SampleOutput(const OutputPopulation& population, const KeyedBits& b
   std::vector<float> values(size_t{kDrawsPerLook} * sampling.head_dim);
   OutputSample sample;
   sample.correction.resize(sampling.head_dim);
-  for (uint32_t look = kFirstLook; compensation.count() < sampling.draws_max;) {
+  for (uint32_t look = kDrawsPerLook; compensation.count() < sampling.draws_max;) {
     const uint32_t count = std::min(kDrawsPerLook, sampling.draws_max - compensation.count());
     for (uint32_t i = 0; i < count; ++i) {
       const WeightedDraws::Token drawn = draws.Next(weights_of);
@@ -126,7 +125,8 @@ OutputSample SampleOutput(const OutputPopulation& population, const KeyedBits& b
                        sampling.center);
     }
     if (compensation.count() < look && compensation.count() < sampling.draws_max) continue;
-    look *= 2;
+    // 32, 64, 96, 128, 192, 288 ...: a look costs as much as some draws.
+    look += std::max(kDrawsPerLook, look / 2 / kDrawsPerLook * kDrawsPerLook);
     sample.result = compensation.Finish(sampling.masses, sampling.eta, sample.correction.data());
     if (sample.result.error_upper <= sampling.enough) break;
   }

@@ -115,7 +115,7 @@ struct OutputSample {
 using ReadTokens = absl::FunctionRef<void(absl::Span<const uint32_t> positions,
                                           absl::Span<DrawnWeight> weights, float* values)>;
 
-// Draws tokens with replacement and looks after 64, 128, 256 ... of them.
+// Draws tokens with replacement and looks after 32, 64, 96, 128, 192 ... of them.
 OutputSample SampleOutput(const OutputPopulation& population, const KeyedBits& bits,
                           const OutputSampling& sampling, ReadTokens read);
 

@@ -1,6 +1,7 @@
 #include "attention/cpu/choose.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cassert>
 #include <cmath>
@@ -15,14 +16,25 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 // clang-format on
+#include "attention/cpu/exp.h"
+#include "attention/cpu/page_sum-inl.h"
 
 #ifndef KVSERVICE_ATTENTION_CPU_CHOOSE_ONCE
 #define KVSERVICE_ATTENTION_CPU_CHOOSE_ONCE
 namespace kvservice {
 namespace {
 
-// What the weights of a page are multiplied with before they are added up.
-enum class Share : uint8_t { kNumbers, kLower, kEstimate };
+// Quarters of octaves of all floats that are not negative.
+constexpr int32_t kQuarterBits = 21;
+constexpr size_t kQuarters = 1024;
+// A guess at a threshold looks at this many groups of 16 tokens, or at all if there are not twice
+// as many.
+constexpr uint32_t kGuessTokens = 16;
+constexpr uint32_t kGuessGroups = 64;
+
+// A page's power of two is the nearest to its largest weight: that is at most 2^0.5, but for
+// rounding.
+constexpr float kPageWeightMax = 1.5F;
 
 }  // namespace
 }  // namespace kvservice
@@ -34,187 +46,136 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-// 64 weights of 2^-126, and 2^10 times as much: see SumWeightsTarget.
-constexpr double kUnderflowMax = 0x1p-110;
-
-using FloatTag = hn::CappedTag<float, 16>;
-using ScoreTag = hn::CappedTag<int16_t, 32>;
-
-// The lanes of a vector that a word's bits select, from bit `token` on. Reads eight bytes of
-// `bits`.
-template <class D>
-HWY_INLINE hn::Mask<D> MaskOf(D d, uint64_t word, size_t token) {
-  const uint64_t bits = word >> token;
-  return hn::LoadMaskBits(d, reinterpret_cast<const uint8_t*>(&bits));
-}
-
-// Sums of the selected numbers of a page, one per lane.
-HWY_INLINE hn::Vec<FloatTag> SumLanes(const float* HWY_RESTRICT numbers, uint64_t word) {
-  const FloatTag d;
-  auto sum = hn::Zero(d);
-  if (word == ~uint64_t{0}) {
-    for (size_t t = 0; t < kBlockTokens; t += hn::Lanes(d)) {
-      sum = hn::Add(sum, hn::LoadU(d, numbers + t));
+// Where a block's weights lie, per head that counts.
+struct BlockPages {
+  HWY_INLINE explicit BlockPages(const SplitTask& task) : heads(task.heads.size()) {
+    const ScanWeights& weights = *task.weights;
+    for (size_t h = 0; h < heads; ++h) {
+      first[h] = weights.Page(weights.numbers(), task.heads[h], weights.block_begin);
+      sums[h] = &weights.page_sum[weights.PageIndex(task.heads[h], weights.block_begin)];
     }
-    return sum;
   }
-  for (size_t t = 0; t < kBlockTokens; t += hn::Lanes(d)) {
-    sum = hn::Add(sum, hn::IfThenElseZero(MaskOf(d, word, t), hn::LoadU(d, numbers + t)));
-  }
-  return sum;
-}
 
-// Adds up pages in lanes of doubles: only up to 16 additions per page round to fp32.
-class PageAdder {
- public:
-  HWY_INLINE PageAdder() : low_(hn::Zero(d64_)), high_(hn::Zero(d64_)) {}
-  HWY_INLINE void Add(hn::Vec<FloatTag> page, double scale) {
-    const hn::Half<FloatTag> half;
-    const auto factor = hn::Set(d64_, scale);
-    low_ = hn::MulAdd(hn::PromoteTo(d64_, hn::LowerHalf(half, page)), factor, low_);
-    high_ = hn::MulAdd(hn::PromoteTo(d64_, hn::UpperHalf(half, page)), factor, high_);
-  }
-  HWY_INLINE double Sum() const { return hn::GetLane(hn::SumOfLanes(d64_, hn::Add(low_, high_))); }
-
- private:
-  using DoubleTag = hn::Repartition<double, FloatTag>;
-  const DoubleTag d64_;
-  hn::Vec<DoubleTag> low_;
-  hn::Vec<DoubleTag> high_;
+  const size_t heads;
+  std::array<const float*, HeadSet().size()> first;  // of the first block
+  std::array<const float*, HeadSet().size()> sums;
 };
 
-ScaledSum SumWeightsTarget(const ScanWeights& weights, Share share, uint32_t head,
-                           absl::Span<const uint64_t> mask) {
-  const size_t first_page = weights.PageIndex(head, weights.block_begin);
-  const int32_t* references = &weights.reference[first_page];
-  const float* page_sums = &weights.page_sum[first_page];
-  const float* shares = share == Share::kLower      ? &weights.lower_share[first_page]
-                        : share == Share::kEstimate ? &weights.estimate_share[first_page]
-                                                    : nullptr;
-  // Upper ends are rounded up where they vanish next to the sum, all else down.
-  const bool upward = weights.bounded && share == Share::kNumbers;
-  const float* numbers = weights.Page(weights.numbers(), head, weights.block_begin);
-  ScaledSum sum;
-  for (size_t i = 0; i < mask.size(); ++i) {
-    if (mask[i] != 0) sum.reference = HWY_MAX(sum.reference, references[i]);
-  }
-  PageAdder adder;
-  double whole_pages = 0.0;
-  for (uint32_t i = 0; i < mask.size(); ++i) {
-    if (mask[i] == 0) continue;
-    const int32_t change = references[i] - sum.reference;
-    if (change < kScaleMin && !upward) continue;
-    double scale = ScaleOf(change);
-    if (shares != nullptr) {
-      if (shares[i] == 0.0F) continue;
-      scale *= static_cast<double>(shares[i]);
-    }
-    if (mask[i] == ~uint64_t{0}) {
-      whole_pages += static_cast<double>(page_sums[i]) * scale;
-    } else {
-      adder.Add(SumLanes(numbers + size_t{i} * kBlockTokens, mask[i]), scale);
-    }
-    // Weights that stand for an exponential which underflowed are no lower ends: what they and the
-    // rounding of what is left may come to.
-    if (share == Share::kLower) whole_pages -= kUnderflowMax * scale;
-  }
-  sum.sum = adder.Sum() + whole_pages;
-  // NaN stays: it says that nothing is known.
-  if (sum.sum < 0.0) sum.sum = 0.0;
-  return sum;
-}
-
-// Cuts shares to scores: the upper half of a float's bits, which rise with it; -1 for tokens that
-// are no candidates.
-template <class V>
-HWY_INLINE void StoreScores(V share, hn::Mask<FloatTag> candidates, int16_t* to) {
-  const hn::RebindToSigned<FloatTag> di;
-  const hn::Rebind<int16_t, FloatTag> d16;
-  // Without the sign, which NaN may carry.
-  const auto bits = hn::And(hn::ShiftRight<16>(hn::BitCast(di, share)), hn::Set(di, 0x7fff));
-  const auto score = hn::IfThenElse(hn::RebindMask(di, candidates), bits, hn::Set(di, -1));
-  hn::StoreU(hn::DemoteTo(d16, score), d16, to);
-}
-
-// Scores of a block from its weights. With kByMass also stores every head's shares, [head][blocks *
-// 64].
-template <bool kByMass, bool kLargest>
-HWY_INLINE void ScoreBlock(const ChooseTask& task, uint32_t index, ChooseScratch* scratch) {
+// Scores of a vector of tokens, from token `token` of the first block on.
+template <bool kLargest>
+HWY_INLINE hn::Vec<FloatTag> Scores(const BlockPages& pages, const float* factors, size_t token) {
   const FloatTag d;
-  const ScanWeights& weights = *task.weights;
-  const std::vector<float>& numbers = weights.numbers();
-  const size_t blocks = task.candidates.size();
-  const size_t stride = blocks * kBlockTokens;
+  const auto unknown = hn::Set(d, std::numeric_limits<float>::infinity());
+  auto score = hn::Zero(d);
+  for (size_t h = 0; h < pages.heads; ++h) {
+    auto share = hn::Mul(hn::LoadU(d, pages.first[h] + token), hn::Set(d, factors[h]));
+    // NaN is more than any number: nothing is known.
+    share = hn::IfThenElse(hn::Ge(share, hn::Zero(d)), share, unknown);
+    score = kLargest ? hn::Max(score, share) : hn::Add(score, share);
+  }
+  // Without the sign that the NaN of an infinite weight may carry: scores are taken for integers.
+  return hn::Abs(score);
+}
+
+// Scores of a block's tokens; returns those that are at least `threshold`.
+template <bool kLargest>
+HWY_INLINE uint64_t ScoreBlock(const BlockPages& pages, const float* factors, size_t block,
+                               float threshold, float* HWY_RESTRICT scores) {
+  const FloatTag d;
+  const auto least = hn::Set(d, threshold);
+  uint64_t above = 0;
   for (size_t t = 0; t < kBlockTokens; t += hn::Lanes(d)) {
-    auto score = hn::Zero(d);
-    for (uint32_t head = 0; head < weights.head_count; ++head) {
-      const float* page = weights.Page(numbers, head, weights.block_begin + index);
-      const auto share =
-          hn::Mul(hn::LoadU(d, page + t), hn::Set(d, scratch->factors[head * blocks + index]));
-      score = kLargest ? hn::Max(score, share) : hn::Add(score, share);
-      if constexpr (kByMass) {
-        hn::StoreU(share, d, &scratch->shares[head * stride + index * kBlockTokens + t]);
+    const auto score = Scores<kLargest>(pages, factors, block * kBlockTokens + t);
+    hn::Store(score, d, scores + t);
+    uint64_t bits = 0;
+    hn::StoreMaskBits(d, hn::Ge(score, least), reinterpret_cast<uint8_t*>(&bits));
+    above |= bits << t;
+  }
+  return above;
+}
+
+// Adds to rests[place] the shares of candidates that score below `threshold`, and makes entries of
+// the others. Without `rests` masses do not count.
+void SplitTarget(const SplitTask& task, float threshold, absl::Span<double> rests,
+                 std::vector<ChooseScratch::Entry>* entries) {
+  const BlockPages pages(task);
+  HWY_ALIGN std::array<float, kBlockTokens> scores;
+  const auto reaches = [&](size_t block) HWY_ATTR {
+    const float* factors = task.factors + block * pages.heads;
+    float reach = 0.0F;
+    for (size_t h = 0; h < pages.heads; ++h) {
+      reach = task.largest ? HWY_MAX(reach, factors[h]) : reach + factors[h];
+    }
+    return !(reach * kPageWeightMax < threshold);
+  };
+  for (uint32_t i = 0; i < task.candidates.size(); ++i) {
+    if (const size_t ahead = i + kPagesAhead; ahead < task.candidates.size()) {
+      if (task.candidates[ahead] != 0 && reaches(ahead)) {
+        for (size_t h = 0; h < pages.heads; ++h)
+          PrefetchPage(pages.first[h] + ahead * kBlockTokens);
       }
     }
-    StoreScores(score, MaskOf(d, task.candidates[index], t),
-                &scratch->scores[size_t{index} * kBlockTokens + t]);
-  }
-}
-
-void ScoreTarget(const ChooseTask& task, bool by_mass, ChooseScratch* scratch) {
-  for (uint32_t index = 0; index < task.candidates.size(); ++index) {
-    if (task.candidates[index] == 0) {
-      std::fill_n(&scratch->scores[size_t{index} * kBlockTokens], kBlockTokens, int16_t{-1});
-    } else if (by_mass) {
-      ScoreBlock<true, true>(task, index, scratch);
-    } else if (task.proving) {
-      ScoreBlock<false, true>(task, index, scratch);
-    } else {
-      ScoreBlock<false, false>(task, index, scratch);
+    const uint64_t word = task.candidates[i];
+    if (word == 0) continue;
+    const float* factors = task.factors + i * pages.heads;
+    uint64_t above = 0;
+    if (reaches(i)) {
+      above =
+          word & (task.largest ? ScoreBlock<true>(pages, factors, i, threshold, scores.data())
+                               : ScoreBlock<false>(pages, factors, i, threshold, scores.data()));
+    }
+    for (uint64_t bits = above; bits != 0; bits &= bits - 1) {
+      const auto token = static_cast<uint32_t>(std::countr_zero(bits));
+      entries->push_back({i * kBlockTokens + token, scores[token]});
+    }
+    const uint64_t below = word & ~above;
+    if (below == 0) continue;
+    for (size_t h = 0; h < rests.size(); ++h) {
+      const float sum = SumPage(pages.first[h] + size_t{i} * kBlockTokens, pages.sums[h][i], below);
+      rests[h] += static_cast<double>(sum) * static_cast<double>(factors[h]);
     }
   }
 }
 
-// How many scores are at least `threshold` (>= 0).
-size_t CountTarget(absl::Span<const int16_t> scores, int16_t threshold) {
-  const ScoreTag d;
-  const auto below = hn::Set(d, static_cast<int16_t>(threshold - 1));
-  size_t count = 0;
-  for (size_t i = 0; i < scores.size(); i += hn::Lanes(d)) {
-    count += hn::CountTrue(d, hn::Gt(hn::LoadU(d, &scores[i]), below));
+// Histogram of the scores of a part of the candidates, every `stride`-th group of 16 tokens, and
+// with `sums` of every head's shares: sums[place * kQuarters + quarter]. Returns how many there
+// are.
+uint32_t SampleTarget(const SplitTask& task, uint32_t stride, absl::Span<float> sums,
+                      absl::Span<uint32_t> counts) {
+  const FloatTag d;
+  const BlockPages pages(task);
+  HWY_ALIGN std::array<float, kGuessTokens> scores;
+  constexpr uint32_t kParts = kBlockTokens / kGuessTokens;
+  const auto groups = static_cast<uint32_t>(task.candidates.size() * kParts);
+  uint32_t seen = 0;
+  for (uint32_t group = 0; group < groups; group += stride) {
+    if (const size_t ahead = size_t{group} + size_t{stride} * kGroupsAhead; ahead < groups) {
+      for (size_t h = 0; h < pages.heads; ++h) {
+        hwy::Prefetch(pages.first[h] + ahead * kGuessTokens);
+      }
+    }
+    const uint64_t word = task.candidates[group / kParts] >> (group % kParts * kGuessTokens);
+    constexpr uint64_t kGroup = (uint64_t{1} << kGuessTokens) - 1;
+    if ((word & kGroup) == 0) continue;
+    const float* factors = task.factors + group / kParts * pages.heads;
+    const size_t first = size_t{group} * kGuessTokens;
+    for (size_t t = 0; t < kGuessTokens; t += hn::Lanes(d)) {
+      const auto score = task.largest ? Scores<true>(pages, factors, first + t)
+                                      : Scores<false>(pages, factors, first + t);
+      hn::Store(score, d, scores.data() + t);
+    }
+    for (uint64_t bits = word & kGroup; bits != 0; bits &= bits - 1) {
+      const auto token = static_cast<size_t>(std::countr_zero(bits));
+      const auto quarter =
+          static_cast<size_t>(std::bit_cast<int32_t>(scores[token]) >> kQuarterBits);
+      ++counts[quarter];
+      ++seen;
+      for (size_t h = 0; h * kQuarters < sums.size(); ++h) {
+        sums[h * kQuarters + quarter] += pages.first[h][first + token] * factors[h];
+      }
+    }
   }
-  return count;
-}
-
-// The tokens of a block whose scores are at least `threshold` (>= 0).
-uint64_t SelectWord(const int16_t* scores, int16_t threshold) {
-  const ScoreTag d;
-  const auto below = hn::Set(d, static_cast<int16_t>(threshold - 1));
-  uint64_t word = 0;
-  for (size_t t = 0; t < kBlockTokens; t += hn::Lanes(d)) {
-    uint64_t bits = 0;
-    hn::StoreMaskBits(d, hn::Gt(hn::LoadU(d, scores + t), below),
-                      reinterpret_cast<uint8_t*>(&bits));
-    word |= bits << t;
-  }
-  return word;
-}
-
-void SelectTarget(absl::Span<const int16_t> scores, int16_t threshold, TokenMask* mask) {
-  for (size_t i = 0; i < mask->size(); ++i) {
-    (*mask)[i] = SelectWord(&scores[i * kBlockTokens], threshold);
-  }
-}
-
-// Sum of the shares of candidates whose scores are below `threshold`.
-double SumBelowTarget(absl::Span<const int16_t> scores, const float* HWY_RESTRICT shares,
-                      absl::Span<const uint64_t> candidates, int16_t threshold) {
-  PageAdder adder;
-  for (size_t i = 0; i < candidates.size(); ++i) {
-    const uint64_t below = candidates[i] & ~SelectWord(&scores[i * kBlockTokens], threshold);
-    if (below != 0) adder.Add(SumLanes(shares + i * kBlockTokens, below), 1.0);
-  }
-  return adder.Sum();
+  return seen;
 }
 
 }  // namespace HWY_NAMESPACE
@@ -225,238 +186,257 @@ HWY_AFTER_NAMESPACE();
 namespace kvservice {
 namespace {
 
-HWY_EXPORT(SumWeightsTarget);
-HWY_EXPORT(ScoreTarget);
-HWY_EXPORT(CountTarget);
-HWY_EXPORT(SelectTarget);
-HWY_EXPORT(SumBelowTarget);
-
-ScaledSum SumWeights(const ScanWeights& weights, Share share, uint32_t head,
-                     absl::Span<const uint64_t> mask) {
-  return HWY_DYNAMIC_DISPATCH(SumWeightsTarget)(weights, share, head, mask);
-}
+HWY_EXPORT(SplitTarget);
+HWY_EXPORT(SampleTarget);
 
 constexpr double kLog2E64 = 0x1.71547652b82fep+0;
-// The highest threshold asked for; infinity scores 0x7f80.
-constexpr int32_t kThresholdMax = 0x7ffe;
-// A plan by mass leaves this much of its limit to the difference between estimated and measured
-// normalisers (certificate section 3, step 2).
-constexpr double kPlannedShare = 0.93;
 
-// Masses of all heads that a choice is measured against.
-class Normalizers {
- public:
-  explicit Normalizers(const ChooseTask& task) {
-    const ScanWeights& weights = *task.weights;
-    for (uint32_t head = 0; head < weights.head_count; ++head) {
-      ScaledSum sum = SumEstimates(weights, head, task.pool);
-      const double always = task.always_lse[head];
-      if (std::isfinite(always)) {
-        const auto exponent = static_cast<int32_t>(
-            std::clamp(always * kLog2E64, static_cast<double>(kReferenceMin), 3e6));
-        sum.Add(std::exp(always - exponent * kLn2), exponent, /*upward=*/false);
-      }
-      sums_.push_back(sum);
-    }
-  }
+// Scores by the upper 16 bits of a float, which rise with it: 128 steps per octave.
+constexpr int32_t kStepBits = 16;
+// Steps of a histogram, from the least score in it; what lies above is in the last one.
+constexpr int32_t kStepsMax = 4096;
+// What a guess leaves to the difference between a sample and the whole.
+constexpr double kGuessedShare = 0.75;
+constexpr double kGuessedCount = 1.5;
+constexpr uint32_t kGuessesMax = 4;
 
-  // What a head's weights with the given power of two must be multiplied with to be shares.
-  double Factor(uint32_t head, int32_t exponent) const {
-    const ScaledSum& sum = sums_[head];
-    if (sum.sum == 0.0) return ScaleOf(exponent - sum.reference);
-    return ScaleOf(exponent - sum.reference) / sum.sum;
-  }
+int32_t StepOf(float score) { return std::bit_cast<int32_t>(score) >> kStepBits; }
 
- private:
-  std::vector<ScaledSum> sums_;
-};
-
-// Shares of what is dropped in any case, per head; empty where masses do not count.
-std::vector<double> UnreadShares(const ChooseTask& task, const Normalizers& normalizers) {
-  std::vector<double> shares;
-  if (!(task.mass_limit > 0.0F)) return shares;
-  const ScanWeights& weights = *task.weights;
-  for (uint32_t head = 0; head < weights.head_count; ++head) {
-    shares.push_back(0.0);
-    if (!task.proving) continue;
-    const ScaledSum sum = SumWeights(weights, Share::kNumbers, head, task.unread);
-    shares.back() = sum.sum * normalizers.Factor(head, sum.reference);
-  }
-  return shares;
+// What a head's weights with the given power of two must be multiplied with to be shares.
+double FactorOf(const ScaledSum& normalizer, int32_t exponent) {
+  const double scale = ScaleOf(exponent - normalizer.reference);
+  return normalizer.sum == 0.0 ? scale : scale / normalizer.sum;
 }
 
-// The two rules of a plan, as questions about thresholds: is it enough to keep all candidates with
-// a score of at least this much?
-class KeepRules {
- public:
-  // `unread` as from UnreadShares; empty leaves only top_k.
-  KeepRules(const ChooseTask& task, uint32_t top_k, std::vector<double> unread,
-            const ChooseScratch& scratch)
-      : task_(task),
-        scratch_(scratch),
-        top_k_(top_k),
-        limit_(kPlannedShare * static_cast<double>(task.mass_limit)),
-        unread_(std::move(unread)) {}
-
-  bool Hold(int32_t threshold) const {
-    const auto least = static_cast<int16_t>(threshold);
-    if (CountAtLeast(least) < top_k_) return false;
-    for (uint32_t head = 0; head < unread_.size(); ++head) {
-      if (!(Rest(head, least) <= limit_)) return false;
-    }
-    return true;
+ScaledSum NormalizerOf(const ChooseTask& task, uint32_t head) {
+  ScaledSum sum = SumEstimates(*task.weights, head, task.pool);
+  const double always = task.always_lse[head];
+  if (std::isfinite(always)) {
+    const auto exponent = static_cast<int32_t>(
+        std::clamp(always * kLog2E64, static_cast<double>(kReferenceMin), 3e6));
+    sum.Add(std::exp(always - exponent * kLn2), exponent, /*upward=*/false);
   }
-
-  size_t CountAtLeast(int16_t threshold) const {
-    return HWY_DYNAMIC_DISPATCH(CountTarget)(scores(), threshold);
-  }
-
-  // A head's share of what has a lower score.
-  double Rest(uint32_t head, int16_t threshold) const {
-    const float* shares = &scratch_.shares[head * scores().size()];
-    return unread_[head] +
-           HWY_DYNAMIC_DISPATCH(SumBelowTarget)(scores(), shares, task_.candidates, threshold);
-  }
-
-  // Adds candidates that score exactly `threshold`, by position, until the rules hold.
-  void Fill(int32_t threshold, TokenMask* kept) const {
-    size_t count = CountTokens(*kept);
-    std::vector<double> rests;
-    for (uint32_t head = 0; head < unread_.size(); ++head) {
-      rests.push_back(Rest(head, static_cast<int16_t>(threshold + 1)));
-    }
-    const auto enough = [&] {
-      return count >= top_k_ && std::all_of(rests.begin(), rests.end(),
-                                            [this](double rest) { return rest <= limit_; });
-    };
-    for (size_t i = 0; i < scores().size(); ++i) {
-      if (scores()[i] != threshold) continue;
-      if (enough()) return;
-      (*kept)[i / kBlockTokens] |= uint64_t{1} << (i % kBlockTokens);
-      ++count;
-      for (uint32_t head = 0; head < rests.size(); ++head) {
-        rests[head] -= static_cast<double>(scratch_.shares[head * scores().size() + i]);
-      }
-    }
-  }
-
- private:
-  absl::Span<const int16_t> scores() const {
-    return absl::MakeConstSpan(scratch_.scores.data(), task_.candidates.size() * kBlockTokens);
-  }
-
-  const ChooseTask& task_;
-  const ChooseScratch& scratch_;
-  const uint32_t top_k_;
-  const double limit_;
-  const std::vector<double> unread_;
-};
-
-// The highest threshold at which a falling predicate holds, given that it holds at 0.
-template <class Predicate>
-int32_t HighestThreshold(const Predicate& holds) {
-  int32_t low = 0;
-  int32_t high = kThresholdMax + 1;
-  while (high - low > 1) {
-    const int32_t middle = (low + high) / 2;
-    (holds(middle) ? low : high) = middle;
-  }
-  return low;
-}
-
-// Candidates scoring above the threshold.
-TokenMask SelectAbove(int32_t threshold, size_t blocks, const ChooseScratch& scratch) {
-  TokenMask mask(blocks, 0);
-  HWY_DYNAMIC_DISPATCH(SelectTarget)
-  (absl::MakeConstSpan(scratch.scores.data(), blocks * kBlockTokens),
-   static_cast<int16_t>(threshold + 1), &mask);
-  return mask;
-}
-
-// The candidates that the rules ask for, strongest first.
-TokenMask Apply(const KeepRules& rules, size_t blocks, const ChooseScratch& scratch) {
-  // Every candidate scores at least 0; where even all of them are not enough, all are kept.
-  const int32_t threshold = HighestThreshold([&](int32_t t) { return rules.Hold(t); });
-  TokenMask kept = SelectAbove(threshold, blocks, scratch);
-  rules.Fill(threshold, &kept);
-  return kept;
-}
-
-void Reserve(const ChooseTask& task, bool by_mass, ChooseScratch* scratch) {
-  const size_t pages = task.weights->head_count * task.candidates.size();
-  const auto grow = [](size_t size, auto* numbers) {
-    if (numbers->size() < size) numbers->resize(size);
-  };
-  grow(task.candidates.size() * kBlockTokens, &scratch->scores);
-  grow(pages, &scratch->factors);
-  if (by_mass) grow(pages * kBlockTokens, &scratch->shares);
+  return sum;
 }
 
 }  // namespace
 
-void ScaledSum::Add(double mass, int32_t exponent, bool upward) {
-  if (mass == 0.0) return;
-  if (exponent > reference) {
-    const int32_t change = reference - exponent;
-    sum *= change < kScaleMin && !upward ? 0.0 : ScaleOf(change);
-    reference = exponent;
+Chooser::Chooser(const ChooseTask& task, ChooseScratch* scratch)
+    : task_(task),
+      scratch_(scratch),
+      blocks_(task.candidates.size()),
+      by_mass_(task.mass_limit > 0.0F),
+      largest_(by_mass_ || task.proving),
+      limit_(task.planned_share * static_cast<double>(task.mass_limit)),
+      candidate_count_(CountTokens(task.candidates)),
+      top_k_(std::min(task.top_k, candidate_count_)) {
+  assert(!task.proving || task.weights->bounded);
+  for (uint32_t head = 0; head < task.weights->head_count; ++head) {
+    if (task.excused[head]) continue;
+    heads_.push_back(head);
+    normalizers_.push_back(NormalizerOf(task, head));
   }
-  const int32_t change = exponent - reference;
-  sum += change < kScaleMin && !upward ? 0.0 : mass * ScaleOf(change);
 }
 
-double ScaledSum::Log() const { return sum == 0.0 ? kLogZero : std::log(sum) + reference * kLn2; }
-
-ScaledSum SumEstimates(const ScanWeights& weights, uint32_t head, absl::Span<const uint64_t> mask) {
-  return SumWeights(weights, weights.bounded ? Share::kEstimate : Share::kNumbers, head, mask);
-}
-
-LogMassUpper SumUpperWeights(const ScanWeights& weights, uint32_t head,
-                             absl::Span<const uint64_t> mask) {
-  const double log = SumWeights(weights, Share::kNumbers, head, mask).Log();
-  // Infinity, and NaN too, in the weights: nothing is known.
-  if (!(log < std::numeric_limits<double>::infinity())) {
-    return {std::numeric_limits<double>::infinity()};
+// Sets factors and what no choice changes, for one sample factor.
+void Chooser::SetFactors(double sample_factor) {
+  const ScanWeights& weights = *task_.weights;
+  scratch_->factors.resize(blocks_ * heads_.size());
+  for (size_t place = 0; place < heads_.size(); ++place) {
+    const size_t first_page = weights.PageIndex(heads_[place], weights.block_begin);
+    const ScaledSum& normalizer = normalizers_[place];
+    const double inverse = normalizer.sum == 0.0 ? 1.0 : 1.0 / normalizer.sum;
+    for (size_t i = 0; i < blocks_; ++i) {
+      if (task_.candidates[i] == 0) continue;
+      const size_t page = first_page + i;
+      double factor = ScaleOf(weights.reference[page] - normalizer.reference) * inverse;
+      if (weights.bounded) {
+        const auto estimate = static_cast<double>(weights.estimate_share[page]);
+        factor *= task_.proving ? estimate + sample_factor * (1.0 - estimate) : estimate;
+      }
+      // Unknown weights are infinite, but for those that a head does not see.
+      const bool known = weights.page_sum[page] <= std::numeric_limits<float>::max();
+      scratch_->factors[i * heads_.size() + place] =
+          known ? static_cast<float>(factor) : std::numeric_limits<float>::max();
+    }
   }
-  return {WidenUp(log + kMassError)};
+  unread_.assign(by_mass_ ? heads_.size() : 0, 0.0);
+  if (!by_mass_ || !task_.proving || CountTokens(task_.unread) == 0) return;
+  for (size_t place = 0; place < heads_.size(); ++place) {
+    const MaskSums sums = SumMask(weights, heads_[place], task_.unread);
+    const double sum = sums.estimate.sum + sample_factor * (sums.weight.sum - sums.estimate.sum);
+    unread_[place] = sum * FactorOf(normalizers_[place], sums.weight.reference);
+  }
 }
 
-LogMassLower SumLowerWeights(const ScanWeights& weights, uint32_t head,
-                             absl::Span<const uint64_t> mask) {
-  const double log = SumWeights(weights, Share::kLower, head, mask).Log();
-  if (!(log < std::numeric_limits<double>::infinity())) return {kLogZero};
-  return {WidenDown(log - kMassError)};
+SplitTask Chooser::Split() const {
+  SplitTask split;
+  split.weights = task_.weights;
+  split.heads = heads_;
+  split.candidates = task_.candidates;
+  split.factors = scratch_->factors.data();
+  split.largest = largest_;
+  return split;
+}
+
+float Chooser::ShareOf(size_t place, uint32_t index) const {
+  const ScanWeights& weights = *task_.weights;
+  const float* page =
+      weights.Page(weights.numbers(), heads_[place], weights.block_begin + index / kBlockTokens);
+  const float share =
+      page[index % kBlockTokens] * scratch_->factors[index / kBlockTokens * heads_.size() + place];
+  return share >= 0.0F ? share : std::numeric_limits<float>::infinity();
+}
+
+// About the highest threshold at which the entries suffice, from a sample of the candidates; 0 if
+// none does.
+float Chooser::GuessThreshold() const {
+  std::vector<float>& sums = scratch_->sample;
+  std::vector<uint32_t>& counts = scratch_->counts;
+  const size_t heads = by_mass_ ? heads_.size() : 0;
+  sums.assign(kQuarters * heads, 0.0F);
+  counts.assign(kQuarters, 0);
+  const auto groups = static_cast<uint32_t>(blocks_ * (kBlockTokens / kGuessTokens));
+  // An odd step visits all parts of a block alike.
+  const uint32_t stride = groups < 2 * kGuessGroups ? 1 : groups / kGuessGroups | 1;
+  const uint32_t seen = HWY_DYNAMIC_DISPATCH(SampleTarget)(Split(), stride, absl::MakeSpan(sums),
+                                                           absl::MakeSpan(counts));
+  if (seen == 0) return 0.0F;
+  const double scale = static_cast<double>(candidate_count_) / seen;
+  size_t least = kQuarters - 1;
+  if (top_k_ > 0) {
+    double count = 0.0;
+    const double wanted = kGuessedCount * top_k_ + 8.0 * scale;
+    while (least > 0 && count < wanted) count += scale * counts[least--];
+  }
+  for (size_t place = 0; place < heads; ++place) {
+    double rest = unread_[place];
+    size_t quarter = 0;
+    while (quarter < least) {
+      rest += scale * static_cast<double>(sums[place * kQuarters + quarter]);
+      if (!(rest <= kGuessedShare * limit_)) break;
+      ++quarter;
+    }
+    least = quarter;
+  }
+  return std::bit_cast<float>(static_cast<int32_t>(least) << kQuarterBits);
+}
+
+// Makes entries of the candidates that score at least `threshold`. False if the others are too
+// many to be dropped.
+bool Chooser::Compact(float threshold) {
+  scratch_->entries.clear();
+  rests_ = unread_;
+  HWY_DYNAMIC_DISPATCH(SplitTarget)
+  (Split(), threshold, absl::MakeSpan(rests_), &scratch_->entries);
+  if (scratch_->entries.size() < top_k_) return false;
+  return std::all_of(rests_.begin(), rests_.end(), [this](double rest) { return rest <= limit_; });
+}
+
+// The lowest step of which a head cannot do without all tokens, given that it can do without those
+// that are no entries; kStepsMax if there is none.
+int32_t Chooser::ThresholdOf(size_t place, int32_t base) {
+  std::vector<double>& sums = scratch_->sums;
+  sums.assign(kStepsMax, 0.0);
+  int32_t top = 0;
+  for (const ChooseScratch::Entry& entry : scratch_->entries) {
+    const int32_t step = std::min(StepOf(entry.score) - base, kStepsMax - 1);
+    top = std::max(top, step);
+    sums[static_cast<size_t>(step)] += static_cast<double>(ShareOf(place, entry.index));
+  }
+  double rest = rests_[place];
+  for (int32_t step = 0; step <= top; ++step) {
+    rest += sums[static_cast<size_t>(step)];
+    if (!(rest <= limit_)) return step;
+  }
+  return kStepsMax;
+}
+
+// The highest step that leaves top_k entries at or above it.
+int32_t Chooser::CountThreshold(uint32_t top_k, int32_t base) {
+  if (top_k == 0) return kStepsMax;
+  std::vector<uint32_t>& counts = scratch_->counts;
+  counts.assign(kStepsMax, 0);
+  for (const ChooseScratch::Entry& entry : scratch_->entries) {
+    ++counts[static_cast<size_t>(std::min(StepOf(entry.score) - base, kStepsMax - 1))];
+  }
+  uint32_t count = 0;
+  int32_t step = kStepsMax;
+  while (step > 0 && count < top_k) count += counts[static_cast<size_t>(--step)];
+  return step;
+}
+
+// The entries that the rules ask for, strongest first.
+TokenMask Chooser::Select(uint32_t top_k, bool by_mass) {
+  const std::vector<ChooseScratch::Entry>& entries = scratch_->entries;
+  TokenMask kept(blocks_, 0);
+  if (entries.empty()) return kept;
+  int32_t base = std::numeric_limits<int32_t>::max();
+  for (const ChooseScratch::Entry& entry : entries) base = std::min(base, StepOf(entry.score));
+  int32_t threshold = CountThreshold(top_k, base);
+  const size_t heads = by_mass ? heads_.size() : 0;
+  for (size_t place = 0; place < heads; ++place) {
+    const int32_t least = ThresholdOf(place, base);
+    if (least < threshold) binding_head_ = heads_[place];
+    threshold = std::min(threshold, least);
+  }
+  if (threshold == kStepsMax) return kept;
+  const auto step_of = [base](const ChooseScratch::Entry& entry) {
+    return std::min(StepOf(entry.score) - base, kStepsMax - 1);
+  };
+  const auto keep = [&kept](const ChooseScratch::Entry& entry) {
+    kept[entry.index / kBlockTokens] |= uint64_t{1} << (entry.index % kBlockTokens);
+  };
+  // All above the threshold; those at it by position, until the rules hold.
+  std::vector<double> rests(rests_.begin(), rests_.begin() + static_cast<std::ptrdiff_t>(heads));
+  uint32_t count = 0;
+  for (const ChooseScratch::Entry& entry : entries) {
+    const int32_t step = step_of(entry);
+    if (step > threshold) {
+      keep(entry);
+      ++count;
+      continue;
+    }
+    for (size_t place = 0; place < heads; ++place) {
+      rests[place] += static_cast<double>(ShareOf(place, entry.index));
+    }
+  }
+  for (const ChooseScratch::Entry& entry : entries) {
+    if (step_of(entry) != threshold) continue;
+    const bool enough =
+        count >= top_k &&
+        std::all_of(rests.begin(), rests.end(), [this](double rest) { return rest <= limit_; });
+    if (enough) break;
+    keep(entry);
+    ++count;
+    for (size_t place = 0; place < heads; ++place) {
+      rests[place] -= static_cast<double>(ShareOf(place, entry.index));
+    }
+  }
+  return kept;
+}
+
+TokenMask Chooser::Choose(double sample_factor) {
+  if (candidate_count_ == 0 || heads_.empty() || (top_k_ == 0 && !by_mass_)) {
+    return TokenMask(blocks_, 0);
+  }
+  SetFactors(sample_factor);
+  float threshold = GuessThreshold();
+  // The last guess is 0, which leaves nothing out.
+  for (uint32_t guess = 1; !Compact(threshold) && threshold > 0.0F; ++guess) {
+    threshold = guess < kGuessesMax ? threshold / 4.0F : 0.0F;
+  }
+  TokenMask kept = Select(top_k_, by_mass_);
+  if (task_.dilate_strongest == 0 || task_.dilate_radius == 0) return kept;
+  const uint32_t strongest = std::min(task_.dilate_strongest, CountTokens(kept));
+  TokenMask neighbours = Select(strongest, /*by_mass=*/false);
+  Dilate(task_.dilate_radius, &neighbours);
+  for (size_t i = 0; i < blocks_; ++i) kept[i] |= neighbours[i] & task_.candidates[i];
+  return kept;
 }
 
 TokenMask Choose(const ChooseTask& task, ChooseScratch* scratch) {
-  const size_t blocks = task.candidates.size();
-  const bool by_mass = task.mass_limit > 0.0F;
-  const uint32_t candidate_count = CountTokens(task.candidates);
-  if (candidate_count == 0 || (task.top_k == 0 && !by_mass)) return TokenMask(blocks, 0);
-  assert(!task.proving || task.weights->bounded);
-  Reserve(task, by_mass, scratch);
-  const Normalizers normalizers(task);
-  const ScanWeights& weights = *task.weights;
-  for (uint32_t head = 0; head < weights.head_count; ++head) {
-    for (uint32_t i = 0; i < blocks; ++i) {
-      if (task.candidates[i] == 0) continue;
-      const size_t page = weights.PageIndex(head, weights.block_begin + i);
-      const int32_t reference = weights.reference[page];
-      double factor = normalizers.Factor(head, reference);
-      if (weights.bounded && !task.proving) factor *= weights.estimate_share[page];
-      scratch->factors[head * blocks + i] = static_cast<float>(factor);
-    }
-  }
-  HWY_DYNAMIC_DISPATCH(ScoreTarget)(task, by_mass, scratch);
-  TokenMask kept = Apply(KeepRules(task, std::min(task.top_k, candidate_count),
-                                   UnreadShares(task, normalizers), *scratch),
-                         blocks, *scratch);
-  if (task.dilate_strongest == 0 || task.dilate_radius == 0) return kept;
-  const uint32_t strongest = std::min(task.dilate_strongest, CountTokens(kept));
-  TokenMask neighbours = Apply(KeepRules(task, strongest, {}, *scratch), blocks, *scratch);
-  Dilate(task.dilate_radius, &neighbours);
-  for (size_t i = 0; i < blocks; ++i) kept[i] |= neighbours[i] & task.candidates[i];
-  return kept;
+  return Chooser(task, scratch).Choose();
 }
 
 }  // namespace kvservice

@@ -15,6 +15,7 @@
 #include "attention/cpu/choose.h"
 #include "attention/cpu/group.h"
 #include "attention/cpu/scan_kernel.h"
+#include "attention/cpu/seal_kernel.h"
 #include "attention/cpu/thread_pool.h"
 #include "attention/host_lists.h"
 #include "attention/sketch.h"
@@ -158,8 +159,8 @@ void CpuDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices)
   pool_.ParallelFor(static_cast<uint32_t>(slices.size()) * heads, [&](uint32_t task, uint32_t) {
     const SealSlice& seal = slices[task / heads];
     const uint32_t head = task % heads;
-    EncodeSketchPage(layout, seal.slice + layout.RowOffset(head, 0), seal.block_index,
-                     seal.tables[head], seal.sketch + head * sketch.page_bytes);
+    SealPage(layout, seal.slice + layout.RowOffset(head, 0), seal.block_index, seal.tables[head],
+             seal.sketch + head * sketch.page_bytes);
   });
 }
 
@@ -385,8 +386,7 @@ void CpuDevice::ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows,
     if (verdicts[i] != Group::Verdict::kFailed) continue;
     AttendRow& row = rows[(first_group + i) / kv_heads];
     row.status = absl::FailedPreconditionError(
-        absl::StrCat("BOUND_NOT_MET: KV head ", groups_[i].kv_head(), " exceeds max_dropped_mass ",
-                     row.plan.max_dropped_mass));
+        absl::StrCat("BOUND_NOT_MET: KV head ", groups_[i].kv_head(), " cannot prove its limits"));
   }
 }
 

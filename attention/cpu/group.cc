@@ -8,8 +8,10 @@
 #include <limits>
 #include <utility>
 
+#include "attention/cpu/plan_samples.h"
 #include "attention/cpu/population.h"
 #include "attention/float16.h"
+#include "attention/sample_plan.h"
 #include "attention/sketch.h"
 
 namespace kvservice {
@@ -186,7 +188,7 @@ uint32_t Group::OpenTopK() const {
 
 void Group::StartChoice(absl::Span<const float> anchor_queries) {
   const Plan& plan = row_->plan;
-  if (plan.source == Source::kAll) return Settle(middle_);
+  if (plan.source == Source::kAll || IsRememberedDense()) return Settle(middle_);
   if (plan.source == Source::kGiven) {
     TokenMask given(all_.size(), 0);
     const uint32_t begin = plan.given_offsets[kv_head_];
@@ -229,6 +231,22 @@ void Group::StartReuse(uint32_t anchor) {
   pool_ = candidates_;
 }
 
+// Hidden tokens must be scanned to be proven, so remembering saves nothing where there are some.
+bool Group::IsRememberedDense() const {
+  const Plan& plan = row_->plan;
+  return plan.source == Source::kScan && plan.dense_positions > 0 && lists() != nullptr &&
+         plan.visible_begin <= std::max(plan.sink_end, begin_) &&
+         lists()->IsDense(kv_head_, row_->position);
+}
+
+void Group::RememberDense() {
+  const Plan& plan = row_->plan;
+  if (plan.dense_positions == 0 || plan.source != Source::kScan || lists() == nullptr) return;
+  // From the next position on: this one, if it is asked for again, is tried again.
+  const uint32_t begin = row_->position + 1;
+  lists()->SetDense(kv_head_, begin, begin + plan.dense_positions);
+}
+
 // Fixes what is read, beyond what always is, and remembers it in the lists.
 void Group::Settle(const TokenMask& chosen) {
   const Plan& plan = row_->plan;
@@ -237,6 +255,7 @@ void Group::Settle(const TokenMask& chosen) {
   const double planned = always_count + CountTokens(chosen);
   everything_ =
       plan.source == Source::kAll || planned > static_cast<double>(plan.dense_share) * visible;
+  if (everything_ && !IsRememberedDense()) RememberDense();
   read_ = Or(always_, everything_ ? middle_ : chosen);
   if (lists() == nullptr) return;
   if (everything_) return lists()->ClearSelection(kv_head_);
@@ -263,6 +282,51 @@ void Group::PlanScan() {
   weights.Resize(head_count(), block_begin_, static_cast<uint32_t>(all_.size()), bounded);
 }
 
+// Chooses as the plan's limits ask for: by mass with as many samples as pay, or for an output that
+// is compensated.
+TokenMask Group::ChooseTokens(const ChooseTask& task, ChooseScratch* scratch) {
+  const Plan& plan = row_->plan;
+  // Then nothing was scanned either, and the weights are those of another row.
+  if (CountTokens(task.candidates) == 0) return TokenMask(all_.size(), 0);
+  if (!scanned_) return Choose(task, scratch);
+  const bool by_mass = task.mass_limit > 0.0F;
+  if (!by_mass && plan.keep.output_limit > 0.0F) return ChooseForOutput(task, scratch);
+  if (!by_mass || plan.prove != Guarantee::kConfidence) return Choose(task, scratch);
+  const SampleTask samples{
+      .choose = task, .failure_probability = plan.failure_probability, .draws_max = plan.draws_max};
+  // Where a limit is only reported on, one diffuse head does not make the others read more.
+  SamplePlan planned = plan.on_violation == OnViolation::kReport
+                           ? PlanSamplesExcusing(samples, scratch)
+                           : PlanSamples(samples, scratch);
+  // Sampling stops when the limit is proven, so more draws than planned cost only those who need
+  // them, and less than reading on.
+  constexpr uint32_t kDrawsLeast = 128;
+  draws_planned_ = std::max(kDrawsLeast, 2 * planned.draws);
+  return std::move(planned.chosen);
+}
+
+// The cheapest of several choices, each with another number of draws for compensation: the more
+// draws, the more weight may be left out.
+TokenMask Group::ChooseForOutput(ChooseTask task, ChooseScratch* scratch) const {
+  const Plan& plan = row_->plan;
+  const double eta = plan.prove == Guarantee::kConfidence ? plan.failure_probability : 0.0;
+  TokenMask cheapest;
+  double least = std::numeric_limits<double>::infinity();
+  for (const uint32_t draws : kDrawOptions) {
+    if (draws > 0 && (eta == 0.0 || draws > plan.draws_max)) break;
+    const CompensationPlan compensation =
+        PlanCompensation(static_cast<double>(plan.keep.output_limit), eta, draws);
+    task.sample_factor = compensation.factor;
+    task.mass_limit = static_cast<float>(compensation.share);
+    TokenMask tokens = Choose(task, scratch);
+    const double cost = PlannedVectors(CountTokens(tokens), 0, uint64_t{draws} * head_count());
+    if (!(cost < least)) continue;
+    least = cost;
+    cheapest = std::move(tokens);
+  }
+  return cheapest;
+}
+
 void Group::Decide(ChooseScratch* scratch) {
   if (!has_choice_) return;
   const Plan& plan = row_->plan;
@@ -281,7 +345,7 @@ void Group::Decide(ChooseScratch* scratch) {
     task.dilate_strongest = plan.keep.dilate_strongest;
     task.dilate_radius = plan.keep.dilate_radius;
   }
-  const TokenMask chosen = Or(Choose(task, scratch), frozen_chosen_);
+  const TokenMask chosen = Or(ChooseTokens(task, scratch), frozen_chosen_);
   if (reused_) {
     lists()->Complete(kv_head_, anchor_, PositionsOf(chosen, block_begin_), covered_end_);
   }
@@ -338,8 +402,10 @@ HeadEvidence Group::EvidenceOf(uint32_t head, const TokenMask& dropped, bool est
     evidence.log_dropped_estimate = rest.lse[head];
   } else if (Proves(prove)) {
     evidence.level = Level::kDeterministic;
-    evidence.dropped_upper = SumUpperWeights(weights, head, dropped);
-    evidence.dropped_lower = SumLowerWeights(weights, head, dropped);
+    const WeightSums sums = SumWeights(weights, head, dropped);
+    evidence.dropped_upper = sums.upper;
+    evidence.dropped_lower = sums.lower;
+    evidence.log_dropped_estimate = sums.log_estimate;
   }
   if (estimated && std::isnan(evidence.log_dropped_estimate)) {
     evidence.log_dropped_estimate = SumEstimates(weights, head, dropped).Log();
@@ -552,6 +618,7 @@ Group::Verdict Group::Conclude(ProofScratch* scratch) {
 void Group::ConcludeDense(ProofScratch* scratch) {
   MergePartials(shape_->layout.head_dim, rest, &kept);
   read_ = all_;
+  RememberDense();
   // What was moved no longer matters: nothing is dropped.
   rounds_grown_ = 0;
   ProveAll(scratch);

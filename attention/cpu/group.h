@@ -90,6 +90,10 @@ class Group {
   void StartChoice(absl::Span<const float> anchor_queries);
   void StartReuse(uint32_t anchor);
   void PlanScan();
+  TokenMask ChooseTokens(const ChooseTask& task, ChooseScratch* scratch);
+  TokenMask ChooseForOutput(ChooseTask task, ChooseScratch* scratch) const;
+  bool IsRememberedDense() const;
+  void RememberDense();
   void Settle(const TokenMask& chosen);
   uint32_t OpenTopK() const;
   uint32_t OutputIndex(uint32_t head) const;

@@ -58,7 +58,9 @@ struct ScanWeights {
   uint32_t block_begin = 0;
   uint32_t block_count = 0;
   bool bounded = false;
-  std::vector<int32_t> reference;  // [head_count][block_count]
+  // [head_count][block_count], the power of two next to the page's largest weight: no weight is
+  // above 1.5, unknown ones aside, of which a page consists if it has one (least reference).
+  std::vector<int32_t> reference;
   // [head_count][block_count]: the sum of a page's weights, which costs nothing here: seven
   // additions in fp32.
   std::vector<float> page_sum;

@@ -22,6 +22,27 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
+// Binary16 numbers as floats, infinities and NaN included: those must not become numbers. Where no
+// instruction converts, Highway 1.0 takes them for 2^16 and more, so there this does what
+// attention/float16.h does.
+template <class D>
+HWY_INLINE hn::Vec<D> WidenHalves(D d, const uint16_t* from) {
+#if HWY_TARGET == HWY_SSE4 || defined(HWY_DISABLE_F16C)
+  const hn::RebindToSigned<D> di;
+  const hn::Rebind<uint16_t, D> d16;
+  const auto bits = hn::PromoteTo(di, hn::LoadU(d16, from));
+  const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(di, 0x8000)));
+  const auto magnitude = hn::ShiftLeft<13>(hn::And(bits, hn::Set(di, 0x7fff)));
+  const auto finite = hn::Lt(magnitude, hn::Set(di, 0x0f800000));
+  const auto scaled = hn::BitCast(di, hn::Mul(hn::BitCast(d, magnitude), hn::Set(d, 0x1p112F)));
+  const auto other = hn::Or(magnitude, hn::Set(di, 0x70000000));
+  return hn::BitCast(d, hn::Or(sign, hn::IfThenElse(finite, scaled, other)));
+#else
+  const hn::Rebind<hwy::float16_t, D> d16;
+  return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(from)));
+#endif
+}
+
 // Widens 2 * Lanes(d) elements of a row, from element `channel` (a multiple of that many), into two
 // vectors. In which order is FillChannelOrder's business: two bfloat16 in a 32-bit lane come apart
 // with a shift and a mask, which costs no shuffle.
@@ -33,10 +54,9 @@ HWY_INLINE void LoadChunk(D d, const std::byte* row, size_t channel, V* first, V
     *first = hn::LoadU(d, from);
     *second = hn::LoadU(d, from + kLanes);
   } else if constexpr (kType == DType::kFloat16) {
-    const hn::Rebind<hwy::float16_t, D> d16;
-    const auto* from = reinterpret_cast<const hwy::float16_t*>(row) + channel;
-    *first = hn::PromoteTo(d, hn::LoadU(d16, from));
-    *second = hn::PromoteTo(d, hn::LoadU(d16, from + kLanes));
+    const auto* from = reinterpret_cast<const uint16_t*>(row) + channel;
+    *first = WidenHalves(d, from);
+    *second = WidenHalves(d, from + kLanes);
   } else {
     const hn::RebindToUnsigned<D> du;
     const auto pairs = hn::LoadU(du, reinterpret_cast<const uint32_t*>(row) + channel / 2);

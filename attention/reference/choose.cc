@@ -9,15 +9,12 @@
 
 #include "attention/host_lists.h"
 #include "attention/reference/log_sum.h"
+#include "attention/sample_plan.h"
 
 namespace kvservice::reference {
 namespace {
 
 using Tokens = std::vector<uint32_t>;
-
-// A plan by mass leaves this much of its limit to the difference between estimated and measured
-// normalisers (certificate section 3, step 2).
-constexpr double kPlannedShare = 0.93;
 
 Tokens Union(const Tokens& a, const Tokens& b) {
   Tokens tokens;
@@ -63,7 +60,9 @@ Middle SplitMiddle(const Plan& plan, const HeadRow& row) {
 // read.
 class Weights {
  public:
-  Weights(bool proving, const Tokens& pool, HeadRow* row) : proving_(proving), row_(row) {
+  // sample_factor: see SampleFactor; counts when proving.
+  Weights(bool proving, double sample_factor, const Tokens& pool, HeadRow* row)
+      : proving_(proving), sample_factor_(sample_factor), row_(row) {
     const Tokens always = row->TokensAt(Place::kAlways);
     for (uint32_t head = 0; head < row->head_count(); ++head) {
       std::vector<double> logits;
@@ -81,8 +80,12 @@ class Weights {
   double Of(uint32_t head, uint32_t token) const {
     if (!row_->Sees(head, token)) return 0.0;
     const LogitRange range = row_->Estimate(head, token);
-    const double weight =
-        std::exp((proving_ ? range.high : range.nearest) - log_normalizers_[head]);
+    const double estimate = std::exp(range.nearest - log_normalizers_[head]);
+    double weight = estimate;
+    if (proving_) {
+      const double upper = std::exp(range.high - log_normalizers_[head]);
+      weight = estimate + sample_factor_ * (upper - estimate);
+    }
     return std::isnan(weight) ? std::numeric_limits<double>::infinity() : weight;
   }
   double Largest(uint32_t token) const {
@@ -100,6 +103,7 @@ class Weights {
 
  private:
   const bool proving_;
+  const double sample_factor_;
   HeadRow* row_;
   std::vector<double> log_normalizers_;
 };
@@ -161,22 +165,51 @@ size_t OpenTopK(const Plan& plan, const Middle& middle) {
   return plan.keep.top_k - std::min<size_t>(plan.keep.top_k, middle.frozen_chosen.size());
 }
 
-Tokens Scan(const Plan& plan, const Middle& middle, HeadRow* row) {
+// The strongest tokens of one way to prove the limits: how loose samples leave the weights, and
+// what no head may leave behind. 0 leaves only top_k.
+Tokens Strongest(const Plan& plan, const Middle& middle, double sample_factor, double limit,
+                 HeadRow* row) {
   const bool proving = plan.prove != Guarantee::kNone;
-  const bool by_mass = plan.keep.mass_limit > 0.0F;
   // A proof speaks about all tokens, so it scans them all; without one the scan covers what it
   // chooses from.
   Tokens pool = middle.open;
   if (proving) pool = Union(pool, Union(middle.unread, middle.frozen_chosen));
-  const Weights weights(proving, pool, row);
-  const Tokens ranked = Rank(middle.open, weights, proving || by_mass);
+  const Weights weights(proving, sample_factor, pool, row);
+  const Tokens ranked = Rank(middle.open, weights, proving || limit > 0.0);
   size_t count = std::min(ranked.size(), OpenTopK(plan, middle));
-  if (by_mass) {
+  if (limit > 0.0) {
     const Tokens unread = proving ? middle.unread : Tokens();
-    count = std::max(count,
-                     CountByMass(plan.keep.mass_limit, ranked, unread, weights, row->head_count()));
+    count = std::max(count, CountByMass(limit, ranked, unread, weights, row->head_count()));
   }
   return Union(middle.frozen_chosen, Dilate(plan.keep, ranked, count, middle.open));
+}
+
+// The way that costs least, over the numbers of draws, and its cost. A limit on the output error is
+// planned as one on the upper weights.
+Tokens Scan(const Plan& plan, const Middle& middle, HeadRow* row) {
+  const double eta = plan.prove == Guarantee::kConfidence ? plan.failure_probability : 0.0;
+  Tokens cheapest;
+  double least = std::numeric_limits<double>::infinity();
+  const auto consider = [&](Tokens tokens, uint64_t keys, uint64_t rows) {
+    const double cost = PlannedVectors(static_cast<uint32_t>(tokens.size()), keys, rows);
+    if (!(cost < least)) return;
+    least = cost;
+    cheapest = std::move(tokens);
+  };
+  for (const uint32_t draws : kDrawOptions) {
+    if (draws > 0 && (eta == 0.0 || draws > plan.draws_max)) break;
+    if (draws > 0 && plan.keep.mass_limit == 0.0F && plan.keep.output_limit == 0.0F) break;
+    const uint64_t all_draws = uint64_t{draws} * row->head_count();
+    if (plan.keep.output_limit > 0.0F && plan.keep.mass_limit == 0.0F) {
+      const CompensationPlan compensation =
+          PlanCompensation(static_cast<double>(plan.keep.output_limit), eta, draws);
+      consider(Strongest(plan, middle, compensation.factor, compensation.share, row), 0, all_draws);
+    } else {
+      consider(Strongest(plan, middle, SampleFactor(eta, draws), plan.keep.mass_limit, row),
+               all_draws, 0);
+    }
+  }
+  return cheapest;
 }
 
 // Takes the list of an anchor. Open tokens that the list has not considered are scanned and compete
@@ -193,7 +226,7 @@ Tokens Reuse(const Plan& plan, const Middle& middle, uint32_t anchor_index, Head
 
   const size_t places = std::max(chosen.size(), OpenTopK(plan, middle));
   const Tokens rivals = Union(chosen, fresh);
-  const Weights weights(/*proving=*/false, rivals, row);
+  const Weights weights(/*proving=*/false, /*sample_factor=*/1.0, rivals, row);
   chosen = Rank(rivals, weights, /*every_head=*/false);
   chosen.resize(std::min(chosen.size(), places));
   std::sort(chosen.begin(), chosen.end());
@@ -216,12 +249,27 @@ bool TooManyToChoose(const Plan& plan, size_t chosen_count, const HeadRow& row) 
          static_cast<double>(plan.dense_share) * static_cast<double>(visible);
 }
 
+// Hidden tokens must be scanned to be proven, so remembering saves nothing where there are some.
+bool IsRememberedDense(const Plan& plan, const HeadRow& row) {
+  const auto* lists = static_cast<const HostLists*>(plan.lists);
+  return plan.source == Source::kScan && plan.dense_positions > 0 && lists != nullptr &&
+         row.TokensAt(Place::kHidden).empty() && lists->IsDense(row.kv_head(), row.position());
+}
+
 }  // namespace
+
+void RememberDense(const Plan& plan, const HeadRow& row) {
+  auto* lists = static_cast<HostLists*>(plan.lists);
+  if (plan.source != Source::kScan || plan.dense_positions == 0 || lists == nullptr) return;
+  const uint32_t begin = row.position() + 1;
+  lists->SetDense(row.kv_head(), begin, begin + plan.dense_positions);
+}
 
 Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
   const Middle middle = SplitMiddle(plan, *row);
   auto* lists = static_cast<HostLists*>(plan.lists);
   Choice choice;
+  const bool remembered = IsRememberedDense(plan, *row);
   if (plan.source == Source::kReuse) {
     assert(lists != nullptr);
     const HostLists::Match match = lists->FindMostSimilar(row->kv_head(), queries);
@@ -231,14 +279,15 @@ Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
       choice.middle = Reuse(plan, middle, static_cast<uint32_t>(match.anchor), row);
     }
   }
-  choice.scanned =
-      plan.source == Source::kScan || (plan.source == Source::kReuse && !choice.reused);
+  choice.scanned = (plan.source == Source::kScan && !remembered) ||
+                   (plan.source == Source::kReuse && !choice.reused);
   if (choice.scanned) choice.middle = Scan(plan, middle, row);
   if (plan.source == Source::kGiven) choice.middle = Given(plan, middle, row->kv_head());
 
-  choice.everything =
-      plan.source == Source::kAll || TooManyToChoose(plan, choice.middle.size(), *row);
+  choice.everything = plan.source == Source::kAll || remembered ||
+                      TooManyToChoose(plan, choice.middle.size(), *row);
   if (choice.everything) {
+    if (!remembered) RememberDense(plan, *row);
     choice.middle = middle.all;
     if (lists != nullptr) lists->ClearSelection(row->kv_head());
     return choice;

@@ -29,6 +29,9 @@ struct Choice {
 // by kReuse. Reads and changes plan.lists.
 Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row);
 
+// The KV head had to be answered densely after all.
+void RememberDense(const Plan& plan, const HeadRow& row);
+
 }  // namespace kvservice::reference
 
 #endif  // KVSERVICE_ATTENTION_REFERENCE_CHOOSE_H_

@@ -24,6 +24,7 @@ using reference::Choice;
 using reference::GroupProof;
 using reference::HeadRow;
 using reference::Place;
+using reference::RememberDense;
 
 constexpr size_t kPageBytes = 4096;
 
@@ -115,6 +116,7 @@ bool AttendHead(const LayerShape& shape, uint32_t kv_head, absl::Span<const floa
     WriteCertificates(proof, report.action, head_row, *row);
     if (plan.on_violation == OnViolation::kFail) return false;
     if (!met) {
+      RememberDense(plan, head_row);
       read = all;
       report.action = Action::kDense;
       proof.Prove(read);
@@ -153,9 +155,8 @@ void AttendOne(const LayerShape& shape, AttendRow* row) {
   for (uint32_t kv_head = 0; kv_head < layout.kv_head_count; ++kv_head) {
     const absl::Span<const float> head_queries(&queries[kv_head * head_floats], head_floats);
     if (AttendHead(shape, kv_head, head_queries, row)) continue;
-    row->status = absl::FailedPreconditionError(absl::StrCat("BOUND_NOT_MET: KV head ", kv_head,
-                                                             " exceeds max_dropped_mass ",
-                                                             row->plan.max_dropped_mass));
+    row->status = absl::FailedPreconditionError(
+        absl::StrCat("BOUND_NOT_MET: KV head ", kv_head, " cannot prove its limits"));
   }
   if (row->status.ok()) return;
   std::fill_n(row->out, row->query_count * token_floats, 0.0F);

@@ -37,6 +37,8 @@ class HeadRow {
   HeadRow(const LayerShape& shape, const AttendRow& row, uint32_t kv_head);
 
   uint32_t kv_head() const { return kv_head_; }
+  // Of the first query token.
+  uint32_t position() const { return row_.position; }
   uint32_t head_count() const { return row_.query_count * shape_.layout.group_size(); }
   // Index of a head's certificate and lse in the row's arrays; times head_dim, of its query and
   // output.

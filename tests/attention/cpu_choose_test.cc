@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -13,106 +14,29 @@
 #include <vector>
 
 #include "tests/attention/cpu_targets.h"
+#include "tests/attention/scan_weights_case.h"
 
 namespace kvservice::testing {
 namespace {
 
-constexpr uint32_t kBlocks = 9;
-constexpr uint32_t kFirstBlock = 2;
 // Scores are cut to 128 steps per octave.
 constexpr double kStep = 1.0 + 1.0 / 64.0;
 // What a plan by mass leaves to the difference between estimated and measured normalisers.
 constexpr double kPlannedShare = 0.93;
 
-// Random weights: pages of very different powers of two, in every head; upper ends of estimates, or
-// estimates themselves.
-struct Weights {
-  Weights(uint32_t heads, uint64_t seed, double spread, bool bounded) {
-    std::mt19937_64 random(seed);
-    std::normal_distribution<double> normal;
-    weights.Resize(heads, kFirstBlock, kBlocks, bounded);
-    for (uint32_t head = 0; head < heads; ++head) {
-      for (uint32_t block = kFirstBlock; block < kFirstBlock + kBlocks; ++block) {
-        const size_t page = weights.PageIndex(head, block);
-        const auto reference = static_cast<int32_t>(random() % 7) - 3;
-        weights.reference[page] = reference;
-        const double eps = 0.3 + 0.1 * normal(random);
-        const double scale = std::exp2(-reference) * (bounded ? std::exp(eps) : 1.0);
-        for (uint32_t t = 0; t < kBlockTokens; ++t) {
-          numbers()[page * kBlockTokens + t] =
-              static_cast<float>(std::exp(spread * normal(random)) * scale);
-        }
-        if (!bounded) continue;
-        weights.estimate_share[page] = static_cast<float>(std::exp(-eps));
-        weights.lower_share[page] = static_cast<float>(std::exp(-2.0 * eps));
-      }
-    }
-    SumPages();
-    always_lse.assign(heads, 2.0);
-    candidates.assign(kBlocks, 0);
-    unread.assign(kBlocks, 0);
-    for (uint32_t i = 0; i < kBlocks; ++i) {
-      if (i == 4) continue;  // a block without candidates
-      candidates[i] = i == 7 ? random() & random() : ~uint64_t{0};
-      unread[i] = ~candidates[i] & random() & random();
-    }
-    pool = candidates;
-    for (uint32_t i = 0; i < kBlocks; ++i) pool[i] |= unread[i];
-  }
-
-  std::vector<float>& numbers() { return weights.bounded ? weights.upper : weights.estimate; }
-
-  // As a scan leaves them.
-  void SumPages() {
-    for (size_t page = 0; page < weights.page_sum.size(); ++page) {
-      const auto begin = numbers().begin() + static_cast<std::ptrdiff_t>(page * kBlockTokens);
-      weights.page_sum[page] = std::accumulate(begin, begin + kBlockTokens, 0.0F);
-    }
-  }
-
-  ChooseTask Task() const {
-    ChooseTask task;
-    task.weights = &weights;
-    task.candidates = candidates;
-    task.pool = pool;
-    task.unread = unread;
-    task.always_lse = always_lse;
-    return task;
-  }
-
-  double Weight(uint32_t head, uint32_t token) const {
-    const uint32_t block = token / kBlockTokens;
-    return std::ldexp(weights.Page(weights.numbers(), head, block)[token % kBlockTokens],
-                      weights.reference[weights.PageIndex(head, block)]);
-  }
-  double Estimate(uint32_t head, uint32_t token) const {
-    const double weight = Weight(head, token);
-    if (!weights.bounded) return weight;
-    return weight * static_cast<double>(
-                        weights.estimate_share[weights.PageIndex(head, token / kBlockTokens)]);
-  }
-
-  double Normalizer(uint32_t head) const {
-    double sum = std::exp(always_lse[head]);
-    for (const uint32_t token : PositionsOf(pool, kFirstBlock)) sum += Estimate(head, token);
-    return sum;
-  }
-
-  ScanWeights weights;
-  TokenMask candidates, unread, pool;
-  std::vector<double> always_lse;
-};
-
 // Every candidate's score, and every head's share of it, in double.
 struct Ranking {
   Ranking(const Weights& from, bool proving, bool every_head) {
     tokens = PositionsOf(from.candidates, kFirstBlock);
+    for (uint32_t head = 0; head < from.weights.head_count; ++head) {
+      normalizers.push_back(from.Normalizer(head));
+    }
     for (const uint32_t token : tokens) {
       double score = 0.0;
       shares.emplace_back();
       for (uint32_t head = 0; head < from.weights.head_count; ++head) {
-        const double share = (proving ? from.Weight(head, token) : from.Estimate(head, token)) /
-                             from.Normalizer(head);
+        const double share =
+            (proving ? from.Weight(head, token) : from.Estimate(head, token)) / normalizers[head];
         shares.back().push_back(share);
         score = every_head ? std::max(score, share) : score + share;
       }
@@ -121,6 +45,7 @@ struct Ranking {
   }
 
   std::vector<uint32_t> tokens;
+  std::vector<double> normalizers;  // [head]
   std::vector<double> scores;
   std::vector<std::vector<double>> shares;
 };
@@ -167,7 +92,7 @@ double Rest(const Weights& from, const Ranking& ranking, bool proving, uint32_t 
   double rest = 0.0;
   if (proving) {
     for (const uint32_t token : PositionsOf(from.unread, kFirstBlock)) {
-      rest += from.Weight(head, token) / from.Normalizer(head);
+      rest += from.Weight(head, token) / ranking.normalizers[head];
     }
   }
   const std::vector<uint32_t> positions = PositionsOf(kept, kFirstBlock);
@@ -204,7 +129,9 @@ TEST(CpuChoose, MassIsWhatSortingFinds) {
     for (const uint32_t heads : {1U, 4U, 7U}) {
       for (const bool proving : {false, true}) {
         for (const double spread : {0.5, 3.0}) {
-          const Weights from(heads, heads + 100, spread, proving);
+          // The long row is sampled before it is looked at.
+          const uint32_t blocks = heads == 4 ? 300 : kBlocks;
+          const Weights from(heads, heads + 100, spread, proving, blocks);
           const Ranking ranking(from, proving, /*every_head=*/true);
           for (const float limit : {0.5F, 0.1F, 0.01F}) {
             ChooseTask task = from.Task();
@@ -264,12 +191,32 @@ TEST(CpuChoose, UnknownWeightsAreKeptFirst) {
   ChooseScratch scratch;
   Weights from(2, 3, 1.0, /*bounded=*/true);
   const float unknown = std::numeric_limits<float>::infinity();
-  from.weights.Page(from.weights.upper, 1, kFirstBlock + 3)[5] = unknown;
+  std::fill_n(from.weights.Page(from.weights.upper, 1, kFirstBlock + 3), kBlockTokens, unknown);
+  from.weights.estimate_share[from.weights.PageIndex(1, kFirstBlock + 3)] = 0.0F;
+  from.SumPages();
   ChooseTask task = from.Task();
   task.proving = true;
   task.top_k = 1;
-  const std::vector<uint32_t> expected = {(kFirstBlock + 3) * kBlockTokens + 5};
+  const std::vector<uint32_t> expected = {(kFirstBlock + 3) * kBlockTokens};
   EXPECT_EQ(PositionsOf(Choose(task, &scratch), kFirstBlock), expected);
+}
+
+// A weight that is no number makes all shares unknown: by mass everything is kept.
+TEST(CpuChoose, NotANumberIsNothingKnown) {
+  OnEveryTarget([] {
+    ChooseScratch scratch;
+    for (const float sign : {1.0F, -1.0F}) {
+      Weights from(2, 3, 1.0, /*bounded=*/false);
+      from.weights.Page(from.weights.estimate, 0, kFirstBlock + 1)[9] =
+          std::copysign(std::numeric_limits<float>::quiet_NaN(), sign);
+      from.SumPages();
+      ChooseTask task = from.Task();
+      task.top_k = 1;
+      EXPECT_EQ(CountTokens(Choose(task, &scratch)), 1U);
+      task.mass_limit = 0.9F;
+      EXPECT_EQ(Choose(task, &scratch), from.candidates);
+    }
+  });
 }
 
 TEST(CpuChoose, DilationStaysAmongCandidates) {

@@ -238,6 +238,30 @@ TEST_P(LearnedTable, DirectionsCoverTheCommonPartOfQueries) {
   EXPECT_GT(along * along, 0.95 * squares);
 }
 
+TEST_P(LearnedTable, UnitsDoNotMatter) {
+  std::vector<SketchTable> tables;
+  for (const float unit : {1.0F, 0x1p-60F, 0x1p60F}) {
+    random_.seed(3);
+    normal_.reset();
+    SketchStatistics statistics(head_dim());
+    for (uint32_t i = 0; i < 20; ++i) {
+      ASSERT_TRUE(statistics.AddQuery(Draw(unit).data()).ok());
+      std::vector<float> range = Draw(unit);
+      for (float& r : range) r = std::fabs(r);
+      ASSERT_TRUE(statistics.AddRange(range).ok());
+    }
+    tables.push_back(LearnSketchTable(statistics));
+  }
+  for (const SketchTable& table : tables) {
+    for (uint32_t c = 0; c < head_dim(); ++c) {
+      EXPECT_NEAR(table.metric[c], tables[0].metric[c], 1e-5);
+    }
+    for (size_t i = 0; i < table.directions.size(); ++i) {
+      EXPECT_NEAR(table.directions[i], tables[0].directions[i], 1e-5);
+    }
+  }
+}
+
 TEST_P(LearnedTable, ValidForAnySample) {
   const std::vector<float> sizes = {0.0F, 1.0F, kSubnormal, 1e-30F, 1e30F, kFloatMax};
   for (const uint32_t query_count : {0U, 1U, 3U}) {
