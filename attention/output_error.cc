@@ -261,6 +261,16 @@ CompensationResult Compensation::Finish(const CompensatedMasses& masses, double 
 
 // ---- Merging ------------------------------------------------------------------------------------
 
+OutputPart OutputPartOf(const HeadCertificate& certificate, double lse, double distance) {
+  OutputPart part;
+  part.mass_lower = Add(certificate.log_kept_lower, certificate.log_dropped_lower);
+  part.mass_log = lse;
+  part.mass_upper = Add(certificate.log_kept_upper, certificate.log_dropped_upper);
+  part.error = certificate.output_error_upper;
+  part.distance = distance;
+  return part;
+}
+
 double MergedOutputError(absl::Span<const OutputPart> parts) {
   // Roundings of weights and masses, which are relative to the largest mass.
   constexpr double kRoundoff = 0x1p-44;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "attention/certificate.h"
 #include "attention/log_mass.h"
 #include "attention/sampled_bound.h"
 
@@ -183,6 +184,10 @@ struct OutputPart {
   double error = 0.0;     // E_j: bound of the part's own output error.
   double distance = 0.0;  // ||o_j - o|| to the merged output, rounded up.
 };
+
+// The part that a certificate speaks about. `lse` is what the merge weighs the part's output with,
+// `distance` at least ||o_j - o||.
+OutputPart OutputPartOf(const HeadCertificate& certificate, double lse, double distance);
 
 // Error of o = sum w_j o_j, w_j = mass_j / sum mass. With true weights w*,
 //     o_dense - o = sum w*_j (o_dense_j - o_j) + sum (w*_j - w_j)(o_j - o)

@@ -5,9 +5,9 @@
 #include <bit>
 #include <cassert>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <utility>
+
+#include "attention/cpu/exp.h"
 
 // clang-format off
 #include "attention/cpu/targets.h"
@@ -16,7 +16,6 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 // clang-format on
-#include "attention/cpu/exp.h"
 #include "attention/cpu/page_sum-inl.h"
 
 #ifndef KVSERVICE_ATTENTION_CPU_CHOOSE_ONCE

@@ -58,13 +58,35 @@ HWY_INLINE uint64_t FillPage(const float* HWY_RESTRICT upper, uint64_t word, flo
   return (high_sum << 16) + low_sum;
 }
 
+// The power of two above the largest weight of the word's tokens, in units of the page's; no less
+// than what leaves room for a float of the scale. 0 if it is not finite, which FillPage finds.
+HWY_INLINE int32_t PowerAbove(const float* HWY_RESTRICT upper, uint64_t word) {
+  constexpr int32_t kPowerMin = -90;
+  const FloatTag d;
+  auto largest = hn::Zero(d);
+  for (size_t t = 0; t < kBlockTokens; t += hn::Lanes(d)) {
+    const uint64_t bits = word >> t;
+    const auto in_set = hn::LoadMaskBits(d, reinterpret_cast<const uint8_t*>(&bits));
+    largest = hn::Max(largest, hn::IfThenElseZero(in_set, hn::LoadU(d, upper + t)));
+  }
+  const float weight = hn::GetLane(hn::MaxOfLanes(d, largest));
+  if (weight == 0.0F) return kPowerMin;
+  if (!(weight <= std::numeric_limits<float>::max())) return 0;
+  return HWY_MAX(std::ilogb(weight) + 1, kPowerMin);
+}
+
 bool FillPopulationTarget(const ScanWeights& weights, uint32_t head,
                           absl::Span<const uint64_t> mask, Population* population) {
   constexpr int32_t kUnitBits = 30;
   const size_t first_page = weights.PageIndex(head, weights.block_begin);
+  // Of the tokens in the mask, not of their pages: next to a token of the page that is read and
+  // weighs more by 2^30, all others would weigh one unit, and sampling them would say nothing.
   int32_t reference = kReferenceMin;
   for (size_t i = 0; i < mask.size(); ++i) {
-    if (mask[i] != 0) reference = HWY_MAX(reference, weights.reference[first_page + i]);
+    if (mask[i] == 0) continue;
+    const float* page =
+        weights.Page(weights.upper, head, weights.block_begin + static_cast<uint32_t>(i));
+    reference = HWY_MAX(reference, weights.reference[first_page + i] + PowerAbove(page, mask[i]));
   }
   population->block_begin = weights.block_begin;
   population->ref = reference * kLn2;
