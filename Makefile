@@ -15,7 +15,7 @@ help:
 	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
 	@echo "make build     programs in build/bin/"
 	@echo "make bench     kvbench, rows in build/bench.json               (BENCH_ARGS='--workload=...')"
-	@echo "make eval      quality of the selectors on real traces"
+	@echo "make eval      certificates on traces of real models          (EVAL_ARGS='--queries=8')"
 	@echo "make campaign  the long forms of the tests"
 	@echo "make format    clang-format in place"
 	@echo "make tidy      tests/tidy.py and clang-tidy alone"
@@ -43,8 +43,11 @@ bench: build
 	build/bin/kvbench --json=build/bench.json $(BENCH_ARGS)
 
 eval: build
-	@if [ -x build/bin/kveval ]; then build/bin/kveval --json=build/eval.json $(EVAL_ARGS); else \
-	  echo "eval: this version has no kveval program yet; nothing was evaluated" >&2; exit 1; fi
+	@cmake --build --preset release --target kveval
+	@[ -d build/eval_packages ] || build/venv/bin/pip install --quiet --no-deps \
+	  --target build/eval_packages -r tests/eval/requirements.txt
+	build/venv/bin/python tests/eval/trace.py --all
+	build/bin/kveval --json=build/eval.json $(EVAL_ARGS)
 
 format: setup
 	@clang-format -i $(cc_files)

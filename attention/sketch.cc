@@ -30,22 +30,6 @@ constexpr std::array<float, 256> MakeRadiusScale() {
 
 constinit const std::array<float, 256> kRadiusScale = MakeRadiusScale();
 
-SketchPage::SketchPage(const SketchLayout& layout, const std::byte* page)
-    : codes(reinterpret_cast<const uint8_t*>(page)),
-      lo(reinterpret_cast<const float*>(page + layout.lo)),
-      step(reinterpret_cast<const uint16_t*>(page + layout.step)),
-      pj(reinterpret_cast<const int8_t*>(page + layout.pj)),
-      r(reinterpret_cast<const uint8_t*>(page + layout.r)),
-      vn(reinterpret_cast<const uint8_t*>(page + layout.vn)),
-      ps(reinterpret_cast<const float*>(page + layout.ps)) {
-  std::memcpy(&exact, page + layout.exact, sizeof(exact));
-  std::array<float, 3> norms;
-  std::memcpy(norms.data(), page + layout.norms, sizeof(norms));
-  rmax = norms[0];
-  hn = norms[1];
-  vmax = norms[2];
-}
-
 void EncodeSketchPage(const KvLayout& layout, const std::byte* rows, uint32_t block_index,
                       const SketchTable& table, std::byte* page) {
   plain::encoding::EncodePage(layout, rows, block_index, table, page);

@@ -31,6 +31,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "attention/kv_layout.h"
 #include "attention/sketch_table.h"
@@ -70,7 +71,21 @@ constexpr size_t CodeOffset(uint32_t token, uint32_t j) {
 
 // One page, decoded as pointers into its bytes.
 struct SketchPage {
-  SketchPage(const SketchLayout& layout, const std::byte* page);
+  SketchPage(const SketchLayout& layout, const std::byte* page)
+      : codes(reinterpret_cast<const uint8_t*>(page)),
+        lo(reinterpret_cast<const float*>(page + layout.lo)),
+        step(reinterpret_cast<const uint16_t*>(page + layout.step)),
+        pj(reinterpret_cast<const int8_t*>(page + layout.pj)),
+        r(reinterpret_cast<const uint8_t*>(page + layout.r)),
+        vn(reinterpret_cast<const uint8_t*>(page + layout.vn)),
+        ps(reinterpret_cast<const float*>(page + layout.ps)) {
+    std::memcpy(&exact, page + layout.exact, sizeof(exact));
+    std::array<float, 3> norms;
+    std::memcpy(norms.data(), page + layout.norms, sizeof(norms));
+    rmax = norms[0];
+    hn = norms[1];
+    vmax = norms[2];
+  }
 
   const uint8_t* codes;  // [d/8][64][4], see CodeOffset
   const float* lo;       // [d]

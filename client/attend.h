@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -79,6 +80,18 @@ struct GroupReport {
   uint32_t tokens_scanned = 0;
   // Best cosine against the remembered queries; -2 = not computed.
   float similarity = -2.0F;
+  // Tokens sampled for all of its query heads: keys alone, and keys with values.
+  uint32_t keys_sampled = 0;
+  uint32_t rows_sampled = 0;
+};
+
+// What an earlier row of the sequence and layer has dropped, with every key scored since. Arrays
+// are [query_count][query_head_count], rounded outward.
+struct DeferredMasses {
+  uint32_t position = 0;
+  uint32_t query_count = 0;
+  std::vector<float> dropped_mass_upper = {};
+  std::vector<float> dropped_mass_lower = {};
 };
 
 struct AttendRowResult {
@@ -98,11 +111,16 @@ struct AttendRowResult {
   std::vector<GroupReport> groups = {};
   // [kv_head_count], ascending positions; empty unless asked for.
   std::vector<std::vector<uint32_t>> selected = {};
+  // Oldest first, this row last; empty unless Policy::deferred_exact_steps have come together.
+  std::vector<DeferredMasses> deferred = {};
 };
 
 struct AttendResult {
-  // Names this call in the server's logs.
+  // Names this call in the server's logs and audits; with the 16 bytes of the epoch and the
+  // secret's id also the random numbers of its sampled certificates.
   uint64_t call_number = 0;
+  std::string epoch = {};
+  uint64_t draw_secret_id = 0;
   // Time in the server: waiting, and working.
   uint64_t queue_ns = 0;
   uint64_t service_ns = 0;

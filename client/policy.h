@@ -26,7 +26,7 @@ enum class Selector : uint8_t {
 // What kind of statement is asked for, weakest first.
 enum class Guarantee : uint8_t { kNone, kConfidence, kDeterministic, kExact };
 
-// What happens when the limit cannot be proven for a head: say so, read more, answer densely, or
+// What happens when a limit cannot be proven for a head: say so, read more, answer densely, or
 // fail the row with BOUND_NOT_MET.
 enum class OnViolation : uint8_t { kReport, kGrow, kDense, kFail };
 
@@ -78,11 +78,19 @@ struct Policy {
   std::optional<std::vector<LayerOverride>> layers = {};
   // Limit on the dropped share of softmax attention per query head, in (0, 1]; 1 = none.
   std::optional<float> max_dropped_mass = {};
+  // Limit on ||dense output - output||_2 relative to the largest value norm, per query head; with
+  // both limits both must hold.
+  std::optional<float> max_output_error = {};
   std::optional<Guarantee> guarantee = {};
-  // For Guarantee::kConfidence, per head and call.
+  // For Guarantee::kConfidence: how often each of the two statements about a head and call may be
+  // wrong, in (0, 0.5], and tokens that one head may sample in one round, 1 to 4096.
   std::optional<double> failure_probability = {};
+  std::optional<uint32_t> draws_max = {};
   std::optional<OnViolation> on_violation = {};
   std::optional<Mode> mode = {};
+  // Deferred exact mode: once so many query tokens of a sequence and layer have come together, the
+  // reply carries the exact masses that they dropped. At most 64.
+  std::optional<uint32_t> deferred_exact_steps = {};
   // Sequences shorter than this are answered densely.
   std::optional<uint32_t> dense_below_tokens = {};
   // A policy that is stored on the server; excludes everything else.

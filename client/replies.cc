@@ -98,7 +98,11 @@ bool HaveSize(const v1::Certificates& from, size_t count) {
          is(from.log_kept_lower_size()) && is(from.log_kept_upper_size()) &&
          is(from.log_dropped_lower_size()) && is(from.log_dropped_upper_size()) &&
          is(from.dropped_mass_estimate_size()) &&
-         (from.failure_probability().empty() || is(from.failure_probability_size()));
+         (from.failure_probability().empty() || is(from.failure_probability_size())) &&
+         (from.output_error_upper().empty() || is(from.output_error_upper_size())) &&
+         from.value_norm_lower_size() == from.output_error_upper_size() &&
+         (from.keys_sampled().empty() || is(from.keys_sampled_size())) &&
+         from.rows_sampled_size() == from.keys_sampled_size();
 }
 
 // Comparisons are written so that NaN fails them.
@@ -108,7 +112,21 @@ bool IsConsistent(const HeadCertificate& head) {
   return lower >= 0.0 && lower <= upper && upper <= 1.0 &&
          head.log_kept_lower.value <= head.log_kept_upper.value &&
          head.log_dropped_lower.value <= head.log_dropped_upper.value &&
-         head.failure_probability >= 0.0 && head.failure_probability <= 1.0;
+         head.failure_probability >= 0.0 && head.failure_probability <= 1.0 &&
+         head.output_error_upper >= 0.0 && head.value_norm_lower >= 0.0;
+}
+
+// Columns that are left out when they say nothing.
+void OptionalFromProto(const v1::Certificates& from, int i, HeadCertificate* head) {
+  if (!from.failure_probability().empty()) head->failure_probability = from.failure_probability(i);
+  if (!from.output_error_upper().empty()) {
+    head->output_error_upper = static_cast<double>(from.output_error_upper(i));
+    head->value_norm_lower = static_cast<double>(from.value_norm_lower(i));
+  }
+  if (!from.keys_sampled().empty()) {
+    head->keys_sampled = from.keys_sampled(i);
+    head->rows_sampled = from.rows_sampled(i);
+  }
 }
 
 absl::Status CertificatesFromProto(const v1::Certificates& from, const RowPlace& place,
@@ -136,7 +154,7 @@ absl::Status CertificatesFromProto(const v1::Certificates& from, const RowPlace&
     head.dropped_mass_lower.value = static_cast<double>(from.dropped_mass_lower(i));
     head.dropped_mass_upper.value = static_cast<double>(from.dropped_mass_upper(i));
     head.dropped_mass_estimate = from.dropped_mass_estimate(i);
-    if (!from.failure_probability().empty()) head.failure_probability = from.failure_probability(i);
+    OptionalFromProto(from, i, &head);
     if (!IsConsistent(head)) return MalformedReply(field, "contradict themselves");
     to->certificates.push_back(head);
   }
@@ -149,7 +167,8 @@ absl::Status GroupsFromProto(const v1::GroupReports& from, const RowPlace& place
   const int count = from.action_size();
   const bool divides = count > 0 && place.head_count % static_cast<size_t>(count) == 0;
   if (!divides || from.scanned_size() != count || from.tokens_read_size() != count ||
-      from.tokens_scanned_size() != count || from.similarity_size() != count) {
+      from.tokens_scanned_size() != count || from.similarity_size() != count ||
+      from.keys_sampled_size() != count || from.rows_sampled_size() != count) {
     return MalformedReply(field, "are not one per KV head");
   }
   for (int i = 0; i < count; ++i) {
@@ -161,7 +180,9 @@ absl::Status GroupsFromProto(const v1::GroupReports& from, const RowPlace& place
                           .scanned = from.scanned(i),
                           .tokens_read = from.tokens_read(i),
                           .tokens_scanned = from.tokens_scanned(i),
-                          .similarity = from.similarity(i)});
+                          .similarity = from.similarity(i),
+                          .keys_sampled = from.keys_sampled(i),
+                          .rows_sampled = from.rows_sampled(i)});
   }
   return absl::OkStatus();
 }
@@ -185,6 +206,26 @@ absl::Status SelectedFromProto(const v1::AttendRowResult& from, bool asked, cons
   return absl::OkStatus();
 }
 
+absl::Status DeferredFromProto(const v1::AttendRowResult& from, const RowPlace& place,
+                               AttendRowResult* to) {
+  for (const v1::DeferredMasses& masses : from.deferred()) {
+    const size_t count = masses.query_count() * place.head_count;
+    const auto& upper = masses.dropped_mass_upper();
+    const auto& lower = masses.dropped_mass_lower();
+    const bool fits = static_cast<size_t>(upper.size()) == count && upper.size() == lower.size();
+    // NaN is not in order.
+    if (!fits || !std::equal(lower.begin(), lower.end(), upper.begin(),
+                             [](float a, float b) { return a <= b; })) {
+      return MalformedReply(place.field + ".deferred", "are not in order, one per query and head");
+    }
+    to->deferred.push_back({.position = masses.position(),
+                            .query_count = masses.query_count(),
+                            .dropped_mass_upper = {upper.begin(), upper.end()},
+                            .dropped_mass_lower = {lower.begin(), lower.end()}});
+  }
+  return absl::OkStatus();
+}
+
 absl::Status RowFromProto(const v1::AttendRow& row, bool asked_selected,
                           const v1::AttendRowResult& from, const RowPlace& place,
                           AttendRowResult* to) {
@@ -201,6 +242,7 @@ absl::Status RowFromProto(const v1::AttendRow& row, bool asked_selected,
   absl::Status status = CertificatesFromProto(from.certificates(), place, to);
   if (status.ok()) status = GroupsFromProto(from.groups(), place, to);
   if (status.ok()) status = SelectedFromProto(from, asked_selected, place, to);
+  if (status.ok()) status = DeferredFromProto(from, place, to);
   return status;
 }
 
@@ -230,6 +272,8 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
   if (!checked.ok()) return checked;
   AttendResult result;
   result.call_number = response.call_number();
+  result.epoch = response.epoch();
+  result.draw_secret_id = response.draw_secret_id();
   result.queue_ns = response.queue_ns();
   result.service_ns = response.service_ns();
   result.rows.resize(static_cast<size_t>(request.rows_size()));

@@ -163,12 +163,15 @@ v1::Policy PolicyToProto(const Policy& policy) {
   if (policy.etf) EtfToProto(*policy.etf, to.mutable_etf());
   if (policy.layers) LayersToProto(*policy.layers, to.mutable_layers());
   if (policy.max_dropped_mass) to.set_max_dropped_mass(*policy.max_dropped_mass);
+  if (policy.max_output_error) to.set_max_output_error(*policy.max_output_error);
   if (policy.guarantee) to.set_guarantee(GuaranteeToProto(*policy.guarantee));
   if (policy.failure_probability) to.set_failure_probability(*policy.failure_probability);
+  if (policy.draws_max) to.set_draws_max(*policy.draws_max);
   if (policy.on_violation) to.set_on_violation(OnViolationToProto(*policy.on_violation));
   if (policy.mode) {
     to.set_mode(*policy.mode == Mode::kShadow ? v1::MODE_SHADOW : v1::MODE_ENFORCE);
   }
+  if (policy.deferred_exact_steps) to.set_deferred_exact_steps(*policy.deferred_exact_steps);
   if (policy.dense_below_tokens) to.set_dense_below_tokens(*policy.dense_below_tokens);
   to.set_name(policy.name);
   return to;

@@ -5,6 +5,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "attention/float16.h"
+#include "kvservice/bound_not_met.h"
+#include "kvservice/deferred_exact.h"
 #include "kvservice/engine_errors.h"
 #include "kvservice/error.h"
 #include "kvservice/row_check.h"
@@ -56,50 +58,15 @@ const float* Queries(const TensorView& q, size_t first, size_t count, std::vecto
   return widened->data();
 }
 
-void AddGroups(const AttendRowResult& result, uint64_t tokens_visible, AttendStats* stats) {
-  for (const GroupReport& group : result.groups) {
-    ++stats->groups;
-    stats->groups_scanned += group.scanned ? 1 : 0;
-    stats->groups_dense += group.action == Action::kDense ? 1 : 0;
-    stats->tokens_read += group.tokens_read;
-    stats->tokens_visible += tokens_visible;
-  }
-}
-
-void AddCertificates(const AttendRowResult& result, AttendStats* stats) {
-  for (const HeadCertificate& certificate : result.certificates) {
-    ++stats->certificates;
-    stats->failure_probability_sum += certificate.failure_probability;
-    if (certificate.level < Level::kDeterministic) continue;
-    const double dropped = certificate.dropped_mass_upper.value;
-    ++stats->certificates_proven;
-    stats->dropped_mass_upper_sum += dropped;
-    stats->dropped_mass_upper_max = std::max(stats->dropped_mass_upper_max, dropped);
-  }
-}
-
-// A device says in its own words why it failed a row; callers get a reason.
-absl::Status DeviceError(const AttendRow& row, const AttendRowResult& result, uint32_t index) {
-  if (row.status.code() != absl::StatusCode::kFailedPrecondition) return row.status;
-  double worst = 0.0;
-  for (const HeadCertificate& certificate : result.certificates) {
-    worst = std::max(worst, certificate.dropped_mass_upper.value);
-  }
-  const absl::string_view text = row.status.message();
-  return MakeError(row.status.code(), std::string_view(text.data(), text.size()),
-                   {.reason = "BOUND_NOT_MET",
-                    .field = absl::StrCat("rows[", index, "]"),
-                    .metadata = {{"max_dropped_mass", absl::StrCat(row.plan.max_dropped_mass)},
-                                 {"dropped_mass_upper", absl::StrCat(worst)}}});
-}
-
 }  // namespace
 
 void AttendBatch::Run(absl::Span<AttendCall* const> calls, uint64_t now_ns,
                       absl::Span<absl::Status> statuses) {
   waiting_.clear();
   for (size_t i = 0; i < calls.size(); ++i) {
-    calls[i]->call_number = ++call_number_;
+    calls[i]->call_number = NextCallNumber();
+    calls[i]->epoch = parts_.draw_keys->epoch();
+    calls[i]->draw_secret_id = parts_.draw_keys->secret_id();
     calls[i]->started_ns = now_ns;
     statuses[i] = CheckCall(calls[i], now_ns);
     if (statuses[i].ok()) PrepareRows(calls[i], now_ns);
@@ -111,15 +78,15 @@ void AttendBatch::Run(absl::Span<AttendCall* const> calls, uint64_t now_ns,
 }
 
 absl::Status AttendBatch::CheckCall(AttendCall* call, uint64_t now_ns) {
-  if (call->rows.empty() || call->rows.size() > options_->rows_max) {
+  if (call->rows.empty() || call->rows.size() > parts_.options->rows_max) {
     return InvalidField("rows", "ROW_COUNT_OUT_OF_RANGE",
-                        absl::StrCat("a call has 1 to ", options_->rows_max, " rows, this one ",
-                                     call->rows.size()));
+                        absl::StrCat("a call has 1 to ", parts_.options->rows_max,
+                                     " rows, this one ", call->rows.size()));
   }
   model_ = nullptr;
   records_.clear();
   for (const AttendCallRow& row : call->rows) {
-    SequenceRecord* record = table_->Find(call->tenant, row.id, now_ns);
+    SequenceRecord* record = parts_.table->Find(call->tenant, row.id, now_ns);
     records_.push_back(record);
     if (model_ == nullptr && record != nullptr) model_ = record->model;
   }
@@ -156,11 +123,13 @@ absl::Status AttendBatch::CheckTensors(const AttendCall& call) const {
 
 void AttendBatch::PrepareRows(AttendCall* call, uint64_t now_ns) {
   SizeOutputs(call);
+  const bool audited = parts_.auditor->ChooseCall();
   uint64_t first_token = 0;
   for (uint32_t i = 0; i < call->rows.size(); ++i) {
     Row row{.call = call, .index = i, .record = records_[i], .first_token = first_token};
     absl::Status status = PrepareRow(now_ns, &row);
     if (status.ok()) {
+      row.kept = audited || Auditor::IsAsked(*row.record);
       waiting_.push_back(row);
     } else {
       FailRow(call, i, first_token, std::move(status));
@@ -225,7 +194,7 @@ absl::Status AttendBatch::StoreRow(const std::string& field, const Row& row) {
     const size_t skipped_bytes =
         row.first_token * layout.kv_head_count * static_cast<size_t>(layout.vector_bytes());
     const absl::StatusOr<AppendResult> stored =
-        StoreRows(*options_, *pool_, field,
+        StoreRows(*parts_.options, *parts_.pool, field,
                   {.layer = call.layer,
                    .position = asked.position,
                    .count = asked.query_count,
@@ -259,7 +228,7 @@ void AttendBatch::RunDevice() {
   if (buffers_.size() < batch_.size()) buffers_.resize(batch_.size());
   for (size_t i = 0; i < batch_.size(); ++i) PlanRow(batch_[i], &buffers_[i], &planned_[i]);
   const uint32_t layer = batch_.front().call->layer;
-  device_->Attend(batch_.front().record->model->layers[layer], absl::MakeSpan(planned_));
+  parts_.device->Attend(batch_.front().record->model->layers[layer], absl::MakeSpan(planned_));
   for (size_t i = 0; i < batch_.size(); ++i) FinishRow(batch_[i], planned_[i]);
 }
 
@@ -292,7 +261,7 @@ PlannedStep AttendBatch::Plan(const Row& row) {
   return step;
 }
 
-void AttendBatch::PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) {
+void AttendBatch::PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) const {
   AttendCall* call = row.call;
   const AttendCallRow& asked = call->rows[row.index];
   const Model& model = *row.record->model;
@@ -305,7 +274,6 @@ void AttendBatch::PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) 
   result.groups.assign(layout.kv_head_count, GroupReport());
   result.certificates.assign(static_cast<size_t>(asked.query_count) * layout.query_head_count,
                              HeadCertificate());
-  result.selected.assign(call->want_selected ? layout.kv_head_count : 0, {});
 
   const size_t q_floats = TokenFloats(*call);
   *planned = AttendRow();
@@ -315,32 +283,105 @@ void AttendBatch::PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) 
   planned->q =
       Queries(call->q, row.first_token * q_floats, asked.query_count * q_floats, &buffers->q);
   planned->plan = step.plan;
-  planned->tables = model.shape.TablesOf(call->layer);
+  planned->tables = row.record->tables->shape.TablesOf(call->layer);
   planned->out = call->out.data() + row.first_token * q_floats;
   planned->lse = call->lse.data() + row.first_token * TokenHeads(*call);
   planned->certificates = result.certificates.data();
   planned->groups = result.groups.data();
-  planned->selected = call->want_selected ? result.selected.data() : nullptr;
+  if (step.plan.prove == Guarantee::kConfidence) {
+    planned->draw_key =
+        parts_.draw_keys->KeyOf(call->call_number, row.index, row.record->id.bytes, call->layer);
+  }
+  std::vector<std::vector<uint32_t>>& selected =
+      call->want_selected ? result.selected : buffers->selected;
+  const bool is_needed = call->want_selected || row.kept ||
+                         (row.policy->deferred_exact_steps > 0 && NeedsSelection(step.plan));
+  selected.assign(is_needed ? layout.kv_head_count : 0, {});
+  planned->selected = selected.empty() ? nullptr : selected.data();
+}
+
+void AttendBatch::KeepRow(const Row& row, const AttendRow& done) {
+  const AttendCallRow& asked = row.call->rows[row.index];
+  const size_t head_count = TokenHeads(*row.call);
+  const size_t floats = done.query_count * TokenFloats(*row.call);
+  KeptRow kept{
+      .call_number = row.call->call_number,
+      .index = row.index,
+      .tenant = row.record->tenant,
+      .id = row.record->id,
+      .generation = row.record->generation,
+      .layer = row.call->layer,
+      .position = done.position,
+      .query_count = done.query_count,
+      .plan = done.plan,
+      .given = {asked.given.begin(), asked.given.end()},
+      .given_offsets = {asked.given_offsets.begin(), asked.given_offsets.end()},
+      .used_lists = done.plan.source == Source::kReuse || done.plan.frozen_lists != nullptr,
+      .q = {done.q, done.q + floats},
+      .out = {done.out, done.out + floats},
+      .certificates = {done.certificates, done.certificates + done.query_count * head_count},
+      .selected = {done.selected, done.selected + row.record->model->spec.layout.kv_head_count}};
+  for (uint32_t head = 0; head < kept.selected.size(); ++head) {
+    const GroupReport& group = done.groups[head];
+    kept.dense_by_memory.push_back(done.plan.source == Source::kScan &&
+                                   done.plan.lists != nullptr && !group.scanned &&
+                                   group.action == Action::kDense);
+  }
+  // What these point to does not outlive the call.
+  kept.plan.lists = nullptr;
+  kept.plan.frozen_lists = nullptr;
+  kept.plan.given = {};
+  kept.plan.given_offsets = {};
+  parts_.auditor->Keep(std::move(kept), row.record);
+}
+
+// The place of an earlier query of the layer is used again; without room the query is forgotten.
+void AttendBatch::RememberQuery(const Row& row, const AttendRow& done) const {
+  SequenceRecord* record = row.record;
+  const size_t floats = done.query_count * TokenFloats(*row.call);
+  if (record->last_queries.empty()) {
+    if (parts_.options->query_bytes_per_sequence_max == 0) return;
+    record->last_queries.resize(record->model->spec.layer_count);
+  }
+  LastQuery* last = &record->last_queries[row.call->layer];
+  const size_t others_bytes = record->last_query_bytes - last->q.size() * sizeof(float);
+  const bool fits =
+      others_bytes + floats * sizeof(float) <= parts_.options->query_bytes_per_sequence_max;
+  last->position = done.position;
+  last->query_count = done.query_count;
+  last->q.assign(done.q, done.q + (fits ? floats : 0));
+  record->last_query_bytes = others_bytes + last->q.size() * sizeof(float);
 }
 
 void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
   Sequence* cache = row.record->cache.get();
   if (done.plan.lists != nullptr) {
     cache->ListsUsed(row.call->layer, done.view.length);
-    if (cache->list_bytes() > options_->list_bytes_per_sequence_max) cache->DropLists();
+    if (cache->list_bytes() > parts_.options->list_bytes_per_sequence_max) cache->DropLists();
   }
   AttendRowResult& result = row.call->results[row.index];
   if (!done.status.ok()) {
-    FailRow(row.call, row.index, row.first_token, DeviceError(done, result, row.index));
+    // A device says in its own words why it failed a row; callers get a reason.
+    const bool not_met = done.status.code() == absl::StatusCode::kFailedPrecondition;
+    FailRow(row.call, row.index, row.first_token,
+            not_met ? BoundNotMet(row.index, done.plan, result.certificates) : done.status);
     return;
   }
   result.status = absl::OkStatus();
   const uint32_t window = row.record->model->layers[row.call->layer].sliding_window;
   const uint32_t seen_by_last = window == 0 ? done.view.length : std::min(window, done.view.length);
-  for (AttendStats* stats : {&row.record->stats, totals_}) {
+  for (AttendStats* stats : {&row.record->stats, parts_.totals}) {
     ++stats->attend_rows;
-    AddGroups(result, seen_by_last, stats);
-    AddCertificates(result, stats);
+    for (const GroupReport& group : result.groups) AddGroup(group, seen_by_last, stats);
+    for (const HeadCertificate& certificate : result.certificates) {
+      AddCertificate(certificate, stats);
+    }
+  }
+  if (row.kept) KeepRow(row, done);
+  RememberQuery(row, done);
+  const uint32_t deferred = row.policy->deferred_exact_steps;
+  if (deferred > 0 && done.plan.mode == Mode::kEnforce) {
+    result.deferred = DeferExact(done, row.call->layer, deferred, row.record, parts_.device);
   }
 }
 

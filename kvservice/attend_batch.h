@@ -17,7 +17,9 @@
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "attention/device.h"
+#include "kvservice/auditor.h"
 #include "kvservice/cache/block_pool.h"
+#include "kvservice/draw_keys.h"
 #include "kvservice/engine.h"
 #include "kvservice/sequence_table.h"
 #include "selector/selector.h"
@@ -26,14 +28,23 @@ namespace kvservice {
 
 class AttendBatch {
  public:
-  // Everything is borrowed and outlives the object.
-  AttendBatch(const EngineOptions* options, Device* device, const BlockPool* pool,
-              SequenceTable* table, AttendStats* totals)
-      : options_(options), device_(device), pool_(pool), table_(table), totals_(totals) {}
+  // What it works with; borrowed, outlives the object.
+  struct Parts {
+    const EngineOptions* options = nullptr;
+    Device* device = nullptr;
+    const BlockPool* pool = nullptr;
+    SequenceTable* table = nullptr;
+    AttendStats* totals = nullptr;
+    const DrawKeys* draw_keys = nullptr;
+    Auditor* auditor = nullptr;
+  };
+  explicit AttendBatch(const Parts& parts) : parts_(parts) {}
 
   // Fills the outputs of every call and its status. All calls are of one layer and together have at
   // most rows_max rows (a single call may have more: it is refused).
   void Run(absl::Span<AttendCall* const> calls, uint64_t now_ns, absl::Span<absl::Status> statuses);
+  // For what draws random numbers without being a call.
+  uint64_t NextCallNumber() { return ++call_number_; }
 
  private:
   // One row that passed its checks and waits for the device.
@@ -44,11 +55,15 @@ class AttendBatch {
     const Policy* policy = nullptr;
     // Index of the row's first query token in the call's tensors.
     uint64_t first_token = 0;
+    // Its answer is kept for audits.
+    bool kept = false;
   };
   // Memory behind one AttendRow of a device batch.
   struct Buffers {
     ViewArrays view;
     std::vector<float> q;
+    // Of a row that is kept and whose caller did not ask for it.
+    std::vector<std::vector<uint32_t>> selected;
   };
 
   absl::Status CheckCall(AttendCall* call, uint64_t now_ns);
@@ -63,15 +78,14 @@ class AttendBatch {
   void RunDevice();
   static StepContext Context(const Row& row);
   static PlannedStep Plan(const Row& row);
-  static void PlanRow(const Row& row, Buffers* buffers, AttendRow* planned);
+  void PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) const;
+  void KeepRow(const Row& row, const AttendRow& done);
+  void RememberQuery(const Row& row, const AttendRow& done) const;
   void FinishRow(const Row& row, const AttendRow& done);
 
-  const EngineOptions* const options_;
-  Device* const device_;
-  const BlockPool* const pool_;
-  SequenceTable* const table_;
-  AttendStats* const totals_;
+  const Parts parts_;
 
+  // Numbers of calls start at 1 and never repeat: random numbers are drawn under them.
   uint64_t call_number_ = 0;
   uint64_t batch_number_ = 0;
 

@@ -1,9 +1,12 @@
 #include "kvservice/engine.h"
 
+#include <array>
+#include <bit>
 #include <chrono>
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "kvservice/call_queue.h"
 #include "kvservice/engine_errors.h"
@@ -15,15 +18,35 @@ namespace {
 
 // How often an idle executor looks for expired leases.
 constexpr std::chrono::milliseconds kIdleSweep{1000};
+// While there is background work the executor does not wait for calls.
+constexpr std::chrono::milliseconds kNoWait{0};
+// A server that is never idle does a piece of background work after so many others.
+constexpr uint32_t kBackgroundEvery = 64;
+
+absl::StatusOr<EngineSecrets> MakeSecrets(const EngineOptions& options, Random* random) {
+  EngineSecrets secrets;
+  std::array<std::byte, sizeof(secrets.audit_seed)> seed;
+  bool works =
+      random->Fill(absl::MakeSpan(secrets.epoch)).ok() && random->Fill(absl::MakeSpan(seed)).ok();
+  if (options.draw_secret.has_value()) {
+    secrets.draw_secret = *options.draw_secret;
+  } else {
+    works = works && random->Fill(absl::MakeSpan(secrets.draw_secret)).ok();
+  }
+  if (!works) return RandomUnavailable();
+  secrets.audit_seed = std::bit_cast<uint64_t>(seed);
+  return secrets;
+}
 
 class ThreadedEngine : public Engine {
  public:
-  ThreadedEngine(const EngineOptions& options, std::unique_ptr<Device> device,
-                 std::unique_ptr<BlockPool> pool, Clock* clock, Random* random)
+  ThreadedEngine(const EngineOptions& options, const EngineSecrets& secrets,
+                 std::unique_ptr<Device> device, std::unique_ptr<BlockPool> pool, Clock* clock,
+                 Random* random)
       : device_name_(device->name()),
         registry_(options.models_max, pool->bytes()),
         queue_(options.queue_calls_max, options.rows_max),
-        executor_(options, std::move(device), std::move(pool), clock, random, &registry_) {
+        executor_(options, secrets, std::move(device), std::move(pool), clock, random, &registry_) {
     executor_.FillStats(&stats_);
     thread_ = std::thread([this] { RunExecutor(); });
   }
@@ -99,6 +122,26 @@ class ThreadedEngine : public Engine {
     if (!status.ok()) FinishAttend(call, status);
   }
 
+  // A piece of background work answers, unless it can be answered at once.
+  void Audit(std::string_view tenant, SequenceId id, AuditAsk ask,
+             Done<AuditReport> done) override {
+    Task task = [this, owner = std::string(tenant), id, ask,
+                 done = std::move(done)](const absl::Status& admission) mutable {
+      if (!admission.ok()) return done(admission);
+      executor_.Audit(owner, id, ask, std::move(done));
+    };
+    const absl::Status status = queue_.PushControl(&task);
+    if (!status.ok()) task(status);
+  }
+
+  void Explain(std::string_view tenant, SequenceId id, ExplainAsk ask,
+               Done<ExplainReport> done) override {
+    Control<ExplainReport>(std::move(done),
+                           [this, owner = std::string(tenant), id, asked = std::move(ask)] {
+                             return executor_.Explain(owner, id, asked);
+                           });
+  }
+
   EngineStats Stats() const override {
     EngineStats stats;
     {
@@ -150,21 +193,38 @@ class ThreadedEngine : public Engine {
 
   void RunExecutor() {
     Work work;
-    std::vector<absl::Status> statuses;
-    while (queue_.Take(kIdleSweep, &work)) {
+    uint32_t since_background = 0;
+    while (queue_.Take(executor_.HasBackground() ? kNoWait : kIdleSweep, &work)) {
       executor_.Sweep();
+      const bool is_idle = work.task == nullptr && work.attends.empty();
+      if (is_idle || ++since_background >= kBackgroundEvery) {
+        since_background = 0;
+        RunBackground();
+      }
       if (work.task != nullptr) {
         work.task(absl::OkStatus());
         work.task = nullptr;
-        continue;
-      }
-      statuses.assign(work.attends.size(), absl::OkStatus());
-      executor_.Attend(work.attends, absl::MakeSpan(statuses));
-      PublishStats();
-      for (size_t i = 0; i < work.attends.size(); ++i) {
-        FinishAttend(work.attends[i], std::move(statuses[i]));
+      } else {
+        RunAttends(&work);
       }
     }
+    executor_.StopBackground(Draining());
+  }
+
+  void RunAttends(Work* work) {
+    statuses_.assign(work->attends.size(), absl::OkStatus());
+    executor_.Attend(work->attends, absl::MakeSpan(statuses_));
+    PublishStats();
+    for (size_t i = 0; i < work->attends.size(); ++i) {
+      FinishAttend(work->attends[i], std::move(statuses_[i]));
+    }
+  }
+
+  void RunBackground() {
+    if (!executor_.HasBackground()) return;
+    auto tell = executor_.RunBackground();
+    PublishStats();
+    if (tell != nullptr) tell();
   }
 
   void Stop() {
@@ -180,6 +240,7 @@ class ThreadedEngine : public Engine {
 
   // The executor thread alone, after construction.
   Executor executor_;
+  std::vector<absl::Status> statuses_;
 
   mutable std::mutex stats_mutex_;
   // Guarded by stats_mutex_.
@@ -197,8 +258,10 @@ absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
                                                   Random* random) {
   auto pool = BlockPool::New(device.get(), options.pool_bytes);
   if (!pool.ok()) return pool.status();
-  return std::make_unique<ThreadedEngine>(options, std::move(device), *std::move(pool), clock,
-                                          random);
+  const absl::StatusOr<EngineSecrets> secrets = MakeSecrets(options, random);
+  if (!secrets.ok()) return secrets.status();
+  return std::make_unique<ThreadedEngine>(options, *secrets, std::move(device), *std::move(pool),
+                                          clock, random);
 }
 
 }  // namespace kvservice

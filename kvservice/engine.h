@@ -25,6 +25,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,9 +38,15 @@
 #include "absl/types/span.h"
 #include "attention/certificate.h"
 #include "attention/device.h"
+#include "kvservice/attend_stats.h"
+#include "kvservice/audit_report.h"
 #include "kvservice/clock.h"
+#include "kvservice/deferred_report.h"
+#include "kvservice/draw_keys.h"
+#include "kvservice/explain_report.h"
 #include "kvservice/model.h"
 #include "kvservice/random.h"
+#include "kvservice/sha256.h"
 #include "selector/policy.h"
 
 namespace kvservice {
@@ -75,26 +82,19 @@ struct EngineOptions {
   // Most bytes that all lists and anchors of one sequence may use; beyond it its lists are dropped
   // (they are a cache).
   size_t list_bytes_per_sequence_max = size_t{64} << 20;
-};
-
-// Running totals of one sequence or of the whole engine. Ratios carry both of their parts.
-struct AttendStats {
-  uint64_t attend_rows = 0;
-  // Per (row, KV head): how many there were, how many scanned to choose, how many were answered
-  // densely.
-  uint64_t groups = 0;
-  uint64_t groups_scanned = 0;
-  uint64_t groups_dense = 0;
-  uint64_t tokens_read = 0;
-  uint64_t tokens_visible = 0;
-  // Per (query token, query head): certificates at level deterministic or exact, their sum and
-  // largest upper bound.
-  uint64_t certificates = 0;
-  uint64_t certificates_proven = 0;
-  double dropped_mass_upper_sum = 0.0;
-  double dropped_mass_upper_max = 0.0;
-  // Sum over certificates of their failure probabilities (union bound).
-  double failure_probability_sum = 0.0;
+  // Where the keys of sampled certificates come from; absent = a fresh secret from the random
+  // source at start.
+  std::optional<DrawSecret> draw_secret;
+  // Share of calls, chosen at random, whose rows are audited: in [0, 1].
+  double audit_rate = 0.001;
+  // Rows kept for audits, and their memory.
+  uint32_t audit_rows_max = 256;
+  size_t audit_bytes_max = size_t{64} << 20;
+  // Memory for the latest query of each layer of one sequence, which Explain takes when it is given
+  // none; 0 = none is kept.
+  size_t query_bytes_per_sequence_max = size_t{1} << 20;
+  // Told of every violation that an audit finds, in one line, on the executor thread.
+  std::function<void(const std::string& violation)> on_audit_violation;
 };
 
 struct SequenceInfo {
@@ -108,6 +108,8 @@ struct SequenceInfo {
   uint32_t block_count = 0;
   size_t bytes = 0;
   uint64_t lease_remaining_ms = 0;
+  // Names the sketch tables that the sequence keeps for its whole life.
+  Sha256::Digest sketch_table_digest{};
   AttendStats stats;
 };
 
@@ -129,12 +131,27 @@ struct AppendCall {
   uint32_t layer = 0;
   uint32_t position = 0;
   TensorView k, v;  // [count][kv_head_count][head_dim], the model's cache dtype, finite
+  // Prompt queries to learn sketch tables from, [n][query_head_count][head_dim] float32, finite, n
+  // at most kQuerySampleTokensMax. Used only while the model learns.
+  std::optional<TensorView> query_sample = {};
 };
+
+inline constexpr uint32_t kQuerySampleTokensMax = 256;
 
 struct AppendResult {
   uint32_t layer_length = 0;
   // Every token of the call was already stored, with equal bytes.
   bool duplicate = false;
+};
+
+struct ExplainAsk {
+  uint32_t layer = 0;
+  // Limits on dropped mass to try, each in (0, 1), at most kExplainLimitsMax; empty = 0.2, 0.1,
+  // 0.05, 0.02, 0.01.
+  std::vector<float> limits;
+  // [1 to 8][query_head_count][head_dim], any dtype, of the layer's last tokens; absent = the
+  // latest query that was kept. Borrowed until the answer.
+  std::optional<TensorView> q;
 };
 
 struct AttendCallRow {
@@ -155,6 +172,9 @@ struct AttendRowResult {
   std::vector<GroupReport> groups;              // [kv_head_count]
   std::vector<HeadCertificate> certificates;    // [query_count][query_head_count]
   std::vector<std::vector<uint32_t>> selected;  // [kv_head_count] if asked for
+  // Exact masses of earlier rows of the sequence and layer, oldest first, this one last; empty but
+  // for the call with which deferred_exact_steps query tokens have come together.
+  std::vector<DeferredMasses> deferred;
 };
 
 // One layer, many rows; k and v, when given, are appended first. T = sum of query_count.
@@ -169,8 +189,10 @@ struct AttendCall {
   bool want_selected = false;
 
   // Outputs. `out` and `lse` are sized by the engine; a failed row's numbers are zero and its
-  // status says why.
+  // status says why. Call number, epoch and the secret's id name the random numbers of the call.
   uint64_t call_number = 0;
+  Epoch epoch{};
+  uint64_t draw_secret_id = 0;
   // Steady time at which the executor took the call; 0 = it never did.
   uint64_t started_ns = 0;
   std::vector<float> out;  // [T][query_head_count][head_dim]
@@ -194,6 +216,7 @@ struct EngineStats {
   uint64_t calls_shed_total = 0;
   uint64_t leases_expired_total = 0;
   AttendStats attend;
+  AuditStats audit;
 };
 
 template <typename T>
@@ -228,6 +251,14 @@ class Engine {
   virtual void Append(AppendCall call, Done<AppendResult> done) = 0;
   // The caller keeps `call` alive until its `done` has run.
   virtual void Attend(AttendCall* call) = 0;
+  // Computes kept rows of a sequence again and compares (kvservice/auditor.h tells the errors), one
+  // by one when nothing else waits, replays one, or keeps the next ones.
+  virtual void Audit(std::string_view tenant, SequenceId id, AuditAsk ask,
+                     Done<AuditReport> done) = 0;
+  // What the certified selector would cost under a ladder of limits (kvservice/explain.h tells the
+  // errors).
+  virtual void Explain(std::string_view tenant, SequenceId id, ExplainAsk ask,
+                       Done<ExplainReport> done) = 0;
 
   virtual EngineStats Stats() const = 0;
   virtual std::string_view device_name() const = 0;
@@ -236,7 +267,8 @@ class Engine {
   virtual void Drain() = 0;
 };
 
-// The seams are borrowed and outlive the engine. RESOURCE_EXHAUSTED if the pool cannot be reserved.
+// The seams are borrowed and outlive the engine. RESOURCE_EXHAUSTED if the pool cannot be reserved,
+// UNAVAILABLE / RANDOM_UNAVAILABLE without random numbers.
 absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
                                                   std::unique_ptr<Device> device, Clock* clock,
                                                   Random* random);

@@ -109,4 +109,9 @@ absl::Status Draining() {
                    {.reason = "DRAINING", .field = "", .metadata = {}});
 }
 
+absl::Status RandomUnavailable() {
+  return MakeError(absl::StatusCode::kUnavailable, "the random number source does not work",
+                   {.reason = "RANDOM_UNAVAILABLE", .field = "", .metadata = {}});
+}
+
 }  // namespace kvservice

@@ -35,6 +35,8 @@ absl::Status PoolFull(size_t bytes_used, size_t bytes);
 absl::Status Overloaded(uint32_t queue_calls_max);
 // UNAVAILABLE / DRAINING.
 absl::Status Draining();
+// UNAVAILABLE / RANDOM_UNAVAILABLE.
+absl::Status RandomUnavailable();
 
 }  // namespace kvservice
 

@@ -1,11 +1,13 @@
 #include "kvservice/executor.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kvservice/engine_errors.h"
 #include "kvservice/error.h"
+#include "kvservice/explain.h"
 #include "kvservice/row_check.h"
 #include "kvservice/store_rows.h"
 #include "kvservice/tensor_check.h"
@@ -25,17 +27,25 @@ constexpr char kGenerationField[] = "handle.generation";
 
 }  // namespace
 
-Executor::Executor(const EngineOptions& options, std::unique_ptr<Device> device,
-                   std::unique_ptr<BlockPool> pool, Clock* clock, Random* random,
-                   const ModelRegistry* registry)
+Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
+                   std::unique_ptr<Device> device, std::unique_ptr<BlockPool> pool, Clock* clock,
+                   Random* random, const ModelRegistry* registry)
     : options_(options),
+      draw_keys_(secrets.draw_secret, secrets.epoch),
       clock_(clock),
       random_(random),
       registry_(registry),
       device_(std::move(device)),
       pool_(std::move(pool)),
       table_(options.sequences_max, options.sequences_per_tenant_max),
-      attend_batch_(&options_, device_.get(), pool_.get(), &table_, &totals_) {}
+      auditor_(&options_, secrets.audit_seed, &draw_keys_, device_.get(), &table_),
+      attend_batch_({.options = &options_,
+                     .device = device_.get(),
+                     .pool = pool_.get(),
+                     .table = &table_,
+                     .totals = &totals_,
+                     .draw_keys = &draw_keys_,
+                     .auditor = &auditor_}) {}
 
 absl::StatusOr<SequenceRecord*> Executor::Use(std::string_view tenant, const SequenceId& id) {
   const uint64_t now_ns = clock_->SteadyNowNs();
@@ -71,6 +81,7 @@ SequenceInfo Executor::Describe(const SequenceRecord& record) const {
           .block_count = record.cache->block_count(),
           .bytes = record.cache->bytes(),
           .lease_remaining_ms = left_ns / kNsPerMs,
+          .sketch_table_digest = record.tables->digest,
           .stats = record.stats};
 }
 
@@ -81,8 +92,7 @@ absl::StatusOr<SequenceRecord*> Executor::Insert(std::unique_ptr<SequenceRecord>
       return table_.Insert(std::move(record), clock_->SteadyNowNs());
     }
   }
-  return MakeError(absl::StatusCode::kUnavailable, "the random number source does not work",
-                   {.reason = "RANDOM_UNAVAILABLE", .field = "", .metadata = {}});
+  return RandomUnavailable();
 }
 
 absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const CreateOptions& asked) {
@@ -107,7 +117,8 @@ absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const Cre
   record->model = model;
   record->policy = policy;
   record->lease_ns = LeaseNs(asked.lease_ms);
-  record->cache = std::make_unique<Sequence>(&model->shape, pool_.get(), device_.get());
+  record->tables = model->tables->latest();
+  record->cache = std::make_unique<Sequence>(&record->tables->shape, pool_.get(), device_.get());
   const auto inserted = Insert(std::move(record));
   if (!inserted.ok()) return inserted.status();
   return Describe(**inserted);
@@ -138,6 +149,7 @@ absl::StatusOr<SequenceInfo> Executor::Fork(std::string_view tenant, const Seque
   auto child = std::make_unique<SequenceRecord>();
   child->tenant = (*parent)->tenant;
   child->model = (*parent)->model;
+  child->tables = (*parent)->tables;
   child->policy = (*parent)->policy;
   child->lease_ns = LeaseNs(lease_ms);
   child->cache = (*parent)->cache->Fork(length);
@@ -155,6 +167,10 @@ absl::StatusOr<SequenceInfo> Executor::Truncate(std::string_view tenant, const S
   if (length > longest) return LengthOutOfRange(length, longest);
   if (!(*record)->cache->Truncate(length)) return PoolFull(pool_->bytes_used(), pool_->bytes());
   ++(*record)->generation;
+  // They may be of tokens that are gone.
+  (*record)->last_queries.clear();
+  (*record)->last_query_bytes = 0;
+  (*record)->deferred.clear();
   return Describe(**record);
 }
 
@@ -206,18 +222,104 @@ absl::StatusOr<AppendResult> Executor::Append(const AppendCall& call) {
   const size_t elements = call.k.bytes.size() / ElementBytes(spec.layout.dtype);
   if (status.ok()) status = CheckFinite(call.k, 0, elements);
   if (status.ok()) status = CheckFinite(call.v, 0, elements);
+  if (status.ok()) status = CheckSample(call, spec);
   if (!status.ok()) return status;
-  return StoreRows(options_, *pool_, "",
-                   {.layer = call.layer,
-                    .position = call.position,
-                    .count = count,
-                    .k = call.k.bytes.data(),
-                    .v = call.v.bytes.data()},
-                   record->cache.get());
+  absl::StatusOr<AppendResult> stored = StoreRows(options_, *pool_, "",
+                                                  {.layer = call.layer,
+                                                   .position = call.position,
+                                                   .count = count,
+                                                   .k = call.k.bytes.data(),
+                                                   .v = call.v.bytes.data()},
+                                                  record->cache.get());
+  if (!stored.ok()) return stored;
+  if (record->model->learns_tables) {
+    if (call.query_sample.has_value() && !stored->duplicate) TakeSample(call, *record);
+    BeginLearning(*record);
+  }
+  return stored;
+}
+
+absl::Status Executor::CheckSample(const AppendCall& call, const ModelSpec& spec) const {
+  if (!call.query_sample.has_value()) return absl::OkStatus();
+  const TensorView& sample = *call.query_sample;
+  absl::Status status = CheckTensor(
+      sample, {.shape = {kAnyExtent, spec.layout.query_head_count, spec.layout.head_dim},
+               .dtype = DType::kFloat32});
+  if (!status.ok()) return status;
+  if (sample.shape[0] > kQuerySampleTokensMax) {
+    return InvalidField("query_sample", "QUERY_SAMPLE_TOO_LARGE",
+                        absl::StrCat("query_sample has ", sample.shape[0], " tokens, at most ",
+                                     kQuerySampleTokensMax, " are allowed"));
+  }
+  return CheckFinite(sample, 0, sample.bytes.size() / sizeof(float));
+}
+
+void Executor::TakeSample(const AppendCall& call, const SequenceRecord& record) {
+  Learning& learning = learnings_[record.model];
+  if (record.model->tables->count() > 1 || learning.runs) return;
+  if (learning.learner == nullptr) learning.learner = std::make_unique<TableLearner>(record.model);
+  const TensorView& sample = *call.query_sample;
+  // The bytes may lie anywhere.
+  std::vector<float> queries(sample.bytes.size() / sizeof(float));
+  std::memcpy(queries.data(), sample.bytes.data(), sample.bytes.size());
+  learning.learner->AddQueries(call.layer, static_cast<uint32_t>(sample.shape[0]), queries);
+}
+
+void Executor::BeginLearning(const SequenceRecord& record) {
+  const auto found = learnings_.find(record.model);
+  if (found == learnings_.end() || found->second.learner == nullptr || found->second.runs) return;
+  Learning& learning = found->second;
+  if (!learning.learner->CanLearnFrom(*record.cache)) return;
+  learning.runs = true;
+  learning.tenant = record.tenant;
+  learning.sequence = record.id;
+  ++learnings_running_;
+}
+
+// One table of one model. A sequence that went in between took its keys along: the next append that
+// suffices starts over.
+void Executor::LearnOne() {
+  for (auto& [model, learning] : learnings_) {
+    if (!learning.runs) continue;
+    const SequenceRecord* record =
+        table_.Find(learning.tenant, learning.sequence, clock_->SteadyNowNs());
+    const bool usable = record != nullptr && learning.learner->CanLearnFrom(*record->cache);
+    if (!usable) learning.learner->StartOver();
+    const bool finished = usable && learning.learner->LearnNext(*record->cache);
+    if (finished) learning.learner.reset();
+    if (finished || !usable) {
+      learning.runs = false;
+      --learnings_running_;
+    }
+    return;
+  }
 }
 
 void Executor::Attend(absl::Span<AttendCall* const> calls, absl::Span<absl::Status> statuses) {
   attend_batch_.Run(calls, clock_->SteadyNowNs(), statuses);
+}
+
+void Executor::Audit(std::string_view tenant, const SequenceId& id, const AuditAsk& ask,
+                     Done<AuditReport> done) {
+  const auto record = Use(tenant, id);
+  if (!record.ok()) return done(record.status());
+  auditor_.Audit(*record, ask, std::move(done));
+}
+
+absl::StatusOr<ExplainReport> Executor::Explain(std::string_view tenant, const SequenceId& id,
+                                                ExplainAsk ask) {
+  const auto record = Use(tenant, id);
+  if (!record.ok()) return record.status();
+  const absl::Status status = CheckExplain(**record, &ask);
+  if (!status.ok()) return status;
+  return kvservice::Explain(**record, ask, draw_keys_, attend_batch_.NextCallNumber(),
+                            device_.get());
+}
+
+absl::AnyInvocable<void()> Executor::RunBackground() {
+  if (learnings_running_ > 0) LearnOne();
+  if (!auditor_.HasWork()) return nullptr;
+  return auditor_.RunOne(clock_->SteadyNowNs());
 }
 
 void Executor::Sweep() {
@@ -231,6 +333,7 @@ void Executor::FillStats(EngineStats* stats) const {
   stats->sequences = table_.count();
   stats->leases_expired_total = leases_expired_total_;
   stats->attend = totals_;
+  stats->audit = auditor_.stats();
 }
 
 }  // namespace kvservice

@@ -1,5 +1,6 @@
 #include "kvservice/model_registry.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -21,6 +22,12 @@ std::vector<LayerShape> LayerShapes(const ModelSpec& spec) {
     };
   }
   return layers;
+}
+
+bool AreIdentity(const ModelSpec& spec) {
+  const SketchTable identity = IdentitySketchTable(spec.layout.head_dim);
+  return std::all_of(spec.sketch_tables.begin(), spec.sketch_tables.end(),
+                     [&](const SketchTable& table) { return table == identity; });
 }
 
 absl::Status NameTaken(const std::string& name) {
@@ -52,16 +59,16 @@ absl::Status TooLarge(size_t block_bytes, size_t block_bytes_max) {
 Model::Model(ModelSpec spec_in)
     : spec(std::move(spec_in)),
       fingerprint(ModelFingerprint(spec)),
-      shape(spec.layout, spec.layer_count, spec.sketch_tables),
+      tables(std::make_unique<TableVersions>(spec.layout, spec.layer_count, spec.sketch_tables)),
+      learns_tables(AreIdentity(spec)),
       layers(LayerShapes(spec)) {}
 
 absl::StatusOr<uint64_t> ModelRegistry::Register(ModelSpec spec) {
   const absl::Status status = ValidateModel(&spec);
   if (!status.ok()) return status;
   auto model = std::make_unique<const Model>(std::move(spec));
-  if (model->shape.block_bytes() > block_bytes_max_) {
-    return TooLarge(model->shape.block_bytes(), block_bytes_max_);
-  }
+  const size_t block_bytes = model->tables->latest()->shape.block_bytes();
+  if (block_bytes > block_bytes_max_) return TooLarge(block_bytes, block_bytes_max_);
   const uint64_t fingerprint = model->fingerprint;
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto known = models_.find(model->spec.name);

@@ -16,12 +16,12 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "kvservice/cache/sequence.h"
 #include "kvservice/model.h"
+#include "kvservice/table_versions.h"
 
 namespace kvservice {
 
-// A registered model with what calls need of it. Immutable.
+// A registered model with what calls need of it. Immutable but for its versions of sketch tables.
 struct Model {
   explicit Model(ModelSpec spec_in);
   Model(const Model&) = delete;
@@ -29,7 +29,9 @@ struct Model {
 
   const ModelSpec spec;
   const uint64_t fingerprint;
-  const CacheShape shape;
+  const std::unique_ptr<TableVersions> tables;
+  // It was registered without tables: the service may learn some.
+  const bool learns_tables;
   // [layer_count], borrowing from spec.
   std::vector<LayerShape> layers;
 };

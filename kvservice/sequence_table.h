@@ -21,15 +21,37 @@
 #include "kvservice/cache/sequence.h"
 #include "kvservice/engine.h"
 #include "kvservice/model_registry.h"
+#include "kvservice/table_versions.h"
 #include "selector/policy.h"
 
 namespace kvservice {
+
+// The query tokens of an Attend that came last in a layer.
+struct LastQuery {
+  uint32_t position = 0;
+  uint32_t query_count = 0;
+  std::vector<float> q;  // [query_count][query_head_count][head_dim]; empty = none is kept
+};
+
+// A row of an earlier call whose exact masses are still to come.
+struct DeferredStep {
+  uint32_t position = 0;
+  uint32_t query_count = 0;
+  std::vector<float> q;                       // [query_count][query_head_count][head_dim]
+  std::vector<HeadCertificate> certificates;  // [query_count][query_head_count]
+  // What was attended, per KV head, if the call did not bound the mass of it; nothing for KV heads
+  // that were answered densely. Empty offsets: the certificates have bounds.
+  std::vector<uint32_t> given = {};
+  std::vector<uint32_t> given_offsets = {};
+};
 
 struct SequenceRecord {
   SequenceId id;
   std::string tenant;
   std::string request_id;
   const Model* model = nullptr;
+  // The version of the model's sketch tables that the sequence was created with.
+  const TableVersion* tables = nullptr;
   Policy policy;
   uint64_t generation = 1;
   uint64_t lease_ns = 0;
@@ -44,6 +66,13 @@ struct SequenceRecord {
   // comes twice.
   uint64_t last_call = 0;
   uint64_t last_batch = 0;
+  // Rows that somebody asked to be kept for audits.
+  uint32_t audits_asked = 0;
+  // [layer_count] or empty, and the bytes that their queries take.
+  std::vector<LastQuery> last_queries;
+  size_t last_query_bytes = 0;
+  // [layer_count] or empty: at most kDeferredStepsMax query tokens wait in a layer.
+  std::vector<std::vector<DeferredStep>> deferred;
 };
 
 class SequenceTable {

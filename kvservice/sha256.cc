@@ -77,4 +77,27 @@ Sha256::Digest Sha256::Finish() {
   return digest;
 }
 
+HmacSha256::HmacSha256(absl::Span<const std::byte> key) {
+  constexpr std::byte kInnerPad{0x36};
+  constexpr std::byte kOuterPad{0x5c};
+  std::array<std::byte, 64> block{};
+  if (key.size() > block.size()) {
+    Sha256 hash;
+    hash.Update(key);
+    const Sha256::Digest digest = hash.Finish();
+    std::copy(digest.begin(), digest.end(), block.begin());
+  } else {
+    std::copy(key.begin(), key.end(), block.begin());
+  }
+  for (std::byte& byte : block) byte ^= kInnerPad;
+  inner_.Update(block);
+  for (std::byte& byte : block) byte ^= kInnerPad ^ kOuterPad;
+  outer_.Update(block);
+}
+
+Sha256::Digest HmacSha256::Finish() {
+  outer_.Update(inner_.Finish());
+  return outer_.Finish();
+}
+
 }  // namespace kvservice

@@ -116,11 +116,31 @@ absl::Status CheckOverrides(const Policy& policy, uint32_t layer_count) {
   return absl::OkStatus();
 }
 
+absl::Status CheckSampling(const Policy& policy) {
+  const double probability = policy.failure_probability;
+  if (!(probability > 0.0 && probability <= kFailureProbabilityMax)) {
+    return OutOfRange("failure_probability", probability,
+                      absl::StrCat("more than 0, at most ", kFailureProbabilityMax));
+  }
+  if (policy.draws_max == 0 || policy.draws_max > kDrawsPerRoundMax) {
+    return OutOfRange("draws_max", policy.draws_max, absl::StrCat("1 to ", kDrawsPerRoundMax));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckLimits(const Policy& policy) {
   absl::Status status = CheckShare("max_dropped_mass", policy.max_dropped_mass);
+  if (status.ok() && !(policy.max_output_error > 0.0F)) {
+    status = OutOfRange("max_output_error", policy.max_output_error, "more than 0");
+  }
   if (status.ok()) status = CheckEnum("guarantee", policy.guarantee, Guarantee::kExact);
+  if (status.ok()) status = CheckSampling(policy);
   if (status.ok()) status = CheckEnum("on_violation", policy.on_violation, OnViolation::kFail);
   if (status.ok()) status = CheckEnum("mode", policy.mode, Mode::kShadow);
+  if (status.ok() && policy.deferred_exact_steps > kDeferredStepsMax) {
+    status = OutOfRange("deferred_exact_steps", policy.deferred_exact_steps,
+                        absl::StrCat("at most ", kDeferredStepsMax));
+  }
   return status;
 }
 
@@ -131,6 +151,7 @@ Policy DefaultPolicy(SelectorKind selector) {
   policy.selector = selector;
   if (selector == SelectorKind::kAuto || selector == SelectorKind::kCertified) return policy;
   policy.guarantee = Guarantee::kNone;
+  policy.on_violation = OnViolation::kDense;
   policy.max_dropped_mass = 1.0F;
   if (selector == SelectorKind::kPsaw) policy.psaw.phi = 0.85F;
   if (selector == SelectorKind::kEtf) policy.etf.psi = 0.85F;

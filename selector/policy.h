@@ -6,6 +6,7 @@
 #define KVSERVICE_SELECTOR_POLICY_H_
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -90,15 +91,26 @@ struct Policy {
   uint32_t dense_below_tokens = 2048;
   // Limit on the dropped softmax mass per query head, in (0, 1]; 1 = none.
   float max_dropped_mass = 0.05F;
-  Guarantee guarantee = Guarantee::kDeterministic;
-  OnViolation on_violation = OnViolation::kDense;
+  // Limit on the error of the output relative to the largest value norm, more than 0; infinity =
+  // none. With both limits set both must hold.
+  float max_output_error = std::numeric_limits<float>::infinity();
+  Guarantee guarantee = Guarantee::kConfidence;
+  // kConfidence: how often each of the two statements about a head and call may be wrong, in
+  // (0, 0.5], and tokens that one head may sample in one round, 1 to kDrawsPerRoundMax.
+  double failure_probability = 1e-9;
+  uint32_t draws_max = 1024;
+  OnViolation on_violation = OnViolation::kGrow;
   Mode mode = Mode::kEnforce;
+  // Deferred exact mode: once so many query tokens of a sequence and layer have come together, the
+  // exact masses that they dropped are computed in one pass. 0 = off, at most kDeferredStepsMax.
+  uint32_t deferred_exact_steps = 0;
   friend bool operator==(const Policy&, const Policy&) = default;
 };
 
 // The policy a selector stands for when only its name is given: kCpe, kCis, kPsaw, kEtf and kGiven
-// ask for no proof (guarantee = kNone, limit 1), kPsaw and kEtf switch their edit on (phi = psi =
-// 0.85), kCertified and kAuto prove 0.05.
+// ask for no proof (guarantee = kNone, limit 1) and answer densely where one is asked for in vain,
+// kPsaw and kEtf switch their edit on (phi = psi = 0.85), kCertified and kAuto prove 0.05 with
+// confidence and grow until they can.
 Policy DefaultPolicy(SelectorKind selector);
 
 // Largest numbers that a policy may carry; beyond them is a mistake, not a wish.
@@ -106,6 +118,9 @@ inline constexpr uint32_t kPolicyTokensMax = 1U << 20;
 inline constexpr uint32_t kAnchorsMax = 4096;
 inline constexpr uint32_t kDilateRadiusMax = 1024;
 inline constexpr float kScheduleExponentMax = 1000.0F;
+inline constexpr uint32_t kDeferredStepsMax = 64;
+// A statement that is wrong more often than not says nothing.
+inline constexpr double kFailureProbabilityMax = 0.5;
 
 // INVALID_ARGUMENT unless every number is finite and in its range. The message starts with the path
 // of the field and a space: "policy.cis.min_cosine is 2, expected ...".

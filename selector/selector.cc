@@ -72,6 +72,9 @@ void ApplyEdits(SelectorKind selector, const Policy& policy, const StepContext& 
 void EditGuarantee(const Policy& policy, const StepContext& /*context*/, Plan* plan) {
   plan->prove = policy.guarantee;
   plan->max_dropped_mass = policy.max_dropped_mass;
+  plan->max_output_error = policy.max_output_error;
+  plan->failure_probability = policy.failure_probability;
+  plan->draws_max = policy.draws_max;
   plan->on_violation = policy.on_violation;
   plan->mode = policy.mode;
 }
@@ -88,7 +91,7 @@ SelectorKind ResolveSelector(const Policy& policy, const StepContext& context) {
 
 bool UsesLists(SelectorKind selector) {
   return selector == SelectorKind::kCis || selector == SelectorKind::kEtf ||
-         selector == SelectorKind::kCpe;
+         selector == SelectorKind::kCpe || selector == SelectorKind::kCertified;
 }
 
 PlannedStep MakePlan(const Policy& policy, const StepContext& context) {

@@ -60,7 +60,7 @@ void EditCis(const Policy& policy, const StepContext& context, Plan* plan);
 void EditPsaw(const Policy& policy, const StepContext& context, Plan* plan);
 void EditEtf(const Policy& policy, const StepContext& context, Plan* plan);
 void EditCertified(const Policy& policy, const StepContext& context, Plan* plan);
-// Proof, limit, what a violation does, and the mode: the same for every selector.
+// Proof, limits, sampling, what a violation does, and the mode: the same for every selector.
 void EditGuarantee(const Policy& policy, const StepContext& context, Plan* plan);
 
 // The formulas of PSAW and ETF, in double, for tests and reports: positions hidden or frozen in

@@ -13,6 +13,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import xml.etree.ElementTree as xml
 
@@ -145,10 +147,36 @@ def python_tests():
     return Result(True, passed, failed, output.strip().rsplit("\n", 1)[-1].strip("= "))
 
 
+def adversary(name, *flags):
+    """The long form of the attack on certificates; what it found is in build/NAME.json."""
+    return one(name, ["build/bin/kvadversary", f"--json=build/{name}.json", *flags],
+               note=f"counts in build/{name}.json")
+
+
+def served_adversary():
+    """The same through a server of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        socket = f"unix:{folder}/data"
+        server = subprocess.Popen(
+            ["build/bin/kvservice", "--listen", socket, "--admin-listen", f"unix:{folder}/admin"],
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        with server:
+            for line in server.stdout:
+                if line.strip() == "ready":
+                    break
+            # Read on, or the server would wait for its log to be taken.
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            result = adversary("adversary-served", f"--endpoint={socket}", "--cases=1000000")
+            server.terminate()
+    return result
+
+
 def steps(campaign):
     everyday = [
         Step("format", check_format, []),
         Step("tidy", lambda: one("tidy", [sys.executable, "tests/tidy.py"]), []),
+        Step("mutation-list",
+             lambda: one("mutation-list", [sys.executable, "tests/mutations.py", "--check"]), []),
         Step("release-build", lambda: build("release"), []),
         Step("release-tests", lambda: ctest("release"), ["release-build"]),
         Step("python-tests", python_tests, ["release-build"]),
@@ -163,6 +191,15 @@ def steps(campaign):
         Step("tsan-tests", lambda: ctest("tsan"), ["tsan-build"]),
         Step("release-repeat", lambda: ctest("release", repeat=20), ["release-build"]),
         Step("asan-repeat", lambda: ctest("asan", repeat=5), ["asan-build"]),
+        Step("adversary-cpu",
+             lambda: adversary("adversary-cpu", "--device=cpu", "--cases=10000000"),
+             ["release-build"]),
+        Step("adversary-coverage",
+             lambda: adversary("adversary-coverage", "--device=cpu", "--coverage",
+                               "--cases=3000000"), ["release-build"]),
+        Step("adversary-served", served_adversary, ["release-build"]),
+        Step("compilers", lambda: one("compilers", [sys.executable, "tests/compilers.py"]), []),
+        Step("mutations", lambda: one("mutations", [sys.executable, "tests/mutations.py"]), []),
     ]
     return everyday + (long_forms if campaign else [])
 

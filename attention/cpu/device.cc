@@ -29,6 +29,9 @@ constexpr size_t kHugePageBytes = size_t{2} << 20;
 // A row of a long sequence needs weights of every sealed token; groups are executed in waves so
 // that those of one wave stay below this, or in a wave of their own.
 constexpr size_t kWaveBytesMax = size_t{256} << 20;
+// Weights that were scanned to choose from are read right afterwards: those of a wave stay below
+// this per thread, and so in the caches of the cores, or in a wave of their own.
+constexpr size_t kWaveScannedBytesMax = size_t{1} << 20;
 constexpr size_t kWaveGroupsMax = 1024;
 // Work is cut into about this many tasks per thread, so that a thread which starts late or runs
 // slowly holds nobody up, but not into tasks of less than a few microseconds.
@@ -400,11 +403,16 @@ void CpuDevice::Attend(const LayerShape& shape, absl::Span<AttendRow> rows) {
   const size_t total = rows.size() * layout.kv_head_count;
   for (size_t first = 0; first < total;) {
     size_t bytes = 0;
+    size_t scanned_bytes = 0;
     size_t end = first;
-    while (end < total && end - first < kWaveGroupsMax && bytes <= kWaveBytesMax) {
+    while (end < total && end - first < kWaveGroupsMax && bytes <= kWaveBytesMax &&
+           scanned_bytes <= kWaveScannedBytesMax * pool_.thread_count()) {
       const AttendRow& row = rows[end / layout.kv_head_count];
-      // Estimate, upper and lower weight of every token and head, at most.
-      bytes += size_t{row.view.length} * row.query_count * layout.group_size() * 3 * sizeof(float);
+      // A weight of every token and head, at most.
+      const size_t weight_bytes =
+          size_t{row.view.length} * row.query_count * layout.group_size() * sizeof(float);
+      bytes += weight_bytes;
+      if (row.plan.source == Source::kScan) scanned_bytes += weight_bytes;
       ++end;
     }
     ExecuteWave(shape, rows, first, end - first);

@@ -8,7 +8,6 @@
 #include <limits>
 
 #include "attention/cpu/radius.h"
-#include "attention/log_mass.h"
 #include "attention/scan_terms.h"
 #include "attention/sketch.h"
 
@@ -585,7 +584,8 @@ void PrepareScan(const LayerShape& shape, absl::Span<const float* const> q,
     for (uint32_t c = 0; c < head_dim; ++c) {
       squares += terms.qs[c] * terms.qs[c];
       if (terms.qs[c] != 0.0) ++queries->used[head];
-      queries->x[size_t{head} * head_dim + c] = RoundUpToFloat(terms.x[c] * kUp);
+      queries->x[size_t{head} * head_dim + c] =
+          static_cast<float>(terms.x[c] * (1.0 + 0x1p-22) + 0x1p-126);
     }
     // Covers qs rounded to fp32 (2^-24, or 2^-150 below the normal range) and this sum.
     queries->norm[head] = std::sqrt(squares) * (1.0 + 0x1p-23) + 0x1p-120;

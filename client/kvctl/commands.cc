@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <array>
 #include <cstdlib>
 #include <iostream>
 #include <memory>
@@ -97,6 +98,28 @@ std::optional<int> Refused(const GlobalOptions& options, bool yes, const std::st
   return Usage(options, "not confirmed, nothing was done");
 }
 
+// EPOCH:SECRET:CALL:ROW, the first two in hexadecimal.
+bool ParseReplay(const std::string& text, v1::Replay* replay) {
+  std::array<std::string, 4> parts;
+  size_t begin = 0;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const size_t end = i + 1 < parts.size() ? text.find(':', begin) : text.size();
+    if (end == std::string::npos) return false;
+    parts[i] = text.substr(begin, end - begin);
+    begin = end + 1;
+  }
+  const std::optional<std::string> epoch = IdOfHex(parts[0]);
+  const std::optional<uint64_t> secret = ParseNumber(parts[1], 16);
+  const std::optional<uint64_t> call = ParseNumber(parts[2], 10);
+  const std::optional<uint64_t> row = ParseNumber(parts[3], 10);
+  if (!epoch || !secret || !call || !row || *row > UINT32_MAX) return false;
+  replay->set_epoch(*epoch);
+  replay->set_draw_secret_id(*secret);
+  replay->set_call_number(*call);
+  replay->set_row(static_cast<uint32_t>(*row));
+  return true;
+}
+
 int MalformedId(const GlobalOptions& options, const std::string& hex_id) {
   return Usage(options, "'" + hex_id + "' is not an id: expected 32 digits of 0-9 and a-f");
 }
@@ -184,6 +207,49 @@ int DropSequence(const GlobalOptions& options, const SequenceDropOptions& drop) 
   Print(options, {{"id", drop.hex_id}, {"freed_bytes", freed}},
         "dropped " + drop.hex_id + ", " + BytesText(freed) + " freed\n");
   return kExitOk;
+}
+
+namespace {
+
+int ShowAuditTotals(const GlobalOptions& options) {
+  const absl::StatusOr<v1::GetStatsResponse> stats = Connect(options)->GetStats();
+  if (!stats.ok()) return Fail(options, stats.status());
+  Print(options, ToJson(stats->audit()), ToTable(stats->audit()));
+  return IsSound(stats->audit()) ? kExitOk : kExitViolation;
+}
+
+}  // namespace
+
+int AuditCalls(const GlobalOptions& options, const AuditOptions& audit) {
+  if (audit.hex_id.empty()) {
+    if (audit.replay.empty() && audit.keep_next == 0) return ShowAuditTotals(options);
+    return Usage(options, "--replay and --keep-next need the id of a sequence");
+  }
+  const std::optional<std::string> id = IdOfHex(audit.hex_id);
+  if (!id.has_value()) return MalformedId(options, audit.hex_id);
+  v1::AuditRequest request;
+  request.mutable_handle()->set_id(*id);
+  request.set_keep_next(audit.keep_next);
+  if (audit.replay.empty()) {
+    request.set_call_count(audit.call_count);
+  } else if (!ParseReplay(audit.replay, request.mutable_replay())) {
+    return Usage(options, "'" + audit.replay + "' is not like EPOCH:SECRET:CALL:ROW");
+  }
+  const absl::StatusOr<v1::AuditResponse> response = Connect(options)->Audit(request);
+  if (!response.ok()) return Fail(options, response.status());
+  Print(options, ToJson(*response), ToTable(*response));
+  const bool differs = response->has_replayed() && !response->replay_equal();
+  return IsSound(response->totals()) && !differs ? kExitOk : kExitViolation;
+}
+
+int ExplainSequence(const GlobalOptions& options, const ExplainOptions& explain) {
+  const std::optional<std::string> id = IdOfHex(explain.hex_id);
+  if (!id.has_value()) return MalformedId(options, explain.hex_id);
+  v1::ExplainRequest request;
+  request.set_id(*id);
+  request.set_layer(explain.layer);
+  request.mutable_max_dropped_mass()->Add(explain.limits.begin(), explain.limits.end());
+  return Show(options, Connect(options)->Explain(request));
 }
 
 int ListModels(const GlobalOptions& options) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace kvservice::client {
 
@@ -21,6 +22,8 @@ enum Exit : int {
   kExitDeadline = 5,
   kExitAuth = 6,
   kExitUnhealthy = 7,
+  // An audit found a certificate that was wrong.
+  kExitViolation = 8,
 };
 
 struct GlobalOptions {
@@ -44,6 +47,22 @@ struct SequenceDropOptions {
   bool yes = false;
 };
 
+struct AuditOptions {
+  // Empty = what the server's own audits have found since it started.
+  std::string hex_id;
+  uint32_t call_count = 16;
+  uint32_t keep_next = 0;
+  // "EPOCH:SECRET:CALL:ROW" as a reply of the sequence told them; the first two in hexadecimal.
+  std::string replay;
+};
+
+struct ExplainOptions {
+  std::string hex_id;
+  uint32_t layer = 0;
+  // Empty = the server's ladder.
+  std::vector<float> limits;
+};
+
 // Where a server without flags listens: $XDG_RUNTIME_DIR/kvservice, else /tmp/kvservice-UID.
 std::string DefaultEndpoint();
 // The admin side of a server with that endpoint and without an admin flag: the socket's path with
@@ -61,6 +80,11 @@ int ListSequences(const GlobalOptions& options, const SequenceListOptions& list)
 int ShowSequence(const GlobalOptions& options, const std::string& hex_id);
 // Asks for confirmation as DrainServer does.
 int DropSequence(const GlobalOptions& options, const SequenceDropOptions& drop);
+// kExitViolation if a certificate without failure probability was wrong, if misses are more than
+// chance explains, or if a replay differs.
+int AuditCalls(const GlobalOptions& options, const AuditOptions& audit);
+// What limits would cost for the latest query of a layer.
+int ExplainSequence(const GlobalOptions& options, const ExplainOptions& explain);
 int ListModels(const GlobalOptions& options);
 int ShowModel(const GlobalOptions& options, const std::string& name);
 

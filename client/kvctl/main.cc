@@ -1,5 +1,5 @@
 // The command line of kvctl. Exit status: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 server
-// unavailable, 5 out of time, 6 not allowed, 7 unhealthy.
+// unavailable, 5 out of time, 6 not allowed, 7 unhealthy, 8 a certificate was wrong.
 
 #include <CLI/CLI.hpp>
 #include <functional>
@@ -12,6 +12,19 @@
 namespace kvservice::client {
 namespace {
 
+// As many as the server computes for one caller.
+constexpr uint32_t kAuditRowsMax = 64;
+
+constexpr char kLevelsHelp[] =
+    "Levels of certificates, weakest first:\n"
+    "  none           says nothing about what was not attended; the bound is 1\n"
+    "  confidence     the bound may be wrong with at most the failure probability, over random\n"
+    "                 numbers that only the server knows\n"
+    "  deterministic  the bound always holds\n"
+    "  exact          every key was scored, or everything was attended\n"
+    "A bound is an upper bound of the share of softmax attention that was not attended, with the\n"
+    "query as received and the keys as stored. Bounds are printed rounded up.";
+
 struct Flags {
   GlobalOptions global;
   std::string output = "table";
@@ -20,6 +33,8 @@ struct Flags {
   bool yes = false;
   SequenceListOptions list;
   SequenceDropOptions drop;
+  AuditOptions audit;
+  ExplainOptions explain;
   std::string name;
   // The command that was chosen.
   std::function<int()> command;
@@ -117,6 +132,44 @@ void AddSequenceCommands(CLI::App* app, Flags* flags) {
   drop->add_flag("--yes", flags->yes, "Do not ask");
 }
 
+void AddAuditCommand(CLI::App* app, Flags* flags) {
+  CLI::App* const audit =
+      AddCommand(app, "audit", "Compare certificates with the truth; status 8 if one was wrong",
+                 flags, [flags] { return AuditCalls(flags->global, flags->audit); });
+  audit->add_option("id", flags->audit.hex_id,
+                    "Sequence of which kept rows are computed again, 32 hexadecimal digits "
+                    "(default: show what the server's own audits have found)");
+  audit->add_option("--calls", flags->audit.call_count, "Kept rows to compute again")
+      ->check(CLI::Range(1U, kAuditRowsMax))
+      ->type_name("COUNT")
+      ->capture_default_str();
+  audit->add_option("--keep-next", flags->audit.keep_next, "Keep so many rows from now on")
+      ->check(CLI::Range(1U, kAuditRowsMax))
+      ->type_name("COUNT");
+  audit
+      ->add_option("--replay", flags->audit.replay,
+                   "Compute one kept row again with the random numbers it had, and compare bit "
+                   "by bit; as its reply named them")
+      ->type_name("EPOCH:SECRET:CALL:ROW");
+  audit->footer(kLevelsHelp);
+}
+
+void AddExplainCommand(CLI::App* app, Flags* flags) {
+  CLI::App* const explain = AddCommand(
+      app, "explain", "What limits on dropped mass would cost, for the latest query of a layer",
+      flags, [flags] { return ExplainSequence(flags->global, flags->explain); });
+  explain->add_option("id", flags->explain.hex_id, "Sequence, 32 hexadecimal digits")->required();
+  explain->add_option("--layer", flags->explain.layer, "Layer, from 0")->capture_default_str();
+  explain
+      ->add_option("--limits", flags->explain.limits,
+                   "Limits to try, with commas between them (default: 0.2,0.1,0.05,0.02,0.01)")
+      ->delimiter(',')
+      ->type_name("SHARES");
+  explain->footer(
+      "BYTES is the share of what dense attention reads: keys and values, sketches, samples.\n"
+      "DROPPED is the largest bound of the KV head's query heads, rounded up.");
+}
+
 void AddModelCommands(CLI::App* app, Flags* flags) {
   CLI::App* const model = app->add_subcommand("model", "Registered models");
   model->require_subcommand(1);
@@ -135,7 +188,10 @@ int Main(int argc, const char* const* argv) {
   AddGlobalFlags(&app, &flags);
   AddServerCommands(&app, &flags);
   AddSequenceCommands(&app, &flags);
+  AddAuditCommand(&app, &flags);
+  AddExplainCommand(&app, &flags);
   AddModelCommands(&app, &flags);
+  app.footer(kLevelsHelp);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -12,6 +12,7 @@
 
 #include "client/error.h"
 #include "kvservice/v1/admin.grpc.pb.h"
+#include "kvservice/v1/attention.grpc.pb.h"
 #include "kvservice/v1/model.grpc.pb.h"
 
 namespace kvservice::client {
@@ -38,6 +39,7 @@ class GrpcServerCalls final : public ServerCalls {
       : end_(std::chrono::system_clock::now() + timeout),
         data_(grpc::CreateChannel(endpoint, grpc::InsecureChannelCredentials())),
         models_(v1::ModelService::NewStub(data_)),
+        attention_(v1::AttentionService::NewStub(data_)),
         admin_(v1::AdminService::NewStub(
             grpc::CreateChannel(admin_endpoint, grpc::InsecureChannelCredentials()))) {}
 
@@ -81,6 +83,10 @@ class GrpcServerCalls final : public ServerCalls {
     return Call<v1::GetModelResponse>(models_, &v1::ModelService::Stub::Get, request);
   }
 
+  absl::StatusOr<v1::AuditResponse> Audit(const v1::AuditRequest& request) override {
+    return Call<v1::AuditResponse>(attention_, &v1::AttentionService::Stub::Audit, request);
+  }
+
   absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() override {
     return Call<v1::GetServerInfoResponse>(admin_, &v1::AdminService::Stub::GetServerInfo,
                                            v1::GetServerInfoRequest());
@@ -121,6 +127,10 @@ class GrpcServerCalls final : public ServerCalls {
     return response->sequence();
   }
 
+  absl::StatusOr<v1::ExplainResponse> Explain(const v1::ExplainRequest& request) override {
+    return Call<v1::ExplainResponse>(admin_, &v1::AdminService::Stub::Explain, request);
+  }
+
   absl::StatusOr<v1::EvictResponse> Evict(const v1::EvictRequest& request) override {
     return Call<v1::EvictResponse>(admin_, &v1::AdminService::Stub::Evict, request);
   }
@@ -148,6 +158,7 @@ class GrpcServerCalls final : public ServerCalls {
   const std::chrono::system_clock::time_point end_;
   const std::shared_ptr<grpc::Channel> data_;  // gRPC's API shares channels.
   const std::unique_ptr<v1::ModelService::Stub> models_;
+  const std::unique_ptr<v1::AttentionService::Stub> attention_;
   const std::unique_ptr<v1::AdminService::Stub> admin_;
 };
 

@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kvservice/v1/admin.pb.h"
+#include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/model.pb.h"
 
 namespace kvservice::client {
@@ -28,6 +29,7 @@ class ServerCalls {
   // All, ordered by name.
   virtual absl::StatusOr<std::vector<v1::Model>> ListModels() = 0;
   virtual absl::StatusOr<v1::GetModelResponse> GetModel(const std::string& name) = 0;
+  virtual absl::StatusOr<v1::AuditResponse> Audit(const v1::AuditRequest& request) = 0;
 
   // On the admin side.
   virtual absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() = 0;
@@ -36,6 +38,7 @@ class ServerCalls {
   virtual absl::StatusOr<std::vector<v1::Sequence>> ListSequences(const std::string& tenant,
                                                                   size_t limit, bool* more) = 0;
   virtual absl::StatusOr<v1::Sequence> DescribeSequence(const std::string& id) = 0;
+  virtual absl::StatusOr<v1::ExplainResponse> Explain(const v1::ExplainRequest& request) = 0;
   virtual absl::StatusOr<v1::EvictResponse> Evict(const v1::EvictRequest& request) = 0;
   virtual absl::Status Drain(uint32_t grace_ms) = 0;
 };

@@ -64,6 +64,14 @@ std::optional<std::chrono::milliseconds> ParseDuration(std::string_view text) {
   return std::chrono::milliseconds(number * unit);
 }
 
+std::optional<uint64_t> ParseNumber(std::string_view text, int base) {
+  uint64_t number = 0;
+  const char* const end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, number, base);
+  if (error != std::errc() || rest != end) return std::nullopt;
+  return number;
+}
+
 std::string BytesText(uint64_t bytes) {
   constexpr std::array<const char*, 5> kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
   if (bytes < 1024) return std::to_string(bytes) + " B";
@@ -87,6 +95,12 @@ std::string DurationText(uint64_t milliseconds) {
 std::string ShareText(uint64_t part, uint64_t whole) {
   if (whole == 0) return "-";
   return Format("%.1f%%", 100.0 * static_cast<double>(part) / static_cast<double>(whole));
+}
+
+std::string ShortText(float number) {
+  std::array<char, 64> text;
+  const auto [end, error] = std::to_chars(text.data(), text.data() + text.size(), number);
+  return error == std::errc() ? std::string(text.data(), end) : std::string("?");
 }
 
 std::string UpperText(double bound) {

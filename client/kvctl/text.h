@@ -12,12 +12,16 @@
 
 namespace kvservice::client {
 
-// 32 hexadecimal digits for the 16 bytes of an id, and back; nothing for any other text.
+// Two hexadecimal digits for each byte of an id or digest, and back for the 16 bytes of an id;
+// nothing for any other text.
 std::string HexOfId(std::string_view id);
 std::optional<std::string> IdOfHex(std::string_view hex);
 
 // "250ms", "5s", "2m"; a bare number is seconds. Nothing for other texts and for 0, at most a day.
 std::optional<std::chrono::milliseconds> ParseDuration(std::string_view text);
+
+// A number in the base without sign or prefix; nothing for other texts.
+std::optional<uint64_t> ParseNumber(std::string_view text, int base);
 
 // "1.5 GiB", to the nearest tenth.
 std::string BytesText(uint64_t bytes);
@@ -25,6 +29,8 @@ std::string BytesText(uint64_t bytes);
 std::string DurationText(uint64_t milliseconds);
 // "12.3%"; "-" of nothing.
 std::string ShareText(uint64_t part, uint64_t whole);
+// A number that a person chose, as short as reads back the same float.
+std::string ShortText(float number);
 // Four significant digits, rounded up: what is shown is still a bound.
 std::string UpperText(double bound);
 

@@ -18,17 +18,19 @@ namespace kvservice {
 namespace {
 
 using Declared = v1::AdminService;
-using NotServed = Declared::WithGenericMethod_DescribeBlock<Declared::WithGenericMethod_Explain<
+using NotServed = Declared::WithGenericMethod_DescribeBlock<
     Declared::WithGenericMethod_WatchEvents<Declared::WithGenericMethod_SetQuota<
-        Declared::WithGenericMethod_VerifyStore<Declared::Service>>>>>;
-using Rpc = Declared::WithRawMethod_GetServerInfo<Declared::WithRawMethod_GetStats<
-    Declared::WithRawMethod_ListSequences<Declared::WithRawMethod_DescribeSequence<
-        Declared::WithRawMethod_Evict<Declared::WithRawMethod_Drain<NotServed>>>>>>;
+        Declared::WithGenericMethod_VerifyStore<Declared::Service>>>>;
+using Rpc = Declared::WithRawMethod_GetServerInfo<
+    Declared::WithRawMethod_GetStats<Declared::WithRawMethod_ListSequences<
+        Declared::WithRawMethod_DescribeSequence<Declared::WithRawMethod_Explain<
+            Declared::WithRawMethod_Evict<Declared::WithRawMethod_Drain<NotServed>>>>>>>;
 
 using GetServerInfoCall = UnaryCall<v1::GetServerInfoRequest, v1::GetServerInfoResponse>;
 using GetStatsCall = UnaryCall<v1::GetStatsRequest, v1::GetStatsResponse>;
 using ListSequencesCall = UnaryCall<v1::ListSequencesRequest, v1::ListSequencesResponse>;
 using DescribeSequenceCall = UnaryCall<v1::DescribeSequenceRequest, v1::DescribeSequenceResponse>;
+using ExplainCall = UnaryCall<v1::ExplainRequest, v1::ExplainResponse>;
 using EvictCall = UnaryCall<v1::EvictRequest, v1::EvictResponse>;
 using DrainCall = UnaryCall<v1::DrainRequest, v1::DrainResponse>;
 
@@ -85,6 +87,7 @@ class AdminService final : public RpcService {
             Bind("ListSequences", &Rpc::RequestListSequences, &AdminService::ListSequences)),
         describe_sequence_(Bind("DescribeSequence", &Rpc::RequestDescribeSequence,
                                 &AdminService::DescribeSequence)),
+        explain_(Bind("Explain", &Rpc::RequestExplain, &AdminService::Explain)),
         evict_(Bind("Evict", &Rpc::RequestEvict, &AdminService::Evict)),
         drain_(Bind("Drain", &Rpc::RequestDrain, &AdminService::Drain)) {}
 
@@ -94,6 +97,7 @@ class AdminService final : public RpcService {
     get_stats_.Listen(&get_stats_, queue);
     list_sequences_.Listen(&list_sequences_, queue);
     describe_sequence_.Listen(&describe_sequence_, queue);
+    explain_.Listen(&explain_, queue);
     evict_.Listen(&evict_, queue);
     drain_.Listen(&drain_, queue);
   }
@@ -138,6 +142,7 @@ class AdminService final : public RpcService {
     response->set_calls_shed_total(stats.calls_shed_total);
     response->set_leases_expired_total(stats.leases_expired_total);
     TotalsToProto(stats.attend, facts_.sequence_tokens_max, response->mutable_totals());
+    AuditTotalsToProto(stats.audit, response->mutable_audit());
     GetStatsCall::Reply(std::move(call), absl::OkStatus());
   }
 
@@ -196,6 +201,21 @@ class AdminService final : public RpcService {
     });
   }
 
+  void Explain(std::unique_ptr<ExplainCall> call) {
+    const std::string id = call->request().id();
+    Find(id, [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
+      if (!info.ok()) return ExplainCall::Reply(std::move(call), info.status());
+      absl::StatusOr<ExplainAsk> ask = ExplainFromProto(call->request());
+      if (!ask.ok()) return ExplainCall::Reply(std::move(call), ask.status());
+      host_.engine->Explain(
+          info->tenant, info->id, *std::move(ask),
+          [call = std::move(call)](const absl::StatusOr<ExplainReport>& report) mutable {
+            if (report.ok()) ExplainToProto(*report, call->response());
+            ExplainCall::Reply(std::move(call), report.status());
+          });
+    });
+  }
+
   // Two engine calls: the first finds the owner. In between the generation may change; what is
   // dropped then is still the sequence of that id.
   void Evict(std::unique_ptr<EvictCall> call) {
@@ -229,6 +249,7 @@ class AdminService final : public RpcService {
   const UnaryMethod<v1::GetStatsRequest, v1::GetStatsResponse> get_stats_;
   const UnaryMethod<v1::ListSequencesRequest, v1::ListSequencesResponse> list_sequences_;
   const UnaryMethod<v1::DescribeSequenceRequest, v1::DescribeSequenceResponse> describe_sequence_;
+  const UnaryMethod<v1::ExplainRequest, v1::ExplainResponse> explain_;
   const UnaryMethod<v1::EvictRequest, v1::EvictResponse> evict_;
   const UnaryMethod<v1::DrainRequest, v1::DrainResponse> drain_;
 };

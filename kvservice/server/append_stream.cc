@@ -1,6 +1,7 @@
 #include "kvservice/server/append_stream.h"
 
 #include <cassert>
+#include <optional>
 #include <utility>
 
 #include "kvservice/error.h"
@@ -75,6 +76,12 @@ absl::StatusOr<AppendCall> AppendStream::NextCall() {
   if (!k.ok()) return k.status();
   absl::StatusOr<TensorView> v = TensorFromProto(message_.v(), "v");
   if (!v.ok()) return v.status();
+  std::optional<TensorView> query_sample;
+  if (message_.has_query_sample()) {
+    absl::StatusOr<TensorView> sample = TensorFromProto(message_.query_sample(), "query_sample");
+    if (!sample.ok()) return sample.status();
+    query_sample = *sample;
+  }
   sequence_ = *id;
   return AppendCall{.tenant = tenant_,
                     .id = *id,
@@ -82,7 +89,8 @@ absl::StatusOr<AppendCall> AppendStream::NextCall() {
                     .layer = message_.layer(),
                     .position = message_.position(),
                     .k = *k,
-                    .v = *v};
+                    .v = *v,
+                    .query_sample = query_sample};
 }
 
 void AppendStream::Applied(absl::StatusOr<AppendResult> result) {

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "kvservice/server/attend_reply.h"
@@ -10,12 +11,13 @@
 namespace kvservice {
 namespace {
 
-using Rpc =
-    v1::AttentionService::WithRawMethod_Attend<v1::AttentionService::WithGenericMethod_AttendStream<
-        v1::AttentionService::WithGenericMethod_Select<
-            v1::AttentionService::WithGenericMethod_Audit<v1::AttentionService::Service>>>>;
+using Declared = v1::AttentionService;
+using NotServed =
+    Declared::WithGenericMethod_AttendStream<Declared::WithGenericMethod_Select<Declared::Service>>;
+using Rpc = Declared::WithRawMethod_Attend<Declared::WithRawMethod_Audit<NotServed>>;
 
 using AttendRpcCall = UnaryCall<v1::AttendRequest, v1::AttendResponse>;
+using AuditRpcCall = UnaryCall<v1::AuditRequest, v1::AuditResponse>;
 
 // A call on its way through the engine, which borrows the tensors of its request. Owns itself from
 // the moment the engine has it until `done`.
@@ -31,10 +33,15 @@ class AttentionService final : public RpcService {
   explicit AttentionService(const ServiceHost& host)
       : host_(host),
         attend_(BindMethod("Attend", &host_.calls, &rpc_, &Rpc::RequestAttend, this,
-                           &AttentionService::Attend)) {}
+                           &AttentionService::Attend)),
+        audit_(BindMethod("Audit", &host_.calls, &rpc_, &Rpc::RequestAudit, this,
+                          &AttentionService::Audit)) {}
 
   grpc::Service* grpc_service() override { return &rpc_; }
-  void Listen(grpc::ServerCompletionQueue* queue) override { attend_.Listen(&attend_, queue); }
+  void Listen(grpc::ServerCompletionQueue* queue) override {
+    attend_.Listen(&attend_, queue);
+    audit_.Listen(&audit_, queue);
+  }
 
  private:
   void Attend(std::unique_ptr<AttendRpcCall> rpc) {
@@ -68,9 +75,23 @@ class AttentionService final : public RpcService {
         SerializeAttendReply(response, pending->output_dtype, &pending->call));
   }
 
+  void Audit(std::unique_ptr<AuditRpcCall> rpc) {
+    const absl::StatusOr<SequenceId> id = IdFromProto(rpc->request().handle().id(), "handle.id");
+    if (!id.ok()) return AuditRpcCall::Reply(std::move(rpc), id.status());
+    absl::StatusOr<AuditAsk> ask = AuditFromProto(rpc->request());
+    if (!ask.ok()) return AuditRpcCall::Reply(std::move(rpc), ask.status());
+    const std::string tenant = rpc->tenant();
+    host_.engine->Audit(tenant, *id, *std::move(ask),
+                        [rpc = std::move(rpc)](const absl::StatusOr<AuditReport>& report) mutable {
+                          if (report.ok()) AuditToProto(*report, rpc->response());
+                          AuditRpcCall::Reply(std::move(rpc), report.status());
+                        });
+  }
+
   const ServiceHost host_;
   Rpc rpc_;
   const UnaryMethod<v1::AttendRequest, v1::AttendResponse> attend_;
+  const UnaryMethod<v1::AuditRequest, v1::AuditResponse> audit_;
 };
 
 }  // namespace

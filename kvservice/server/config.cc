@@ -1,10 +1,12 @@
 #include "kvservice/server/config.h"
 
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +17,7 @@
 
 #include "kvservice/server/build_info.h"
 #include "kvservice/server/quantity.h"
+#include "kvservice/server/transport.h"
 
 namespace kvservice {
 namespace {
@@ -164,6 +167,27 @@ void AddEngineFlags(CLI::App* app, Config* config) {
            &engine->list_bytes_per_sequence_max);
 }
 
+void AddCertificateFlags(CLI::App* app, Config* config) {
+  EngineOptions* const engine = &config->server.engine;
+  app->add_option("--audit-rate", engine->audit_rate,
+                  "Share of calls, chosen at random, to compute again exactly and compare")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str()
+      ->type_name("SHARE");
+  AddCount(app, "--audit-rows-max", "Rows of calls kept for audits and replays",
+           &engine->audit_rows_max);
+  AddBytes(app, "--audit-bytes-max", "Memory for kept rows", &engine->audit_bytes_max);
+  app->add_flag("--keep-queries,!--no-keep-queries", config->keep_queries,
+                "Keep the latest query of every layer, for Explain")
+      ->capture_default_str();
+  AddBytes(app, "--query-bytes-max", "Memory for the latest queries of one sequence",
+           &engine->query_bytes_per_sequence_max);
+  app->add_option("--draw-secret-file", config->draw_secret_file,
+                  "File of 32 secret bytes, mode 0600, behind the random numbers of sampled "
+                  "certificates (default: fresh bytes at every start)")
+      ->type_name("FILE");
+}
+
 void AddServerFlags(CLI::App* app, Config* config) {
   ServerOptions* const server = &config->server;
   AddCount(app, "--io-threads", "Threads that receive and parse", &server->io_threads, 1,
@@ -270,6 +294,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
       "before the file.");
   AddListenFlags(&app, &flags, &config);
   AddEngineFlags(&app, &config);
+  AddCertificateFlags(&app, &config);
   AddServerFlags(&app, &config);
   AddProcessFlags(&app, &flags, &config);
   std::vector<std::string> arguments = WithEnvironment(app, argc, argv);
@@ -299,6 +324,30 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   result->text = flags.print_config ? AddressLines(result->server) + app.config_to_str(true)
                                     : "the configuration is valid\n";
   return result;
+}
+
+absl::StatusOr<DrawSecret> ReadDrawSecret(const std::string& path) {
+  const FileDescriptor file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  struct stat facts = {};
+  if (file.get() < 0 || fstat(file.get(), &facts) != 0) {
+    return absl::NotFoundError("--draw-secret-file: cannot read " + path + ": " +
+                               std::strerror(errno));
+  }
+  if (!S_ISREG(facts.st_mode) || facts.st_uid != geteuid() ||
+      (facts.st_mode & (S_IRWXG | S_IRWXO)) != 0) {
+    return absl::PermissionDeniedError("--draw-secret-file: " + path +
+                                       " must be a file of this user's own with mode 0600");
+  }
+  DrawSecret secret;
+  // One byte more than there may be tells a longer file.
+  std::array<std::byte, kDrawSecretBytes + 1> bytes;
+  const ssize_t count = read(file.get(), bytes.data(), bytes.size());
+  if (count != static_cast<ssize_t>(secret.size())) {
+    return absl::InvalidArgumentError("--draw-secret-file: " + path + " must have exactly " +
+                                      std::to_string(secret.size()) + " bytes");
+  }
+  std::copy_n(bytes.begin(), secret.size(), secret.begin());
+  return secret;
 }
 
 std::string RuntimeDirectory() {

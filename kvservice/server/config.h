@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "attention/device.h"
+#include "kvservice/draw_keys.h"
 #include "kvservice/server/server.h"
 
 namespace kvservice {
@@ -28,12 +29,20 @@ struct Config {
   std::string log_level = "info";
   // Written when the server is ready, with one line per endpoint. Empty = none.
   std::string ready_file;
+  // Off: engine.query_bytes_per_sequence_max counts as 0.
+  bool keep_queries = true;
+  // File that holds the secret of sampled certificates; empty = a fresh secret at every start.
+  std::string draw_secret_file;
   // The default socket directory is used and must exist before the server listens.
   bool uses_runtime_directory = false;
 };
 
 // INVALID_ARGUMENT with one line that names the flag, for anything that is wrong.
 absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv);
+
+// The 32 bytes of a file that only its owner may read or write. PERMISSION_DENIED when others may
+// or it belongs to somebody else, INVALID_ARGUMENT when it does not have 32 bytes, NOT_FOUND.
+absl::StatusOr<DrawSecret> ReadDrawSecret(const std::string& path);
 
 // Where the default sockets are: $XDG_RUNTIME_DIR/kvservice, else /tmp/kvservice-UID.
 std::string RuntimeDirectory();

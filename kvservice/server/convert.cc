@@ -3,6 +3,7 @@
 #include <cstring>
 #include <optional>
 
+#include "attention/rounding.h"
 #include "kvservice/error.h"
 #include "kvservice/tensor_check.h"
 
@@ -124,6 +125,8 @@ void SequenceToProto(const SequenceInfo& info, v1::Sequence* sequence) {
   sequence->set_block_count(info.block_count);
   sequence->set_bytes(info.bytes);
   sequence->set_lease_remaining_ms(info.lease_remaining_ms);
+  sequence->set_sketch_table_digest(info.sketch_table_digest.data(),
+                                    info.sketch_table_digest.size());
   TotalsToProto(info.stats, info.length_max, sequence->mutable_totals());
 }
 
@@ -139,10 +142,18 @@ void TotalsToProto(const AttendStats& stats, uint64_t token_count_max, v1::Atten
   totals->set_dropped_mass_upper_sum(stats.dropped_mass_upper_sum);
   totals->set_dropped_mass_upper_max(stats.dropped_mass_upper_max);
   totals->set_failure_probability_sum(stats.failure_probability_sum);
+  totals->mutable_certificates_by_level()->Add(stats.by_level.begin(), stats.by_level.end());
+  totals->mutable_certificates_by_action()->Add(stats.by_action.begin(), stats.by_action.end());
+  totals->mutable_dropped_mass_upper_bounds()->Add(kDroppedMassBounds.begin(),
+                                                   kDroppedMassBounds.end());
+  totals->mutable_dropped_mass_upper_counts()->Add(stats.dropped_mass_counts.begin(),
+                                                   stats.dropped_mass_counts.end());
+  totals->set_keys_sampled(stats.keys_sampled);
+  totals->set_rows_sampled(stats.rows_sampled);
   if (stats.certificates_proven > 0 && token_count_max > 0) {
     // The bound is concave in the mass, so at the mean it covers the mean over calls.
     const double mean =
-        stats.dropped_mass_upper_sum / static_cast<double>(stats.certificates_proven);
+        DivideUp(stats.dropped_mass_upper_sum, static_cast<double>(stats.certificates_proven));
     totals->set_assumed_mutual_information_loss_nats(
         MutualInformationBoundNats(MassUpper{mean}, token_count_max));
   }

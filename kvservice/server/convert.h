@@ -14,6 +14,7 @@
 #include "kvservice/engine.h"
 #include "kvservice/model.h"
 #include "kvservice/server/policy_registry.h"
+#include "kvservice/v1/admin.pb.h"
 #include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/model.pb.h"
 #include "kvservice/v1/sequence.pb.h"
@@ -60,6 +61,17 @@ absl::Status AttendFromProto(const v1::AttendRequest& request, const PolicyRegis
 
 // What the caller asked `out` to be; FLOAT32 by default. INVALID_ARGUMENT / TENSOR_DTYPE_UNKNOWN.
 absl::StatusOr<DType> OutputDTypeFromProto(const v1::AttendRequest& request);
+
+void CertificatesToProto(const std::vector<HeadCertificate>& certificates, v1::Certificates* to);
+
+// INVALID_ARGUMENT / EPOCH_MALFORMED. The engine checks the result further.
+absl::StatusOr<AuditAsk> AuditFromProto(const v1::AuditRequest& request);
+void AuditTotalsToProto(const AuditStats& stats, v1::AuditTotals* totals);
+void AuditToProto(const AuditReport& report, v1::AuditResponse* response);
+
+// `q` of the result borrows from `request`.
+absl::StatusOr<ExplainAsk> ExplainFromProto(const v1::ExplainRequest& request);
+void ExplainToProto(const ExplainReport& report, v1::ExplainResponse* response);
 
 // Everything but the two tensors.
 void AttendToProto(const v1::AttendRequest& request, const AttendCall& call,

@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
 #include "attention/log_mass.h"
 #include "kvservice/error.h"
 #include "kvservice/server/convert.h"
@@ -123,6 +127,34 @@ v1::Action ActionToProto(Action action) {
   return v1::ACTION_UNSPECIFIED;
 }
 
+// Columns that most replies do without are written only if they say something.
+void OutputErrorsToProto(const std::vector<HeadCertificate>& certificates, v1::Certificates* to) {
+  if (std::all_of(certificates.begin(), certificates.end(), [](const HeadCertificate& head) {
+        return std::isinf(head.output_error_upper);
+      })) {
+    return;
+  }
+  for (const HeadCertificate& head : certificates) {
+    to->add_output_error_upper(RoundUpToFloat(head.output_error_upper));
+    to->add_output_error_relative_upper(RoundUpToFloat(RelativeOutputError(head)));
+    to->add_value_norm_lower(RoundDownToFloat(head.value_norm_lower));
+  }
+}
+
+void SamplesToProto(const std::vector<HeadCertificate>& certificates, v1::Certificates* to) {
+  if (std::all_of(certificates.begin(), certificates.end(), [](const HeadCertificate& head) {
+        return head.keys_sampled == 0 && head.rows_sampled == 0;
+      })) {
+    return;
+  }
+  for (const HeadCertificate& head : certificates) {
+    to->add_keys_sampled(head.keys_sampled);
+    to->add_rows_sampled(head.rows_sampled);
+  }
+}
+
+}  // namespace
+
 void CertificatesToProto(const std::vector<HeadCertificate>& certificates, v1::Certificates* to) {
   const int count = static_cast<int>(certificates.size());
   to->mutable_level()->Reserve(count);
@@ -149,11 +181,15 @@ void CertificatesToProto(const std::vector<HeadCertificate>& certificates, v1::C
     to->add_dropped_mass_estimate(head.dropped_mass_estimate);
     any_failure_probability = any_failure_probability || head.failure_probability > 0.0;
   }
+  OutputErrorsToProto(certificates, to);
+  SamplesToProto(certificates, to);
   if (!any_failure_probability) return;
   for (const HeadCertificate& head : certificates) {
     to->add_failure_probability(head.failure_probability);
   }
 }
+
+namespace {
 
 void GroupsToProto(const std::vector<GroupReport>& groups, v1::GroupReports* to) {
   for (const GroupReport& group : groups) {
@@ -162,6 +198,8 @@ void GroupsToProto(const std::vector<GroupReport>& groups, v1::GroupReports* to)
     to->add_tokens_read(group.tokens_read);
     to->add_tokens_scanned(group.tokens_scanned);
     to->add_similarity(group.similarity);
+    to->add_keys_sampled(group.keys_sampled);
+    to->add_rows_sampled(group.rows_sampled);
   }
 }
 
@@ -186,16 +224,109 @@ void RowToProto(const AttendCallRow& row, const AttendRowResult& from, v1::Atten
   for (const std::vector<uint32_t>& positions : from.selected) {
     to->add_selected()->mutable_positions()->Add(positions.begin(), positions.end());
   }
+  for (const DeferredMasses& masses : from.deferred) {
+    v1::DeferredMasses* const deferred = to->add_deferred();
+    deferred->set_position(masses.position);
+    deferred->set_query_count(masses.query_count);
+    for (const DeferredMass& mass : masses.heads) {
+      deferred->add_dropped_mass_upper(RoundUpToFloat(mass.upper.value));
+      deferred->add_dropped_mass_lower(RoundDownToFloat(mass.lower.value));
+    }
+  }
   // An attend leaves the generation alone, and a row of a stale one fails.
   to->set_generation(row.generation);
 }
 
 }  // namespace
 
+absl::StatusOr<AuditAsk> AuditFromProto(const v1::AuditRequest& request) {
+  AuditAsk ask{.row_count = request.call_count(), .keep_next = request.keep_next(), .replay = {}};
+  if (!request.has_replay()) return ask;
+  const v1::Replay& replay = request.replay();
+  ReplayAsk& to = ask.replay.emplace();
+  if (replay.epoch().size() != to.epoch.size()) {
+    return InvalidField("replay.epoch", "EPOCH_MALFORMED",
+                        "replay.epoch has " + std::to_string(replay.epoch().size()) +
+                            " bytes, expected " + std::to_string(to.epoch.size()));
+  }
+  std::memcpy(to.epoch.data(), replay.epoch().data(), to.epoch.size());
+  to.call_number = replay.call_number();
+  to.draw_secret_id = replay.draw_secret_id();
+  to.row = replay.row();
+  return ask;
+}
+
+void AuditTotalsToProto(const AuditStats& stats, v1::AuditTotals* totals) {
+  totals->set_rows_audited(stats.rows_audited);
+  totals->set_rows_cancelled(stats.rows_cancelled);
+  totals->set_rows_skipped(stats.rows_skipped);
+  totals->set_rows_waiting(stats.rows_waiting);
+  totals->set_certificates_audited(stats.certificates);
+  totals->set_outputs_audited(stats.outputs);
+  totals->set_violations(stats.violations);
+  totals->set_misses(stats.misses);
+  totals->set_expected_misses(stats.expected_misses);
+  totals->set_slack_count(stats.slack_count);
+  totals->set_slack_median_nats(stats.slack_median_nats);
+  totals->set_slack_p95_nats(stats.slack_p95_nats);
+  totals->set_slack_max_nats(stats.slack_max_nats);
+}
+
+void AuditToProto(const AuditReport& report, v1::AuditResponse* response) {
+  AuditTotalsToProto(report.stats, response->mutable_totals());
+  response->set_kept_rows(report.kept_rows);
+  response->set_keep_next_left(report.keep_next_left);
+  response->mutable_call_numbers()->Add(report.call_numbers.begin(), report.call_numbers.end());
+  for (const std::string& line : report.violations) response->add_violations(line);
+  if (!report.replayed.empty()) {
+    CertificatesToProto(report.replayed, response->mutable_replayed());
+  }
+  response->set_replay_equal(report.replay_equal);
+}
+
+absl::StatusOr<ExplainAsk> ExplainFromProto(const v1::ExplainRequest& request) {
+  ExplainAsk ask;
+  ask.layer = request.layer();
+  ask.limits.assign(request.max_dropped_mass().begin(), request.max_dropped_mass().end());
+  if (!request.has_q()) return ask;
+  const absl::StatusOr<TensorView> q = TensorFromProto(request.q(), "q");
+  if (!q.ok()) return q.status();
+  ask.q = *q;
+  return ask;
+}
+
+void ExplainToProto(const ExplainReport& report, v1::ExplainResponse* response) {
+  response->set_position(report.position);
+  response->set_query_count(report.query_count);
+  for (const ExplainStep& from : report.steps) {
+    v1::ExplainStep* const step = response->add_steps();
+    step->set_max_dropped_mass(from.limit);
+    for (const ExplainGroup& group : from.groups) {
+      v1::ExplainGroup* const to = step->add_groups();
+      to->set_action(ActionToProto(group.report.action));
+      to->set_tokens_read(group.report.tokens_read);
+      to->set_tokens_scanned(group.report.tokens_scanned);
+      to->set_keys_sampled(group.report.keys_sampled);
+      to->set_rows_sampled(group.report.rows_sampled);
+      to->set_bytes(group.bytes);
+      to->set_dense_bytes(group.dense_bytes);
+      to->set_level(LevelToProto(group.level));
+      to->set_met(group.met);
+      to->set_dropped_mass_upper(RoundUpToFloat(group.dropped_mass_upper));
+      to->set_output_error_relative_upper(RoundUpToFloat(group.output_error_relative_upper));
+      to->set_failure_probability(group.failure_probability);
+      step->set_bytes(step->bytes() + group.bytes);
+      step->set_dense_bytes(step->dense_bytes() + group.dense_bytes);
+    }
+  }
+}
+
 void AttendToProto(const v1::AttendRequest& request, const AttendCall& call,
                    v1::AttendResponse* response) {
   response->set_step_id(request.step_id());
   response->set_call_number(call.call_number);
+  response->set_epoch(call.epoch.data(), call.epoch.size());
+  response->set_draw_secret_id(call.draw_secret_id);
   for (size_t i = 0; i < call.results.size(); ++i) {
     RowToProto(call.rows[i], call.results[i], response->add_results());
   }

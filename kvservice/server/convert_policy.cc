@@ -121,9 +121,11 @@ std::optional<Guarantee> GuaranteeFromProto(v1::Guarantee guarantee, Guarantee o
   }
 }
 
-std::optional<OnViolation> OnViolationFromProto(v1::OnViolation on_violation) {
+std::optional<OnViolation> OnViolationFromProto(v1::OnViolation on_violation,
+                                                OnViolation otherwise) {
   switch (on_violation) {
     case v1::ON_VIOLATION_UNSPECIFIED:
+      return otherwise;
     case v1::ON_VIOLATION_DENSE:
       return OnViolation::kDense;
     case v1::ON_VIOLATION_REPORT:
@@ -161,13 +163,19 @@ absl::Status ApplyLimits(const v1::Policy& from, std::string_view field, Policy*
     to->guarantee = *guarantee;
   }
   if (from.has_max_dropped_mass()) to->max_dropped_mass = from.max_dropped_mass();
-  if (from.has_failure_probability()) {
-    const double probability = from.failure_probability();
-    if (!(probability > 0.0 && probability < 1.0)) {
-      return Invalid(Path(field, "failure_probability"), "must lie between 0 and 1");
+  // Zero is how a caller spells "the default" of these. NaN is not zero.
+  if (from.has_max_output_error() && from.max_output_error() != 0.0F) {
+    if (!std::isfinite(from.max_output_error())) {
+      return Invalid(Path(field, "max_output_error"), "must be finite");
     }
+    to->max_output_error = from.max_output_error();
   }
-  const std::optional<OnViolation> on_violation = OnViolationFromProto(from.on_violation());
+  if (from.has_failure_probability() && from.failure_probability() != 0.0) {
+    to->failure_probability = from.failure_probability();
+  }
+  if (from.has_draws_max() && from.draws_max() != 0) to->draws_max = from.draws_max();
+  const std::optional<OnViolation> on_violation =
+      OnViolationFromProto(from.on_violation(), to->on_violation);
   if (!on_violation.has_value()) {
     return UnknownValue(Path(field, "on_violation"), from.on_violation());
   }
@@ -198,7 +206,6 @@ absl::StatusOr<Policy> NamedPolicy(const v1::Policy& policy, std::string_view fi
 absl::StatusOr<Policy> PolicyFromProto(const v1::Policy& policy, std::string_view field,
                                        const PolicyRegistry& registry) {
   if (!policy.name().empty()) return NamedPolicy(policy, field, registry);
-  if (policy.has_max_output_error()) return NotServed(Path(field, "max_output_error"));
   if (policy.has_max_tokens_read()) return NotServed(Path(field, "max_tokens_read"));
 
   const std::optional<SelectorKind> selector = SelectorFromProto(policy.selector());
@@ -208,6 +215,9 @@ absl::StatusOr<Policy> PolicyFromProto(const v1::Policy& policy, std::string_vie
   ApplyCis(policy.cis(), &result.cis);
   ApplyPsaw(policy.psaw(), &result.psaw);
   ApplyEtf(policy.etf(), &result.etf);
+  if (policy.has_deferred_exact_steps()) {
+    result.deferred_exact_steps = policy.deferred_exact_steps();
+  }
   if (policy.has_dense_below_tokens()) result.dense_below_tokens = policy.dense_below_tokens();
   absl::Status status = ApplyLimits(policy, field, &result);
   if (status.ok() && policy.has_layers()) {
@@ -313,10 +323,16 @@ v1::Policy PolicyToProto(const Policy& policy) {
     if (entry.budget.top_k > 0) BudgetToProto(entry.budget, layers->mutable_budget());
   }
   result.set_max_dropped_mass(policy.max_dropped_mass);
+  if (std::isfinite(policy.max_output_error)) result.set_max_output_error(policy.max_output_error);
   result.set_guarantee(GuaranteeToProto(policy.guarantee));
+  result.set_failure_probability(policy.failure_probability);
+  result.set_draws_max(policy.draws_max);
   result.set_on_violation(OnViolationToProto(policy.on_violation));
   result.set_mode(policy.mode == Mode::kShadow ? v1::MODE_SHADOW : v1::MODE_ENFORCE);
   result.set_dense_below_tokens(policy.dense_below_tokens);
+  if (policy.deferred_exact_steps > 0) {
+    result.set_deferred_exact_steps(policy.deferred_exact_steps);
+  }
   return result;
 }
 

@@ -13,6 +13,7 @@
 #include <fstream>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -117,10 +118,18 @@ bool Announce(const Server& server, const std::string& ready_file) {
   return true;
 }
 
-absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config) {
+absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
+                                                    const std::optional<DrawSecret>& draw_secret,
+                                                    spdlog::logger* logger) {
   absl::StatusOr<std::unique_ptr<Device>> device = NewDevice(config.device, config.device_options);
   if (!device.ok()) return device.status();
-  return NewEngine(config.server.engine, *std::move(device), SystemClock(), SystemRandom());
+  EngineOptions options = config.server.engine;
+  options.draw_secret = draw_secret;
+  if (!config.keep_queries) options.query_bytes_per_sequence_max = 0;
+  options.on_audit_violation = [logger](const std::string& violation) {
+    logger->error("audit violation: {}", violation);
+  };
+  return NewEngine(options, *std::move(device), SystemClock(), SystemRandom());
 }
 
 int Serve(const Config& config, spdlog::logger* logger) {
@@ -128,7 +137,13 @@ int Serve(const Config& config, spdlog::logger* logger) {
     const absl::Status directory = CreateRuntimeDirectory(RuntimeDirectory());
     if (!directory.ok()) return FailConfig(directory);
   }
-  absl::StatusOr<std::unique_ptr<Engine>> engine = StartEngine(config);
+  std::optional<DrawSecret> draw_secret;
+  if (!config.draw_secret_file.empty()) {
+    const absl::StatusOr<DrawSecret> read = ReadDrawSecret(config.draw_secret_file);
+    if (!read.ok()) return FailConfig(read.status());
+    draw_secret = *read;
+  }
+  absl::StatusOr<std::unique_ptr<Engine>> engine = StartEngine(config, draw_secret, logger);
   if (!engine.ok()) {
     logger->critical("cannot start the engine: {}", std::string(engine.status().message()));
     return engine.status().code() == absl::StatusCode::kInvalidArgument ? kExitConfig : 1;

@@ -225,7 +225,7 @@ TEST_F(ClientTest, CertifiedAttentionKeepsItsLimit) {
     EXPECT_LT(group.tokens_read, 1000U);
     const HeadCertificate& certificate = row->certificates[head];
     EXPECT_TRUE(certificate.met);
-    EXPECT_GE(certificate.level, Level::kDeterministic);
+    EXPECT_GE(certificate.level, Level::kConfidence);
     EXPECT_LE(certificate.dropped_mass_upper.value, static_cast<double>(0.1F));
     EXPECT_GE(certificate.dropped_mass_upper.value, DroppedMass(dense, *row, head));
   }

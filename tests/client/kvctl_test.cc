@@ -207,6 +207,92 @@ TEST_F(KvctlTest, Models) {
   EXPECT_EQ(Run("model get large").exit, 3);
 }
 
+TEST_F(KvctlTest, Audits) {
+  Json audit = RunJson("audit");
+  EXPECT_EQ(audit["violations"], 0);
+  const std::string id = MakeSequence();
+  audit = RunJson("audit " + id + " --keep-next 2");
+  EXPECT_EQ(audit["keep_next_left"], 2);
+  EXPECT_EQ(audit["kept_rows"], 0);
+  EXPECT_THAT(Run("audit " + id).out, HasSubstr("\nviolations"));
+  EXPECT_THAT(Run("audit --help").out, HasSubstr("deterministic  the bound always holds"));
+  EXPECT_EQ(Run("audit " + std::string(32, '0')).exit, 3);
+  EXPECT_EQ(Run("audit 12").exit, 2);
+  EXPECT_EQ(Run("audit --keep-next 2").exit, 2);
+  EXPECT_EQ(Run("audit " + id + " --calls 65").exit, 2);
+  EXPECT_EQ(Run("audit " + id + " --replay 1:2:3").exit, 2);
+  EXPECT_EQ(Run("audit " + id + " --replay " + std::string(32, '0') + ":0a:3:0").exit, 3);
+}
+
+TEST_F(KvctlTest, ExplainsLimits) {
+  const std::string id = MakeSequence();
+  const Json explained = RunJson("explain " + id + " --layer 1 --limits 0.5,0.25");
+  ASSERT_EQ(explained["steps"].size(), 2U);
+  EXPECT_EQ(explained["position"], 99);
+  EXPECT_EQ(explained["steps"][1]["max_dropped_mass"], 0.25);
+  EXPECT_EQ(explained["steps"][1]["groups"].size(), 2U);
+  const std::string table = Run("explain " + id).out;
+  EXPECT_THAT(table, StartsWith("LIMIT  KV HEAD  BYTES"));
+  EXPECT_THAT(table, HasSubstr("\n0.02   all"));
+  EXPECT_EQ(Run("explain " + id + " --limits 2").exit, 1);
+  EXPECT_EQ(Run("explain " + id + " --layer 2").exit, 1);
+  EXPECT_EQ(Run("explain " + std::string(32, '0')).exit, 3);
+  EXPECT_EQ(Run("explain 12").exit, 2);
+}
+
+// A device whose bounds are too small by a thousandth: the audit says so and the status tells it.
+TEST(KvctlAuditTest, AViolationIsAnExitStatus) {
+  auto device = std::make_unique<WatchedDevice>(*NewDevice("reference", {}));
+  device->set_after([](const LayerShape&, absl::Span<AttendRow> rows) {
+    if (rows[0].plan.prove == Guarantee::kExact) return;
+    for (uint32_t head = 0; head < 4; ++head) {
+      HeadCertificate* certificate = &rows[0].certificates[head];
+      certificate->level = Level::kDeterministic;
+      certificate->dropped_mass_upper.value = certificate->dropped_mass_lower.value * 0.999;
+    }
+  });
+  ServedEngineOptions options;
+  options.engine.audit_rate = 1.0;
+  options.device = std::move(device);
+  const ServedEngine served(std::move(options));
+  const std::string tenant = ListenAddress::kDefaultTenant;
+  std::promise<Handle> created;
+  CreateOptions create;
+  create.model = kModel;
+  served.engine()->Create(tenant, create, [&](const absl::StatusOr<SequenceInfo>& info) {
+    created.set_value({.id = info->id, .generation = info->generation});
+  });
+  const Handle handle = created.get_future().get();
+  EXPECT_TRUE(
+      AppendStep(served.model(), handle, 0, 0, Counting(0, 300), tenant).Run(served.engine()).ok());
+  Policy policy = DefaultPolicy(SelectorKind::kCertified);
+  policy.guarantee = Guarantee::kDeterministic;
+  policy.dense_below_tokens = 0;
+  policy.layers.clear();
+  AttendStep attend(served.model(), 0, tenant);
+  attend.Add(handle, 300, {300});
+  attend.call.policy = &policy;
+  ASSERT_TRUE(attend.Run(served.engine()).ok());
+
+  std::string id;
+  for (const std::byte byte : handle.id.bytes) {
+    char digits[3];
+    std::snprintf(digits, sizeof(digits), "%02x", std::to_integer<unsigned>(byte));
+    id += digits;
+  }
+  const auto run = [&](const std::string& arguments) {
+    const std::string line = "KVCTL_ENDPOINT='unix:" + served.folder() +
+                             "/data' KVCTL_ADMIN_ENDPOINT='unix:" + served.folder() + "/admin' '" +
+                             std::string(std::getenv("KVSERVICE_BIN_DIR")) + "/kvctl' " +
+                             arguments + " >/dev/null 2>&1";
+    const int status = std::system(line.c_str());
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  };
+  EXPECT_EQ(run("audit " + id), 8);
+  EXPECT_EQ(run("audit"), 8) << "the server's own audits count it, too";
+  EXPECT_EQ(run("-q audit"), 8);
+}
+
 TEST_F(KvctlTest, WrongUsage) {
   for (const char* const arguments :
        {"", "nonsense", "server", "server nonsense", "seq get", "seq get 12", "seq list --limit 0",

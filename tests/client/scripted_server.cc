@@ -141,6 +141,8 @@ class Attention final : public v1::AttentionService::Service {
     groups->add_tokens_read(result->attended_tokens());
     groups->add_tokens_scanned(0);
     groups->add_similarity(-2.0F);
+    groups->add_keys_sampled(0);
+    groups->add_rows_sampled(0);
     v1::Certificates* const certificates = result->mutable_certificates();
     for (int i = 0; i < count; ++i) {
       certificates->add_level(v1::LEVEL_EXACT);

@@ -173,6 +173,10 @@ std::vector<MalformedReply> MalformedReplies() {
       {"results[0].certificates",
        [=](v1::AttendResponse* reply) { certificates(reply)->set_dropped_mass_lower(1, 0.5F); }},
       {"results[0].certificates",
+       [=](v1::AttendResponse* reply) { certificates(reply)->add_output_error_upper(0.5F); }},
+      {"results[0].certificates",
+       [=](v1::AttendResponse* reply) { certificates(reply)->add_keys_sampled(1); }},
+      {"results[0].certificates",
        [=](v1::AttendResponse* reply) {
          certificates(reply)->set_dropped_mass_upper(0, std::numeric_limits<float>::quiet_NaN());
        }},

@@ -198,6 +198,18 @@ absl::StatusOr<AppendResult> TestEngine::Append(const Handle& handle, uint32_t l
   return AppendStep(model_, handle, layer, position, words, std::move(tenant)).Run(get());
 }
 
+absl::StatusOr<AuditReport> TestEngine::Audit(const Handle& handle, const AuditAsk& ask,
+                                              std::string_view tenant) {
+  return Wait<AuditReport>(
+      [&](auto done) { engine_->Audit(tenant, handle.id, ask, std::move(done)); });
+}
+
+absl::StatusOr<ExplainReport> TestEngine::Explain(const Handle& handle, const ExplainAsk& ask,
+                                                  std::string_view tenant) {
+  return Wait<ExplainReport>(
+      [&](auto done) { engine_->Explain(tenant, handle.id, ask, std::move(done)); });
+}
+
 void TestEngine::Fill(const Handle& handle, uint32_t position, const Words& words) {
   for (uint32_t layer = 0; layer < model_.layer_count; ++layer) {
     const auto stored = Append(handle, layer, position, words);

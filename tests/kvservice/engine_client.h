@@ -110,6 +110,10 @@ class TestEngine {
                                  uint32_t limit = 1000);
   absl::StatusOr<AppendResult> Append(const Handle& handle, uint32_t layer, uint32_t position,
                                       const Words& words, std::string tenant = kTenant);
+  absl::StatusOr<AuditReport> Audit(const Handle& handle, const AuditAsk& ask,
+                                    std::string_view tenant = kTenant);
+  absl::StatusOr<ExplainReport> Explain(const Handle& handle, const ExplainAsk& ask,
+                                        std::string_view tenant = kTenant);
   // Stores words in all layers; they must be taken.
   void Fill(const Handle& handle, uint32_t position, const Words& words);
 

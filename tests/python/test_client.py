@@ -53,6 +53,41 @@ def random_tokens(count, seed=0):
     return to_bf16(rng.standard_normal(shape)), to_bf16(rng.standard_normal(shape))
 
 
+def test_the_server_learns_from_query_samples(client):
+    register(client, "learner", CONFIG)
+    k, v = random_tokens(512)
+    rng = np.random.default_rng(3)
+    shape = (CONFIG.layer_count, 32, CONFIG.query_head_count, CONFIG.head_dim)
+    with client.sequence("learner") as teacher:
+        before = teacher.describe().sketch_table_digest
+        assert len(before) == 32
+        with pytest.raises(ValueError, match="layers"):
+            teacher.append(0, k, v, query_sample=np.zeros((1, *shape[1:]), np.float32))
+        teacher.append(0, k, v, query_sample=rng.standard_normal(shape))
+        for _ in range(1000):
+            with client.sequence("learner") as student:
+                if student.describe().sketch_table_digest != before:
+                    break
+        else:
+            pytest.fail("nothing was learnt")
+        assert teacher.describe().sketch_table_digest == before
+
+
+def test_replies_name_their_random_numbers_and_bring_deferred_masses(sequence):
+    sequence.append(0, *random_tokens(8))
+    policy = make_policy("dense", deferred_exact_steps=2)
+    first = sequence.attend(0, random_query(), position=6, policy=policy)
+    second = sequence.attend(0, random_query(), position=7, policy=policy)
+    epoch, secret, call, row = second.replay_name.split(":")
+    assert len(epoch) == 32 and int(secret, 16) > 0 and row == "0"
+    assert int(call) > int(first.replay_name.split(":")[2])
+    assert first.deferred == ()
+    assert [masses.position for masses in second.deferred] == [6, 7]
+    for masses in second.deferred:
+        assert masses.dropped_mass_upper.shape == (1, CONFIG.query_head_count)
+        assert not masses.dropped_mass_upper.any()
+
+
 def random_query(seed=1):
     rng = np.random.default_rng(seed)
     return 2 * rng.standard_normal((CONFIG.query_head_count, CONFIG.head_dim)).astype(np.float32)

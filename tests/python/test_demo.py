@@ -33,8 +33,14 @@ def reply(**changed):
         "log_dropped_lower": log_dropped,
         "log_dropped_upper": log_dropped,
         "dropped_mass_estimate": np.full(2, -1, np.float32),
+        "failure_probability": np.zeros(2),
+        "output_error_upper": np.full(2, np.inf, np.float32),
+        "output_error_relative_upper": np.full(2, np.inf, np.float32),
+        "value_norm_lower": np.zeros(2, np.float32),
+        "keys_sampled": np.zeros(2, np.uint32),
+        "rows_sampled": np.zeros(2, np.uint32),
     } | changed
-    groups = GroupReports(*(np.zeros(1) for _ in range(5)))
+    groups = GroupReports(*(np.zeros(1) for _ in range(7)))
     certificates = Certificates(**{name: np.array([row]) for name, row in columns.items()})
     out = np.zeros((1, 2, 4), np.float32)
     return AttendResult(out, LSE[None], Selector.CERTIFIED, 9, certificates, groups, None)

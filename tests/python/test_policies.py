@@ -34,6 +34,17 @@ def test_what_is_given_arrives():
     assert policy.mode == types_pb2.MODE_SHADOW
 
 
+def test_confidence_and_output_error_arrive():
+    policy = make_policy(
+        "certified", guarantee="confidence", failure_probability=1e-6, draws_max=64,
+        max_output_error=1 / 3, on_violation="grow",
+    )
+    assert policy.guarantee == types_pb2.GUARANTEE_CONFIDENCE
+    assert policy.failure_probability == 1e-6 and policy.draws_max == 64
+    assert policy.max_output_error <= 1 / 3
+    assert policy.on_violation == types_pb2.ON_VIOLATION_GROW
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="SELECTOR_GUESS"):
         make_policy("guess")

@@ -26,12 +26,15 @@ TEST(DefaultPolicyTest, EveryDefaultIsValid) {
 
 TEST(DefaultPolicyTest, OnlyCertifiedAndAutoProve) {
   for (const SelectorKind kind : {SelectorKind::kCertified, SelectorKind::kAuto}) {
-    EXPECT_EQ(DefaultPolicy(kind).guarantee, Guarantee::kDeterministic);
+    EXPECT_EQ(DefaultPolicy(kind).guarantee, Guarantee::kConfidence);
+    EXPECT_EQ(DefaultPolicy(kind).failure_probability, 1e-9);
+    EXPECT_EQ(DefaultPolicy(kind).on_violation, OnViolation::kGrow);
     EXPECT_EQ(DefaultPolicy(kind).max_dropped_mass, 0.05F);
   }
   for (const SelectorKind kind : {SelectorKind::kCpe, SelectorKind::kCis, SelectorKind::kPsaw,
                                   SelectorKind::kEtf, SelectorKind::kGiven}) {
     EXPECT_EQ(DefaultPolicy(kind).guarantee, Guarantee::kNone);
+    EXPECT_EQ(DefaultPolicy(kind).on_violation, OnViolation::kDense);
     EXPECT_EQ(DefaultPolicy(kind).max_dropped_mass, 1.0F);
   }
   EXPECT_EQ(DefaultPolicy(SelectorKind::kPsaw).psaw.phi, 0.85F);
@@ -81,6 +84,15 @@ TEST(ValidatePolicyTest, NamesTheFieldThatIsWrong) {
       {"policy.max_dropped_mass", [](Policy* p) { p->max_dropped_mass = 0.0F; }},
       {"policy.max_dropped_mass", [](Policy* p) { p->max_dropped_mass = 1.01F; }},
       {"policy.max_dropped_mass", [](Policy* p) { p->max_dropped_mass = kNaN; }},
+      {"policy.max_output_error", [](Policy* p) { p->max_output_error = 0.0F; }},
+      {"policy.max_output_error", [](Policy* p) { p->max_output_error = kNaN; }},
+      {"policy.failure_probability", [](Policy* p) { p->failure_probability = 0.0; }},
+      {"policy.failure_probability", [](Policy* p) { p->failure_probability = 0.5000001; }},
+      {"policy.failure_probability", [](Policy* p) { p->failure_probability = kNaN; }},
+      {"policy.draws_max", [](Policy* p) { p->draws_max = 0; }},
+      {"policy.draws_max", [](Policy* p) { p->draws_max = kDrawsPerRoundMax + 1; }},
+      {"policy.deferred_exact_steps",
+       [](Policy* p) { p->deferred_exact_steps = kDeferredStepsMax + 1; }},
       {"policy.guarantee", [](Policy* p) { p->guarantee = static_cast<Guarantee>(4); }},
       {"policy.on_violation", [](Policy* p) { p->on_violation = static_cast<OnViolation>(4); }},
       {"policy.mode", [](Policy* p) { p->mode = static_cast<Mode>(2); }},
@@ -107,6 +119,14 @@ TEST(ValidatePolicyTest, TakesTheEndsOfEveryRange) {
   policy.etf = {.first_layer = 0, .psi = 1.0F, .gamma = kScheduleExponentMax};
   policy.layers = {{.layer_begin = 29, .layer_end = UINT32_MAX}};
   policy.max_dropped_mass = 1e-30F;
+  policy.max_output_error = kInfinity;
+  policy.failure_probability = 0.5;
+  policy.draws_max = kDrawsPerRoundMax;
+  policy.deferred_exact_steps = kDeferredStepsMax;
+  EXPECT_TRUE(ValidatePolicy(policy, 30).ok()) << ValidatePolicy(policy, 30);
+  policy.max_output_error = 1e-38F;
+  policy.failure_probability = 1e-300;
+  policy.draws_max = 1;
   EXPECT_TRUE(ValidatePolicy(policy, 30).ok()) << ValidatePolicy(policy, 30);
 }
 

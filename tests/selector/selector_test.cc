@@ -129,6 +129,10 @@ TEST(MakePlanTest, DenseReadsEverything) {
 TEST(MakePlanTest, CertifiedKeepsByMassAndProves) {
   Policy policy = PolicyOf(SelectorKind::kCertified);
   policy.max_dropped_mass = 0.02F;
+  policy.max_output_error = 0.25F;
+  policy.guarantee = Guarantee::kConfidence;
+  policy.failure_probability = 1e-7;
+  policy.draws_max = 77;
   policy.on_violation = OnViolation::kFail;
   policy.mode = Mode::kShadow;
   const Plan plan = MakePlan(policy, Step(4, 5000)).plan;
@@ -136,7 +140,10 @@ TEST(MakePlanTest, CertifiedKeepsByMassAndProves) {
   EXPECT_EQ(plan.keep.top_k, 0U);
   EXPECT_EQ(plan.keep.mass_limit, 0.02F);
   EXPECT_EQ(plan.max_dropped_mass, 0.02F);
-  EXPECT_EQ(plan.prove, Guarantee::kDeterministic);
+  EXPECT_EQ(plan.max_output_error, 0.25F);
+  EXPECT_EQ(plan.prove, Guarantee::kConfidence);
+  EXPECT_EQ(plan.failure_probability, 1e-7);
+  EXPECT_EQ(plan.draws_max, 77U);
   EXPECT_EQ(plan.on_violation, OnViolation::kFail);
   EXPECT_EQ(plan.mode, Mode::kShadow);
 }

@@ -150,6 +150,41 @@ TEST_F(AdminTest, DescribesAndEvictsSequencesOfAnyTenant) {
             "NOT_FOUND SEQUENCE_NOT_FOUND");
 }
 
+TEST_F(AdminTest, ExplainsASequenceOfAnyTenant) {
+  const v1::SequenceHandle handle = NewSequence(theirs_.get());
+  v1::AppendResponse appended;
+  const auto context = NewContext();
+  const auto writer = theirs_->Append(context.get(), &appended);
+  writer->Write(MakeAppend(served_.model(), handle, 0, 0, Counting(0, 300)));
+  writer->WritesDone();
+  ASSERT_TRUE(writer->Finish().ok());
+  v1::ExplainRequest request;
+  request.set_id(handle.id());
+  v1::ExplainResponse response;
+  EXPECT_EQ(ErrorText(admin_->Explain(NewContext().get(), request, &response)),
+            "FAILED_PRECONDITION QUERY_NOT_KEPT q");
+  *request.mutable_q() = MakeAttend(served_.model(), handle, 0, 299, {299}).q();
+  ASSERT_EQ(ErrorText(admin_->Explain(NewContext().get(), request, &response)), "OK");
+  EXPECT_EQ(response.position(), 299U);
+  ASSERT_EQ(response.steps_size(), 5);
+  EXPECT_EQ(response.steps(0).max_dropped_mass(), 0.2F);
+  EXPECT_LE(response.steps(0).bytes(), response.steps(4).bytes());
+  for (const v1::ExplainStep& step : response.steps()) {
+    ASSERT_EQ(step.groups_size(), 2);
+    for (const v1::ExplainGroup& group : step.groups()) {
+      EXPECT_TRUE(group.met());
+      EXPECT_LE(group.dropped_mass_upper(), step.max_dropped_mass());
+      EXPECT_GE(group.level(), v1::LEVEL_CONFIDENCE);
+    }
+  }
+  request.add_max_dropped_mass(1.0F);
+  EXPECT_EQ(ErrorText(admin_->Explain(NewContext().get(), request, &response)),
+            "INVALID_ARGUMENT EXPLAIN_INVALID max_dropped_mass");
+  request.set_id("short");
+  EXPECT_EQ(ErrorText(admin_->Explain(NewContext().get(), request, &response)),
+            "INVALID_ARGUMENT HANDLE_MALFORMED id");
+}
+
 TEST_F(AdminTest, ModelsAreListedByNameOnBothSides) {
   for (const auto& channel : {served_.Connect(), served_.ConnectAdmin()}) {
     const auto models = v1::ModelService::NewStub(channel);

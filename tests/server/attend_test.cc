@@ -126,6 +126,55 @@ TEST_F(AttendTest, OutputsComeInTheTypeAskedFor) {
   check(DType::kBfloat16, v1::DATA_TYPE_BFLOAT16, kToleranceBfloat16);
 }
 
+TEST_F(AttendTest, RepliesNameTheirRandomNumbersAndAnAuditFindsNothing) {
+  const v1::SequenceHandle handle = NewSequence(Counting(0, 300));
+  v1::AuditRequest audit;
+  *audit.mutable_handle() = handle;
+  audit.set_keep_next(2);
+  v1::AuditResponse found;
+  ASSERT_EQ(ErrorText(attention_->Audit(NewContext().get(), audit, &found)), "OK");
+  EXPECT_EQ(found.keep_next_left(), 2U);
+
+  v1::AttendRequest request = MakeAttend(served_.model(), handle, 1, 300, {300});
+  v1::Policy* const policy = request.mutable_policy();
+  policy->set_selector(v1::SELECTOR_CERTIFIED);
+  policy->set_guarantee(v1::GUARANTEE_CONFIDENCE);
+  policy->set_on_violation(v1::ON_VIOLATION_GROW);
+  policy->set_dense_below_tokens(0);
+  policy->mutable_layers();
+  const v1::AttendResponse first = Attend(request);
+  const v1::AttendResponse again = Attend(request);
+  EXPECT_EQ(first.epoch().size(), 16U);
+  EXPECT_EQ(first.epoch(), again.epoch());
+  EXPECT_EQ(first.draw_secret_id(), again.draw_secret_id());
+  EXPECT_NE(first.call_number(), again.call_number());
+
+  audit.clear_keep_next();
+  audit.set_call_count(8);
+  ASSERT_EQ(ErrorText(attention_->Audit(NewContext().get(), audit, &found)), "OK");
+  EXPECT_EQ(found.kept_rows(), 2U);
+  ASSERT_EQ(found.call_numbers_size(), 2);
+  EXPECT_EQ(found.call_numbers(0), again.call_number());
+  EXPECT_EQ(found.totals().rows_audited(), 2U);
+  EXPECT_EQ(found.totals().certificates_audited(), 8U);
+  EXPECT_EQ(found.totals().violations(), 0U);
+
+  audit.clear_call_count();
+  audit.mutable_replay()->set_call_number(first.call_number());
+  audit.mutable_replay()->set_epoch(first.epoch());
+  audit.mutable_replay()->set_draw_secret_id(first.draw_secret_id());
+  ASSERT_EQ(ErrorText(attention_->Audit(NewContext().get(), audit, &found)), "OK");
+  EXPECT_TRUE(found.replay_equal());
+  EXPECT_EQ(found.replayed().SerializeAsString(),
+            first.results(0).certificates().SerializeAsString());
+  audit.mutable_replay()->set_epoch("short");
+  EXPECT_EQ(ErrorText(attention_->Audit(NewContext().get(), audit, &found)),
+            "INVALID_ARGUMENT EPOCH_MALFORMED replay.epoch");
+  audit.mutable_handle()->set_id("short");
+  EXPECT_EQ(ErrorText(attention_->Audit(NewContext().get(), audit, &found)),
+            "INVALID_ARGUMENT HANDLE_MALFORMED handle.id");
+}
+
 // Rows fail on their own, keep their places, and a failed row's numbers are zero.
 TEST_F(AttendTest, RowsSucceedAndFailOnTheirOwn) {
   const v1::SequenceHandle good = NewSequence(Counting(0, 10));

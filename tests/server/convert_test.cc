@@ -37,6 +37,10 @@ TEST(ConvertPolicyTest, EveryFieldSurvivesTheRoundTrip) {
                       .budget = {.sink = 4, .local = 5, .top_k = 6}}};
     policy.dense_below_tokens = 17;
     policy.max_dropped_mass = 0.125F;
+    policy.max_output_error = 0.75F;
+    policy.failure_probability = 1e-3;
+    policy.draws_max = 99;
+    policy.deferred_exact_steps = 8;
     policy.guarantee = Guarantee::kExact;
     policy.on_violation = OnViolation::kFail;
     policy.mode = Mode::kShadow;
@@ -74,6 +78,65 @@ TEST(ConvertPolicyTest, TheLimitFollowsTheGuarantee) {
   policy.set_selector(v1::SELECTOR_CERTIFIED);
   policy.set_guarantee(v1::GUARANTEE_NONE);
   EXPECT_EQ(PolicyFromProto(policy, "policy", registry)->max_dropped_mass, 1.0F);
+}
+
+TEST(ConvertPolicyTest, ZeroMeansTheDefault) {
+  const PolicyRegistry registry;
+  v1::Policy policy;
+  policy.set_selector(v1::SELECTOR_CERTIFIED);
+  policy.set_failure_probability(0.0);
+  policy.set_max_output_error(0.0F);
+  policy.set_draws_max(0);
+  EXPECT_EQ(*PolicyFromProto(policy, "policy", registry), DefaultPolicy(SelectorKind::kCertified));
+}
+
+TEST(ConvertPolicyTest, ViolationsAreTreatedAsTheSelectorDoes) {
+  const PolicyRegistry registry;
+  for (const SelectorKind selector : kSelectors) {
+    v1::Policy policy;
+    policy.set_selector(SelectorToProto(selector));
+    EXPECT_EQ(PolicyFromProto(policy, "policy", registry)->on_violation,
+              DefaultPolicy(selector).on_violation);
+    policy.set_on_violation(v1::ON_VIOLATION_GROW);
+    EXPECT_EQ(PolicyFromProto(policy, "policy", registry)->on_violation, OnViolation::kGrow);
+    policy.set_on_violation(v1::ON_VIOLATION_DENSE);
+    EXPECT_EQ(PolicyFromProto(policy, "policy", registry)->on_violation, OnViolation::kDense);
+  }
+}
+
+// A third of a double is no float: the reply's numbers lie on the outer side of the engine's.
+TEST(ConvertCertificatesTest, BoundsAreRoundedOutward) {
+  HeadCertificate head;
+  head.level = Level::kConfidence;
+  head.action = Action::kCompensated;
+  head.dropped_mass_upper = {1.0 / 3.0};
+  head.dropped_mass_lower = {1.0 / 30.0};
+  head.output_error_upper = 1.0 / 7.0;
+  head.value_norm_lower = 1.0 / 3.0;
+  head.failure_probability = 1e-9;
+  head.keys_sampled = 5;
+  head.rows_sampled = 6;
+  v1::Certificates wire;
+  CertificatesToProto({head}, &wire);
+  EXPECT_GT(static_cast<double>(wire.dropped_mass_upper(0)), head.dropped_mass_upper.value);
+  EXPECT_LT(static_cast<double>(wire.dropped_mass_lower(0)), head.dropped_mass_lower.value);
+  const auto error = static_cast<double>(wire.output_error_upper(0));
+  const auto norm = static_cast<double>(wire.value_norm_lower(0));
+  EXPECT_GT(error, head.output_error_upper);
+  EXPECT_LE(error, head.output_error_upper * (1 + 1e-6));
+  EXPECT_LT(norm, head.value_norm_lower);
+  EXPECT_GE(norm, head.value_norm_lower * (1 - 1e-6));
+  EXPECT_GE(static_cast<double>(wire.output_error_relative_upper(0)), RelativeOutputError(head));
+  EXPECT_EQ(wire.failure_probability(0), 1e-9);
+  EXPECT_EQ(wire.keys_sampled(0), 5U);
+  EXPECT_EQ(wire.rows_sampled(0), 6U);
+
+  // Columns that say nothing are left out.
+  v1::Certificates plain;
+  CertificatesToProto({HeadCertificate()}, &plain);
+  EXPECT_EQ(plain.output_error_upper_size() + plain.keys_sampled_size() +
+                plain.failure_probability_size(),
+            0);
 }
 
 TEST(ConvertPolicyTest, BuiltInNamesAreTheSelectors) {
@@ -136,6 +199,24 @@ TEST(ConvertModelTest, SketchTablesAreWrittenOnlyWhenTheySaySomething) {
   model.sketch_tables.assign(4, IdentitySketchTable(128));
   ModelToProto(model, true, &wire);
   EXPECT_FALSE(wire.has_sketch_tables());
+}
+
+TEST(ConvertTest, TotalsCarryTheDistribution) {
+  AttendStats stats;
+  stats.by_level = {1, 2, 3, 4};
+  stats.by_action = {5, 6, 7, 8, 9};
+  stats.dropped_mass_counts[2] = 10;
+  stats.keys_sampled = 11;
+  stats.rows_sampled = 12;
+  v1::AttendTotals totals;
+  TotalsToProto(stats, 1000, &totals);
+  EXPECT_EQ(totals.certificates_by_level(1), 2U);
+  EXPECT_EQ(totals.certificates_by_action(4), 9U);
+  ASSERT_EQ(totals.dropped_mass_upper_bounds_size(), totals.dropped_mass_upper_counts_size());
+  EXPECT_EQ(totals.dropped_mass_upper_bounds(2), 1e-3);
+  EXPECT_EQ(totals.dropped_mass_upper_counts(2), 10U);
+  EXPECT_EQ(totals.keys_sampled(), 11U);
+  EXPECT_EQ(totals.rows_sampled(), 12U);
 }
 
 TEST(ConvertTest, TotalsCarryTheInformationBound) {

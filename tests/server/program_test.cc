@@ -115,6 +115,10 @@ TEST_F(ProgramTest, BadConfigurationsAreRefusedInOneLine) {
       {{"--message-bytes-max", "2GiB"}, "--message-bytes-max"},
       {{"--requests-bytes-max", "1KiB"}, "--requests-bytes-max"},
       {{"--io-threads", "0"}, "--io-threads"},
+      {{"--audit-rate", "1.5"}, "--audit-rate"},
+      {{"--audit-rate", "often"}, "--audit-rate"},
+      {{"--audit-rows-max", "0"}, "--audit-rows-max"},
+      {{"--draw-secret-file", "/no/such/file"}, "--draw-secret-file"},
       {{"--drain-grace", "soon"}, "--drain-grace"},
       {{"--log-level", "loud"}, "--log-level"},
       {{"--config", "/no/such/file"}, "--config"},
@@ -129,6 +133,29 @@ TEST_F(ProgramTest, BadConfigurationsAreRefusedInOneLine) {
         << server.errors();
     EXPECT_NE(server.errors().find(flag), std::string::npos) << server.errors();
   }
+}
+
+TEST_F(ProgramTest, TheSecretFileMustBeTheOwnersAlone) {
+  const std::string file = Path("secret");
+  const auto expect_refused = [&](const char* why) {
+    Program server("kvservice", Arguments({"--draw-secret-file", file}));
+    EXPECT_EQ(server.Wait(), kExitConfig) << why;
+    EXPECT_NE(server.errors().find("--draw-secret-file"), std::string::npos) << server.errors();
+  };
+  std::ofstream(file) << std::string(31, 's');
+  ASSERT_EQ(chmod(file.c_str(), 0600), 0);
+  expect_refused("too short");
+  std::ofstream(file) << std::string(33, 's');
+  expect_refused("too long");
+  std::ofstream(file) << std::string(32, 's');
+  ASSERT_EQ(chmod(file.c_str(), 0640), 0);
+  expect_refused("others may read it");
+  ASSERT_EQ(chmod(file.c_str(), 0600), 0);
+  Program server("kvservice", Arguments({"--draw-secret-file", file}));
+  EXPECT_TRUE(server.WaitForLine("ready")) << server.errors();
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  EXPECT_EQ(server.errors().find("ssss"), std::string::npos);
 }
 
 TEST_F(ProgramTest, PrintsWhatItWouldRunWith) {

@@ -105,12 +105,14 @@ class Client:
         out, lse = from_message(reply.out), from_message(reply.lse)
         results: list[AttendResult | KvServiceError] = []
         begin = 0
-        for row, result in zip(request.rows, reply.results, strict=True):
+        call_name = f"{reply.epoch.hex()}:{reply.draw_secret_id:x}:{reply.call_number}"
+        for index, (row, result) in enumerate(zip(request.rows, reply.results, strict=True)):
             end = begin + max(1, row.query_count)
             if result.code != 0:
                 results.append(error_from_row(result))
             else:
-                results.append(result_from_row(result, out[begin:end], lse[begin:end]))
+                name = f"{call_name}:{index}"
+                results.append(result_from_row(result, out[begin:end], lse[begin:end], name))
             begin = end
         return results
 
@@ -167,17 +169,30 @@ class Sequence:
         return self._handle.generation
 
     def append(
-        self, start_position: int, k: np.ndarray, v: np.ndarray, *, layer: int | None = None
+        self,
+        start_position: int,
+        k: np.ndarray,
+        v: np.ndarray,
+        *,
+        layer: int | None = None,
+        query_sample: np.ndarray | None = None,
     ) -> sequence_pb2.AppendResponse:
         """Streams the K and V of consecutive tokens; repeating the same bytes is harmless.
 
         k, v [layers, tokens, KV heads, head_dim] fill all layers from layer 0 on; with `layer`,
-        [tokens, KV heads, head_dim] fill that one. What was sent before an error stays.
+        [tokens, KV heads, head_dim] fill that one. `query_sample` [layers, n, query heads,
+        head_dim], or without layers, holds some rotated queries of the prompt, at most 256 per
+        call, from which the server learns to make its bounds tighter. What was sent before an error
+        stays.
         """
         if k.shape != v.shape:
             raise ValueError(f"k and v differ in shape: {k.shape} and {v.shape}")
-        first, blocks = (0, (k, v)) if layer is None else (layer, (k[None], v[None]))
-        requests = self._append_requests(start_position, first, *blocks)
+        if layer is not None:
+            k, v = k[None], v[None]
+            query_sample = None if query_sample is None else query_sample[None]
+        if query_sample is not None and len(query_sample) != len(k):
+            raise ValueError(f"queries of {len(query_sample)} layers come with keys of {len(k)}")
+        requests = self._append_requests(start_position, layer or 0, k, v, query_sample)
         return self._client._stream(
             "SequenceService/Append", requests, sequence_pb2.AppendResponse
         )
@@ -257,7 +272,12 @@ class Sequence:
         self._client._call("SequenceService/Drop", request, sequence_pb2.DropResponse)
 
     def _append_requests(
-        self, start_position: int, first_layer: int, k: np.ndarray, v: np.ndarray
+        self,
+        start_position: int,
+        first_layer: int,
+        k: np.ndarray,
+        v: np.ndarray,
+        query_sample: np.ndarray | None,
     ) -> Iterator[sequence_pb2.AppendRequest]:
         token_count = k.shape[1]
         token_bytes = 2 * k[:1, :1].nbytes
@@ -265,10 +285,14 @@ class Sequence:
         for begin in range(0, token_count, step):
             piece = slice(begin, begin + step)
             for index, (keys, values) in enumerate(zip(k, v, strict=True)):
+                sample = None
+                if begin == 0 and query_sample is not None:
+                    sample = to_message(query_sample[index].astype(np.float32))
                 yield sequence_pb2.AppendRequest(
                     handle=self._handle,
                     layer=first_layer + index,
                     position=start_position + begin,
+                    query_sample=sample,
                     k=to_message(keys[piece]),
                     v=to_message(values[piece]),
                 )

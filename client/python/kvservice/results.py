@@ -50,7 +50,9 @@ class Certificates:
     """Statements about the dropped share of softmax attention; every array is [queries, heads].
 
     The upper bound covers all tokens below `AttendResult.attended_tokens` that were not attended.
-    Logs are natural; a negative estimate means that none was made.
+    Logs are natural; a negative estimate means that none was made. The statement is wrong with at
+    most the failure probability. Output errors bound the distance to dense attention's output, in
+    units of the values and relative to the largest value norm; infinite where nothing is known.
     """
 
     level: np.ndarray
@@ -63,6 +65,12 @@ class Certificates:
     log_dropped_lower: np.ndarray
     log_dropped_upper: np.ndarray
     dropped_mass_estimate: np.ndarray
+    failure_probability: np.ndarray
+    output_error_upper: np.ndarray
+    output_error_relative_upper: np.ndarray
+    value_norm_lower: np.ndarray
+    keys_sampled: np.ndarray
+    rows_sampled: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,17 @@ class GroupReports:
     tokens_read: np.ndarray
     tokens_scanned: np.ndarray
     similarity: np.ndarray
+    keys_sampled: np.ndarray
+    rows_sampled: np.ndarray
+
+
+@dataclass(frozen=True)
+class DeferredMasses:
+    """What an earlier row has dropped, with every key scored since; arrays [queries, heads]."""
+
+    position: int
+    dropped_mass_upper: np.ndarray
+    dropped_mass_lower: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -87,10 +106,15 @@ class AttendResult:
     certificates: Certificates
     groups: GroupReports
     selected: list[np.ndarray] | None  # ascending positions per KV head, if asked for
+    # Names the row's random numbers: what `kvctl audit --replay` takes.
+    replay_name: str = ""
+    # Of earlier rows, oldest first, this one last; empty but for the call with which
+    # `deferred_exact_steps` query tokens have come together.
+    deferred: tuple[DeferredMasses, ...] = ()
 
 
 def result_from_row(
-    row: attention_pb2.AttendRowResult, out: np.ndarray, lse: np.ndarray
+    row: attention_pb2.AttendRowResult, out: np.ndarray, lse: np.ndarray, replay_name: str = ""
 ) -> AttendResult:
     """Reads a successful row; `out` and `lse` are its part of the call's tensors."""
     selected = [np.array(head.positions, np.uint32) for head in row.selected]
@@ -102,11 +126,27 @@ def result_from_row(
         certificates=_certificates(row.certificates, lse.shape),
         groups=_groups(row.groups),
         selected=selected or None,
+        replay_name=replay_name,
+        deferred=tuple(_deferred(masses) for masses in row.deferred),
+    )
+
+
+def _deferred(message: attention_pb2.DeferredMasses) -> DeferredMasses:
+    return DeferredMasses(
+        position=message.position,
+        dropped_mass_upper=np.array(message.dropped_mass_upper, np.float32).reshape(
+            message.query_count, -1
+        ),
+        dropped_mass_lower=np.array(message.dropped_mass_lower, np.float32).reshape(
+            message.query_count, -1
+        ),
     )
 
 
 def _certificates(message: types_pb2.Certificates, shape: tuple[int, ...]) -> Certificates:
-    def read(values, dtype) -> np.ndarray:
+    def read(values, dtype, absent=None) -> np.ndarray:
+        if absent is not None and len(values) == 0:
+            return np.full(shape, absent, dtype)
         return np.array(values, dtype).reshape(shape)
 
     return Certificates(
@@ -120,6 +160,12 @@ def _certificates(message: types_pb2.Certificates, shape: tuple[int, ...]) -> Ce
         log_dropped_lower=read(message.log_dropped_lower, np.float64),
         log_dropped_upper=read(message.log_dropped_upper, np.float64),
         dropped_mass_estimate=read(message.dropped_mass_estimate, np.float32),
+        failure_probability=read(message.failure_probability, np.float64, 0.0),
+        output_error_upper=read(message.output_error_upper, np.float32, np.inf),
+        output_error_relative_upper=read(message.output_error_relative_upper, np.float32, np.inf),
+        value_norm_lower=read(message.value_norm_lower, np.float32, 0.0),
+        keys_sampled=read(message.keys_sampled, np.uint32, 0),
+        rows_sampled=read(message.rows_sampled, np.uint32, 0),
     )
 
 
@@ -130,4 +176,6 @@ def _groups(message: types_pb2.GroupReports) -> GroupReports:
         tokens_read=np.array(message.tokens_read, np.int64),
         tokens_scanned=np.array(message.tokens_scanned, np.int64),
         similarity=np.array(message.similarity, np.float32),
+        keys_sampled=np.array(message.keys_sampled, np.uint32),
+        rows_sampled=np.array(message.rows_sampled, np.uint32),
     )

@@ -23,6 +23,11 @@ Attend = Callable[[int, Float32Array, Bf16Array, Bf16Array], Float32Array]
 # one prefill chunk.
 OnChunk = Callable[[int, Bf16Array, Bf16Array], None]
 
+# on_queries(queries): a few queries of the chunk that on_chunk gives next, rotated, [layers, about
+# QUERY_SAMPLE_TOKENS, query heads, head_dim].
+OnQueries = Callable[[Float32Array], None]
+QUERY_SAMPLE_TOKENS = 16
+
 # One chunk's scores (3 heads x 256 rows x 3,000 columns) take 9 MB; larger chunks gain nothing over
 # this.
 PREFILL_CHUNK_TOKENS = 256
@@ -46,6 +51,7 @@ class Llama:
         token_ids: Sequence[int],
         on_chunk: OnChunk,
         chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        on_queries: OnQueries | None = None,
     ) -> Float32Array:
         """Reads a prompt and returns the logits [vocabulary] after its last token.
 
@@ -62,7 +68,9 @@ class Llama:
         hidden = np.empty((0, config.hidden_size), np.float32)
         for start in range(0, len(token_ids), chunk_tokens):
             chunk = np.asarray(token_ids[start : start + chunk_tokens])
-            hidden, k_bits, v_bits = self._prefill_chunk(chunk, start, keys, values)
+            hidden, k_bits, v_bits, queries = self._prefill_chunk(chunk, start, keys, values)
+            if on_queries is not None:
+                on_queries(queries)
             on_chunk(start, k_bits, v_bits)
         return self._logits(hidden[-1])
 
@@ -78,20 +86,23 @@ class Llama:
 
     def _prefill_chunk(
         self, chunk: np.ndarray, start: int, keys: Float32Array, values: Float32Array
-    ) -> tuple[Float32Array, Bf16Array, Bf16Array]:
+    ) -> tuple[Float32Array, Bf16Array, Bf16Array, Float32Array]:
         config, end = self.config, start + len(chunk)
+        stride = -(-len(chunk) // QUERY_SAMPLE_TOKENS)
+        queries = []
         shape = (config.layer_count, len(chunk), config.kv_head_count, config.head_dim)
         k_bits, v_bits = np.empty(shape, np.uint16), np.empty(shape, np.uint16)
         hidden = self._weights.embedding[chunk]
         for layer, weights in enumerate(self._weights.layers):
             q, k, v = self._project(weights, hidden, start)
+            queries.append(q[::stride])
             k_bits[layer], v_bits[layer] = to_bf16(k), to_bf16(v)
             keys[layer, :, start:end] = from_bf16(k_bits[layer]).swapaxes(0, 1)
             values[layer, :, start:end] = from_bf16(v_bits[layer]).swapaxes(0, 1)
             out = causal_attention(q, keys[layer, :, :end], values[layer, :, :end], config.scale)
             hidden = hidden + out.reshape(len(chunk), -1) @ weights.output.T
             hidden = hidden + self._feed_forward(weights, hidden)
-        return hidden, k_bits, v_bits
+        return hidden, k_bits, v_bits, np.stack(queries)
 
     def _project(
         self, weights: LayerWeights, hidden: Float32Array, start: int

@@ -8,7 +8,7 @@ import numpy as np
 
 import kvservice
 from kvservice import Client
-from kvservice.tensors import Bf16Array
+from kvservice.tensors import Bf16Array, Float32Array
 from kvservice.v1 import model_pb2, types_pb2
 from kvservice_demo import decoding
 from kvservice_demo.decoding import Decoded, RemoteAttention
@@ -120,16 +120,21 @@ class Session:
     def _prefill(self, sequence: kvservice.Sequence, token_ids: list[int]) -> None:
         progress = Progress(self._terminal, "Prefill", len(token_ids), "tokens")
         streamed_bytes = 0
+        sample: Float32Array | None = None
+
+        def keep_sample(queries: Float32Array) -> None:
+            nonlocal sample
+            sample = queries
 
         def stream(start: int, k: Bf16Array, v: Bf16Array) -> None:
             nonlocal streamed_bytes
-            sequence.append(start, k, v)
+            sequence.append(start, k, v, query_sample=sample)
             self._oracle.append_chunk(start, k, v)
             streamed_bytes += k.nbytes + v.nbytes
             progress.update(start + k.shape[1], f"{streamed_bytes / 1e6:.0f} MB streamed")
 
         progress.update(0)
-        self._model.prefill(token_ids, stream)
+        self._model.prefill(token_ids, stream, on_queries=keep_sample)
         progress.finish(f"{streamed_bytes / 1e6:.0f} MB streamed")
         self._terminal.line()
 

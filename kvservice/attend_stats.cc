@@ -1,0 +1,45 @@
+#include "kvservice/attend_stats.h"
+
+#include <algorithm>
+
+#include "attention/rounding.h"
+
+namespace kvservice {
+namespace {
+
+// The last class also takes NaN, which no bound is.
+size_t ClassOf(double dropped_mass) {
+  size_t index = 0;
+  while (index + 1 < kDroppedMassBounds.size() && !(dropped_mass <= kDroppedMassBounds[index])) {
+    ++index;
+  }
+  return index;
+}
+
+}  // namespace
+
+void AddGroup(const GroupReport& group, uint64_t tokens_visible, AttendStats* stats) {
+  ++stats->groups;
+  stats->groups_scanned += group.scanned ? 1 : 0;
+  stats->groups_dense += group.action == Action::kDense ? 1 : 0;
+  stats->tokens_read += group.tokens_read;
+  stats->tokens_visible += tokens_visible;
+  stats->keys_sampled += group.keys_sampled;
+  stats->rows_sampled += group.rows_sampled;
+}
+
+void AddCertificate(const HeadCertificate& certificate, AttendStats* stats) {
+  const double dropped = certificate.dropped_mass_upper.value;
+  ++stats->certificates;
+  ++stats->by_level[static_cast<size_t>(certificate.level)];
+  ++stats->by_action[static_cast<size_t>(certificate.action)];
+  ++stats->dropped_mass_counts[ClassOf(dropped)];
+  stats->failure_probability_sum =
+      AddUp(stats->failure_probability_sum, certificate.failure_probability);
+  if (certificate.level < Level::kConfidence) return;
+  ++stats->certificates_proven;
+  stats->dropped_mass_upper_sum = AddUp(stats->dropped_mass_upper_sum, dropped);
+  stats->dropped_mass_upper_max = std::max(stats->dropped_mass_upper_max, dropped);
+}
+
+}  // namespace kvservice

@@ -1,0 +1,45 @@
+#include "kvservice/table_versions.h"
+
+#include <utility>
+
+namespace kvservice {
+namespace {
+
+Sha256::Digest DigestOf(uint32_t head_dim, const std::vector<SketchTable>& tables) {
+  Sha256 hash;
+  hash.Update(EncodeSketchTables(head_dim, tables));
+  return hash.Finish();
+}
+
+}  // namespace
+
+TableVersion::TableVersion(const KvLayout& layout, uint32_t layer_count,
+                           std::vector<SketchTable> tables_in)
+    : tables(std::move(tables_in)),
+      digest(DigestOf(layout.head_dim, tables)),
+      shape(layout, layer_count, tables) {}
+
+TableVersions::TableVersions(const KvLayout& layout, uint32_t layer_count,
+                             std::vector<SketchTable> first)
+    : layout_(layout), layer_count_(layer_count) {
+  versions_.push_back(std::make_unique<const TableVersion>(layout, layer_count, std::move(first)));
+}
+
+const TableVersion* TableVersions::latest() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return versions_.back().get();
+}
+
+uint32_t TableVersions::count() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return static_cast<uint32_t>(versions_.size());
+}
+
+void TableVersions::Add(std::vector<SketchTable> tables) {
+  auto version = std::make_unique<const TableVersion>(layout_, layer_count_, std::move(tables));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (versions_.size() >= kVersionsMax || versions_.back()->digest == version->digest) return;
+  versions_.push_back(std::move(version));
+}
+
+}  // namespace kvservice

@@ -1,0 +1,59 @@
+// The versions of a model's sketch tables. A version is named by the digest of its bytes; a
+// sequence and its forks keep the version that they were created with, because their sketches were
+// made with it. The latest version serves new sequences.
+//
+// Thread-safe. Versions are never forgotten, so a pointer to one stays valid as long as the object.
+
+#ifndef KVSERVICE_KVSERVICE_TABLE_VERSIONS_H_
+#define KVSERVICE_KVSERVICE_TABLE_VERSIONS_H_
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "attention/kv_layout.h"
+#include "attention/sketch_table.h"
+#include "kvservice/cache/sequence.h"
+#include "kvservice/sha256.h"
+
+namespace kvservice {
+
+// Immutable.
+struct TableVersion {
+  TableVersion(const KvLayout& layout, uint32_t layer_count, std::vector<SketchTable> tables_in);
+  TableVersion(const TableVersion&) = delete;
+  TableVersion& operator=(const TableVersion&) = delete;
+
+  // [layer_count][kv_head_count], normalised.
+  const std::vector<SketchTable> tables;
+  // SHA-256 of their stored form (attention/sketch_table.h).
+  const Sha256::Digest digest;
+  // How sequences of this version lie in memory; borrows the tables.
+  const CacheShape shape;
+};
+
+class TableVersions {
+ public:
+  // Each version holds a model's tables; a learnt one follows the first.
+  static constexpr uint32_t kVersionsMax = 8;
+
+  TableVersions(const KvLayout& layout, uint32_t layer_count, std::vector<SketchTable> first);
+
+  const TableVersion* latest() const;
+  uint32_t count() const;
+  // Makes tables the latest version, unless they are it already or there are kVersionsMax.
+  void Add(std::vector<SketchTable> tables);
+
+ private:
+  const KvLayout layout_;
+  const uint32_t layer_count_;
+
+  mutable std::mutex mutex_;
+  // Guarded by mutex_. Not empty.
+  std::vector<std::unique_ptr<const TableVersion>> versions_;
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_TABLE_VERSIONS_H_

@@ -1,0 +1,63 @@
+"""Texts of up to 150,000 characters that every machine with Python has.
+
+Nothing is downloaded: prose is the language reference that Python's own `help()` shows, code is the
+source of the standard library. The same Python version gives the same text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+from collections.abc import Callable
+
+_MODULES = ("argparse", "ast", "asyncio.base_events", "collections", "configparser", "csv",
+            "dataclasses", "datetime", "decimal", "difflib", "email.message", "enum", "fractions",
+            "ftplib", "heapq", "http.client", "inspect", "ipaddress", "json.decoder",
+            "logging", "mailbox", "os", "pathlib", "pickle", "random", "shutil", "statistics",
+            "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "typing",
+            "unittest.case", "urllib.parse", "uuid", "zipfile")
+
+_TREASURES = ("amber", "basalt", "cobalt", "copper", "coral", "emerald", "garnet", "granite",
+              "indigo", "ivory", "jade", "marble", "obsidian", "opal", "pearl", "quartz", "ruby",
+              "sapphire", "silver", "topaz")
+_TREASURES_ASKED = 8
+
+
+def prose(character_count: int) -> str:
+    """Paragraphs of running text, code samples and tables left out."""
+    from pydoc_data import topics
+
+    paragraphs = []
+    for name in sorted(topics.topics):
+        for paragraph in topics.topics[name].split("\n\n"):
+            is_text = re.match(r"[A-Z]", paragraph) and paragraph.rstrip().endswith((".", ":", ")"))
+            if is_text and len(paragraph) > 30:
+                paragraphs.append(" ".join(paragraph.split()))
+    return "\n\n".join(dict.fromkeys(paragraphs))[:character_count]
+
+
+def code(character_count: int) -> str:
+    """Source files of the standard library, one after the other."""
+    sources = []
+    for name in _MODULES:
+        module = __import__(name, fromlist=["_"])
+        sources.append(f"# {name}\n{inspect.getsource(module)}")
+    return "\n\n".join(sources)[:character_count]
+
+
+def needles(character_count: int) -> str:
+    """Prose with numbers to remember spread over it, asked for (and answered) at its end."""
+    generator = random.Random(character_count)
+    facts = {name: generator.randrange(10_000, 100_000) for name in _TREASURES}
+    asked = generator.sample(_TREASURES, _TREASURES_ASKED)
+    questions = "".join(f" The number of the {name} box is {facts[name]}." for name in asked)
+    questions = "\n\nWhich numbers do the boxes have?" + questions
+    paragraphs = prose(character_count - len(questions) - 50 * len(facts)).split("\n\n")
+    places = sorted(generator.sample(range(1, len(paragraphs)), len(facts)), reverse=True)
+    for place, (name, number) in zip(places, facts.items(), strict=True):
+        paragraphs.insert(place, f"Remember: the number of the {name} box is {number}.")
+    return "\n\n".join(paragraphs) + questions
+
+
+TEXTS: dict[str, Callable[[int], str]] = {"prose": prose, "code": code, "needles": needles}
