@@ -71,27 +71,33 @@ struct FrozenBound {
 // nearly always suffices, and add up to 1, so whichever round the reply quotes, it is wrong with
 // probability at most `total`. It may say less: spent(). For if r(n) rounds were started in the
 // n-th call, the expected number of wrong replies is at most the expected sum of spent(), because a
-// round that is started fails with at most its share, given everything before it.
+// round that is started fails with at most its share, given everything before it. Where there will
+// be one round only, it has all.
 class FailureBudget {
  public:
   static constexpr uint32_t kRoundsMax = 4;
 
-  explicit FailureBudget(double total) : total_(total) { assert(total >= 0.0 && total < 1.0); }
+  explicit FailureBudget(double total, bool one_round = false)
+      : total_(total), one_round_(one_round) {
+    assert(total >= 0.0 && total < 1.0);
+  }
 
   // False when all rounds were started, and for a total of 0 (deterministic statements only).
-  bool HasNext() const { return round_ < kRoundsMax && total_ > 0.0; }
+  bool HasNext() const { return round_ < (one_round_ ? 1 : kRoundsMax) && total_ > 0.0; }
 
   // Starts a round and returns its failure probability.
   double Next() {
     assert(HasNext());
-    return total_ * kShares[round_++];
+    const double share = one_round_ ? 1.0 : kShares[round_];
+    ++round_;
+    return total_ * share;
   }
 
   // Rounds started: the number of the current round, from 1. Random numbers take it minus 1.
   uint32_t round() const { return round_; }
   // Sum of the started rounds' failure probabilities, rounded up; never above the total.
   double spent() const {
-    const double sum = total_ * kSpent[round_];
+    const double sum = one_round_ ? total_ : total_ * kSpent[round_];
     return round_ == 0 ? 0.0 : std::min(total_, std::nextafter(sum, 1.0));
   }
 
@@ -101,6 +107,7 @@ class FailureBudget {
   static constexpr double kSpent[kRoundsMax + 1] = {0.0, 0.5, 0.75, 0.875, 1.0};
 
   double total_;
+  bool one_round_;
   uint32_t round_ = 0;
 };
 

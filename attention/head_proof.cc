@@ -44,8 +44,9 @@ void HeadProof::Begin(const Plan& plan, uint32_t head_dim,
   std::copy(key.begin(), key.end(), key_.begin());
   stream_ = stream;
   const double eta = plan.prove == Guarantee::kConfidence ? plan.failure_probability : 0.0;
-  mass_budget_ = FailureBudget(eta);
-  output_budget_ = FailureBudget(eta);
+  const bool grows = plan.on_violation == OnViolation::kGrow && plan.mode == Mode::kEnforce;
+  mass_budget_ = FailureBudget(eta, !grows);
+  output_budget_ = FailureBudget(eta, !grows);
   has_sample_ = false;
   sampled_ = FrozenBound();
   ratio_ = 1.0;

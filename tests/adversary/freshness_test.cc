@@ -141,6 +141,7 @@ class HeadProofTest : public ::testing::Test {
 
   HeadProofTest() {
     plan_.prove = Guarantee::kConfidence;
+    plan_.on_violation = OnViolation::kGrow;
     plan_.max_dropped_mass = 1e-6F;
     plan_.max_output_error = 1e-6F;
     plan_.failure_probability = 0.01;

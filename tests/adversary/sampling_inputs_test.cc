@@ -130,7 +130,10 @@ TEST_P(SamplingInputsTest, IntegerWeightsAreNeverBelowTheirBounds) {
     std::vector<uint64_t> mask(kPages);
     for (uint32_t page = 0; page < kPages; ++page) {
       mask[page] = chance.OneIn(5) ? 0 : chance.Bits() | chance.Bits();
-      weights.reference[page] = static_cast<int32_t>(chance.Below(60)) - 40;
+      // So far below the others that the factor between them is no float: weights of 1.
+      constexpr int32_t kFarBelow = -2000;
+      const auto near = static_cast<int32_t>(chance.Below(60)) - 40;
+      weights.reference[page] = chance.OneIn(6) ? kFarBelow : near;
       for (uint32_t t = 0; t < kBlockTokens; ++t) {
         const float power = std::exp2(-static_cast<float>(chance.Below(60)));
         weights.Page(weights.upper, 0, page)[t] = (0.5F + chance.Uniform()) * power;

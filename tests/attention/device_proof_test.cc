@@ -67,7 +67,7 @@ TEST_P(DeviceProof, SamplesTightenTheBound) {
     const HeadCertificate& without = always->certificates[head];
     EXPECT_EQ(with.level, Level::kConfidence);
     EXPECT_GT(with.keys_sampled, 0);
-    EXPECT_DOUBLE_EQ(with.failure_probability, 0.5e-9) << "one round of the plan's";
+    EXPECT_DOUBLE_EQ(with.failure_probability, 1e-9) << "one round has all";
     EXPECT_LT(with.dropped_mass_upper.value, without.dropped_mass_upper.value);
     EXPECT_LT(with.output_error_upper, without.output_error_upper);
   }

@@ -153,6 +153,11 @@ TEST(FailureBudgetTest, SharesAddUpToTheTotal) {
     EXPECT_EQ(budget.spent(), total);
   }
   EXPECT_FALSE(FailureBudget(0.0).HasNext());
+  FailureBudget one(1e-9, /*one_round=*/true);
+  EXPECT_EQ(one.spent(), 0.0);
+  EXPECT_EQ(one.Next(), 1e-9);
+  EXPECT_EQ(one.spent(), 1e-9);
+  EXPECT_FALSE(one.HasNext());
 }
 
 // ---- Coverage -----------------------------------------------------------------------------------
