@@ -5,6 +5,7 @@
 #include <cassert>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 // clang-format off
 #include "attention/cpu/targets.h"
@@ -87,42 +88,50 @@ class PageAdder {
   Doubles estimate_;
 };
 
+// The sum of every page's selected weights; `sums` is [mask.size()].
+HWY_INLINE void SumPages(const ScanWeights& weights, uint32_t head, absl::Span<const uint64_t> mask,
+                         float* sums) {
+  const float* page_sums = &weights.page_sum[weights.PageIndex(head, weights.block_begin)];
+  const float* numbers = weights.Page(weights.numbers(), head, weights.block_begin);
+  for (size_t i = 0; i < mask.size(); ++i) {
+    // Only parts of pages are read, so the processor does not see them coming.
+    if (const size_t ahead = i + kPagesAhead; ahead < mask.size()) {
+      if (mask[ahead] != 0 && mask[ahead] != ~uint64_t{0}) {
+        PrefetchPage(numbers + ahead * kBlockTokens);
+      }
+    }
+    sums[i] = mask[i] == 0 ? 0.0F : SumPage(numbers + i * kBlockTokens, page_sums[i], mask[i]);
+  }
+}
+
 MaskSums SumWeightsTarget(const ScanWeights& weights, uint32_t head,
                           absl::Span<const uint64_t> mask) {
   constexpr size_t kPages = 64;
   const size_t first_page = weights.PageIndex(head, weights.block_begin);
   const int32_t* references = &weights.reference[first_page];
-  const float* page_sums = &weights.page_sum[first_page];
-  const float* numbers = weights.Page(weights.numbers(), head, weights.block_begin);
+  std::vector<float> all_sums(mask.size());
+  SumPages(weights, head, mask, all_sums.data());
+  // Only pages that weigh something: next to one of which nothing is seen, whose power of two may
+  // be any number larger, all the others would vanish, and their sum is at least 2^-126.
   int32_t reference = kReferenceMin;
   for (size_t i = 0; i < mask.size(); ++i) {
-    if (mask[i] != 0) reference = HWY_MAX(reference, references[i]);
+    if (all_sums[i] != 0.0F) reference = HWY_MAX(reference, references[i]);
   }
   PageAdder adder(reference);
-  HWY_ALIGN std::array<float, kPages> sums;
   // The arrays end with the last block of the last head; a vector may not read beyond.
+  HWY_ALIGN std::array<float, kPages> last_sums{};
   HWY_ALIGN std::array<int32_t, kPages> last_references{};
   HWY_ALIGN std::array<float, kPages> last_lower{};
   HWY_ALIGN std::array<float, kPages> last_estimate{};
   for (size_t begin = 0; begin < mask.size(); begin += kPages) {
     const size_t count = HWY_MIN(kPages, mask.size() - begin);
-    for (size_t i = 0; i < count; ++i) {
-      // Only parts of pages are read, so the processor does not see them coming.
-      if (const size_t ahead = begin + i + kPagesAhead; ahead < mask.size()) {
-        if (mask[ahead] != 0 && mask[ahead] != ~uint64_t{0}) {
-          PrefetchPage(numbers + ahead * kBlockTokens);
-        }
-      }
-      const uint64_t word = mask[begin + i];
-      sums[i] = word == 0
-                    ? 0.0F
-                    : SumPage(numbers + (begin + i) * kBlockTokens, page_sums[begin + i], word);
-    }
+    const float* sums = &all_sums[begin];
     const int32_t* from = references + begin;
     const float* lower = weights.bounded ? &weights.lower_share[first_page + begin] : nullptr;
     const float* estimate = weights.bounded ? &weights.estimate_share[first_page + begin] : nullptr;
     if (count < kPages) {
-      std::fill(sums.begin() + count, sums.end(), 0.0F);
+      std::copy_n(sums, count, last_sums.begin());
+      sums = last_sums.data();
       std::copy_n(from, count, last_references.begin());
       from = last_references.data();
       if (weights.bounded) {
@@ -132,7 +141,7 @@ MaskSums SumWeightsTarget(const ScanWeights& weights, uint32_t head,
         estimate = last_estimate.data();
       }
     }
-    adder.Add(sums.data(), from, lower, estimate, count);
+    adder.Add(sums, from, lower, estimate, count);
   }
   return adder.Sums();
 }

@@ -303,6 +303,29 @@ TEST(CpuChoose, UnderflowsAreNoLowerEnds) {
   });
 }
 
+// A page of which the head sees nothing has any power of two; next to a large one the underflows of
+// the others must not vanish.
+TEST(CpuChoose, UnseenPagesDoNotHideOthers) {
+  OnEveryTarget([] {
+    Weights from(1, 3, 1.0, /*bounded=*/true);
+    std::fill(from.weights.upper.begin(), from.weights.upper.end(), 0x1p-126F);
+    std::fill(from.weights.reference.begin(), from.weights.reference.end(), 0);
+    const TokenMask everything(kBlocks, ~uint64_t{0});
+    float* unseen = from.weights.Page(from.weights.upper, 0, kFirstBlock);
+    std::fill_n(unseen, kBlockTokens, 0.0F);
+    from.weights.reference[from.weights.PageIndex(0, kFirstBlock)] = 4000;
+    from.SumPages();
+    EXPECT_GE(SumUpperWeights(from.weights, 0, everything).value,
+              LogSum(from, nullptr, everything));
+    // The same where only a part of the page is dropped, and that is what is not seen.
+    unseen[0] = 1.0F;
+    from.SumPages();
+    TokenMask but_one = everything;
+    but_one[0] &= ~uint64_t{1};
+    EXPECT_GE(SumUpperWeights(from.weights, 0, but_one).value, LogSum(from, nullptr, but_one));
+  });
+}
+
 TEST(CpuChoose, SumsOfNothingAndOfUnknowns) {
   OnEveryTarget([] {
     Weights from(1, 1, 1.0, /*bounded=*/true);
