@@ -267,17 +267,24 @@ void Executor::TakeSample(const AppendCall& call, const SequenceRecord& record) 
 
 void Executor::BeginLearning(const SequenceRecord& record) {
   const auto found = learnings_.find(record.model);
-  if (found == learnings_.end() || found->second.learner == nullptr || found->second.runs) return;
+  if (found == learnings_.end() || found->second.learner == nullptr) return;
   Learning& learning = found->second;
   if (!learning.learner->CanLearnFrom(*record.cache)) return;
+  if (learning.runs) {
+    // In case the other one goes before it was learnt from.
+    learning.next_tenant = record.tenant;
+    learning.next_sequence = record.id;
+    learning.has_next = true;
+    return;
+  }
   learning.runs = true;
   learning.tenant = record.tenant;
   learning.sequence = record.id;
   ++learnings_running_;
 }
 
-// One table of one model. A sequence that went in between took its keys along: the next append that
-// suffices starts over.
+// One table of one model. A sequence that went in between took its keys along: another one that
+// sufficed meanwhile, or the next append that does, starts over.
 void Executor::LearnOne() {
   for (auto& [model, learning] : learnings_) {
     if (!learning.runs) continue;
@@ -285,6 +292,11 @@ void Executor::LearnOne() {
         table_.Find(learning.tenant, learning.sequence, clock_->SteadyNowNs());
     const bool usable = record != nullptr && learning.learner->CanLearnFrom(*record->cache);
     if (!usable) learning.learner->StartOver();
+    if (!usable && std::exchange(learning.has_next, false)) {
+      learning.tenant = learning.next_tenant;
+      learning.sequence = learning.next_sequence;
+      return;
+    }
     const bool finished = usable && learning.learner->LearnNext(*record->cache);
     if (finished) learning.learner.reset();
     if (finished || !usable) {

@@ -91,6 +91,10 @@ class Executor {
     bool runs = false;
     std::string tenant;
     SequenceId sequence;
+    // Another sequence that would do.
+    bool has_next = false;
+    std::string next_tenant;
+    SequenceId next_sequence{};
   };
   absl::Status CheckSample(const AppendCall& call, const ModelSpec& spec) const;
   void TakeSample(const AppendCall& call, const SequenceRecord& record);

@@ -222,8 +222,8 @@ MUTATIONS = [Mutation(*fields) for fields in [
     ("weight_of_mass_down", SAMPLED,
      "std::exp(WidenDown(WidenDown(mass.value - ref) + kLnWeightsPerUnit))",
      "std::exp(mass.value - ref + kLnWeightsPerUnit) * (1.0 + 0x1p-50)", "sampled_bound_test", ""),
-    ("budget_spends_once", GROWING, "return total_ * kShares[round_++];",
-     "return round_++ == 0 ? total_ : total_;", "growing_test", ""),
+    ("budget_spends_once", GROWING, "const double share = one_round_ ? 1.0 : kShares[round_];",
+     "const double share = 1.0;", "growing_test", ""),
     ("moved_mass_down", GROWING, "std::min(WidenDown(moved.value - bound.value), -0x1p-52)",
      "std::min(WidenUp(moved.value - bound.value), -0x1p-52)", "growing_test", ""),
     # ---- Output errors ----

@@ -110,7 +110,8 @@ class PopulationCase {
     const uint32_t in_page = token % kBlockTokens;
     const bool pin = in_page == kSketchSinks || in_page == kSketchSinks + 1;
     for (uint32_t c = 0; c < kDim; ++c) {
-      const float raised = static_cast<float>((steps + kDim - 1 - c) / kDim) * Sign(c);
+      const auto whole_steps = (steps + kDim - 1 - c) / kDim;
+      const float raised = static_cast<float>(whole_steps) * Sign(c);
       const float residual = (tight ? kCorner : -kCorner) * Sign(c);
       float key = kCell * (8.5F + raised + residual);
       if (pin) key = in_page == kSketchSinks ? 0.0F : kCell * 15.99F;

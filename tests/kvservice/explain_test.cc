@@ -15,7 +15,7 @@ constexpr uint32_t kTokens = 700;
 
 class ExplainTest : public ::testing::Test {
  protected:
-  void Start(EngineOptions options = TestEngine::SmallOptions()) {
+  void Start(const EngineOptions& options = TestEngine::SmallOptions()) {
     engine_ = std::make_unique<TestEngine>(options, 2, *NewDevice("cpu", {.thread_count = 1}));
     handle_ = engine_->NewSequence();
     engine_->Fill(handle_, 0, Counting(0, kTokens));
