@@ -131,6 +131,24 @@ TEST(ConvertCertificatesTest, BoundsAreRoundedOutward) {
   EXPECT_EQ(wire.keys_sampled(0), 5U);
   EXPECT_EQ(wire.rows_sampled(0), 6U);
 
+  // A nearest float lies on either side: of many numbers, some would round inward.
+  constexpr int kParts = 97;
+  for (int part = 1; part < kParts; ++part) {
+    const double number = static_cast<double>(part) / kParts;
+    head.dropped_mass_upper = {number};
+    head.dropped_mass_lower = {number};
+    head.output_error_upper = number;
+    head.value_norm_lower = 2.0 - number;
+    v1::Certificates of_number;
+    CertificatesToProto({head}, &of_number);
+    EXPECT_GT(static_cast<double>(of_number.dropped_mass_upper(0)), number);
+    EXPECT_LT(static_cast<double>(of_number.dropped_mass_lower(0)), number);
+    EXPECT_GT(static_cast<double>(of_number.output_error_upper(0)), number);
+    EXPECT_LT(static_cast<double>(of_number.value_norm_lower(0)), head.value_norm_lower);
+    EXPECT_GE(static_cast<double>(of_number.output_error_relative_upper(0)),
+              RelativeOutputError(head));
+  }
+
   // Columns that say nothing are left out.
   v1::Certificates plain;
   CertificatesToProto({HeadCertificate()}, &plain);
