@@ -366,8 +366,10 @@ void Group::SetValueNorms() {
   double lower = 0.0;
   double upper = 0.0;
   const SketchLayout layout(shape_->layout.head_dim);
-  // What a stored norm may be above the largest norm of its page.
+  // What a stored norm may be above the largest norm of its page: the roundings of a normal float,
+  // and the step between those below the normal range.
   constexpr double kDown = 1.0 - 0x1p-21;
+  constexpr double kLeastStep = 0x1p-148;
   for (uint32_t i = 0; i < all_.size(); ++i) {
     if (!IsSealed(i)) continue;
     const SketchPage page(layout,
@@ -375,7 +377,7 @@ void Group::SetValueNorms() {
     const auto norm = static_cast<double>(page.vmax);
     upper = std::max(upper, norm);
     // The norm may be of a token outside the window.
-    if (all_[i] == ~uint64_t{0}) lower = std::max(lower, norm * kDown);
+    if (all_[i] == ~uint64_t{0}) lower = std::max(lower, norm * kDown - kLeastStep);
     unsketched[i] = all_[i] & page.exact;
   }
   value_norms_ = BoundValueNorms(*shape_, row_->view, kv_head_, unsketched, block_begin_);
