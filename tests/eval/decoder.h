@@ -31,7 +31,7 @@ struct DecoderShape {
   uint32_t hidden = 0;
   uint32_t feed_forward = 0;
   uint32_t vocabulary = 0;
-  float scale = 1.0F;          // logit = scale * q.k
+  float scale = 1.0F;  // logit = scale * q.k
   float norm_epsilon = 0.0F;
   // [layer_count]: tokens that a query sees, itself included; 0 = all.
   std::vector<uint32_t> windows;
@@ -54,8 +54,9 @@ class Decoder {
 
   // hidden: [tokens.size()][hidden].
   void Embed(absl::Span<const uint32_t> tokens, float* hidden) const;
-  // q: [rows][query_heads][head_dim], rotated, float32; k (rotated) and v: [rows][kv_heads][head_dim]
-  // in bf16 bits, rounded to nearest even: what a cache stores. rows = positions.size().
+  // q: [rows][query_heads][head_dim], rotated, float32; k (rotated) and v:
+  // [rows][kv_heads][head_dim] in bf16 bits, rounded to nearest even: what a cache stores. rows =
+  // positions.size().
   void Project(uint32_t layer, absl::Span<const uint32_t> positions, const float* hidden, float* q,
                uint16_t* k, uint16_t* v) const;
   // Adds the layer's attention and feed-forward parts to `hidden`; attention:
