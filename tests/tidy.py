@@ -53,6 +53,7 @@ OUTSIDE = {
              ["attention/cuda/", "tests/attention/**"]),
     "RocksDB": (r"^rocksdb/", ["kvservice/cache/rocksdb_tier.cc", "kvservice/cache/filesystem.cc"]),
     "prometheus": (r"^prometheus/", ["kvservice/server/"]),
+    "BLAS": (r"^cblas\.h", ["tests/eval/"]),
     "spdlog": (r"^spdlog/", ["kvservice/server/", "client/**"]),
     "CLI11": (r"^CLI/", ["kvservice/server/", "client/**", "tests/bench/", "tests/eval/",
                          "tests/adversary/"]),
