@@ -7,8 +7,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "attention/sketch.h"
-#include "selector/baselines/baselines.h"
 #include "tests/eval/exact_attention.h"
+#include "tests/eval/exp.h"
 #include "tests/eval/served_prompt.h"
 #include "tests/eval/step_judge.h"
 
@@ -113,14 +113,7 @@ absl::Status Loop::Prepare(absl::Span<const Contender> contenders) {
     runner.sequence = *forked;
     runner.next_token = static_cast<uint32_t>(best - last_logits.begin());
     if (!contender.baseline.empty()) {
-      runner.baseline =
-          baselines::NewBaseline(contender.baseline, contender.token_budget,
-                                 {.prompt = SharedPrompt::BaselinePrompt(setup_.prompt),
-                                  .calibration = SharedPrompt::BaselinePrompt(setup_.calibration),
-                                  .seed = setup_.seed});
-      if (runner.baseline == nullptr) {
-        return absl::InvalidArgumentError(absl::StrCat("no baseline ", contender.baseline));
-      }
+      runner.baseline = setup_.indexes->at(contender.baseline)->NewBaseline(contender.token_budget);
     }
     runner.anchors.resize(shape_.layer_count * shape_.kv_head_count);
     runner.result.scans_by_head.resize(sparse_count_ * shape_.kv_head_count);
@@ -214,7 +207,9 @@ AttendCall Loop::MakeCall(uint32_t layer) {
     AttendCallRow row{.id = runner.sequence.id,
                       .generation = runner.sequence.generation,
                       .position = position_,
-                      .policy = &runner.contender.policy};
+                      .policy = &runner.contender.policy,
+                      .given = {},
+                      .given_offsets = {}};
     if (runner.baseline != nullptr && is_sparse(layer)) {
       row.given = runner.given;
       row.given_offsets = runner.given_offsets;
@@ -334,7 +329,7 @@ void Loop::CountCertificate(const HeadCertificate& certificate, const HeadVerdic
 std::pair<double, uint32_t> LogSum(const float* logits, uint32_t count) {
   const float* peak = std::max_element(logits, logits + count);
   double total = 0.0;
-  for (uint32_t i = 0; i < count; ++i) total += ExpOfNegative(logits[i] - *peak);
+  for (uint32_t i = 0; i < count; ++i) total += Exp(logits[i] - *peak);
   return {*peak + std::log(total), static_cast<uint32_t>(peak - logits)};
 }
 
@@ -354,8 +349,7 @@ void Loop::JudgeLogits(uint32_t step) {
     const auto shift = static_cast<float>(dense_log_sum);
     const auto offset = static_cast<float>(dense_log_sum - log_sum);
     for (uint32_t token = 0; i > 0 && token < vocabulary; ++token) {
-      kl += ExpOfNegative(std::min(0.0F, dense[token] - shift)) *
-            (dense[token] - logits[token] - offset);
+      kl += Exp(std::min(0.0F, dense[token] - shift)) * (dense[token] - logits[token] - offset);
     }
     result.kl.push_back(static_cast<float>(std::max(0.0, kl)));
     result.top1_equal += best == dense_best ? 1 : 0;

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -15,7 +16,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "attention/sketch_table.h"
-#include "selector/baselines/baseline.h"
+#include "selector/baselines/baselines.h"
 #include "tests/eval/contender.h"
 #include "tests/eval/decoder.h"
 #include "tests/eval/shared_prompt.h"
@@ -48,6 +49,8 @@ struct LoopSetup {
   // Of another text of the same model, for what a method learns beforehand.
   std::shared_ptr<const SharedPrompt> calibration;
   absl::Span<const SketchTable> tables;
+  // What published methods computed from the prompt, by name; of all that take part.
+  const std::map<std::string, std::unique_ptr<const baselines::PromptIndex>>* indexes = nullptr;
   const StudyText* text = nullptr;
   // Steps between those at which outputs and oracles are compared.
   uint32_t compare_every = 8;

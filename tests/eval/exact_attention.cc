@@ -3,7 +3,6 @@
 #include <cblas.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
 #include "attention/float16.h"
@@ -18,25 +17,6 @@ float NormUp(const float* vector, uint32_t head_dim) {
 }
 
 }  // namespace
-
-float ExpOfNegative(float x) {
-  const float clamped = x > -87.0F ? x : -87.0F;
-  const float t = clamped * 1.44269504F;
-  // Adding 1.5 * 2^23 rounds to an integer.
-  const float whole = (t + 12582912.0F) - 12582912.0F;
-  // ln 2 in two parts, so that the rest is exact to its last bit.
-  const float r = (clamped - whole * 0.693359375F) + whole * 2.12194440e-4F;
-  float p = 1.9875691500e-4F;
-  p = p * r + 1.3981999507e-3F;
-  p = p * r + 8.3334519073e-3F;
-  p = p * r + 4.1665795894e-2F;
-  p = p * r + 1.6666665459e-1F;
-  p = p * r + 5.0000001201e-1F;
-  const float value = p * r * r + r + 1.0F;
-  const int32_t exponent = static_cast<int32_t>(whole) << 23;
-  const float scaled = std::bit_cast<float>(std::bit_cast<int32_t>(value) + exponent);
-  return x > -87.0F ? scaled : 0.0F;
-}
 
 ExactAttention::ExactAttention(const DecoderShape& shape, const SharedPrompt* prompt,
                                size_t contender_count, uint32_t steps_max)

@@ -16,9 +16,6 @@
 
 namespace kvservice::eval {
 
-// e^x for x <= 0 (0 below -87), relative error at most 3e-7; loops over it become vector code.
-float ExpOfNegative(float x);
-
 // The newest tokens of one contender, layer and KV head: [count][head_dim].
 struct Tail {
   const float* keys = nullptr;

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cmath>
 #include <fstream>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <thread>
@@ -191,6 +193,27 @@ absl::StatusOr<std::shared_ptr<const SharedPrompt>> PromptStore::Get(const Study
   return std::make_shared<const SharedPrompt>(decoder_->shape(), std::move(made));
 }
 
+namespace {
+
+absl::StatusOr<std::map<std::string, std::unique_ptr<const baselines::PromptIndex>>> MakeIndexes(
+    const QualityOptions& options, const LoopSetup& setup, absl::Span<const Contender> contenders) {
+  const baselines::BaselineContext context = {
+      .prompt = SharedPrompt::BaselinePrompt(setup.prompt),
+      .calibration = SharedPrompt::BaselinePrompt(setup.calibration),
+      .seed = options.seed,
+      .threads = options.thread_count};
+  std::map<std::string, std::unique_ptr<const baselines::PromptIndex>> indexes;
+  for (const Contender& contender : contenders) {
+    if (contender.baseline.empty() || indexes.contains(contender.baseline)) continue;
+    auto index = baselines::NewPromptIndex(contender.baseline, context);
+    if (!index.ok()) return index.status();
+    indexes[contender.baseline] = std::move(*index);
+  }
+  return indexes;
+}
+
+}  // namespace
+
 absl::StatusOr<std::vector<LoopResult>> RunBatches(const QualityOptions& options,
                                                    const LoopSetup& setup,
                                                    absl::Span<const Contender> contenders) {
@@ -199,6 +222,8 @@ absl::StatusOr<std::vector<LoopResult>> RunBatches(const QualityOptions& options
   const size_t per_batch =
       std::max<size_t>(1, std::min<size_t>(options.batch, (others + threads - 1) / threads));
   const size_t batch_count = (others + per_batch - 1) / per_batch;
+  const auto indexes = MakeIndexes(options, setup, contenders);
+  if (!indexes.ok()) return indexes.status();
   std::vector<LoopResult> results(contenders.size());
   std::atomic<size_t> next{0};
   std::mutex mutex;
@@ -212,6 +237,7 @@ absl::StatusOr<std::vector<LoopResult>> RunBatches(const QualityOptions& options
       for (size_t i = 0; i < count; ++i) members.push_back(contenders[first + i]);
       LoopSetup of_batch = setup;
       of_batch.seed = options.seed + batch;
+      of_batch.indexes = &*indexes;
       auto ran = RunClosedLoop(of_batch, members);
       const std::lock_guard<std::mutex> lock(mutex);
       if (!ran.ok()) {

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "tests/eval/exp.h"
+
 namespace kvservice::eval {
 namespace {
 
@@ -81,7 +83,7 @@ void StepJudge::Normalise(const GroupStep& step) {
     double total = 0.0;
     for (uint32_t begin = 0; begin < step.length; begin += kStretch) {
       const uint32_t end = std::min(step.length, begin + kStretch);
-      for (uint32_t i = begin; i < end; ++i) weights[i] = ExpOfNegative(logits[i] - peak);
+      for (uint32_t i = begin; i < end; ++i) weights[i] = Exp(logits[i] - peak);
       float sum = 0.0F;
       for (uint32_t i = begin; i < end; ++i) sum += weights[i];
       total += sum;
