@@ -10,7 +10,8 @@ PolicyRegistry::PolicyRegistry()
                  {"psaw", DefaultPolicy(SelectorKind::kPsaw)},
                  {"etf", DefaultPolicy(SelectorKind::kEtf)},
                  {"cpe", DefaultPolicy(SelectorKind::kCpe)},
-                 {"certified", DefaultPolicy(SelectorKind::kCertified)}}) {}
+                 {"certified", DefaultPolicy(SelectorKind::kCertified)},
+                 {"scan", DefaultPolicy(SelectorKind::kScan)}}) {}
 
 const Policy* PolicyRegistry::Find(std::string_view name) const {
   const auto found = policies_.find(name);

@@ -14,7 +14,7 @@ namespace kvservice {
 class PolicyRegistry {
  public:
   // Holds the selectors' default policies under their names in lower case: "auto", "dense",
-  // "given", "cis", "psaw", "etf", "cpe", "certified".
+  // "given", "cis", "psaw", "etf", "cpe", "certified", "scan".
   PolicyRegistry();
 
   // nullptr when there is no policy of that name.
