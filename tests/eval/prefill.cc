@@ -19,8 +19,9 @@ namespace {
 // Scores of one tile: 4 MiB, which a core's caches hold between the passes over them.
 constexpr size_t kTileScores = size_t{1} << 20;
 constexpr size_t kTileRowsMin = 16;
-// Numbers that a vectorised reduction keeps apart.
-constexpr size_t kLanes = 16;
+// Numbers that a reduction keeps apart: GCC vectorises a loop of so many, and unrolls shorter ones
+// instead.
+constexpr size_t kLanes = 64;
 // Attention sums are integers of this unit: the order in which threads add does not show.
 constexpr double kSumUnit = 0x1p-40;
 
@@ -49,27 +50,21 @@ float Largest(const float* values, size_t count) {
       lanes[lane] = lanes[lane] < value ? value : lanes[lane];
     }
   }
-  float largest = *std::max_element(lanes.begin(), lanes.end());
-  for (; i < count; ++i) largest = std::max(largest, values[i]);
-  return largest;
+  const float largest = *std::max_element(lanes.begin(), lanes.end());
+  return std::accumulate(values + i, values + count, largest,
+                         [](float a, float b) { return std::max(a, b); });
 }
 
 // Replaces values by exp(value - largest) and returns their sum.
 float Exponentiate(float* values, size_t count, float largest) {
+  for (size_t i = 0; i < count; ++i) values[i] = Exp(values[i] - largest);
   std::array<float, kLanes> lanes = {};
   size_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      values[i + lane] = Exp(values[i + lane] - largest);
-      lanes[lane] += values[i + lane];
-    }
+    for (size_t lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
   }
-  float sum = std::accumulate(lanes.begin(), lanes.end(), 0.0F);
-  for (; i < count; ++i) {
-    values[i] = Exp(values[i] - largest);
-    sum += values[i];
-  }
-  return sum;
+  const float sum = std::accumulate(lanes.begin(), lanes.end(), 0.0F);
+  return std::accumulate(values + i, values + count, sum);
 }
 
 class Pass {
