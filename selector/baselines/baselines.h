@@ -39,10 +39,10 @@ namespace kvservice::baselines {
 
 // What a method may learn from before the first decode step.
 struct BaselineContext {
-  std::shared_ptr<const Prompt> prompt;
+  std::shared_ptr<const Prompt> prompt = nullptr;
   // Another text of the same model, for the methods that are calibrated offline (hshare,
   // double_sparsity, loki, vattention); its attention_sum is not read.
-  std::shared_ptr<const Prompt> calibration;
+  std::shared_ptr<const Prompt> calibration = nullptr;
   // Of the random planes of magicpig and the samples of vattention.
   uint64_t seed = 0;
   // Size of the sets whose overlap decides what hshare shares: by default HShare's configuration.
