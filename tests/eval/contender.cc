@@ -60,6 +60,8 @@ Contender Published(const std::string& name, const StudyBudget& budget) {
   // Read by no `given` plan; a policy needs one.
   contender.policy.budget.top_k = 1;
   contender.baseline = name;
+  contender.reads_logits =
+      name == "oracle" || name == "h2o" || name == "tidal_decode" || name == "token_select";
   contender.token_budget = {
       .sink = kStudySinks, .local = kStudyLocal, .top_k = TopK(budget), .mass_limit = budget.mass};
   if (budget.mass > 0.0F) contender.token_budget.top_k = kListTokensMin;

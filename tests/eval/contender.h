@@ -30,6 +30,8 @@ struct Contender {
   // Non-empty: positions come from this method (selector/baselines/baselines.h).
   std::string baseline = {};
   baselines::TokenBudget token_budget = {};
+  // The method reads exact scores at every step.
+  bool reads_logits = false;
   // The prompt's last queries become anchors before the first step.
   bool seeded = false;
   // Cosines of queries before their rotation (the product's way).
