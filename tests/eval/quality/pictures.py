@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot, ticker  # noqa: E402
 
 from .rows import Results  # noqa: E402
 from .series import (  # noqa: E402
@@ -20,6 +20,7 @@ from .series import (  # noqa: E402
     bounds_lines,
     heat_maps,
     sharing_panels,
+    shorten,
     tokens_panels,
     worst_lines,
 )
@@ -31,6 +32,7 @@ _SETTINGS = {"svg.hashsalt": "kvservice", "svg.fonttype": "none", "font.size": 8
              "font.family": "sans-serif", "axes.grid": True, "grid.alpha": 0.3,
              "axes.axisbelow": True, "lines.markersize": 3.5, "lines.linewidth": 1.0,
              "legend.frameon": False, "figure.dpi": 72}
+_HEAD_PIXELS = 8
 _MARKERS = "osD^v<>Pp*Xhd8"
 
 
@@ -56,6 +58,13 @@ def _style(name: str, order: list[str], is_single: bool) -> dict[str, Any]:
             "linewidth": 1.8 if own else 0.9, "zorder": 3 if own else 2}
 
 
+def _label_log_axis(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5: a narrow range may hold no power of ten."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
 def _draw_panels(panels: list[Panel], x_name: str, y_name: str, log_x: bool) -> Any:
     order = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
     figure, axes = _grid(len(panels))
@@ -68,9 +77,10 @@ def _draw_panels(panels: list[Panel], x_name: str, y_name: str, log_x: bool) -> 
                 axis.annotate(label, at, xytext=(2, 2), textcoords="offset points", fontsize=6)
         axis.set_title(panel.title)
         axis.set_yscale("log")
+        _label_log_axis(axis.yaxis)
         if log_x:
             axis.set_xscale("log")
-        axis.minorticks_off()
+            _label_log_axis(axis.xaxis)
         axis.set_xlabel(x_name)
         axis.set_ylabel(y_name)
     figure.legend([handles[name] for name in order], order, loc="outside lower center",
@@ -132,8 +142,11 @@ def _draw_heads(results: Results) -> Any:
         return None
     figure, axes = _grid(len(maps))
     for axis, one in zip(axes, maps, strict=True):
-        # As an image of one pixel per head: a path each would take ten times the bytes.
-        mesh = axis.imshow(one.values, cmap="viridis", vmin=0, aspect="auto", interpolation="none")
+        # As an image: a path per head would take several times the bytes. Enlarged, because some
+        # viewers smooth what they scale.
+        values = np.kron(one.values, np.ones((_HEAD_PIXELS, _HEAD_PIXELS)))
+        mesh = axis.imshow(values, cmap="viridis", vmin=0, aspect="auto", interpolation="none",
+                           extent=(-0.5, len(one.values[0]) - 0.5, len(one.values) - 0.5, -0.5))
         axis.grid(visible=False)
         axis.set_title(one.title, fontsize=7)
         axis.set_xlabel("query head")
@@ -145,12 +158,6 @@ def _draw_heads(results: Results) -> Any:
 _PICTURES: dict[str, Callable[[Results], Any]] = {
     "tokens": _draw_tokens, "sharing": _draw_sharing, "worst": _draw_worst,
     "bounds": _draw_bounds, "heads": _draw_heads}
-
-
-def shorten(svg: str) -> str:
-    """The same picture in fewer bytes: hundredths of a point are fine enough, and blanks at the
-    ends of lines say nothing."""
-    return re.sub(r" +$", "", re.sub(r"(\d\.\d\d)\d+", r"\1", svg), flags=re.MULTILINE)
 
 
 def write_pictures(results: Results, folder: Path) -> list[Path]:

@@ -275,8 +275,8 @@ def against_rivals(results: Results) -> str:
         "otherwise CPE's curve is interpolated at the rival's tokens.",
         table(("method", "CPE at least as good in KL", "KL of CPE / its KL",
                "fewer needles than it"), lines),
-        "Comparisons that do not hold (all of them: [quality_tables.md](quality_tables.md)):\n\n" + listing([_loss(duel) for duel in lost],
-                                                             _LOSSES_SHOWN_MAX) if lost else "",
+        ("Comparisons that do not hold (all of them: [quality_tables.md](quality_tables.md)):\n\n"
+         + listing([_loss(duel) for duel in lost], _LOSSES_SHOWN_MAX)) if lost else "",
         _best_table(results))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .averages import sample
@@ -16,15 +17,17 @@ from .rows import (
     Case,
     Contender,
     Results,
+    Row,
     case_order,
     contender_label,
+    row_order,
 )
 from .sections_edits import tau_of
 from .sections_methods import HEADLINE_BUDGET, natural_cases
 from .sections_trust import heat_rows
 
 _POINTS_MAX = 350
-_HEAT_MAPS_MAX = 4
+_HEAT_MAPS_MAX = 6
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,9 @@ def sharing_panels(results: Results, budget: str = HEADLINE_BUDGET) -> list[Pane
                      if (tau := tau_of(contender)) is not None and tau[1] == is_seeded]
             known = sorted((tau, at) for tau, at in found if at is not None)
             if known:
-                lines.append(Line(name, tuple(at for _, at in known),
-                                  tuple(f"{tau:g}" for tau, _ in known)))
+                # Labels of both lines would cover each other; the cosines are the same.
+                labels = () if is_seeded else tuple(f"{tau:g}" for tau, _ in known)
+                lines.append(Line(name, tuple(at for _, at in known), labels))
         for contender in (CALIBRATED, SEEDED, HSHARE, SCAN, ("cis", "blocks of 16"),
                           ("cis", "blocks of 16, whatever the cosine")):
             at = point(contender)
@@ -145,8 +149,21 @@ def thin(points: list[tuple[float, float]], most: int) -> list[tuple[float, floa
 
 
 def heat_maps(results: Results) -> list[HeatMap]:
-    """Dropped mass by layer and head of the first rows that carry it."""
+    """Dropped mass by layer and head: of the longest rows of every model and text."""
+    longest: dict[tuple[str, str, str, str], Row] = {}
+    for row in heat_rows(results):
+        longest.setdefault((row["model"], row["text"], row["method"], row["variant"]), row)
+    chosen = sorted(longest.values(), key=row_order)[:_HEAT_MAPS_MAX]
     return [HeatMap(f"{row['model']} {row['text']} {row['tokens']}: "
                     f"{contender_label((row['method'], row['variant']))} at {row['budget']}",
                     tuple(tuple(values) for values in row["dropped_by_head"]))
-            for row in heat_rows(results)[:_HEAT_MAPS_MAX]]
+            for row in chosen]
+
+
+def shorten(svg: str) -> str:
+    """The same picture in fewer bytes: hundredths of a point are fine enough for places (not for
+    the numbers that are shown), and blanks at the ends of lines say nothing."""
+    def shorten_places(attribute: re.Match[str]) -> str:
+        return re.sub(r"(\d\.\d\d)\d+", r"\1", attribute[0])
+
+    return re.sub(r" +$", "", re.sub(r'"[^"]*"', shorten_places, svg), flags=re.MULTILINE)
