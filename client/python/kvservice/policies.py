@@ -19,6 +19,7 @@ def make_policy(
     top_k_tokens: int | None = None,
     max_dropped_mass_estimate: float | None = None,
     min_cosine: float | None = None,
+    max_sharing_estimate: float | None = None,
     layers: Sequence[types_pb2.LayerOverride] | None = None,
     guarantee: str | None = None,
     failure_probability: float | None = None,
@@ -32,13 +33,14 @@ def make_policy(
 
     Limits travel as float32 and are rounded down to it, so the server never allows more than was
     asked for. `layers` (see layer_override) replaces the default, layers 0 and 1 dense; an empty
-    one leaves no layer out. ValueError for a name that does not exist.
+    one leaves no layer out. max_sharing_estimate is CisPolicy.max_dropped_mass_estimate: a list is
+    not reused when it is estimated to drop more. ValueError for a name that does not exist.
     """
     overrides = None if layers is None else types_pb2.LayerOverrides(overrides=layers)
     return types_pb2.Policy(
         selector=_selector(selector),
         budget=_budget(sink_tokens, local_tokens, top_k_tokens, max_dropped_mass_estimate),
-        cis=None if min_cosine is None else types_pb2.CisPolicy(min_cosine=min_cosine),
+        cis=_cis(min_cosine, max_sharing_estimate),
         layers=overrides,
         max_dropped_mass=None if max_dropped_mass is None else round_limit(max_dropped_mass),
         max_output_error=None if max_output_error is None else round_limit(max_output_error),
@@ -87,6 +89,18 @@ def layer_override(
 
 def _selector(name: str) -> int:
     return types_pb2.Selector.Value(f"SELECTOR_{name.upper()}")
+
+
+def _cis(
+    min_cosine: float | None, max_sharing_estimate: float | None
+) -> types_pb2.CisPolicy | None:
+    if (min_cosine, max_sharing_estimate) == (None, None):
+        return None
+    limit = max_sharing_estimate
+    return types_pb2.CisPolicy(
+        min_cosine=min_cosine,
+        max_dropped_mass_estimate=None if limit is None else round_limit(limit),
+    )
 
 
 def _budget(
