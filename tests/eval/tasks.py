@@ -27,7 +27,9 @@ import argparse
 import dataclasses
 import json
 import random
+import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +56,7 @@ _STUDY = (
     ("gemma3", (16384, 32000), ("prose", "needles")),
 )
 # So many facts fit into the shortest list; questions are about those.
-_PEOPLE_ASKED = 100
+_THINGS_ASKED = 100
 _FIRST_NAMES = ("Ada", "Bruno", "Clara", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas",
                 "Karin", "Leo", "Maria", "Noah", "Olga", "Peter", "Rosa", "Simon", "Tina", "Victor")
 _LAST_NAMES = ("Adams", "Baker", "Carter", "Dixon", "Evans", "Foster", "Green", "Harris", "Irwin",
@@ -62,8 +64,6 @@ _LAST_NAMES = ("Adams", "Baker", "Carter", "Dixon", "Evans", "Foster", "Green", 
                "Stone", "Turner")
 _CITIES = ("Athens", "Berlin", "Cairo", "Dublin", "Geneva", "Havana", "Lisbon", "London", "Madrid",
            "Milan", "Moscow", "Oslo", "Paris", "Prague", "Rome", "Sydney", "Tokyo", "Vienna")
-_JOBS = ("baker", "carpenter", "dentist", "driver", "farmer", "gardener", "judge",
-         "lawyer", "librarian", "mechanic", "nurse", "painter", "pilot", "plumber", "singer", "teacher")
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,15 @@ def encode_parts(coder: Coder, parts: Sequence[str]) -> tuple[list[int], list[in
 
 
 def _needles(coder: Coder, tokens: int, name: str) -> Task:
-    """Prose with numbers to remember at even depths, asked for in another order."""
+    """Prose with numbers to remember at even depths, asked for in another order.
+
+    Words and number are neighbours because small models find nothing else: of the longer sentences
+    in texts.needles the 135M model repeats one in five.
+    """
     generator = random.Random(f"needles {tokens}")
-    numbers = {box: str(generator.randrange(10_000, 100_000)) for box in TREASURES}
-    facts = [encode_parts(coder, [f"\n\nRemember: the number of the {box} box is ", number, "."])
-             for box, number in numbers.items()]
+    numbers = {word: str(generator.randrange(10_000, 100_000)) for word in TREASURES}
+    facts = [encode_parts(coder, [f"\n\nThe secret code is {word} ", number, "."])
+             for word, number in numbers.items()]
     fact_tokens = sum(len(ids) for ids, _ in facts)
     body_tokens = tokens - FORCED_TOKENS - len(coder.start) - fact_tokens
     paragraphs = [coder.encode("\n\n" + paragraph) for paragraph in prose_paragraphs()]
@@ -146,13 +150,13 @@ def _needles(coder: Coder, tokens: int, name: str) -> Task:
             next_fact += 1
         prompt += paragraph
         read += len(paragraph)
-    parts = ["\n\nWhich numbers do the boxes have?"]
+    parts = ["\n\nWhat are the codes?"]
     asked = generator.sample(TREASURES, NEEDLES_ASKED)
-    for box in asked:
-        parts += [f" The number of the {box} box is ", numbers[box], "."]
+    for word in asked:
+        parts += [f" The secret code is {word} ", numbers[word], "."]
     forced, ends = encode_parts(coder, parts)
-    answers = [{"begin": ends[3 * i + 1], "end": ends[3 * i + 2], "kind": "needle", "name": box,
-                "fact": fact_at[box]} for i, box in enumerate(asked)]
+    answers = [{"begin": ends[3 * i + 1], "end": ends[3 * i + 2], "kind": "needle", "name": word,
+                "fact": fact_at[word]} for i, word in enumerate(asked)]
     forced += [token for paragraph in rest for token in paragraph]
     if len(forced) < FORCED_TOKENS:
         raise ValueError(f"{name}: the prose is too short")
@@ -188,49 +192,52 @@ def _fill(coder: Coder, tokens: int, head: str, line: Callable[[], str], tail: s
 
 
 def _arithmetic(coder: Coder, tokens: int, name: str) -> Task:
-    """Many worked sums and differences, then one to work out."""
+    """Many worked sums and differences of small numbers, then one that was not among them."""
     greedy_tokens = 12
     generator = random.Random(name)
 
     def problem() -> tuple[str, str]:
-        first, second = generator.randrange(10, 100), generator.randrange(10, 100)
+        first, second = generator.randrange(1, 10), generator.randrange(1, 10)
         if generator.random() < 0.5:
             return f"{first} + {second} =", f" {first + second}\n"
         first, second = max(first, second), min(first, second)
         return f"{first} - {second} =", f" {first - second}\n"
 
     asked, answer = problem()
-    prompt = _fill(coder, tokens - greedy_tokens, "Sums and differences:\n",
-                   lambda: "".join(problem()), asked)
+
+    def line() -> str:
+        shown = problem()
+        return "".join(shown) if shown[0] != asked else line()
+
+    prompt = _fill(coder, tokens - greedy_tokens, "Sums and differences:\n", line, asked)
     return Task(name, coder.model, "arithmetic", prompt, greedy_tokens=greedy_tokens,
                 expected=coder.encode(answer))
 
 
 def _questions(coder: Coder, tokens: int, name: str) -> Task:
-    """A list of short facts, four questions with their answers and one without."""
+    """A list of things and their owners, four questions with their answers and one without."""
     greedy_tokens = 16
     generator = random.Random(name)
+    things = _things()
     people = [f"{first} {last}" for first in _FIRST_NAMES for last in _LAST_NAMES]
-    generator.shuffle(people)
-    homes = {person: generator.choice(_CITIES) for person in people}
-    jobs = {person: generator.choice(_JOBS) for person in people}
-    listed = iter(people)
-
-    def fact() -> str:
-        person = next(listed)
-        return f"{person} lives in {homes[person]} and works as a {jobs[person]}.\n"
-
-    def question(person: str) -> tuple[str, str]:
-        if generator.random() < 0.5:
-            return f"Question: In which city does {person} live?\nAnswer:", f" {homes[person]}\n"
-        return f"Question: What is the job of {person}?\nAnswer:", f" {jobs[person]}\n"
-
-    *shown, asked = (question(person) for person in generator.sample(people[:_PEOPLE_ASKED], 5))
-    tail = "\n" + "".join(text + answer for text, answer in shown) + asked[0]
-    prompt = _fill(coder, tokens - greedy_tokens, "People, where they live and what they do:\n",
-                   fact, tail)
+    generator.shuffle(things)
+    owners = {thing: f"{thing}: {generator.choice(people)}, {generator.choice(_CITIES)}\n"
+              for thing in things}
+    listed = iter(things)
+    *shown, asked = generator.sample(things[:_THINGS_ASKED], 5)
+    tail = "".join(f"\nQuestion: Who owns the {thing}?\nAnswer: {owners[thing]}" for thing in shown)
+    tail += f"\nQuestion: Who owns the {asked}?\nAnswer:"
+    prompt = _fill(coder, tokens - greedy_tokens, "Things and their owners:\n",
+                   lambda: owners[next(listed)], tail)
     return Task(name, coder.model, "questions", prompt, greedy_tokens=greedy_tokens,
-                expected=coder.encode(asked[1]))
+                expected=coder.encode(f" {owners[asked]}"))
+
+
+def _things() -> list[str]:
+    """Things that Unicode has a picture of, named in one word or two: many, and all different."""
+    names = (unicodedata.name(chr(code), "") for code in range(0x1F300, 0x1F700))
+    return sorted({name.lower() for name in names
+                   if re.fullmatch(r"[A-Z]{3,9}( [A-Z]{3,9})?", name)})
 
 
 # ---- Program -------------------------------------------------------------------------------------

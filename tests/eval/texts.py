@@ -57,6 +57,8 @@ def mixed(character_count: int) -> str:
     """Entries of a reference manual: names, sentences, lists, and examples of code."""
     entries: dict[str, None] = {}
     for module_name in _MODULES:
+        if module_name == "typing":  # Warns of what it holds when it is looked at.
+            continue
         module = importlib.import_module(module_name)
         for name, member in _documented(module, module_name):
             entries[f"{module_name}.{name}\n\n{inspect.getdoc(member)}"] = None
