@@ -7,7 +7,7 @@ writes build/eval/<model>-<tokens>-<text>.tokens.json for every model, length an
 --model, --tokens and --text choose one of each. A file is a list of tasks:
 
     name           "<model>-<tokens>-<text>", with "-<index>" if the file has several
-    model, text
+    model, text, tokens
     prompt         ids that are prefilled
     forced         ids fed in turn after it; logits after feeding forced[i] predict forced[i + 1],
                    those after the prompt predict forced[0]
@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT / "client/python"), str(ROOT / "build/python"),
                 str(ROOT / "build/eval_packages")]
 
 from gemma import load_gemma  # noqa: E402
-from texts import TEXTS, TREASURES, prose_paragraphs  # noqa: E402
+from texts import TEXTS, TREASURES, calibration_paragraphs, prose_paragraphs  # noqa: E402
 
 from kvservice_demo.gguf_model import find_installed_model, read_metadata  # noqa: E402
 from kvservice_demo.tokenizer import ChatTokenizer  # noqa: E402
@@ -49,11 +49,24 @@ NEEDLES_ASKED = 16
 GREEDY_TASKS = 6
 # No text here has more characters per token.
 _CHARACTERS_PER_TOKEN_MAX = 8
-_NATURAL = ("prose", "code", "mixed")
+_NATURAL = ("prose", "code", "mixed", "calibration_prose", "calibration_code")
+# Words to remember numbers by, and what is between the facts.
+_NEEDLES = {
+    "needles": (TREASURES, prose_paragraphs),
+    "calibration_needles": (
+        ("badger", "beaver", "camel", "cheetah", "dolphin", "eagle", "falcon", "giraffe", "hamster",
+         "jaguar", "leopard", "monkey", "otter", "panther", "penguin", "rabbit", "salmon",
+         "spider", "turtle", "walrus"),
+        calibration_paragraphs),
+}
+_GREEDY = ("arithmetic", "questions")
+_CALIBRATION = ("calibration_prose", "calibration_code", "calibration_needles")
 _STUDY = (
-    ("smollm2", (2048, 4096, 8192), (*_NATURAL, "needles")),
-    ("smollm2", (2048, 4096), ("arithmetic", "questions")),
+    ("smollm2", (2048, 4096, 8192), ("prose", "code", "mixed", "needles")),
+    ("smollm2", (2048, 4096), _GREEDY),
+    ("smollm2", (4096,), _CALIBRATION),
     ("gemma3", (16384, 32000), ("prose", "needles")),
+    ("gemma3", (16384,), _CALIBRATION),
 )
 # So many facts fit into the shortest list; questions are about those.
 _THINGS_ASKED = 100
@@ -82,6 +95,7 @@ class Task:
     name: str
     model: str
     text: str
+    tokens: int
     prompt: list[int]
     forced: list[int] = field(default_factory=list)
     greedy_tokens: int = 0
@@ -94,8 +108,8 @@ def make_tasks(coder: Coder, text: str, tokens: int) -> list[Task]:
     name = f"{coder.model}-{tokens}-{text}"
     if text in _NATURAL:
         return [_natural(coder, text, tokens, name)]
-    if text == "needles":
-        return [_needles(coder, tokens, name)]
+    if text in _NEEDLES:
+        return [_needles(coder, text, tokens, name)]
     make = {"arithmetic": _arithmetic, "questions": _questions}[text]
     return [make(coder, tokens, f"{name}-{index}") for index in range(GREEDY_TASKS)]
 
@@ -105,7 +119,7 @@ def _natural(coder: Coder, text: str, tokens: int, name: str) -> Task:
     if len(ids) < tokens:
         raise ValueError(f"{name}: the text has {len(ids)} tokens only")
     split = tokens - FORCED_TOKENS
-    return Task(name, coder.model, text, ids[:split], ids[split:tokens])
+    return Task(name, coder.model, text, tokens, ids[:split], ids[split:tokens])
 
 
 # ---- Needles -------------------------------------------------------------------------------------
@@ -126,32 +140,33 @@ def encode_parts(coder: Coder, parts: Sequence[str]) -> tuple[list[int], list[in
     return ids, ends
 
 
-def _needles(coder: Coder, tokens: int, name: str) -> Task:
+def _needles(coder: Coder, text: str, tokens: int, name: str) -> Task:
     """Prose with numbers to remember at even depths, asked for in another order.
 
     Words and number are neighbours because small models find nothing else: of the longer sentences
     in texts.needles the 135M model repeats one in five.
     """
-    generator = random.Random(f"needles {tokens}")
-    numbers = {word: str(generator.randrange(10_000, 100_000)) for word in TREASURES}
+    words, read_paragraphs = _NEEDLES[text]
+    generator = random.Random(f"{text} {tokens}")
+    numbers = {word: str(generator.randrange(10_000, 100_000)) for word in words}
     facts = [encode_parts(coder, [f"\n\nThe secret code is {word} ", number, "."])
              for word, number in numbers.items()]
     fact_tokens = sum(len(ids) for ids, _ in facts)
     body_tokens = tokens - FORCED_TOKENS - len(coder.start) - fact_tokens
-    paragraphs = [coder.encode("\n\n" + paragraph) for paragraph in prose_paragraphs()]
+    paragraphs = [coder.encode("\n\n" + paragraph) for paragraph in read_paragraphs()]
     body, rest = _split(paragraphs, body_tokens)
     prompt = list(coder.start)
     fact_at, read, next_fact = {}, 0, 0
     for paragraph in [*body, []]:
         while next_fact < len(facts) and read >= body_tokens * (next_fact + 0.5) / len(facts):
             ids, ends = facts[next_fact]
-            fact_at[TREASURES[next_fact]] = len(prompt) + ends[0]
+            fact_at[words[next_fact]] = len(prompt) + ends[0]
             prompt += ids
             next_fact += 1
         prompt += paragraph
         read += len(paragraph)
     parts = ["\n\nWhat are the codes?"]
-    asked = generator.sample(TREASURES, NEEDLES_ASKED)
+    asked = generator.sample(words, NEEDLES_ASKED)
     for word in asked:
         parts += [f" The secret code is {word} ", numbers[word], "."]
     forced, ends = encode_parts(coder, parts)
@@ -160,7 +175,7 @@ def _needles(coder: Coder, tokens: int, name: str) -> Task:
     forced += [token for paragraph in rest for token in paragraph]
     if len(forced) < FORCED_TOKENS:
         raise ValueError(f"{name}: the prose is too short")
-    return Task(name, coder.model, "needles", prompt, forced[:FORCED_TOKENS], answers=answers)
+    return Task(name, coder.model, text, tokens, prompt, forced[:FORCED_TOKENS], answers=answers)
 
 
 def _split(paragraphs: list[list[int]], tokens: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -210,7 +225,7 @@ def _arithmetic(coder: Coder, tokens: int, name: str) -> Task:
         return "".join(shown) if shown[0] != asked else line()
 
     prompt = _fill(coder, tokens - greedy_tokens, "Sums and differences:\n", line, asked)
-    return Task(name, coder.model, "arithmetic", prompt, greedy_tokens=greedy_tokens,
+    return Task(name, coder.model, "arithmetic", tokens, prompt, greedy_tokens=greedy_tokens,
                 expected=coder.encode(answer))
 
 
@@ -229,7 +244,7 @@ def _questions(coder: Coder, tokens: int, name: str) -> Task:
     tail += f"\nQuestion: Who owns the {asked}?\nAnswer:"
     prompt = _fill(coder, tokens - greedy_tokens, "Things and their owners:\n",
                    lambda: owners[next(listed)], tail)
-    return Task(name, coder.model, "questions", prompt, greedy_tokens=greedy_tokens,
+    return Task(name, coder.model, "questions", tokens, prompt, greedy_tokens=greedy_tokens,
                 expected=coder.encode(f" {owners[asked]}"))
 
 
@@ -265,8 +280,7 @@ def main() -> int:
     """The program; returns its exit status."""
     parser = argparse.ArgumentParser(prog="tasks.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=("smollm2", "gemma3"), default="smollm2")
-    parser.add_argument("--text", choices=(*_NATURAL, "needles", "arithmetic", "questions"),
-                        default="prose")
+    parser.add_argument("--text", choices=(*_NATURAL, *_NEEDLES, *_GREEDY), default="prose")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--all", action="store_true", help="every file of the study")
     parser.add_argument("--out", type=Path, default=ROOT / "build/eval", help="folder")

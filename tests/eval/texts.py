@@ -3,15 +3,22 @@
 Nothing is downloaded: prose is the language reference that Python's own `help()` shows, code is the
 source of the standard library, mixed is that library's documentation of its classes and functions.
 The same Python version gives the same text.
+
+What methods are calibrated on (calibration_prose, calibration_code) comes from other modules, so
+that nothing is judged on a text that it has seen.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterator
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 _MODULES = ("argparse", "ast", "asyncio.base_events", "collections", "configparser", "csv",
             "dataclasses", "datetime", "decimal", "difflib", "email.message", "enum", "fractions",
@@ -26,17 +33,42 @@ TREASURES = ("amber", "basalt", "cobalt", "copper", "coral", "emerald", "garnet"
 _TREASURES_ASKED = 8
 
 
-def prose_paragraphs() -> list[str]:
+@functools.cache
+def prose_paragraphs() -> tuple[str, ...]:
     """Running text; code samples and tables are left out."""
     from pydoc_data import topics
 
-    paragraphs = []
-    for name in sorted(topics.topics):
-        for paragraph in topics.topics[name].split("\n\n"):
-            is_text = re.match(r"[A-Z]", paragraph) and paragraph.rstrip().endswith((".", ":", ")"))
-            if is_text and len(paragraph) > 30:
-                paragraphs.append(" ".join(paragraph.split()))
-    return list(dict.fromkeys(paragraphs))
+    paragraphs = (paragraph for name in sorted(topics.topics)
+                  for paragraph in topics.topics[name].split("\n\n"))
+    return _running_text(paragraphs)
+
+
+@functools.cache
+def calibration_paragraphs() -> tuple[str, ...]:
+    """Running text of another kind: what documentation strings of other modules say."""
+    paragraphs: list[str] = []
+    for path in _other_modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                paragraphs += (ast.get_docstring(node) or "").split("\n\n")
+    return _running_text(paragraph for paragraph in paragraphs if "\n " not in paragraph)
+
+
+def _running_text(paragraphs: Iterable[str]) -> tuple[str, ...]:
+    """Those that are sentences, each once, without line ends."""
+    found = {}
+    for paragraph in paragraphs:
+        is_text = re.match(r"[A-Z]", paragraph) and paragraph.rstrip().endswith((".", ":", ")"))
+        if is_text and len(paragraph) > 30:
+            found[" ".join(paragraph.split())] = None
+    return tuple(found)
+
+
+def _other_modules() -> list[Path]:
+    """Sources of the standard library that no other text shows."""
+    shown = {name.split(".")[0] for name in _MODULES}
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [path for path in paths if path.stem not in shown and not path.stem.startswith("_")]
 
 
 def prose(character_count: int) -> str:
@@ -50,6 +82,17 @@ def code(character_count: int) -> str:
     for name in _MODULES:
         module = importlib.import_module(name)
         sources.append(f"# {name}\n{inspect.getsource(module)}")
+    return "\n\n".join(sources)[:character_count]
+
+
+def calibration_prose(character_count: int) -> str:
+    """Paragraphs of running text that prose does not have."""
+    return "\n\n".join(calibration_paragraphs())[:character_count]
+
+
+def calibration_code(character_count: int) -> str:
+    """Source files that code does not have."""
+    sources = (f"# {path.stem}\n{path.read_text(encoding='utf-8')}" for path in _other_modules())
     return "\n\n".join(sources)[:character_count]
 
 
@@ -91,5 +134,11 @@ def needles(character_count: int) -> str:
     return "\n\n".join(paragraphs) + questions
 
 
-TEXTS: dict[str, Callable[[int], str]] = {"prose": prose, "code": code, "mixed": mixed,
-                                       "needles": needles}
+TEXTS: dict[str, Callable[[int], str]] = {
+    "prose": prose,
+    "code": code,
+    "mixed": mixed,
+    "needles": needles,
+    "calibration_prose": calibration_prose,
+    "calibration_code": calibration_code,
+}

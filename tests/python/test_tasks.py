@@ -27,10 +27,11 @@ def coder(tokenizer):
     return Coder("smollm2", tokenizer.encode, start=[1])
 
 
-@pytest.mark.parametrize("name", ["prose", "code", "mixed"])
+@pytest.mark.parametrize("name", ["prose", "code", "mixed", "calibration_prose",
+                                  "calibration_code"])
 def test_natural_texts_have_exactly_the_tokens_asked_for(coder, tokenizer, name):
     (task,) = make_tasks(coder, name, 2048)
-    assert task.name == f"smollm2-2048-{name}"
+    assert (task.name, task.tokens) == (f"smollm2-2048-{name}", 2048)
     assert len(task.prompt) == 2048 - FORCED_TOKENS
     assert len(task.forced) == FORCED_TOKENS
     assert task.prompt[0] == 1
@@ -45,9 +46,19 @@ def test_mixed_is_neither_prose_nor_code():
     assert ">>> " in text and "\n    - " in text
 
 
-@pytest.mark.parametrize("tokens", [2048, 8192])
-def test_needles_are_in_the_prompt_where_the_answers_say(coder, tokenizer, tokens):
-    (task,) = make_tasks(coder, "needles", tokens)
+def test_calibration_shows_nothing_that_is_judged():
+    judged = set(texts.prose_paragraphs())
+    assert not judged.intersection(texts.calibration_paragraphs())
+    lines = {line for line in texts.code(10**7).split("\n") if line.startswith("# ")}
+    headings = re.findall(r"(?m)^# [a-z]\w*$", texts.calibration_code(10**7))
+    assert len(headings) > 50
+    assert not lines.intersection(headings)
+
+
+@pytest.mark.parametrize("name,tokens", [("needles", 2048), ("needles", 8192),
+                                         ("calibration_needles", 4096)])
+def test_needles_are_in_the_prompt_where_the_answers_say(coder, tokenizer, name, tokens):
+    (task,) = make_tasks(coder, name, tokens)
     assert len(task.prompt) + len(task.forced) == tokens
     assert len(task.forced) >= 256
     assert len({answer["name"] for answer in task.answers}) == 16
