@@ -78,6 +78,8 @@ struct Plan {
   // call.
   TokenLists* lists = nullptr;
   float min_cosine = 0.8F;
+  // kReuse: [kv_head_count], takes the place of min_cosine unless empty.
+  absl::Span<const float> min_cosines;
   // ETF: the choice among [sink_end, frozen_end) is the last selection of a shallower layer of the
   // same step and is not scanned for choosing (a proof still covers it). Used only when
   // frozen_lists has a selection.
@@ -113,6 +115,11 @@ struct Plan {
   OnViolation on_violation = OnViolation::kReport;
   Mode mode = Mode::kEnforce;
 };
+
+// What the cosine of an anchor of this KV head must reach for its list to be reused.
+inline float MinCosine(const Plan& plan, uint32_t kv_head) {
+  return plan.min_cosines.empty() ? plan.min_cosine : plan.min_cosines[kv_head];
+}
 
 }  // namespace kvservice
 

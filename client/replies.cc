@@ -63,6 +63,8 @@ std::optional<Selector> SelectorFromProto(int selector) {
       return Selector::kCpe;
     case v1::SELECTOR_CERTIFIED:
       return Selector::kCertified;
+    case v1::SELECTOR_SCAN:
+      return Selector::kScan;
     default:
       return std::nullopt;
   }

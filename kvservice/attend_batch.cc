@@ -95,7 +95,7 @@ absl::Status AttendBatch::CheckCall(AttendCall* call, uint64_t now_ns) {
   }
   const absl::Status status = CheckTensors(*call);
   if (!status.ok() || call->policy == nullptr || model_ == nullptr) return status;
-  return CheckPolicy("", *call->policy, model_->spec.layer_count);
+  return CheckPolicy("", *call->policy, model_->spec);
 }
 
 // Without a model (no handle of the call was found) tensors need only agree with themselves.
@@ -164,7 +164,7 @@ absl::Status AttendBatch::CheckRowPolicy(const std::string& field, Row* row) con
   row->policy = row->call->policy != nullptr ? row->call->policy : &row->record->policy;
   if (asked.policy != nullptr) {
     row->policy = asked.policy;
-    const absl::Status status = CheckPolicy(field, *asked.policy, model_->spec.layer_count);
+    const absl::Status status = CheckPolicy(field, *asked.policy, model_->spec);
     if (!status.ok()) return status;
   }
   if (ResolveSelector(*row->policy, Context(*row)) != SelectorKind::kGiven) return absl::OkStatus();
@@ -332,6 +332,7 @@ void AttendBatch::KeepRow(const Row& row, const AttendRow& done) {
   kept.plan.frozen_lists = nullptr;
   kept.plan.given = {};
   kept.plan.given_offsets = {};
+  kept.plan.min_cosines = {};
   parts_.auditor->Keep(std::move(kept), row.record);
 }
 

@@ -99,7 +99,7 @@ absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const Cre
   const Model* model = registry_->Find(asked.model);
   if (model == nullptr) return ModelNotFound(asked.model);
   const Policy& policy = asked.policy.has_value() ? *asked.policy : model->spec.default_policy;
-  absl::Status status = CheckPolicy("", policy, model->spec.layer_count);
+  absl::Status status = CheckPolicy("", policy, model->spec);
   if (!status.ok()) return status;
   if (asked.request_id.size() > kRequestIdBytesMax) {
     return InvalidField("request_id", "REQUEST_ID_TOO_LONG",

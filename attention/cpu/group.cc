@@ -200,7 +200,7 @@ void Group::StartChoice(absl::Span<const float> anchor_queries) {
     assert(plan.lists != nullptr);
     const HostLists::Match match = lists()->FindMostSimilar(kv_head_, anchor_queries);
     similarity_ = match.similarity;
-    if (match.anchor >= 0 && match.similarity >= plan.min_cosine) {
+    if (match.anchor >= 0 && match.similarity >= MinCosine(plan, kv_head_)) {
       return StartReuse(static_cast<uint32_t>(match.anchor));
     }
   }

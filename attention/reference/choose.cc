@@ -274,7 +274,7 @@ Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
     assert(lists != nullptr);
     const HostLists::Match match = lists->FindMostSimilar(row->kv_head(), queries);
     choice.similarity = match.similarity;
-    choice.reused = match.anchor >= 0 && match.similarity >= plan.min_cosine;
+    choice.reused = match.anchor >= 0 && match.similarity >= MinCosine(plan, row->kv_head());
     if (choice.reused) {
       choice.middle = Reuse(plan, middle, static_cast<uint32_t>(match.anchor), row);
     }

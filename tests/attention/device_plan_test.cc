@@ -248,6 +248,27 @@ TEST_P(DevicePlan, DissimilarQueriesScan) {
   EXPECT_EQ(At(*kv, 420, OtherQueries(kv->queries()), plan)->selected, other->selected);
 }
 
+// Each KV head has its own cosine: one reuses where the other scans, by the same query.
+TEST_P(DevicePlan, EveryKvHeadHasItsOwnCosine) {
+  CaseOptions options;
+  options.length = 420;
+  const auto kv = NewCase(options);
+  const std::vector<float> never_first = {1.5F, -1.0F};
+  const std::vector<float> never_second = {-1.0F, 1.5F};
+  for (const std::vector<float>* cosines : {&never_first, &never_second}) {
+    const auto lists = device_->NewTokenLists(options.layout, 4);
+    Plan plan = BasePlan(Source::kReuse, 420);
+    plan.keep.top_k = 40;
+    plan.lists = lists.get();
+    RunPlan(*kv, plan);
+    plan.min_cosines = *cosines;
+    const auto call = At(*kv, 420, OtherQueries(kv->queries()), plan);
+    for (uint32_t kv_head = 0; kv_head < 2; ++kv_head) {
+      EXPECT_EQ(call->groups[kv_head].scanned, (*cosines)[kv_head] > 1.0F);
+    }
+  }
+}
+
 // The query of a step is compared before rotation, so moving on by some positions does not make it
 // dissimilar.
 TEST_P(DevicePlan, SimilarityIsTakenBeforeRotation) {

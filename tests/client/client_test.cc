@@ -231,6 +231,39 @@ TEST_F(ClientTest, CertifiedAttentionKeepsItsLimit) {
   }
 }
 
+// Numbers of single layers and KV heads arrive: layer 1 hides half of its past, layer 0 does not.
+TEST_F(ClientTest, LayersAndHeadsHaveNumbersOfTheirOwn) {
+  const client::Sequence sequence = Create();
+  Fill(sequence, 1000);
+  client::Policy policy;
+  policy.selector = client::Selector::kScan;
+  policy.budget = client::Budget{
+      .sink_tokens = 4, .local_tokens = 16, .top_k_tokens = 0, .max_dropped_mass_estimate = 0.1F};
+  policy.dense_below_tokens = 0;
+  policy.layers = {{.layer_begin = 1,
+                    .layer_end = 2,
+                    .selector = client::Selector::kPsaw,
+                    .budget = client::Budget{.top_k_tokens = 900},
+                    .hidden_share = 0.5F}};
+  absl::StatusOr<client::AttendRowResult> row = Read(sequence, 0, 999, policy);
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_EQ(row->selector, client::Selector::kScan);
+  for (const client::GroupReport& group : row->groups) {
+    EXPECT_TRUE(group.scanned);
+    EXPECT_GT(group.tokens_read, 8U + 40U) << "the sketch's sinks, the open block, and a choice";
+  }
+  row = Read(sequence, 1, 999, policy);
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_EQ(row->selector, client::Selector::kPsaw);
+  for (const client::GroupReport& group : row->groups) {
+    EXPECT_LE(group.tokens_read, 508U);  // 8 sinks and what is not below floor(0.5 * 1000)
+  }
+  policy.layers->front().kv_head_min_cosines = {0.5F, 0.5F, 0.5F};
+  row = Read(sequence, 0, 999, policy);
+  EXPECT_EQ(Line(row.status()),
+            "INVALID_ARGUMENT POLICY_INVALID rows[0].policy.layers[0].kv_head_min_cosines");
+}
+
 TEST_F(ClientTest, RowsOfABatchFailOnTheirOwn) {
   std::vector<client::Sequence> sequences;
   std::vector<client::AttendRow> rows(3);

@@ -14,15 +14,16 @@ namespace kvservice {
 namespace {
 
 constexpr SelectorKind kSelectors[] = {
-    SelectorKind::kAuto, SelectorKind::kDense, SelectorKind::kGiven, SelectorKind::kCis,
-    SelectorKind::kPsaw, SelectorKind::kEtf,   SelectorKind::kCpe,   SelectorKind::kCertified};
+    SelectorKind::kAuto, SelectorKind::kDense,     SelectorKind::kGiven,
+    SelectorKind::kCis,  SelectorKind::kPsaw,      SelectorKind::kEtf,
+    SelectorKind::kCpe,  SelectorKind::kCertified, SelectorKind::kScan};
 
 TEST(ConvertPolicyTest, EveryFieldSurvivesTheRoundTrip) {
   const PolicyRegistry registry;
   for (const SelectorKind selector : kSelectors) {
     Policy policy = DefaultPolicy(selector);
     EXPECT_EQ(*PolicyFromProto(PolicyToProto(policy), "policy", registry), policy);
-    policy.budget = {.sink = 1, .local = 2, .top_k = 3};
+    policy.budget = {.sink = 1, .local = 2, .top_k = 3, .mass = 0.375F};
     policy.cis = {.min_cosine = 0.25F,
                   .anchors_max = 9,
                   .block_steps = 8,
@@ -34,7 +35,13 @@ TEST(ConvertPolicyTest, EveryFieldSurvivesTheRoundTrip) {
                      {.layer_begin = 5,
                       .layer_end = 6,
                       .selector = SelectorKind::kDense,
-                      .budget = {.sink = 4, .local = 5, .top_k = 6}}};
+                      .budget = Budget{.sink = 4, .local = 5, .top_k = 6, .mass = 0.5F}},
+                     {.layer_begin = 7,
+                      .layer_end = 8,
+                      .min_cosine = 0.875F,
+                      .kv_head_min_cosines = {0.25F, 1.0F, -0.5F},
+                      .hidden_share = 0.125F,
+                      .frozen_share = 0.0F}};
     policy.dense_below_tokens = 17;
     policy.max_dropped_mass = 0.125F;
     policy.max_output_error = 0.75F;
@@ -163,7 +170,8 @@ TEST(ConvertPolicyTest, BuiltInNamesAreTheSelectors) {
       {"auto", SelectorKind::kAuto},   {"dense", SelectorKind::kDense},
       {"given", SelectorKind::kGiven}, {"cis", SelectorKind::kCis},
       {"psaw", SelectorKind::kPsaw},   {"etf", SelectorKind::kEtf},
-      {"cpe", SelectorKind::kCpe},     {"certified", SelectorKind::kCertified}};
+      {"cpe", SelectorKind::kCpe},     {"certified", SelectorKind::kCertified},
+      {"scan", SelectorKind::kScan}};
   for (const auto& [name, selector] : names) {
     v1::Policy policy;
     policy.set_name(name);

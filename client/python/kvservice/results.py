@@ -43,6 +43,7 @@ class Selector(IntEnum):
     ETF = types_pb2.SELECTOR_ETF
     CPE = types_pb2.SELECTOR_CPE
     CERTIFIED = types_pb2.SELECTOR_CERTIFIED
+    SCAN = types_pb2.SELECTOR_SCAN
 
 
 @dataclass(frozen=True)
