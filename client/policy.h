@@ -49,6 +49,8 @@ struct CisPolicy {
   std::optional<uint32_t> block_steps = {};
   std::optional<uint32_t> dilate_strongest_tokens = {};
   std::optional<uint32_t> dilate_radius_tokens = {};
+  // Make anchors of the prompt queries that came with the keys (AppendWriter::Write).
+  std::optional<bool> seed = {};
 };
 
 struct PsawPolicy {

@@ -55,6 +55,9 @@ struct CisParameters {
   uint32_t block_steps = 0;
   uint32_t dilate_strongest = 0;
   uint32_t dilate_radius = 0;
+  // Prompt queries that came with the keys become anchors at the first steps. Not in the paper's
+  // form, which forgets them at the next block.
+  bool seed = true;
   friend bool operator==(const CisParameters&, const CisParameters&) = default;
 };
 

@@ -67,6 +67,7 @@ void ApplyCis(const v1::CisPolicy& from, CisParameters* to) {
   if (from.has_block_steps()) to->block_steps = from.block_steps();
   if (from.has_dilate_strongest_tokens()) to->dilate_strongest = from.dilate_strongest_tokens();
   if (from.has_dilate_radius_tokens()) to->dilate_radius = from.dilate_radius_tokens();
+  if (from.has_seed()) to->seed = from.seed();
 }
 
 void ApplyPsaw(const v1::PsawPolicy& from, PsawParameters* to) {
@@ -318,6 +319,7 @@ void EditsToProto(const Policy& from, v1::Policy* to) {
   cis->set_block_steps(from.cis.block_steps);
   cis->set_dilate_strongest_tokens(from.cis.dilate_strongest);
   cis->set_dilate_radius_tokens(from.cis.dilate_radius);
+  cis->set_seed(from.cis.seed);
   v1::PsawPolicy* psaw = to->mutable_psaw();
   // An absent first layer means the default share of the layers.
   if (from.psaw.first_layer != PsawParameters::kHalfOfLayers) {

@@ -19,6 +19,7 @@ def make_policy(
     top_k_tokens: int | None = None,
     max_dropped_mass_estimate: float | None = None,
     min_cosine: float | None = None,
+    seed: bool | None = None,
     layers: Sequence[types_pb2.LayerOverride] | None = None,
     guarantee: str | None = None,
     failure_probability: float | None = None,
@@ -34,11 +35,14 @@ def make_policy(
     asked for. `layers` (see layer_override) replaces the default, layers 0 and 1 dense; an empty
     one leaves no layer out. ValueError for a name that does not exist.
     """
+    cis = None
+    if (min_cosine, seed) != (None, None):
+        cis = types_pb2.CisPolicy(min_cosine=min_cosine, seed=seed)
     overrides = None if layers is None else types_pb2.LayerOverrides(overrides=layers)
     return types_pb2.Policy(
         selector=_selector(selector),
         budget=_budget(sink_tokens, local_tokens, top_k_tokens, max_dropped_mass_estimate),
-        cis=None if min_cosine is None else types_pb2.CisPolicy(min_cosine=min_cosine),
+        cis=cis,
         layers=overrides,
         max_dropped_mass=None if max_dropped_mass is None else round_limit(max_dropped_mass),
         max_output_error=None if max_output_error is None else round_limit(max_output_error),
