@@ -81,6 +81,8 @@ void HostLists::Truncate(uint32_t length) {
     DropFrom(length, &head.selection);
     for (Anchor& anchor : head.anchors) {
       DropFrom(length, &anchor.tokens);
+      // What was read and left included tokens that are gone.
+      if (length < anchor.covered_end) anchor.sharing = {};
       anchor.covered_end = std::min(anchor.covered_end, length);
     }
   }
@@ -92,34 +94,41 @@ size_t HostLists::bytes() const {
     bytes += head.queries.capacity() * sizeof(float);
     bytes += head.selection.capacity() * sizeof(uint32_t);
     bytes += head.anchors.capacity() * sizeof(Anchor);
-    for (const Anchor& anchor : head.anchors) bytes += anchor.tokens.capacity() * sizeof(uint32_t);
+    for (const Anchor& anchor : head.anchors) {
+      bytes += anchor.tokens.capacity() * sizeof(uint32_t) + anchor.sharing.bytes();
+    }
   }
   return bytes;
 }
 
-HostLists::Match HostLists::FindMostSimilar(uint32_t kv_head,
-                                            absl::Span<const float> queries) const {
+HostLists::Match HostLists::FindMostSimilar(uint32_t kv_head, absl::Span<const float> queries,
+                                            bool estimable) const {
   const Head& head = heads_[kv_head];
   assert(queries.size() == query_floats());
   std::array<float, size_t{kGroupMax} * kHeadDimMax> unit;
   Normalize(queries, layout_.head_dim, unit.data());
   Match best;
+  uint64_t best_tick = 0;
   for (uint32_t index = 0; index < head.anchors.size(); ++index) {
+    if (estimable && head.anchors[index].sharing.empty()) continue;
     const float* anchor = &head.queries[index * query_floats()];
     // The smallest cosine counts, so one that is already beaten settles it: most anchors cost one
     // dot product.
     float smallest = 2.0F;
-    for (size_t begin = 0; begin < query_floats() && smallest > best.similarity;
+    for (size_t begin = 0; begin < query_floats() && smallest >= best.similarity;
          begin += layout_.head_dim) {
       smallest = std::min(smallest, Dot(&unit[begin], anchor + begin, layout_.head_dim));
     }
-    if (smallest > best.similarity) best = {static_cast<int32_t>(index), smallest};
+    const uint64_t tick = head.anchors[index].used_tick;
+    if (smallest < best.similarity || (smallest == best.similarity && tick < best_tick)) continue;
+    best = {static_cast<int32_t>(index), smallest};
+    best_tick = tick;
   }
   return best;
 }
 
 void HostLists::Insert(uint32_t kv_head, absl::Span<const float> queries,
-                       std::vector<uint32_t> tokens, uint32_t covered_end) {
+                       std::vector<uint32_t> tokens, uint32_t covered_end, SharingTerms sharing) {
   if (anchors_max_ == 0) return;
   Head& head = heads_[kv_head];
   auto index = static_cast<uint32_t>(head.anchors.size());
@@ -134,6 +143,7 @@ void HostLists::Insert(uint32_t kv_head, absl::Span<const float> queries,
   }
   StoreQueries(kv_head, index, queries);
   Complete(kv_head, index, std::move(tokens), covered_end);
+  head.anchors[index].sharing = std::move(sharing);
   Touch(kv_head, index);
 }
 

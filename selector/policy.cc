@@ -67,6 +67,10 @@ absl::Status CheckCis(const CisParameters& cis) {
     return OutOfRange("cis.dilate_radius", cis.dilate_radius,
                       absl::StrCat("at most ", kDilateRadiusMax));
   }
+  const float limit = cis.max_dropped_mass_estimate;
+  if (!(limit >= 0.0F && limit < 1.0F)) {
+    return OutOfRange("cis.max_dropped_mass_estimate", limit, "at least 0, less than 1");
+  }
   status = CheckTokens("cis.dilate_strongest", cis.dilate_strongest);
   return status.ok() ? CheckTokens("cis.block_steps", cis.block_steps) : status;
 }

@@ -58,6 +58,11 @@ struct CisParameters {
   // Prompt queries that came with the keys become anchors at the first steps. Not in the paper's
   // form, which forgets them at the next block.
   bool seed = true;
+  // Verified sharing: do not reuse a list that is estimated to drop more than this share of the
+  // mass of any query head of the group, in (0, 1); 0 = off. Both this and min_cosine must hold,
+  // and with it min_cosine may be low. The estimate leans to the high side (attention/sharing.h),
+  // and it is no bound.
+  float max_dropped_mass_estimate = 0.0F;
   friend bool operator==(const CisParameters&, const CisParameters&) = default;
 };
 

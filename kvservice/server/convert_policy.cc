@@ -68,6 +68,9 @@ void ApplyCis(const v1::CisPolicy& from, CisParameters* to) {
   if (from.has_dilate_strongest_tokens()) to->dilate_strongest = from.dilate_strongest_tokens();
   if (from.has_dilate_radius_tokens()) to->dilate_radius = from.dilate_radius_tokens();
   if (from.has_seed()) to->seed = from.seed();
+  if (from.has_max_dropped_mass_estimate()) {
+    to->max_dropped_mass_estimate = from.max_dropped_mass_estimate();
+  }
 }
 
 void ApplyPsaw(const v1::PsawPolicy& from, PsawParameters* to) {
@@ -320,6 +323,9 @@ void EditsToProto(const Policy& from, v1::Policy* to) {
   cis->set_dilate_strongest_tokens(from.cis.dilate_strongest);
   cis->set_dilate_radius_tokens(from.cis.dilate_radius);
   cis->set_seed(from.cis.seed);
+  if (from.cis.max_dropped_mass_estimate > 0.0F) {
+    cis->set_max_dropped_mass_estimate(from.cis.max_dropped_mass_estimate);
+  }
   v1::PsawPolicy* psaw = to->mutable_psaw();
   // An absent first layer means the default share of the layers.
   if (from.psaw.first_layer != PsawParameters::kHalfOfLayers) {

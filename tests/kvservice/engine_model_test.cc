@@ -190,6 +190,7 @@ class History {
     policy.budget = {.sink = 4, .local = 8, .top_k = 16};
     policy.cis.min_cosine = Chance(50) ? -1.0F : 0.8F;
     policy.cis.anchors_max = 4;
+    if (Chance(30)) policy.cis.max_dropped_mass_estimate = 0.5F;
     policy.psaw.phi = 0.8F;
     policy.etf = {.first_layer = 0, .psi = 0.7F};
     if (Chance(30)) policy.budget.mass = 0.1F;

@@ -48,6 +48,7 @@ def test_confidence_and_output_error_arrive():
 def test_calibrated_numbers_arrive():
     policy = make_policy(
         "cpe", top_k_tokens=0, max_dropped_mass_estimate=1 / 3, min_cosine=0.75,
+        max_sharing_estimate=2 / 3,
         layers=[
             layer_override(0, 2, "dense"),
             layer_override(2, 30, min_cosine=0.5, kv_head_min_cosines=[0.5, 1.0],
@@ -56,6 +57,7 @@ def test_calibrated_numbers_arrive():
     )
     assert policy.budget.HasField("top_k_tokens") and policy.budget.top_k_tokens == 0
     assert 0.333 < policy.budget.max_dropped_mass_estimate <= 1 / 3
+    assert 0.666 < policy.cis.max_dropped_mass_estimate <= 2 / 3
     assert policy.cis.min_cosine == 0.75 and not policy.cis.HasField("anchors_max")
     dense, numbers = policy.layers.overrides
     assert (dense.layer_end, dense.selector) == (2, types_pb2.SELECTOR_DENSE)

@@ -151,7 +151,10 @@ TEST(MakePlanTest, CertifiedKeepsByMassAndProves) {
 TEST(MakePlanTest, CisReusesListsAndPassesProofOn) {
   NamedLists lists;
   Policy policy = PolicyOf(SelectorKind::kCis);
-  policy.cis = {.min_cosine = 0.9F, .dilate_strongest = 7, .dilate_radius = 3};
+  policy.cis = {.min_cosine = 0.9F,
+                .dilate_strongest = 7,
+                .dilate_radius = 3,
+                .max_dropped_mass_estimate = 0.7F};
   StepContext context = Step(4, 5000);
   EXPECT_EQ(MakePlan(policy, context).plan.source, Source::kScan) << "nothing to remember with";
 
@@ -160,6 +163,7 @@ TEST(MakePlanTest, CisReusesListsAndPassesProofOn) {
   EXPECT_EQ(plan.source, Source::kReuse);
   EXPECT_EQ(plan.lists, &lists);
   EXPECT_EQ(plan.min_cosine, 0.9F);
+  EXPECT_EQ(plan.reuse_mass_limit, 0.7F);
   EXPECT_EQ(plan.keep.top_k, 512U);
   EXPECT_EQ(plan.keep.mass_limit, 0.0F);
   EXPECT_EQ(plan.keep.dilate_strongest, 7U);

@@ -29,7 +29,8 @@ TEST(ConvertPolicyTest, EveryFieldSurvivesTheRoundTrip) {
                   .block_steps = 8,
                   .dilate_strongest = 4,
                   .dilate_radius = 2,
-                  .seed = false};
+                  .seed = false,
+                  .max_dropped_mass_estimate = 0.625F};
     policy.psaw = {.first_layer = 3, .phi = 0.5F, .alpha = 2};
     policy.etf = {.first_layer = 4, .psi = 0.75F, .gamma = 3};
     policy.layers = {{.layer_begin = 1, .layer_end = 5, .selector = selector},

@@ -20,6 +20,7 @@ def make_policy(
     max_dropped_mass_estimate: float | None = None,
     min_cosine: float | None = None,
     seed: bool | None = None,
+    max_sharing_estimate: float | None = None,
     layers: Sequence[types_pb2.LayerOverride] | None = None,
     guarantee: str | None = None,
     failure_probability: float | None = None,
@@ -33,16 +34,14 @@ def make_policy(
 
     Limits travel as float32 and are rounded down to it, so the server never allows more than was
     asked for. `layers` (see layer_override) replaces the default, layers 0 and 1 dense; an empty
-    one leaves no layer out. ValueError for a name that does not exist.
+    one leaves no layer out. max_sharing_estimate is CisPolicy.max_dropped_mass_estimate: a list is
+    not reused when it is estimated to drop more. ValueError for a name that does not exist.
     """
-    cis = None
-    if (min_cosine, seed) != (None, None):
-        cis = types_pb2.CisPolicy(min_cosine=min_cosine, seed=seed)
     overrides = None if layers is None else types_pb2.LayerOverrides(overrides=layers)
     return types_pb2.Policy(
         selector=_selector(selector),
         budget=_budget(sink_tokens, local_tokens, top_k_tokens, max_dropped_mass_estimate),
-        cis=cis,
+        cis=_cis(min_cosine, max_sharing_estimate, seed),
         layers=overrides,
         max_dropped_mass=None if max_dropped_mass is None else round_limit(max_dropped_mass),
         max_output_error=None if max_output_error is None else round_limit(max_output_error),
@@ -91,6 +90,19 @@ def layer_override(
 
 def _selector(name: str) -> int:
     return types_pb2.Selector.Value(f"SELECTOR_{name.upper()}")
+
+
+def _cis(
+    min_cosine: float | None, max_sharing_estimate: float | None, seed: bool | None
+) -> types_pb2.CisPolicy | None:
+    if (min_cosine, max_sharing_estimate, seed) == (None, None, None):
+        return None
+    limit = max_sharing_estimate
+    return types_pb2.CisPolicy(
+        min_cosine=min_cosine,
+        max_dropped_mass_estimate=None if limit is None else round_limit(limit),
+        seed=seed,
+    )
 
 
 def _budget(
