@@ -47,11 +47,15 @@ void AppendAll(uint32_t count, uint32_t first, std::vector<uint32_t>* positions)
   for (uint32_t i = 0; i < count; ++i) positions->push_back(first + i);
 }
 
+// Compares bits: loops that compare floats are not vectorised by compilers that must heed traps.
 std::vector<float> LargestOverHeads(const WeightRows& rows) {
   std::vector<float> largest(rows.row(0), rows.row(0) + rows.count);
   for (uint32_t head = 1; head < rows.heads; ++head) {
     const float* const row = rows.row(head);
-    for (uint32_t i = 0; i < rows.count; ++i) largest[i] = std::max(largest[i], row[i]);
+    for (uint32_t i = 0; i < rows.count; ++i) {
+      largest[i] = std::bit_cast<float>(
+          std::max(std::bit_cast<int32_t>(largest[i]), std::bit_cast<int32_t>(row[i])));
+    }
   }
   return largest;
 }

@@ -17,9 +17,9 @@ class ScanBaseline : public Baseline {
   Cost Propose(const Step& step, std::vector<std::vector<uint32_t>>* positions) override {
     positions->assign(shape_.kv_head_count, {});
     Cost cost = AppendKeys(step, shape_, estimator_.get());
+    std::vector<float> probabilities;
     for (uint32_t kv_head = 0; kv_head < shape_.kv_head_count; ++kv_head) {
-      const std::vector<float> probabilities =
-          EstimateProbabilities(step, shape_, *estimator_, kv_head);
+      EstimateProbabilities(step, shape_, *estimator_, kv_head, &probabilities);
       KeepForGroup(probabilities, shape_.group(), step.length, budget_, &(*positions)[kv_head]);
       Add(estimator_->EstimateCost(step.length), &cost);
     }
@@ -58,13 +58,12 @@ Cost AppendKeys(const Step& step, const ModelShape& shape, Estimator* estimator)
   return cost;
 }
 
-std::vector<float> EstimateProbabilities(const Step& step, const ModelShape& shape,
-                                         const Estimator& estimator, uint32_t kv_head) {
-  std::vector<float> values(size_t{shape.group()} * step.length);
+void EstimateProbabilities(const Step& step, const ModelShape& shape, const Estimator& estimator,
+                           uint32_t kv_head, std::vector<float>* probabilities) {
+  probabilities->resize(size_t{shape.group()} * step.length);
   estimator.Estimate(step.layer * shape.kv_head_count + kv_head, QueriesOf(step, shape, kv_head),
-                     absl::MakeSpan(values));
-  SoftmaxRows(absl::MakeSpan(values), shape.group());
-  return values;
+                     absl::MakeSpan(*probabilities));
+  SoftmaxRows(absl::MakeSpan(*probabilities), shape.group());
 }
 
 std::unique_ptr<Baseline> NewScanBaseline(const ModelShape& shape, const TokenBudget& budget,

@@ -37,9 +37,10 @@ absl::Span<const float> NewKeyOf(const Step& step, const ModelShape& shape, uint
 // Gives the estimator every KV head's newest key.
 Cost AppendKeys(const Step& step, const ModelShape& shape, Estimator* estimator);
 
-// Estimated softmax of one KV head's tokens, [group][length].
-std::vector<float> EstimateProbabilities(const Step& step, const ModelShape& shape,
-                                         const Estimator& estimator, uint32_t kv_head);
+// Estimated softmax of one KV head's tokens: probabilities becomes [group][length]. (An argument,
+// so that the heads of a layer use the same memory.)
+void EstimateProbabilities(const Step& step, const ModelShape& shape, const Estimator& estimator,
+                           uint32_t kv_head, std::vector<float>* probabilities);
 
 // Scores every token with every step and keeps by KeepForGroup.
 std::unique_ptr<Baseline> NewScanBaseline(const ModelShape& shape, const TokenBudget& budget,

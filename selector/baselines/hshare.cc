@@ -159,8 +159,8 @@ class HShare : public Baseline {
   }
 
   List Choose(const Step& step, uint32_t kv_head) const {
-    const std::vector<float> probabilities =
-        EstimateProbabilities(step, shape_, estimator_, kv_head);
+    std::vector<float> probabilities;
+    EstimateProbabilities(step, shape_, estimator_, kv_head, &probabilities);
     List list;
     KeepForGroup(probabilities, shape_.group(), step.length, budget_, &list.now);
     TokenBudget shorter = budget_;

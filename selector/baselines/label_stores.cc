@@ -20,16 +20,17 @@ void FourBitLabels::Reserve(uint32_t tokens) {
 }
 
 void FourBitLabels::Append(absl::Span<const float> label) {
-  const auto [low, high] = std::minmax_element(label.begin(), label.end());
-  const float step = (*high - *low) / kCodeMax;
+  const auto ends = std::minmax_element(label.begin(), label.end());
+  const float low = *ends.first;
+  const float step = (*ends.second - low) / kCodeMax;
   std::vector<uint8_t> codes(label.size(), 0);
   if (step > 0.0F) {
     std::transform(label.begin(), label.end(), codes.begin(), [&](float value) {
-      return static_cast<uint8_t>(std::clamp(std::round((value - *low) / step), 0.0F, kCodeMax));
+      return static_cast<uint8_t>(std::clamp(std::round((value - low) / step), 0.0F, kCodeMax));
     });
   }
   codes_.Append(codes);
-  low_.push_back(*low);
+  low_.push_back(low);
   step_.push_back(step);
 }
 

@@ -108,8 +108,10 @@ class HeadTables {
   void SetMean(absl::Span<const float> keys, uint32_t channels) {
     std::vector<double> sums(channels, 0.0);
     for (size_t i = 0; i < keys.size(); ++i) sums[i % channels] += keys[i];
-    const double count = std::max(1.0, static_cast<double>(keys.size() / channels));
-    for (const double sum : sums) mean_.push_back(static_cast<float>(sum / count));
+    const size_t count = std::max<size_t>(1, keys.size() / channels);
+    for (const double sum : sums) {
+      mean_.push_back(static_cast<float>(sum / static_cast<double>(count)));
+    }
   }
 
   // A counting sort of the positions by bucket.

@@ -15,7 +15,7 @@ class RandomNumbers {
  public:
   explicit RandomNumbers(uint64_t seed) : state_(seed) {}
   // A stream of its own for every list of numbers.
-  explicit RandomNumbers(std::initializer_list<uint64_t> address) : state_(0) {
+  RandomNumbers(std::initializer_list<uint64_t> address) : state_(0) {
     for (const uint64_t part : address) state_ = Mix(state_ ^ Mix(part + kStep));
   }
 

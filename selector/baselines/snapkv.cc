@@ -106,25 +106,25 @@ class SnapKv : public Baseline {
         places = std::min<size_t>(places, budget_.top_k - since);
       }
       out.assign(chosen.begin(), chosen.begin() + static_cast<std::ptrdiff_t>(places));
-      std::sort(out.begin(), out.end());
+      if (budget_.mass_limit == 0.0F) std::sort(out.begin(), out.end());
       for (uint32_t token = middle.end - since; token < middle.end; ++token) out.push_back(token);
     }
     return {};
   }
 
  private:
-  // Strongest first, so that the weakest can give way.
+  // By mass: ascending. Else the strongest first, so that the weakest can give way.
   std::vector<uint32_t> Choose(const std::vector<float>& attention, uint32_t before) const {
     std::vector<uint32_t> chosen;
     if (before == 0 || chosen_end_ <= budget_.sink) return chosen;
     const uint32_t count = chosen_end_ - budget_.sink;
     const WeightRows rows = {attention.data() + budget_.sink, before, shape_.group(), count};
-    const std::vector<float> sums = SumOverHeads(rows);
     if (budget_.mass_limit > 0.0F) {
       KeepByMass(rows, budget_.mass_limit, {}, budget_.sink, &chosen);
-    } else {
-      KeepLargest(sums, budget_.top_k, budget_.sink, &chosen);
+      return chosen;
     }
+    const std::vector<float> sums = SumOverHeads(rows);
+    KeepLargest(sums, budget_.top_k, budget_.sink, &chosen);
     std::stable_sort(chosen.begin(), chosen.end(), [&](uint32_t a, uint32_t b) {
       return sums[a - budget_.sink] > sums[b - budget_.sink];
     });

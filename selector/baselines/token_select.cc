@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -41,6 +42,14 @@ class TokenSelect : public Baseline {
       : shape_(prompt.shape), budget_(budget), layers_(shape_.layer_count) {}
 
   Cost Propose(const Step& step, std::vector<std::vector<uint32_t>>* positions) override {
+    const Middle middle = MiddleOf(budget_, step.length);
+    if (budget_.mass_limit == 0.0F && middle.count() <= budget_.top_k) {
+      // There is nothing to choose, and nothing worth remembering.
+      std::vector<uint32_t> all(middle.count());
+      std::iota(all.begin(), all.end(), middle.begin);
+      positions->assign(shape_.kv_head_count, all);
+      return {};
+    }
     Layer& layer = layers_[step.layer];
     Cost cost;
     if (!layer.query.empty()) cost.flops = 2.0 * static_cast<double>(step.q.size());

@@ -31,12 +31,13 @@ class VAttention : public Baseline {
   Cost Propose(const Step& step, std::vector<std::vector<uint32_t>>* positions) override {
     positions->assign(shape_.kv_head_count, {});
     Cost cost = AppendKeys(step, shape_, &estimator_);
+    std::vector<float> probabilities;
     TokenBudget predicted = budget_;
     predicted.top_k = budget_.top_k - budget_.top_k / 2;
     for (uint32_t kv_head = 0; kv_head < shape_.kv_head_count; ++kv_head) {
       std::vector<uint32_t>& out = (*positions)[kv_head];
-      KeepForGroup(EstimateProbabilities(step, shape_, estimator_, kv_head), shape_.group(),
-                   step.length, predicted, &out);
+      EstimateProbabilities(step, shape_, estimator_, kv_head, &probabilities);
+      KeepForGroup(probabilities, shape_.group(), step.length, predicted, &out);
       Add(estimator_.EstimateCost(step.length), &cost);
       const auto drawn =
           budget_.mass_limit > 0.0F ? static_cast<uint32_t>(out.size()) : budget_.top_k / 2;

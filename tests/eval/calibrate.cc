@@ -168,6 +168,7 @@ absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const Qualit
   const double text_share = 1.0 / static_cast<double>(setups.size());
   for (const LoopSetup& setup : setups) {
     LoopSetup each_step = setup;
+    each_step.judge_every = 1;
     each_step.compare_every = 1;
     auto results = RunBatches(quality, each_step, contenders);
     if (!results.ok()) return results.status();

@@ -43,6 +43,10 @@ class Loop {
  private:
   absl::Status Step(uint32_t step);
   absl::Status Layer(uint32_t step, uint32_t layer);
+  bool IsJudged(uint32_t step, const Runner& runner) const {
+    return runner.contender.policy.guarantee != Guarantee::kNone || step % setup_.judge_every == 0;
+  }
+  std::vector<uint32_t> WhoIsScored(uint32_t step) const;
   void Propose(uint32_t layer);
   AttendCall MakeCall(uint32_t layer);
   void JudgeRow(uint32_t step, uint32_t layer, size_t index, const AttendCall& call);
@@ -158,7 +162,7 @@ absl::Status Loop::Layer(uint32_t step, uint32_t layer) {
   setup_.decoder->Project(layer, positions_, hidden_.data(), q_.data(), k_.data(), v_.data());
   if (is_sparse(layer)) {
     exact_.Append(layer, k_.data(), v_.data());
-    exact_.Score(layer, q_.data());
+    exact_.Score(layer, q_.data(), WhoIsScored(step));
     Propose(layer);
   }
   AttendCall call = MakeCall(layer);
@@ -169,6 +173,15 @@ absl::Status Loop::Layer(uint32_t step, uint32_t layer) {
   }
   setup_.decoder->Finish(layer, runners_.size(), call.out.data(), hidden_.data());
   return absl::OkStatus();
+}
+
+// The first one is dense, which needs no judge.
+std::vector<uint32_t> Loop::WhoIsScored(uint32_t step) const {
+  std::vector<uint32_t> scored;
+  for (uint32_t i = 1; i < runners_.size(); ++i) {
+    if (runners_[i].contender.reads_logits || IsJudged(step, runners_[i])) scored.push_back(i);
+  }
+  return scored;
 }
 
 void Loop::Propose(uint32_t layer) {
@@ -232,32 +245,33 @@ void Loop::JudgeRow(uint32_t step, uint32_t layer, size_t index, const AttendCal
   const AttendRowResult& answered = call.results[index];
   const uint32_t group = shape_.query_head_count / shape_.kv_head_count;
   const size_t row = index * shape_.query_head_count * shape_.head_dim;
+  const absl::Span<const float> scores = exact_.logits(index);
+  const bool is_judged = index > 0 && IsJudged(step, runner);
   for (uint32_t head = 0; head < shape_.kv_head_count; ++head) {
-    const size_t first = row + size_t{head} * group * shape_.head_dim;
-    const GroupStep judged{
-        .group = group,
-        .head_dim = shape_.head_dim,
-        .length = exact_.length(),
-        .scale = shape_.scale,
-        .q = &q_[first],
-        .logits = exact_.logits(index).data() + size_t{head} * group * exact_.length(),
-        .prompt_keys = setup_.prompt->keys(layer, head),
-        .prompt_values = setup_.prompt->values(layer, head),
-        .prompt_length = prompt_length_,
-        .tail = exact_.tail(layer, index, head),
-        .key_norm_max = exact_.key_norm_max(layer, head),
-        .selected = answered.selected[head],
-        .dense = answered.groups[head].action == Action::kDense,
-        .out = &call.out[first],
-        .certificates = &answered.certificates[size_t{head} * group]};
     CountGroup(step, layer, head, answered.groups[head], &runner);
-    if (index == 0) continue;  // The dense one drops nothing.
+    if (!is_judged) continue;
+    const size_t first = row + size_t{head} * group * shape_.head_dim;
+    const GroupStep judged{.group = group,
+                           .head_dim = shape_.head_dim,
+                           .length = exact_.length(),
+                           .scale = shape_.scale,
+                           .q = &q_[first],
+                           .logits = scores.data() + size_t{head} * group * exact_.length(),
+                           .prompt_keys = setup_.prompt->keys(layer, head),
+                           .prompt_values = setup_.prompt->values(layer, head),
+                           .prompt_length = prompt_length_,
+                           .tail = exact_.tail(layer, index, head),
+                           .key_norm_max = exact_.key_norm_max(layer, head),
+                           .selected = answered.selected[head],
+                           .dense = answered.groups[head].action == Action::kDense,
+                           .out = &call.out[first],
+                           .certificates = &answered.certificates[size_t{head} * group]};
     judge_.Judge(judged, verdicts_.data());
     for (uint32_t g = 0; g < group; ++g) {
       result.dropped.push_back(static_cast<float>(verdicts_[g].dropped));
       CountCertificate(judged.certificates[g], verdicts_[g], &result);
     }
-    if (step % setup_.compare_every == 0) {
+    if (step % (setup_.judge_every * setup_.compare_every) == 0) {
       const GroupVerdict compared = judge_.Compare(judged, verdicts_.data());
       result.excess.push_back(static_cast<float>(compared.excess));
       result.overlap_sum += compared.overlap;

@@ -52,8 +52,10 @@ struct LoopSetup {
   // What published methods computed from the prompt, by name; of all that take part.
   const std::map<std::string, std::unique_ptr<const baselines::PromptIndex>>* indexes = nullptr;
   const StudyText* text = nullptr;
-  // Steps between those at which outputs and oracles are compared.
-  uint32_t compare_every = 8;
+  // Selections are judged at every so many steps, those that carry a proof at all; and at every so
+  // many of the judged steps outputs and oracles are compared.
+  uint32_t judge_every = 4;
+  uint32_t compare_every = 2;
   uint64_t seed = 1;
 };
 
@@ -74,7 +76,7 @@ struct LoopResult {
   double flops = 0.0;
   double flops_dense = 0.0;
 
-  // Per (step, sparse layer, query head): [step][layer][head].
+  // Per (judged step, sparse layer, query head): [step][layer][head].
   std::vector<float> dropped;
   // Per (compared step, sparse layer, KV head): [step][layer][head].
   std::vector<float> excess;

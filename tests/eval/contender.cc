@@ -60,6 +60,8 @@ Contender Published(const std::string& name, const StudyBudget& budget) {
   // Read by no `given` plan; a policy needs one.
   contender.policy.budget.top_k = 1;
   contender.baseline = name;
+  contender.reads_logits =
+      name == "oracle" || name == "h2o" || name == "tidal_decode" || name == "token_select";
   contender.token_budget = {
       .sink = kStudySinks, .local = kStudyLocal, .top_k = TopK(budget), .mass_limit = budget.mass};
   if (budget.mass > 0.0F) contender.token_budget.top_k = kListTokensMin;
@@ -103,16 +105,22 @@ Contender Blocks(uint32_t steps, bool dilated, const StudyBudget& budget) {
   return contender;
 }
 
-std::vector<Contender> Table(const Policy* calibrated) {
+std::vector<Contender> Rivals(const Policy* /*calibrated*/) {
   std::vector<Contender> set;
   for (const StudyBudget& budget : TableBudgets()) {
     for (const char* name : kBaselines) set.push_back(Published(name, budget));
     set.push_back(Product("scan", "", SelectorKind::kScan, budget));
+  }
+  return set;
+}
+
+std::vector<Contender> Ours(const Policy* calibrated) {
+  std::vector<Contender> set;
+  for (const StudyBudget& budget : TableBudgets()) {
     set.push_back(Product("cis", "", SelectorKind::kCis, budget));
-    Contender psaw = Product("psaw", "", SelectorKind::kPsaw, budget);
-    set.push_back(psaw);
-    Contender etf = Product("etf", "", SelectorKind::kEtf, budget);
-    set.push_back(etf);
+    set.push_back(Seeded(Product("cis", "", SelectorKind::kCis, budget)));
+    set.push_back(Product("psaw", "", SelectorKind::kPsaw, budget));
+    set.push_back(Product("etf", "", SelectorKind::kEtf, budget));
     Contender cpe = Product("cpe", "phi = psi = 0.85", SelectorKind::kCpe, budget);
     cpe.policy.psaw.phi = 0.85F;
     cpe.policy.etf.psi = 0.85F;
@@ -263,8 +271,8 @@ std::vector<StudyBudget> TableBudgets() {
 std::vector<Contender> MakeContenders(const std::string& set, const Policy* calibrated) {
   static const auto* const sets =
       new std::map<std::string, std::function<std::vector<Contender>(const Policy*)>>{
-          {"table", Table}, {"sharing", Sharing}, {"axes", Axes},
-          {"proof", Proof}, {"tasks", Tasks},     {"quick", Quick}};
+          {"rivals", Rivals}, {"ours", Ours},   {"sharing", Sharing}, {"axes", Axes},
+          {"proof", Proof},   {"tasks", Tasks}, {"quick", Quick}};
   const auto found = sets->find(set);
   if (found == sets->end()) return {};
   std::vector<Contender> contenders = found->second(calibrated);

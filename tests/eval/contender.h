@@ -30,6 +30,8 @@ struct Contender {
   // Non-empty: positions come from this method (selector/baselines/baselines.h).
   std::string baseline = {};
   baselines::TokenBudget token_budget = {};
+  // The method reads exact scores at every step.
+  bool reads_logits = false;
   // The prompt's last queries become anchors before the first step.
   bool seeded = false;
   // Cosines of queries before their rotation (the product's way).
@@ -53,10 +55,11 @@ struct StudyBudget {
 };
 std::vector<StudyBudget> TableBudgets();
 
-// Sets of contenders by name. "table": all methods at all budgets; "sharing": the trade-off curves
-// of CIS; "axes": depth and layer edits; "proof": policies that prove; "tasks": a few of each for
-// text that is judged by answers; "quick": a few at small budgets. `calibrated` is the policy that
-// `kveval --study=calibrate` wrote for the model, if there is one. Unknown names give an empty set.
+// Sets of contenders by name. "rivals" and "ours": the table of all methods at all budgets;
+// "sharing": the trade-off curves of CIS; "axes": depth and layer edits; "proof": policies that
+// prove; "tasks": a few of each for text that is judged by answers; "quick": a few at small
+// budgets. `calibrated` is the policy that `kveval --study=calibrate` wrote for the model, if there
+// is one. Unknown names give an empty set.
 std::vector<Contender> MakeContenders(const std::string& set, const Policy* calibrated);
 
 }  // namespace kvservice::eval

@@ -16,6 +16,18 @@ float NormUp(const float* vector, uint32_t head_dim) {
   return static_cast<float>(std::sqrt(squares) * (1.0 + 1e-6));
 }
 
+// head_dim is a multiple of 16: so many sums run side by side, for the compiler to make vectors of.
+float Dot(const float* a, const float* b, uint32_t head_dim) {
+  constexpr uint32_t kLanes = 16;
+  float sums[kLanes] = {};
+  for (uint32_t c = 0; c < head_dim; c += kLanes) {
+    for (uint32_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[c + lane] * b[c + lane];
+  }
+  float total = 0.0F;
+  for (const float sum : sums) total += sum;
+  return total;
+}
+
 }  // namespace
 
 ExactAttention::ExactAttention(const DecoderShape& shape, const SharedPrompt* prompt,
@@ -27,7 +39,7 @@ ExactAttention::ExactAttention(const DecoderShape& shape, const SharedPrompt* pr
       tail_counts_(shape.layer_count),
       tail_keys_(TailOffset(shape.layer_count, 0, 0)),
       tail_values_(tail_keys_.size()),
-      scaled_(contender_count * shape.query_head_count * shape.head_dim) {
+      slots_(contender_count, kNotScored) {
   for (uint32_t layer = 0; layer < shape_.layer_count; ++layer) {
     for (uint32_t head = 0; head < shape_.kv_head_count; ++head) {
       float largest = 0.0F;
@@ -42,6 +54,8 @@ ExactAttention::ExactAttention(const DecoderShape& shape, const SharedPrompt* pr
 
 void ExactAttention::Append(uint32_t layer, const uint16_t* k, const uint16_t* v) {
   const size_t at = size_t{tail_counts_[layer]++} * shape_.head_dim;
+  length_ = prompt_->length() + tail_counts_[layer];
+  slots_.assign(contender_count_, kNotScored);
   for (size_t contender = 0; contender < contender_count_; ++contender) {
     for (uint32_t head = 0; head < shape_.kv_head_count; ++head) {
       float* keys = &tail_keys_[TailOffset(layer, contender, head) + at];
@@ -57,28 +71,35 @@ void ExactAttention::Append(uint32_t layer, const uint16_t* k, const uint16_t* v
 }
 
 // One product per query head: the rows of all contenders, which lie a constant stride apart, times
-// the shared keys of the prompt; then each contender's own newest keys.
-void ExactAttention::Score(uint32_t layer, const float* q) {
+// the shared keys of the prompt; then each contender's own newest keys, which are few.
+void ExactAttention::Score(uint32_t layer, const float* q, absl::Span<const uint32_t> contenders) {
   const uint32_t dim = shape_.head_dim;
   const uint32_t heads = shape_.query_head_count;
   const uint32_t group = heads / shape_.kv_head_count;
   const uint32_t prompt_length = prompt_->length();
-  const uint32_t tail_count = tail_counts_[layer];
-  length_ = prompt_length + tail_count;
-  logits_.resize(contender_count_ * heads * length_);
-  for (size_t i = 0; i < scaled_.size(); ++i) scaled_[i] = shape_.scale * q[i];
+  const size_t row_floats = size_t{heads} * dim;
+  slots_.assign(contender_count_, kNotScored);
+  scaled_.resize(contenders.size() * row_floats);
+  logits_.resize(contenders.size() * heads * length_);
+  for (uint32_t slot = 0; slot < contenders.size(); ++slot) {
+    slots_[contenders[slot]] = slot;
+    const float* row = q + contenders[slot] * row_floats;
+    for (size_t i = 0; i < row_floats; ++i) scaled_[slot * row_floats + i] = shape_.scale * row[i];
+  }
+  if (contenders.empty()) return;
   for (uint32_t head = 0; head < heads; ++head) {
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<int>(contender_count_),
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<int>(contenders.size()),
                 static_cast<int>(prompt_length), static_cast<int>(dim), 1.0F, &scaled_[head * dim],
-                static_cast<int>(heads * dim), prompt_->keys(layer, head / group),
+                static_cast<int>(row_floats), prompt_->keys(layer, head / group),
                 static_cast<int>(dim), 0.0F, &logits_[size_t{head} * length_],
                 static_cast<int>(heads * length_));
-    for (size_t contender = 0; contender < contender_count_; ++contender) {
-      const size_t row = contender * heads + head;
-      cblas_sgemv(CblasRowMajor, CblasNoTrans, static_cast<int>(tail_count), static_cast<int>(dim),
-                  1.0F, &tail_keys_[TailOffset(layer, contender, head / group)],
-                  static_cast<int>(dim), &scaled_[row * dim], 1, 0.0F,
-                  &logits_[row * length_ + prompt_length], 1);
+    for (size_t slot = 0; slot < contenders.size(); ++slot) {
+      const Tail own = tail(layer, contenders[slot], head / group);
+      const float* query = &scaled_[slot * row_floats + head * dim];
+      float* logits = &logits_[(slot * heads + head) * length_ + prompt_length];
+      for (uint32_t token = 0; token < own.count; ++token) {
+        logits[token] = Dot(query, own.keys + size_t{token} * dim, dim);
+      }
     }
   }
 }

@@ -31,15 +31,17 @@ class ExactAttention {
   // Stores a step's keys and values, bf16 bits [contender][kv_head][head_dim], as the layer's
   // newest tokens.
   void Append(uint32_t layer, const uint16_t* k, const uint16_t* v);
-  // Scores of all contenders' queries, [contender][query_head][head_dim].
-  void Score(uint32_t layer, const float* q);
+  // Scores the queries of some contenders (indices, ascending); q:
+  // [contender][query_head][head_dim] of all of them.
+  void Score(uint32_t layer, const float* q, absl::Span<const uint32_t> contenders);
 
-  // Tokens of the layer that was scored last.
+  // Tokens of the layer that was appended to last.
   uint32_t length() const { return length_; }
-  // scale * q.k, [query_head][length()].
+  // scale * q.k, [query_head][length()]; empty if the contender was not scored.
   absl::Span<const float> logits(size_t contender) const {
+    if (slots_[contender] == kNotScored) return {};
     const size_t floats = size_t{shape_.query_head_count} * length_;
-    return absl::MakeConstSpan(logits_).subspan(contender * floats, floats);
+    return absl::MakeConstSpan(logits_).subspan(slots_[contender] * floats, floats);
   }
   Tail tail(uint32_t layer, size_t contender, uint32_t kv_head) const;
   // Largest norm of a key, rounded up.
@@ -48,6 +50,8 @@ class ExactAttention {
   }
 
  private:
+  static constexpr uint32_t kNotScored = UINT32_MAX;
+
   size_t TailOffset(uint32_t layer, size_t contender, uint32_t kv_head) const {
     return ((layer * contender_count_ + contender) * shape_.kv_head_count + kv_head) * steps_max_ *
            shape_.head_dim;
@@ -61,8 +65,10 @@ class ExactAttention {
   std::vector<uint32_t> tail_counts_;  // [layer]
   std::vector<float> tail_keys_, tail_values_;
   std::vector<float> key_norms_;  // [layer][kv_head]
-  std::vector<float> scaled_;     // [contender][query_head][head_dim]
-  std::vector<float> logits_;     // [contender][query_head][length]
+  // Of the contenders that were scored, one after the other.
+  std::vector<float> scaled_;    // [slot][query_head][head_dim]
+  std::vector<float> logits_;    // [slot][query_head][length]
+  std::vector<uint32_t> slots_;  // [contender]
 };
 
 }  // namespace kvservice::eval

@@ -25,7 +25,7 @@ struct Arguments {
   std::string calibration_path;
   std::string policy_path;
   std::string name = "calibrated";
-  std::vector<std::string> sets = {"table"};
+  std::vector<std::string> sets = {"rivals", "ours"};
   std::string json_path;
   std::string command;
   QualityOptions options;
@@ -180,9 +180,9 @@ std::function<int()> AddQuality(CLI::App* app, const std::string& command) {
   app->description("Selectors and published methods in a closed loop, against dense attention");
   AddCommon(app, command, arguments.get());
   app->add_option("--policy-file", arguments->policy_path, "Calibrated policy of the model");
-  app->add_option("--sets", arguments->sets, "table, sharing, axes, proof, tasks, quick")
+  app->add_option("--sets", arguments->sets, "rivals, ours, sharing, axes, proof, tasks, quick")
       ->delimiter(',')
-      ->check(CLI::IsMember({"table", "sharing", "axes", "proof", "tasks", "quick"}));
+      ->check(CLI::IsMember({"rivals", "ours", "sharing", "axes", "proof", "tasks", "quick"}));
   app->add_option("--json", arguments->json_path, "Write the results here");
   return [arguments] { return RunQuality(*arguments); };
 }

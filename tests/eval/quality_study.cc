@@ -214,27 +214,45 @@ absl::StatusOr<std::map<std::string, std::unique_ptr<const baselines::PromptInde
 
 }  // namespace
 
+namespace {
+
+// Indices of contenders that run in lockstep. All of a batch are served by one model.
+std::vector<std::vector<size_t>> MakeBatches(const QualityOptions& options,
+                                             absl::Span<const Contender> contenders) {
+  const size_t threads = std::max<size_t>(1, options.thread_count);
+  const size_t share = (contenders.size() - 1 + threads - 1) / threads;
+  const size_t per_batch = std::max<size_t>(1, std::min<size_t>(options.batch, share));
+  std::vector<std::vector<size_t>> batches;
+  for (const bool unrotated : {true, false}) {
+    bool starts = true;
+    for (size_t i = 1; i < contenders.size(); ++i) {
+      if (contenders[i].unrotated != unrotated) continue;
+      if (starts || batches.back().size() == per_batch) batches.emplace_back();
+      batches.back().push_back(i);
+      starts = false;
+    }
+  }
+  return batches;
+}
+
+}  // namespace
+
 absl::StatusOr<std::vector<LoopResult>> RunBatches(const QualityOptions& options,
                                                    const LoopSetup& setup,
                                                    absl::Span<const Contender> contenders) {
-  const size_t others = contenders.size() - 1;
-  const size_t threads = std::max<size_t>(1, options.thread_count);
-  const size_t per_batch =
-      std::max<size_t>(1, std::min<size_t>(options.batch, (others + threads - 1) / threads));
-  const size_t batch_count = (others + per_batch - 1) / per_batch;
   const auto indexes = MakeIndexes(options, setup, contenders);
   if (!indexes.ok()) return indexes.status();
+  const std::vector<std::vector<size_t>> batches = MakeBatches(options, contenders);
   std::vector<LoopResult> results(contenders.size());
   std::atomic<size_t> next{0};
   std::mutex mutex;
   absl::Status failed;
   const auto work = [&] {
-    for (size_t batch = next++; batch < batch_count; batch = next++) {
-      const size_t first = 1 + batch * per_batch;
-      const size_t count = std::min(contenders.size() - first, per_batch);
+    for (size_t batch = next++; batch < batches.size(); batch = next++) {
       // Each batch has a dense contender of its own to compare with.
       std::vector<Contender> members = {contenders[0]};
-      for (size_t i = 0; i < count; ++i) members.push_back(contenders[first + i]);
+      members[0].unrotated = contenders[batches[batch][0]].unrotated;
+      for (const size_t index : batches[batch]) members.push_back(contenders[index]);
       LoopSetup of_batch = setup;
       of_batch.seed = options.seed + batch;
       of_batch.indexes = &*indexes;
@@ -245,11 +263,15 @@ absl::StatusOr<std::vector<LoopResult>> RunBatches(const QualityOptions& options
         return;
       }
       if (batch == 0) results[0] = std::move((*ran)[0]);
-      for (size_t i = 0; i < count; ++i) results[first + i] = std::move((*ran)[1 + i]);
+      for (size_t i = 0; i < batches[batch].size(); ++i) {
+        results[batches[batch][i]] = std::move((*ran)[1 + i]);
+      }
     }
   };
   std::vector<std::thread> workers;
-  for (size_t i = 1; i < std::min(threads, batch_count); ++i) workers.emplace_back(work);
+  for (size_t i = 1; i < std::min<size_t>(options.thread_count, batches.size()); ++i) {
+    workers.emplace_back(work);
+  }
   work();
   for (std::thread& worker : workers) worker.join();
   if (!failed.ok()) return failed;

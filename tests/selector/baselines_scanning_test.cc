@@ -103,8 +103,11 @@ TEST(QuestTest, ReadsThePageOfTheLargestBound) {
 
 TEST(QuestTest, NegativeQueriesAreBoundedByTheSmallestKeys) {
   BaselineCase data(OneHead(2), 95, 0);
+  // Page 3 reaches from -5 to 8: 5 is its bound, whatever its largest keys are. Page 2: 4.
   Set(data.key(0, 50), {-5.0F, 0.0F});
-  Set(data.key(0, 33), {9.0F, 0.0F});
+  Set(data.key(0, 60), {8.0F, 0.0F});
+  Set(data.key(0, 33), {-4.0F, 0.0F});
+  Set(data.key(0, 20), {9.0F, 0.0F});
   HeadRun run("quest", &data, {}, kOnePage);
   EXPECT_EQ(run.Next({-1.0F, 1.0F}, {0.0F, 0.0F}), Page(3));
 }
@@ -123,6 +126,21 @@ TEST(QuestTest, PagesOfDecodedTokensAreFoundToo) {
   for (int i = 0; i < 15; ++i) run.Next({1.0F, 0.0F}, {0.0F, 0.0F});
   // The key of 5 at position 111 is in page 6, all of which has left the window now.
   EXPECT_EQ(run.Next({1.0F, 0.0F}, {0.0F, 0.0F}), Page(6));
+}
+
+TEST(QuestTest, PagesAtTheEndsOfTheMiddleNeedRoomForTheirTokensThere) {
+  BaselineCase data(OneHead(2), 97, 0);
+  Set(data.key(0, 50), {4.0F, 0.0F});
+  Set(data.key(0, 81), {3.0F, 0.0F});  // Two tokens of page 5 are in the middle.
+  TokenBudget budget = kOnePage;
+  for (const uint32_t room : {17U, 18U}) {
+    budget.top_k = room;
+    BaselineCase copy = data;
+    HeadRun run("quest", &copy, {}, budget);
+    Positions expected = Page(3);
+    if (room == 18) expected.insert(expected.end(), {80U, 81U});
+    EXPECT_EQ(run.Next({1.0F, 0.0F}, {0.0F, 0.0F}), expected);
+  }
 }
 
 TEST(QuestTest, ByMassReadsPagesUntilTheBoundsAllowIt) {
@@ -223,6 +241,16 @@ TEST(TwilightTest, KeepsAsManyAsTheQueryAsksFor) {
   EXPECT_EQ(run.Next({0.0F, 1.0F}, {0.0F, 0.0F}), (Positions{20, 21, 22, 23}));
   EXPECT_EQ(run.cost().heads_scanned, 1U);
   EXPECT_EQ(run.cost().bytes, 41 * (2 / 2.0 + 4.0));
+}
+
+TEST(TwilightTest, EstimatesAreScaledLikeTheLogits) {
+  ModelShape shape = OneHead(2);
+  shape.scale = 0.125F;
+  BaselineCase data(shape, 39, 0);
+  Set(data.key(0, 10), {8.0F, 0.0F});
+  HeadRun run("twilight", &data, {}, {.sink = 2, .local = 2, .mass_limit = 0.1F});
+  // e^1 among 39 of 1: all but four of those must stay.
+  EXPECT_EQ(run.Next({1.0F, 0.0F}, {0.0F, 0.0F}).size(), 36U - 4U);
 }
 
 TEST(TwilightTest, EstimatesFromFourBits) {

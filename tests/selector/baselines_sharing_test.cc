@@ -103,6 +103,23 @@ TEST(TokenSelectTest, ReusesWhileTheLayersQueryIsSimilar) {
   EXPECT_EQ(propose(0, 12, {1.0F, 0.0F}, &cost), (Positions{12, 13}));
 }
 
+TEST(TokenSelectTest, ShortSequencesAreReadWholeAndNotRemembered) {
+  const BaselineCase data(Layers(1), 5, 0);
+  const auto index = IndexOf("token_select", {.prompt = data.prompt()});
+  const auto baseline = index->NewBaseline(kTwo);
+  const auto propose = [&](uint32_t length, uint32_t token, Cost* cost) {
+    LogitsStep step(0, {Spread(length, {{token, 0.9F}})});
+    step.q = {1.0F, 0.0F};
+    return ProposalOf(baseline.get(), step.step(), cost)[0];
+  };
+  Cost cost;
+  EXPECT_EQ(propose(6, 2, &cost), (Positions{2, 3}));
+  EXPECT_EQ(cost.heads_scanned, 0U);
+  // One more than fits: a choice, the first one, though the query is the same.
+  EXPECT_EQ(propose(7, 4, &cost), (Positions{2, 4}));
+  EXPECT_EQ(cost.heads_scanned, 1U);
+}
+
 // Eight channels, so that labels have two; the other six are 0 everywhere.
 constexpr uint32_t kChannels = 8;
 
