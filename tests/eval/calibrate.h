@@ -5,9 +5,9 @@
 // output is compared with that of scanning every step under the same budget. Damage is the growth
 // of the mean squared relative output error: squares, because the worst steps decide, not the mean.
 //
-//   sharing   Per KV head one cosine of the ladder. All together scan as little as possible while
-//             the sum of their damages stays at that of a uniform cosine (Lagrange: a head takes the
-//             cosine that minimises scans + lambda * damage).
+//   sharing   Per KV head one least cosine of the ladder, under verified sharing. All together do as
+//             little damage as possible while they scan no more than asked for (Lagrange: a head
+//             takes the cosine that minimises damage + lambda * scans).
 //   hiding, freezing
 //             Per layer the largest share of the ladder whose damage is at most a small part of the
 //             error that the budget itself causes.
@@ -27,8 +27,8 @@ namespace kvservice::eval {
 
 struct CalibrationOptions {
   uint32_t budget_tokens = 512;
-  // The uniform cosine whose damage is allowed.
-  float damage_of_cosine = 0.8F;
+  // Share of (step, layer, KV head) that may scan on the profiled texts.
+  double scans_max = 0.1;
   // Part of the budget's own squared error that hiding or freezing may add in a layer.
   double edit_damage = 0.05;
 };
@@ -39,9 +39,9 @@ struct HeadProfile {
   std::vector<double> damage;  // Mean squared relative output error beyond that of scanning.
 };
 
-// Index into `ladder` per head: least scans in all at a sum of damages of at most `damage_max`.
-// Ties go to the later entry. Requires that the last entry does no damage, or little.
-std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, double damage_max);
+// Index into `ladder` per head: least damage in all at a sum of scans of at most scans_max. Ties go
+// to the earlier entry. Where no choice keeps to it, the first entry for all.
+std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, double scans_max);
 
 // setups: texts of one model, prefilled.
 absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const QualityOptions& quality,

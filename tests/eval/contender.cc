@@ -13,9 +13,6 @@ namespace {
 // enough for its anchor has no room for the next query.
 constexpr uint32_t kListTokensMin = 512 - kStudySinks - kStudyLocal;
 
-// Below this cosine a list is not even considered by verified sharing.
-constexpr float kVerifiedCosine = 0.5F;
-
 constexpr const char* kBaselines[] = {
     "oracle",       "hshare",          "h2o",       "streaming_llm", "snapkv",
     "quest",        "double_sparsity", "loki",      "twilight",      "tidal_decode",
@@ -83,6 +80,7 @@ Contender Calibrated(const Policy& calibrated, const StudyBudget& budget) {
 
 Contender WithTau(Contender contender, float tau) {
   contender.policy.cis.min_cosine = tau;
+  contender.policy.cis.max_dropped_mass_estimate = 0.0F;
   contender.variant =
       absl::StrCat(contender.variant.empty() ? "" : contender.variant + ", ", "tau ", tau);
   return contender;
@@ -98,6 +96,8 @@ Contender Blocks(uint32_t steps, bool dilated, const StudyBudget& budget) {
   Contender contender =
       Product("cis", absl::StrCat("blocks of ", steps), SelectorKind::kCis, budget);
   contender.policy.cis.block_steps = steps;
+  contender.policy.cis.min_cosine = 0.8F;
+  contender.policy.cis.max_dropped_mass_estimate = 0.0F;
   if (dilated) {
     // What the neighbours take is given up elsewhere: 16 * 2 * 2 tokens.
     contender.variant += ", dilated";
@@ -139,7 +139,7 @@ std::vector<Contender> Ours(const Policy* calibrated) {
 // Shares while the list's estimated dropped mass stays under `limit`, whatever else the cosine says
 // above 0.5.
 Contender Verified(Contender contender, float limit) {
-  contender.policy.cis.min_cosine = kVerifiedCosine;
+  contender.policy.cis.min_cosine = kVerifiedMinCosine;
   contender.policy.cis.max_dropped_mass_estimate = limit;
   contender.variant = absl::StrCat("verified ", limit);
   return contender;
@@ -155,7 +155,7 @@ std::vector<Contender> Sharing(const Policy* calibrated) {
   for (const float limit : {0.3F, 0.5F, 0.6F, 0.7F, 0.8F, 0.9F}) {
     set.push_back(Verified(cis, limit));
   }
-  for (const float limit : {0.5F, 0.7F, 0.9F}) set.push_back(Seeded(Verified(cis, limit)));
+  for (const float limit : {0.5F, 0.7F, 0.8F, 0.9F}) set.push_back(Seeded(Verified(cis, limit)));
   for (const uint32_t anchors : {16U, 32U}) {
     set.push_back(WithTau(cis, 0.8F));
     set.back().variant += absl::StrCat(", ", anchors, " anchors");

@@ -73,7 +73,9 @@ std::string PolicyFileText(const std::string& name, const Policy& policy) {
   const Json file = {{"name", name},
                      {"policy",
                       {{"selector", SelectorName(policy.selector)},
-                       {"cis", {{"minCosine", policy.cis.min_cosine}}},
+                       {"cis",
+                        {{"minCosine", policy.cis.min_cosine},
+                         {"maxDroppedMassEstimate", policy.cis.max_dropped_mass_estimate}}},
                        {"layers", {{"overrides", overrides}}}}}};
   return file.dump(1) + "\n";
 }
@@ -88,6 +90,7 @@ absl::StatusOr<Policy> ParsePolicyFile(const std::string& text) {
   if (!status.ok()) return status;
   Policy policy = DefaultPolicy(*selector);
   policy.cis.min_cosine = file["policy"]["cis"]["minCosine"];
+  policy.cis.max_dropped_mass_estimate = file["policy"]["cis"]["maxDroppedMassEstimate"];
   policy.layers.clear();
   for (const Json& json : file["policy"]["layers"]["overrides"]) {
     auto entry = ReadOverride(json);
