@@ -68,7 +68,7 @@ struct KeySpread {
 // even distances. No pages: zeros.
 KeySpread SpreadOfKeys(uint32_t head_dim, absl::Span<const std::byte* const> pages);
 
-// Share of what is read above which a token is heavy. Smaller ones tell no more (docs/decisions.md).
+// Share of what is read above which a token is heavy; smaller ones tell no more.
 inline constexpr double kHeavyShare = 0x1p-6;
 
 struct SharingTask {

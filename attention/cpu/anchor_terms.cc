@@ -2,7 +2,6 @@
 
 #include <bit>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "attention/cpu/score_kernel.h"
@@ -23,7 +22,8 @@ void AddMaybeHeavy(const ScanWeights& weights, uint32_t head, double log_read,
   const std::vector<float>& numbers = weights.numbers();
   // The least weight that counts is mantissa * 2^exponent.
   const double least = (log_read + std::log(kMaybeHeavyShare)) / kLn2;
-  if (!(std::fabs(least) < std::numeric_limits<int32_t>::max() / 2)) return;
+  constexpr double kExponentMax = 1e9;
+  if (!(std::fabs(least) < kExponentMax)) return;
   const auto exponent = static_cast<int32_t>(std::floor(least));
   const double mantissa = std::exp2(least - exponent);
   for (uint32_t i = 0; i < among.size(); ++i) {
