@@ -49,7 +49,7 @@ class Plan:
 PLANS = (
     Plan("smollm2", {("prose", "code", "needles"): (2048, 4096, 8192)},
          {("arithmetic", "questions"): (2048, 4096)}, 4096, ("mixed", 2048)),
-    Plan("gemma3", {("prose", "needles"): (16384,)}, {}, 16384, ("calibration_prose", 16384)),
+    Plan("gemma3", {("prose", "needles"): (16384, 32000)}, {}, 16384, ("calibration_prose", 16384)),
 )
 CALIBRATION_TEXTS = ("calibration_prose", "calibration_code", "calibration_needles")
 

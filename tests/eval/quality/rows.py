@@ -40,7 +40,7 @@ TABLE_CONTENDERS: tuple[Contender, ...] = (
 # The model whose results are averaged, and the lengths and texts that the study promises.
 DEMO_MODEL = "smollm2"
 PROMISED = {"smollm2": ((2048, 4096, 8192), ("prose", "code", "needles")),
-            "gemma3": ((16384,), ("prose", "needles"))}
+            "gemma3": ((16384, 32000), ("prose", "needles"))}
 TEXTS_MIN = 3
 SETS = ("table", "sharing", "axes", "proof", "tasks", "quick")
 # Scanning less than all keys: a share of scanned steps below this.
