@@ -27,8 +27,8 @@ struct Ladder {
 
 std::vector<uint32_t> SparseLayers(const DecoderShape& shape) {
   std::vector<uint32_t> layers;
-  for (uint32_t layer = kStudyDenseLayers; layer < shape.layer_count; ++layer) {
-    if (shape.windows[layer] == 0) layers.push_back(layer);
+  for (uint32_t layer = 0; layer < shape.layer_count; ++layer) {
+    if (IsSparse(shape, layer)) layers.push_back(layer);
   }
   return layers;
 }
