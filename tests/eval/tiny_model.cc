@@ -8,9 +8,9 @@
 namespace kvservice::eval {
 
 TinyModel::TinyModel(const DecoderShape& shape) : shape_(shape), bytes_("KVMODEL1") {
-  for (const uint32_t count : {static_cast<uint32_t>(shape.family), shape.layer_count,
-                               shape.query_head_count, shape.kv_head_count, shape.head_dim,
-                               shape.hidden, shape.feed_forward, shape.vocabulary}) {
+  for (const uint32_t count :
+       {static_cast<uint32_t>(shape.family), shape.layer_count, shape.query_head_count,
+        shape.kv_head_count, shape.head_dim, shape.hidden, shape.feed_forward, shape.vocabulary}) {
     Put(count);
   }
   Put(shape.scale);
