@@ -36,6 +36,31 @@ void Normalize(absl::Span<const float> queries, uint32_t head_dim, float* out) {
   }
 }
 
+// Turns every pair of rotated channels by `turns` angles of its own frequency.
+void TurnQueries(const LayerShape& shape, double turns, const float* q, float* out) {
+  const uint32_t head_dim = shape.layout.head_dim;
+  const size_t float_count = static_cast<size_t>(shape.layout.query_head_count) * head_dim;
+  if (out != q) std::copy_n(q, float_count, out);
+  if (shape.rotary_style == RotaryStyle::kNone) return;
+  const auto pair_count = static_cast<uint32_t>(shape.inverse_frequencies.size());
+  assert(2 * pair_count <= head_dim);
+  for (uint32_t pair = 0; pair < pair_count; ++pair) {
+    const double angle = turns * static_cast<double>(shape.inverse_frequencies[pair]);
+    const double cosine = std::cos(angle);
+    const double sine = std::sin(angle);
+    const bool half = shape.rotary_style == RotaryStyle::kHalf;
+    const uint32_t first = half ? pair : 2 * pair;
+    const uint32_t second = half ? pair + pair_count : 2 * pair + 1;
+    for (uint32_t head = 0; head < shape.layout.query_head_count; ++head) {
+      float* x = out + static_cast<size_t>(head) * head_dim;
+      const double a = x[first];
+      const double b = x[second];
+      x[first] = static_cast<float>(a * cosine - b * sine);
+      x[second] = static_cast<float>(b * cosine + a * sine);
+    }
+  }
+}
+
 void DropFrom(uint32_t length, std::vector<uint32_t>* tokens) {
   tokens->erase(std::lower_bound(tokens->begin(), tokens->end(), length), tokens->end());
 }
@@ -152,27 +177,11 @@ void HostLists::ClearSelection(uint32_t kv_head) {
 }
 
 void UnrotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out) {
-  const uint32_t head_dim = shape.layout.head_dim;
-  const size_t float_count = static_cast<size_t>(shape.layout.query_head_count) * head_dim;
-  if (out != q) std::copy_n(q, float_count, out);
-  if (shape.rotary_style == RotaryStyle::kNone) return;
-  const auto pair_count = static_cast<uint32_t>(shape.inverse_frequencies.size());
-  assert(2 * pair_count <= head_dim);
-  for (uint32_t pair = 0; pair < pair_count; ++pair) {
-    const double angle = static_cast<double>(position) * shape.inverse_frequencies[pair];
-    const double cosine = std::cos(angle);
-    const double sine = std::sin(angle);
-    const bool half = shape.rotary_style == RotaryStyle::kHalf;
-    const uint32_t first = half ? pair : 2 * pair;
-    const uint32_t second = half ? pair + pair_count : 2 * pair + 1;
-    for (uint32_t head = 0; head < shape.layout.query_head_count; ++head) {
-      float* x = out + static_cast<size_t>(head) * head_dim;
-      const double a = x[first];
-      const double b = x[second];
-      x[first] = static_cast<float>(a * cosine + b * sine);
-      x[second] = static_cast<float>(b * cosine - a * sine);
-    }
-  }
+  TurnQueries(shape, -static_cast<double>(position), q, out);
+}
+
+void RotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out) {
+  TurnQueries(shape, position, q, out);
 }
 
 }  // namespace kvservice

@@ -125,6 +125,8 @@ class HostLists : public TokenLists {
 // may be q). Channels beyond the rotated ones are copied, kNone copies all. Double precision
 // inside; a few ulps of fp32 outside, which only similarities see.
 void UnrotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out);
+// The inverse: rotates as the model would at `position`.
+void RotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out);
 
 }  // namespace kvservice
 

@@ -322,6 +322,7 @@ SequenceInfo InfoFromProto(const v1::Sequence& sequence) {
           .lease_remaining = std::chrono::milliseconds(sequence.lease_remaining_ms()),
           .certificates = sequence.totals().certificates(),
           .certificates_proven = sequence.totals().certificates_proven(),
+          .anchor_seed_scans = sequence.totals().anchor_seed_scans(),
           .dropped_mass_upper_max = sequence.totals().dropped_mass_upper_max()};
 }
 

@@ -99,6 +99,7 @@ void CisToProto(const CisPolicy& from, v1::CisPolicy* to) {
     to->set_dilate_strongest_tokens(*from.dilate_strongest_tokens);
   }
   if (from.dilate_radius_tokens) to->set_dilate_radius_tokens(*from.dilate_radius_tokens);
+  if (from.seed) to->set_seed(*from.seed);
   if (from.max_dropped_mass_estimate) {
     to->set_max_dropped_mass_estimate(*from.max_dropped_mass_estimate);
   }

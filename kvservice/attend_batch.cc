@@ -226,10 +226,23 @@ void AttendBatch::TakeBatch() {
 void AttendBatch::RunDevice() {
   planned_.resize(batch_.size());
   if (buffers_.size() < batch_.size()) buffers_.resize(batch_.size());
-  for (size_t i = 0; i < batch_.size(); ++i) PlanRow(batch_[i], &buffers_[i], &planned_[i]);
+  for (size_t i = 0; i < batch_.size(); ++i) {
+    PlanRow(batch_[i], &buffers_[i], &planned_[i]);
+    SeedRow(batch_[i], planned_[i]);
+  }
   const uint32_t layer = batch_.front().call->layer;
   parts_.device->Attend(batch_.front().record->model->layers[layer], absl::MakeSpan(planned_));
   for (size_t i = 0; i < batch_.size(); ++i) FinishRow(batch_[i], planned_[i]);
+}
+
+void AttendBatch::SeedRow(const Row& row, const AttendRow& planned) {
+  const CisParameters& cis = row.policy->cis;
+  if (planned.plan.source != Source::kReuse || !cis.seed || cis.block_steps > 0) return;
+  const uint32_t layer = row.call->layer;
+  const uint32_t scan_count = SeedAnchors(row.record->model->layers[layer], layer, planned,
+                                          &row.record->seeds, parts_.device, &seed_scratch_);
+  row.record->stats.anchor_seed_scans += scan_count;
+  parts_.totals->anchor_seed_scans += scan_count;
 }
 
 StepContext AttendBatch::Context(const Row& row) {

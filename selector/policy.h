@@ -55,6 +55,9 @@ struct CisParameters {
   uint32_t block_steps = 0;
   uint32_t dilate_strongest = 0;
   uint32_t dilate_radius = 0;
+  // Prompt queries that came with the keys become anchors at the first steps. Not in the paper's
+  // form, which forgets them at the next block.
+  bool seed = true;
   // Verified sharing: do not reuse a list that is estimated to drop more than this share of the
   // mass of any query head of the group, in (0, 1); 0 = off. Both this and min_cosine must hold,
   // and with it min_cosine may be low. The estimate leans to the high side (attention/sharing.h),

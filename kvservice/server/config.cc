@@ -171,6 +171,9 @@ void AddEngineFlags(CLI::App* app, Config* config) {
   AddTime(app, "--lease-max", "Longest lease a caller may ask for", &engine->lease_max_ms);
   AddBytes(app, "--list-bytes-max", "Memory for the lists of one sequence",
            &engine->list_bytes_per_sequence_max);
+  AddBytes(app, "--seed-bytes-max",
+           "Memory for the prompt queries of one sequence, until they are used",
+           &engine->seed_bytes_per_sequence_max);
 }
 
 void AddCertificateFlags(CLI::App* app, Config* config) {

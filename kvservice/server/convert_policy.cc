@@ -67,6 +67,7 @@ void ApplyCis(const v1::CisPolicy& from, CisParameters* to) {
   if (from.has_block_steps()) to->block_steps = from.block_steps();
   if (from.has_dilate_strongest_tokens()) to->dilate_strongest = from.dilate_strongest_tokens();
   if (from.has_dilate_radius_tokens()) to->dilate_radius = from.dilate_radius_tokens();
+  if (from.has_seed()) to->seed = from.seed();
   if (from.has_max_dropped_mass_estimate()) {
     to->max_dropped_mass_estimate = from.max_dropped_mass_estimate();
   }
@@ -321,6 +322,7 @@ void EditsToProto(const Policy& from, v1::Policy* to) {
   cis->set_block_steps(from.cis.block_steps);
   cis->set_dilate_strongest_tokens(from.cis.dilate_strongest);
   cis->set_dilate_radius_tokens(from.cis.dilate_radius);
+  cis->set_seed(from.cis.seed);
   if (from.cis.max_dropped_mass_estimate > 0.0F) {
     cis->set_max_dropped_mass_estimate(from.cis.max_dropped_mass_estimate);
   }

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
-#include <utility>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
@@ -46,7 +45,7 @@ absl::Status AddOne(const v1::NamedPolicy& entry, PolicyRegistry* registry) {
   absl::StatusOr<Policy> policy = PolicyFromProto(entry.policy(), "policy", *registry);
   if (!policy.ok()) return policy.status();
   status = ValidatePolicy(*policy, kAnyLayerCount, kAnyKvHeadCount);
-  return status.ok() ? registry->Add(entry.name(), *std::move(policy)) : status;
+  return status.ok() ? registry->Add(entry.name(), *policy) : status;
 }
 
 }  // namespace

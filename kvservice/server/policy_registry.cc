@@ -17,13 +17,13 @@ PolicyRegistry::PolicyRegistry()
                  {"certified", DefaultPolicy(SelectorKind::kCertified)},
                  {"scan", DefaultPolicy(SelectorKind::kScan)}}) {}
 
-absl::Status PolicyRegistry::Add(std::string name, Policy policy) {
+absl::Status PolicyRegistry::Add(std::string name, const Policy& policy) {
   if (policies_.size() >= kNamedPoliciesMax) {
     return absl::ResourceExhaustedError(
         absl::StrCat("there are ", policies_.size(), " policies, the most there may be"));
   }
   std::string taken = "name " + name + " is taken";
-  const bool added = policies_.try_emplace(std::move(name), std::move(policy)).second;
+  const bool added = policies_.try_emplace(std::move(name), policy).second;
   return added ? absl::OkStatus() : absl::AlreadyExistsError(taken);
 }
 

@@ -23,7 +23,7 @@ class PolicyRegistry {
   PolicyRegistry();
 
   // ALREADY_EXISTS when the name is taken, RESOURCE_EXHAUSTED beyond kNamedPoliciesMax.
-  absl::Status Add(std::string name, Policy policy);
+  absl::Status Add(std::string name, const Policy& policy);
   // nullptr when there is no policy of that name.
   const Policy* Find(std::string_view name) const;
 

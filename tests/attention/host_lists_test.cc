@@ -226,6 +226,35 @@ void ExpectUnrotated(RotaryStyle style, uint32_t rotary_dim, uint32_t position) 
   EXPECT_EQ(out, rotated);
 }
 
+// There and back, and back and there: each undoes the other to a few roundings of a float.
+TEST(RotateQueries, IsTheInverse) {
+  std::vector<float> frequencies(24);
+  for (size_t i = 0; i < frequencies.size(); ++i) {
+    frequencies[i] = std::pow(10000.0F, -static_cast<float>(i) / 24.0F);
+  }
+  std::vector<float> q = RandomQueries(5);
+  const std::vector<float> more = RandomQueries(6);
+  q.insert(q.end(), more.begin(), more.end());
+  for (const RotaryStyle style :
+       {RotaryStyle::kNone, RotaryStyle::kHalf, RotaryStyle::kInterleaved}) {
+    LayerShape shape{.layout = kLayout, .inverse_frequencies = {}, .rotary_style = style};
+    if (style != RotaryStyle::kNone) shape.inverse_frequencies = frequencies;
+    for (const uint32_t position : {0U, 1U, 517U, 1000000U}) {
+      std::vector<float> there(q.size());
+      std::vector<float> back(q.size());
+      RotateQueries(shape, position, q.data(), there.data());
+      if (style != RotaryStyle::kNone && position > 0) {
+        EXPECT_NE(there, q);
+      }
+      UnrotateQueries(shape, position, there.data(), back.data());
+      for (size_t i = 0; i < q.size(); ++i) EXPECT_NEAR(back[i], q[i], 4e-6F);
+      UnrotateQueries(shape, position, q.data(), there.data());
+      RotateQueries(shape, position, there.data(), there.data());
+      for (size_t i = 0; i < q.size(); ++i) EXPECT_NEAR(there[i], q[i], 4e-6F);
+    }
+  }
+}
+
 TEST(UnrotateQueries, UndoesEveryStyle) {
   for (const uint32_t position : {0U, 1U, 4095U, 1000003U}) {
     ExpectUnrotated(RotaryStyle::kNone, 64, position);

@@ -264,6 +264,52 @@ TEST_F(ClientTest, LayersAndHeadsHaveNumbersOfTheirOwn) {
             "INVALID_ARGUMENT POLICY_INVALID rows[0].policy.layers[0].kv_head_min_cosines");
 }
 
+// More queries than one message may carry: the writer cuts where it must, and nothing is lost.
+TEST_F(ClientTest, SampledQueriesOfAPromptBecomeAnchors) {
+  const client::Sequence sequence = Create();
+  const Words words = Counting(0, 600);
+  const Words sampled = Counting(100, 400);
+  const Numbers k = Make(Part::kKey, 0, words);
+  const Numbers v = Make(Part::kValue, 0, words);
+  const Numbers q = Make(Part::kQuery, 0, sampled);
+  client::AppendWriter writer = sequence.Append();
+  const auto problem = [&](const Words& positions, const client::TensorView& queries) {
+    return Line(writer.Write(0, 0, k.view, v.view, {.q = queries, .positions = positions}));
+  };
+  const std::string invalid = "INVALID_ARGUMENT REQUEST_INVALID query_sample_positions";
+  EXPECT_EQ(problem(sampled, {}), invalid);
+  EXPECT_EQ(problem({1, 2}, q.view), invalid);
+  EXPECT_EQ(problem(Counting(201, 400), q.view), invalid);
+  Words twice = sampled;
+  twice[1] = twice[0];
+  EXPECT_EQ(problem(twice, q.view), invalid);
+  ASSERT_TRUE(writer.Write(0, 0, k.view, v.view, {.q = q.view, .positions = sampled}).ok());
+  const absl::StatusOr<client::Receipt> receipt = writer.Commit();
+  ASSERT_TRUE(receipt.ok()) << receipt.status();
+  EXPECT_EQ(receipt->length_max_tokens, 600U);
+  EXPECT_EQ(receipt->message_count, 2U);
+
+  client::Policy policy;
+  policy.selector = client::Selector::kCis;
+  policy.layers.emplace();
+  policy.dense_below_tokens = 0;
+  policy.budget = client::Budget{.top_k_tokens = 24};
+  policy.cis = client::CisPolicy{.min_cosine = 0.99F, .anchors_max = 500, .seed = false};
+  absl::StatusOr<client::AttendRowResult> row = Read(sequence, 0, 599, policy);
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_TRUE(row->groups[0].scanned);
+  EXPECT_EQ(sequence.Describe()->anchor_seed_scans, 0U);
+  policy.cis->seed = true;
+  // Every step seeds some of them; then the query of any sampled word finds its own.
+  for (int step = 0; step < 7; ++step) EXPECT_TRUE(Read(sequence, 0, 599, policy).ok());
+  EXPECT_EQ(sequence.Describe()->anchor_seed_scans, 2U * 400U);
+  for (const uint32_t word : {100U, 355U, 356U, 499U}) {
+    row = Read(sequence, 0, word, policy);
+    ASSERT_TRUE(row.ok()) << row.status();
+    EXPECT_EQ(row->groups[0].action, Action::kReused) << word;
+  }
+}
+
 TEST_F(ClientTest, RowsOfABatchFailOnTheirOwn) {
   std::vector<client::Sequence> sequences;
   std::vector<client::AttendRow> rows(3);

@@ -52,7 +52,7 @@ uint32_t WindowOf(Family family, uint32_t layer) {
 }
 
 float FrequencyOf(uint32_t layer, uint32_t pair) {
-  return std::pow(layer == 1 ? 50.0F : 7.0F, -static_cast<float>(pair) / (kHeadDim / 2));
+  return std::pow(layer == 1 ? 50.0F : 7.0F, -2.0F * static_cast<float>(pair) / kHeadDim);
 }
 
 DecoderShape ShapeOf(Family family) {

@@ -67,6 +67,7 @@ def test_calibrated_numbers_arrive():
     assert numbers.hidden_share == 0.25 and numbers.HasField("frozen_share")
     assert numbers.budget.top_k_tokens == 9
     assert make_policy("cpe", layers=[]).HasField("layers")
+    assert make_policy("cpe", seed=False).cis.HasField("seed")
 
 
 def test_unknown_names_are_refused():

@@ -29,6 +29,7 @@ TEST(ConvertPolicyTest, EveryFieldSurvivesTheRoundTrip) {
                   .block_steps = 8,
                   .dilate_strongest = 4,
                   .dilate_radius = 2,
+                  .seed = false,
                   .max_dropped_mass_estimate = 0.625F};
     policy.psaw = {.first_layer = 3, .phi = 0.5F, .alpha = 2};
     policy.etf = {.first_layer = 4, .psi = 0.75F, .gamma = 3};
@@ -235,6 +236,7 @@ TEST(ConvertTest, TotalsCarryTheDistribution) {
   stats.dropped_mass_counts[2] = 10;
   stats.keys_sampled = 11;
   stats.rows_sampled = 12;
+  stats.anchor_seed_scans = 13;
   v1::AttendTotals totals;
   TotalsToProto(stats, 1000, &totals);
   EXPECT_EQ(totals.certificates_by_level(1), 2U);
@@ -244,6 +246,7 @@ TEST(ConvertTest, TotalsCarryTheDistribution) {
   EXPECT_EQ(totals.dropped_mass_upper_counts(2), 10U);
   EXPECT_EQ(totals.keys_sampled(), 11U);
   EXPECT_EQ(totals.rows_sampled(), 12U);
+  EXPECT_EQ(totals.anchor_seed_scans(), 13U);
 }
 
 TEST(ConvertTest, TotalsCarryTheInformationBound) {

@@ -363,6 +363,8 @@ TEST_F(ErrorsTest, AppendSaysWhatIsWrongAndChangesNothing) {
        "INVALID_ARGUMENT TENSOR_SIZE_MISMATCH k.data"},
       {"infinity", [](Request* r) { PutNumber(r->mutable_k(), 200, kBf16Infinity); },
        "INVALID_ARGUMENT TENSOR_NOT_FINITE k"},
+      {"positions of no sample", [](Request* r) { r->add_query_sample_positions(kLength); },
+       "INVALID_ARGUMENT QUERY_SAMPLE_POSITIONS_INVALID query_sample_positions"},
   };
   const std::string before = State();
   for (const Case& one : cases) {

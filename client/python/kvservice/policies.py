@@ -19,6 +19,7 @@ def make_policy(
     top_k_tokens: int | None = None,
     max_dropped_mass_estimate: float | None = None,
     min_cosine: float | None = None,
+    seed: bool | None = None,
     max_sharing_estimate: float | None = None,
     layers: Sequence[types_pb2.LayerOverride] | None = None,
     guarantee: str | None = None,
@@ -40,7 +41,7 @@ def make_policy(
     return types_pb2.Policy(
         selector=_selector(selector),
         budget=_budget(sink_tokens, local_tokens, top_k_tokens, max_dropped_mass_estimate),
-        cis=_cis(min_cosine, max_sharing_estimate),
+        cis=_cis(min_cosine, max_sharing_estimate, seed),
         layers=overrides,
         max_dropped_mass=None if max_dropped_mass is None else round_limit(max_dropped_mass),
         max_output_error=None if max_output_error is None else round_limit(max_output_error),
@@ -92,14 +93,15 @@ def _selector(name: str) -> int:
 
 
 def _cis(
-    min_cosine: float | None, max_sharing_estimate: float | None
+    min_cosine: float | None, max_sharing_estimate: float | None, seed: bool | None
 ) -> types_pb2.CisPolicy | None:
-    if (min_cosine, max_sharing_estimate) == (None, None):
+    if (min_cosine, max_sharing_estimate, seed) == (None, None, None):
         return None
     limit = max_sharing_estimate
     return types_pb2.CisPolicy(
         min_cosine=min_cosine,
         max_dropped_mass_estimate=None if limit is None else round_limit(limit),
+        seed=seed,
     )
 
 
