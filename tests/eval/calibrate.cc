@@ -93,26 +93,6 @@ double Sum(const std::vector<double>& numbers) {
   return sum;
 }
 
-// Per layer, the largest share of the ladder that does little damage; 0 where none does.
-std::vector<float> ChooseShares(absl::Span<const HeadProfile> ladder,
-                                const std::vector<double>& scan_errors, size_t heads_per_layer,
-                                double edit_damage) {
-  std::vector<float> chosen(scan_errors.size() / heads_per_layer);
-  for (size_t layer = 0; layer < chosen.size(); ++layer) {
-    for (size_t i = 0; i < ladder.size(); ++i) {
-      double damage = 0.0;
-      double own = 0.0;
-      for (size_t head = layer * heads_per_layer; head < (layer + 1) * heads_per_layer; ++head) {
-        damage += ladder[i].damage[head];
-        own += scan_errors[head];
-      }
-      if (damage > edit_damage * own) break;
-      chosen[layer] = kShares[i];
-    }
-  }
-  return chosen;
-}
-
 // Contender 0 is dense, 1 scans, then the ladders in order.
 std::vector<Contender> Flatten(const Ladder& ladder) {
   Contender dense = Base(SelectorKind::kDense, 512);
@@ -156,6 +136,26 @@ std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, doubl
   return best;
 }
 
+std::vector<float> ChooseShares(absl::Span<const HeadProfile> ladder,
+                                absl::Span<const float> shares,
+                                absl::Span<const double> scan_errors, size_t heads_per_layer,
+                                double edit_damage) {
+  std::vector<float> chosen(scan_errors.size() / heads_per_layer);
+  for (size_t layer = 0; layer < chosen.size(); ++layer) {
+    for (size_t i = 0; i < ladder.size(); ++i) {
+      double damage = 0.0;
+      double own = 0.0;
+      for (size_t head = layer * heads_per_layer; head < (layer + 1) * heads_per_layer; ++head) {
+        damage += ladder[i].damage[head];
+        own += scan_errors[head];
+      }
+      if (damage > edit_damage * own) break;
+      chosen[layer] = shares[i];
+    }
+  }
+  return chosen;
+}
+
 absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const QualityOptions& quality,
                                  absl::Span<const LoopSetup> setups) {
   const DecoderShape& shape = setups.front().decoder->shape();
@@ -192,10 +192,10 @@ absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const Qualit
   const double allowed = Sum(sharing[static_cast<size_t>(uniform - kCosines)].damage);
   const std::vector<size_t> rungs = ChooseByLagrange(sharing, allowed);
   const std::vector<float> hidden =
-      ChooseShares(part(2 + std::size(kCosines), std::size(kShares)), scan_errors,
+      ChooseShares(part(2 + std::size(kCosines), std::size(kShares)), kShares, scan_errors,
                    shape.kv_head_count, options.edit_damage);
   const std::vector<float> frozen =
-      ChooseShares(part(2 + std::size(kCosines) + std::size(kShares), std::size(kShares)),
+      ChooseShares(part(2 + std::size(kCosines) + std::size(kShares), std::size(kShares)), kShares,
                    scan_errors, shape.kv_head_count, options.edit_damage);
 
   Policy policy = Base(SelectorKind::kCpe, options.budget_tokens).policy;

@@ -9,8 +9,8 @@
 //             the sum of their damages stays at that of a uniform cosine (Lagrange: a head takes the
 //             cosine that minimises scans + lambda * damage).
 //   hiding, freezing
-//             Per layer the largest share of the ladder whose damage is at most a small part of the
-//             error that the budget itself causes.
+//             Per layer the largest share of the ladder up to which damage is at most a small part
+//             of the error that the budget itself causes.
 
 #ifndef KVSERVICE_TESTS_EVAL_CALIBRATE_H_
 #define KVSERVICE_TESTS_EVAL_CALIBRATE_H_
@@ -39,9 +39,19 @@ struct HeadProfile {
   std::vector<double> damage;  // Mean squared relative output error beyond that of scanning.
 };
 
-// Index into `ladder` per head: least scans in all at a sum of damages of at most `damage_max`.
-// Ties go to the later entry. Requires that the last entry does no damage, or little.
+// Index into `ladder` per head: the sum of damages is at most `damage_max`, and no choice that does
+// as little damage scans less. (One that uses up more of what is allowed may: of the choices on the
+// convex hull this is the last that is allowed.) Ties go to the later entry. Where nothing is
+// allowed, all heads get the last entry, which is the most careful.
 std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, double damage_max);
+
+// Per layer, of `shares` (ascending, one per entry of the ladder) the one before the first that
+// damages the layer by more than `edit_damage` times the squared errors of scanning, `scan_errors`
+// [layer][kv_head]; 0 if the first does.
+std::vector<float> ChooseShares(absl::Span<const HeadProfile> ladder,
+                                absl::Span<const float> shares,
+                                absl::Span<const double> scan_errors, size_t heads_per_layer,
+                                double edit_damage);
 
 // setups: texts of one model, prefilled.
 absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const QualityOptions& quality,

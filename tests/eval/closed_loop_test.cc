@@ -15,6 +15,7 @@
 
 #include "attention/sketch.h"
 #include "selector/baselines/baselines.h"
+#include "tests/eval/quality_study.h"
 #include "tests/eval/tiny_study.h"
 
 namespace kvservice::eval {
@@ -73,7 +74,7 @@ class ClosedLoopTest : public ::testing::Test {
   static std::vector<LoopResult> Run(const StudyText& text, std::vector<Contender> contenders,
                                      const QualityOptions& options = {}) {
     contenders.insert(contenders.begin(), Product(SelectorKind::kDense));
-    auto results = study_->Run(options, text, contenders);
+    auto results = RunBatches(options, study_->SetUp(text), contenders);
     EXPECT_TRUE(results.ok()) << results.status();
     if (!results.ok()) return std::vector<LoopResult>(contenders.size());
     return std::move(*results);

@@ -71,17 +71,14 @@ StudyText TinyStudy::Text(std::vector<uint32_t> forced, uint32_t greedy_tokens) 
           .greedy_tokens = greedy_tokens};
 }
 
-absl::StatusOr<std::vector<LoopResult>> TinyStudy::Run(
-    const QualityOptions& options, const StudyText& text,
-    absl::Span<const Contender> contenders) const {
-  const LoopSetup setup = {.decoder = decoder_.get(),
-                           .prompt = prompt_,
-                           .calibration = calibration_,
-                           .tables = tables_,
-                           .text = &text,
-                           .judge_every = 1,
-                           .compare_every = 1};
-  return RunBatches(options, setup, contenders);
+LoopSetup TinyStudy::SetUp(const StudyText& text) const {
+  return {.decoder = decoder_.get(),
+          .prompt = prompt_,
+          .calibration = calibration_,
+          .tables = tables_,
+          .text = &text,
+          .judge_every = 1,
+          .compare_every = 1};
 }
 
 std::vector<float> TinyStudy::LogitsAfter(absl::Span<const uint32_t> continuation) const {

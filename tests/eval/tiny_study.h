@@ -9,10 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "tests/eval/closed_loop.h"
-#include "tests/eval/quality_study.h"
 
 namespace kvservice::eval {
 
@@ -29,11 +27,10 @@ class TinyStudy {
   explicit TinyStudy(const std::string& folder);
 
   const Decoder& decoder() const { return *decoder_; }
-  // A text of the study: its prompt, then `forced`, judged at every step.
+  // A text of the study: its prompt, then `forced`.
   StudyText Text(std::vector<uint32_t> forced, uint32_t greedy_tokens) const;
-  // contenders[0] must be dense.
-  absl::StatusOr<std::vector<LoopResult>> Run(const QualityOptions& options, const StudyText& text,
-                                              absl::Span<const Contender> contenders) const;
+  // Judged and compared at every step. Borrows the text and the study.
+  LoopSetup SetUp(const StudyText& text) const;
   // Logits after prompt + `continuation`, by dense prefill of all of it.
   std::vector<float> LogitsAfter(absl::Span<const uint32_t> continuation) const;
   // The likeliest token there.
