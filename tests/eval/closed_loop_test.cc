@@ -268,6 +268,7 @@ TEST_F(ClosedLoopTest, CostsOfDenseAndScanAreThoseOfFormulas) {
 TEST_F(ClosedLoopTest, CostsOfSharingHaveTheAnchors) {
   Contender sharing = Product(SelectorKind::kCis);
   sharing.policy.cis.min_cosine = -1.0F;
+  sharing.policy.cis.max_dropped_mass_estimate = 0.0F;
   const LoopResult result = Run(Forced(), {sharing})[1];
   EXPECT_EQ(result.scans, kHeads);
   EXPECT_EQ(result.scans_second_half, 0U);
@@ -280,6 +281,7 @@ TEST_F(ClosedLoopTest, CostsOfSharingHaveTheAnchors) {
 TEST_F(ClosedLoopTest, ForgottenAnchorsCostNothing) {
   Contender sharing = Product(SelectorKind::kCis);
   sharing.policy.cis.min_cosine = -1.0F;
+  sharing.policy.cis.max_dropped_mass_estimate = 0.0F;
   sharing.policy.cis.block_steps = 5;
   const LoopResult result = Run(Forced(), {sharing})[1];
   EXPECT_EQ(result.scans, kHeads * (kSteps / 5));
