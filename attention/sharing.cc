@@ -20,18 +20,6 @@ constexpr size_t kSpreadPagesMax = 32;
 constexpr double kVarianceOfWidth = 1.0 / 24.0;
 // A box is this many steps wide.
 constexpr double kBoxSteps = 16.0;
-// Share of what is read above which a token's key is read for the mean.
-constexpr double kHeavyShare = 0x1p-10;
-
-double LogSumOf(absl::Span<const double> logits) {
-  double top = kLogZero;
-  for (const double logit : logits) top = std::max(top, logit);
-  if (!(top > kLogZero)) return top;
-  double sum = 0.0;
-  for (const double logit : logits) sum += std::exp(logit - top);
-  return top + std::log(sum);
-}
-
 }  // namespace
 
 double LogAdd(double a, double b) {
@@ -84,24 +72,25 @@ SharingTerms MakeSharingTerms(const SharingTask& task) {
   terms.queries.reserve(task.queries.size());
   for (const float q : task.queries) terms.queries.push_back(task.shape->scale * q);
   terms.variance.assign(task.spread->variance.begin(), task.spread->variance.end());
-  terms.log_odds.resize(group);
-  terms.shift.resize(size_t{group} * head_dim);
-  std::vector<double> shift(head_dim);
   for (uint32_t head = 0; head < group; ++head) {
-    const absl::Span<const double> logits = task.read_logits.subspan(head * count, count);
-    const double log_read = LogSumOf(logits);
-    terms.log_odds[head] = static_cast<float>(task.log_left[head] - log_read);
-    std::fill(shift.begin(), shift.end(), 0.0);
-    for (size_t i = 0; i < count; ++i) {
-      const double share = std::exp(logits[i] - log_read);
+    terms.log_odds.push_back(static_cast<float>(task.log_left[head] - task.log_read[head]));
+  }
+  terms.shift.resize(size_t{group} * head_dim);
+  const std::vector<float> mean(task.spread->mean.begin(), task.spread->mean.end());
+  std::vector<float> from_mean(head_dim);
+  for (size_t i = 0; i < count; ++i) {
+    bool known = false;
+    for (uint32_t head = 0; head < group; ++head) {
+      const double share = std::exp(task.read_logits[head * count + i] - task.log_read[head]);
       if (share < kHeavyShare) continue;
       const std::byte* k = task.view->Row(layout, task.kv_head, task.read[i]);
-      for (uint32_t c = 0; c < head_dim; ++c) {
-        shift[c] +=
-            share * (task.spread->mean[c] - static_cast<double>(LoadElement(layout.dtype, k, c)));
+      for (uint32_t c = 0; c < head_dim && !known; ++c) {
+        from_mean[c] = mean[c] - LoadElement(layout.dtype, k, c);
       }
+      known = true;
+      float* shift = &terms.shift[size_t{head} * head_dim];
+      for (uint32_t c = 0; c < head_dim; ++c) shift[c] += static_cast<float>(share) * from_mean[c];
     }
-    std::copy(shift.begin(), shift.end(), terms.shift.begin() + size_t{head} * head_dim);
   }
   return terms;
 }

@@ -3,9 +3,9 @@
 // so that asking costs next to nothing beside a scan. An estimate, not a bound: it steers (Plan::
 // reuse_mass_limit), it certifies nothing. Used by all devices that compute on the host.
 //
-// When an anchor is made, all is known about its query q: the mass K that was read, the mass R
-// that was left (of what a scan may choose; hidden and frozen tokens are not its business), and
-// which keys K comes from. For another query q' = q + dq of the same head,
+// When an anchor is made, all is known about its query q: the mass K that was read, the mass R that
+// was left, and which keys K comes from (hidden and frozen tokens, which a scan does not choose
+// from, count for neither). For another query q' = q + dq of the same head,
 //
 //     ln K(q') = ln K + ln E_K[e^(dq.k)],      ln R(q') = ln R + ln E_R[e^(dq.k)]
 //
@@ -68,22 +68,26 @@ struct KeySpread {
 // even distances. No pages: zeros.
 KeySpread SpreadOfKeys(uint32_t head_dim, absl::Span<const std::byte* const> pages);
 
+// Share of what is read above which a token is heavy; smaller ones tell no more.
+inline constexpr double kHeavyShare = 0x1p-6;
+
 struct SharingTask {
   const LayerShape* shape = nullptr;
   const KvView* view = nullptr;
   uint32_t kv_head = 0;
   // Un-rotated queries of the anchor, [group][head_dim].
   absl::Span<const float> queries;
-  // Tokens that were read.
+  // Tokens that were read; those that are heavy for no head may be missing.
   absl::Span<const uint32_t> read;
   // [group][read]: their logits; -infinity for a token that a head does not see.
   absl::Span<const double> read_logits;
-  // [group]: ln R.
+  // [group]: ln K and ln R.
+  absl::Span<const double> log_read;
   absl::Span<const double> log_left;
   const KeySpread* spread = nullptr;
 };
-// Reads the keys of the tokens that carry what is read: those of at least 2^-10 of it. The others
-// count as if they were m.
+// Reads the keys of heavy tokens, which carry most of what is read. The others count as if they
+// were m.
 SharingTerms MakeSharingTerms(const SharingTask& task);
 
 // One later query of a KV head, compared with anchors.

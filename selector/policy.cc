@@ -207,6 +207,10 @@ Policy DefaultPolicy(SelectorKind selector) {
   policy.guarantee = Guarantee::kNone;
   policy.on_violation = OnViolation::kDense;
   policy.max_dropped_mass = 1.0F;
+  if (selector == SelectorKind::kCis || selector == SelectorKind::kCpe) {
+    policy.cis.min_cosine = kVerifiedMinCosine;
+    policy.cis.max_dropped_mass_estimate = kVerifiedDroppedMass;
+  }
   if (selector == SelectorKind::kPsaw) policy.psaw.phi = 0.85F;
   if (selector == SelectorKind::kEtf) policy.etf.psi = 0.85F;
   return policy;

@@ -138,6 +138,10 @@ struct Policy {
   friend bool operator==(const Policy&, const Policy&) = default;
 };
 
+// Verified sharing as it is shipped: measured, docs/quality.md and docs/decisions.md.
+inline constexpr float kVerifiedMinCosine = 0.5F;
+inline constexpr float kVerifiedDroppedMass = 0.8F;
+
 // The policy a selector stands for when only its name is given: kCpe, kCis, kPsaw, kEtf, kScan and
 // kGiven ask for no proof (guarantee = kNone, limit 1) and answer densely where one is asked for in
 // vain, kPsaw and kEtf switch their edit on (phi = psi = 0.85), kCertified and kAuto prove 0.05

@@ -8,6 +8,7 @@
 #include <limits>
 #include <utility>
 
+#include "attention/cpu/anchor_terms.h"
 #include "attention/cpu/plan_samples.h"
 #include "attention/cpu/population.h"
 #include "attention/float16.h"
@@ -384,44 +385,19 @@ void Group::CompleteAnchor(const TokenMask& chosen) {
 
 // What an anchor that was just found by a scan remembers; `chosen` are its list.
 SharingTerms Group::TermsOfAnchor(const TokenMask& chosen) const {
-  const SketchLayout layout(shape_->layout.head_dim);
-  std::vector<const std::byte*> pages;
-  for (uint32_t i = 0; i < open_.size(); ++i) {
-    if (open_[i] == 0) continue;
-    pages.push_back(row_->view.sketches[block_begin_ + i] + kv_head_ * layout.page_bytes);
-  }
-  const KeySpread spread = SpreadOfKeys(shape_->layout.head_dim, pages);
-  const TokenMask left = AndNot(open_, chosen);
-  const std::vector<uint32_t> read = PositionsOf(Or(always_, chosen), block_begin_);
-  std::vector<Score> scores(read.size());
-  std::vector<double> read_logits;
-  std::vector<double> log_left;
-  ScoreTask score;
-  score.shape = shape_;
-  score.view = &row_->view;
-  score.kv_head = kv_head_;
-  score.queries = &queries_;
-  score.positions = read;
-  for (uint32_t head = newest_head(); head < head_count(); ++head) {
-    score.head = head;
-    ScoreTokens(score, scores.data());
-    for (size_t i = 0; i < read.size(); ++i) {
-      const bool seen = read[i] >= queries_.visible_begin[head];
-      read_logits.push_back(seen ? scores[i].logit : kLogZero);
-    }
-    // Where nothing is open nothing was scanned, and the weights are those of another row.
-    const bool any = CountTokens(left) != 0;
-    log_left.push_back(any ? SumEstimates(weights, head, left).Log() : kLogZero);
-  }
-  SharingTask task;
+  AnchorTask task;
   task.shape = shape_;
   task.view = &row_->view;
   task.kv_head = kv_head_;
-  task.queries = anchor_queries_;
-  task.read = read;
-  task.read_logits = read_logits;
-  task.log_left = log_left;
-  task.spread = &spread;
+  task.queries = &queries_;
+  task.first_head = newest_head();
+  task.anchor_queries = anchor_queries_;
+  task.block_begin = block_begin_;
+  task.always = always_;
+  task.open = open_;
+  task.chosen = chosen;
+  task.weights = &weights;
+  task.always_lse = kept.lse;
   return MakeSharingTerms(task);
 }
 

@@ -317,7 +317,8 @@ Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
   if (plan.source == Source::kReuse && choice.scanned) {
     SharingTerms sharing;
     if (plan.reuse_mass_limit > 0.0F) {
-      const Tokens read = Union(row->TokensAt(Place::kAlways), choice.middle);
+      const Tokens read =
+          Union(row->TokensAt(Place::kAlways), Intersection(middle.open, choice.middle));
       sharing = TermsOfAnchor(queries, middle.open, read, row);
     }
     lists->Insert(row->kv_head(), queries, choice.middle, row->covered_end(), std::move(sharing));

@@ -22,11 +22,13 @@ SharingTerms TermsOfAnchor(absl::Span<const float> queries, const std::vector<ui
   }
   const KeySpread spread = SpreadOfKeys(row->shape().layout.head_dim, pages);
   std::vector<double> read_logits;
+  std::vector<double> log_read;
   std::vector<double> log_left;
   for (uint32_t head = row->newest_head(); head < row->head_count(); ++head) {
     for (const uint32_t token : read) {
       read_logits.push_back(row->Sees(head, token) ? row->Exact(head, token).nearest : kLogZero);
     }
+    log_read.push_back(LogSum(absl::MakeConstSpan(read_logits).last(read.size())));
     std::vector<double> logits;
     for (const uint32_t token : left) {
       if (row->Sees(head, token)) logits.push_back(row->Estimate(head, token).nearest);
@@ -40,6 +42,7 @@ SharingTerms TermsOfAnchor(absl::Span<const float> queries, const std::vector<ui
   task.queries = queries;
   task.read = read;
   task.read_logits = read_logits;
+  task.log_read = log_read;
   task.log_left = log_left;
   task.spread = &spread;
   return MakeSharingTerms(task);

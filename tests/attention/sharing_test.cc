@@ -226,6 +226,9 @@ TEST_F(SharingOfCase, TermsAreMeansUnderTheWeightsOfWhatWasRead) {
   const std::vector<double> logits = {1.0,      2.0,   3.0,   2.5,   0.0,
                                       kLogZero, -30.0, 700.0, 701.0, 699.0};
   const std::vector<double> log_left = {0.5, kLogZero};
+  std::vector<double> log_read(2);
+  for (size_t i = 0; i < 10; ++i) log_read[i / 5] += std::exp(logits[i] - (i < 5 ? 0.0 : 700.0));
+  log_read = {std::log(log_read[0]), std::log(log_read[1]) + 700.0};
   const std::vector<float> queries = Waves(128, 0.1F);
   SharingTask task;
   LayerShape shape = kv_.shape();
@@ -236,6 +239,7 @@ TEST_F(SharingOfCase, TermsAreMeansUnderTheWeightsOfWhatWasRead) {
   task.queries = queries;
   task.read = read;
   task.read_logits = logits;
+  task.log_read = log_read;
   task.log_left = log_left;
   task.spread = &spread;
   const SharingTerms terms = MakeSharingTerms(task);

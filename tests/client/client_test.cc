@@ -231,6 +231,32 @@ TEST_F(ClientTest, CertifiedAttentionKeepsItsLimit) {
   }
 }
 
+// The limit arrives, and what was estimated comes back once there is something to reuse.
+TEST_F(ClientTest, VerifiedSharingTellsItsEstimate) {
+  const client::Sequence sequence = Create();
+  Fill(sequence, 1000);
+  client::Policy policy;
+  policy.selector = client::Selector::kCis;
+  policy.budget = client::Budget{.sink_tokens = 4, .local_tokens = 16, .top_k_tokens = 200};
+  policy.cis = client::CisPolicy{.min_cosine = -1.0F, .max_dropped_mass_estimate = 0.99F};
+  policy.dense_below_tokens = 0;
+  policy.layers.emplace();
+  const absl::StatusOr<client::AttendRowResult> first = Read(sequence, 0, 999, policy);
+  ASSERT_TRUE(first.ok()) << first.status();
+  const absl::StatusOr<client::AttendRowResult> second = Read(sequence, 0, 999, policy);
+  ASSERT_TRUE(second.ok()) << second.status();
+  for (size_t i = 0; i < second->groups.size(); ++i) {
+    EXPECT_TRUE(first->groups[i].scanned);
+    EXPECT_EQ(first->groups[i].sharing_estimate, -1.0F);
+    EXPECT_EQ(second->groups[i].action, Action::kReused);
+    EXPECT_GE(second->groups[i].sharing_estimate, 0.0F);
+    EXPECT_LE(second->groups[i].sharing_estimate, 0.99F);
+  }
+  policy.cis->max_dropped_mass_estimate = 1.0F;
+  EXPECT_EQ(Line(Read(sequence, 0, 999, policy).status()),
+            "INVALID_ARGUMENT POLICY_INVALID rows[0].policy.cis.max_dropped_mass_estimate");
+}
+
 // Numbers of single layers and KV heads arrive: layer 1 hides half of its past, layer 0 does not.
 TEST_F(ClientTest, LayersAndHeadsHaveNumbersOfTheirOwn) {
   const client::Sequence sequence = Create();

@@ -13,7 +13,7 @@
 namespace kvservice::eval {
 namespace {
 
-constexpr float kCosines[] = {0.6F, 0.65F, 0.7F, 0.75F, 0.8F, 0.85F, 0.9F, 0.95F};
+constexpr float kCosines[] = {0.5F, 0.6F, 0.7F, 0.75F, 0.8F, 0.85F, 0.9F, 0.95F};
 constexpr float kShares[] = {0.1F, 0.2F, 0.35F, 0.5F, 0.7F};
 // Halvings of ln lambda: beyond any precision of the profile.
 constexpr int kBisections = 60;
@@ -87,12 +87,6 @@ void AddProfile(const LoopResult& result, const std::vector<double>& scan_errors
   }
 }
 
-double Sum(const std::vector<double>& numbers) {
-  double sum = 0.0;
-  for (const double number : numbers) sum += number;
-  return sum;
-}
-
 // Contender 0 is dense, 1 scans, then the ladders in order.
 std::vector<Contender> Flatten(const Ladder& ladder) {
   Contender dense = Base(SelectorKind::kDense, 512);
@@ -105,28 +99,28 @@ std::vector<Contender> Flatten(const Ladder& ladder) {
 
 }  // namespace
 
-std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, double damage_max) {
+std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, double scans_max) {
   const size_t heads = ladder.front().scans.size();
-  std::vector<size_t> best(heads, ladder.size() - 1);
+  std::vector<size_t> best(heads, 0);
   double low = -30.0;
   double high = 30.0;
   for (int i = 0; i < kBisections; ++i) {
     const double log_lambda = 0.5 * (low + high);
     const double lambda = std::exp(log_lambda);
     std::vector<size_t> chosen(heads);
-    double damage = 0.0;
+    double scans = 0.0;
     for (size_t head = 0; head < heads; ++head) {
       double least = std::numeric_limits<double>::infinity();
       for (size_t rung = 0; rung < ladder.size(); ++rung) {
-        const double cost = ladder[rung].scans[head] + lambda * ladder[rung].damage[head];
-        if (cost <= least) {
+        const double cost = ladder[rung].damage[head] + lambda * ladder[rung].scans[head];
+        if (cost < least) {
           least = cost;
           chosen[head] = rung;
         }
       }
-      damage += ladder[chosen[head]].damage[head];
+      scans += ladder[chosen[head]].scans[head];
     }
-    if (damage <= damage_max) {
+    if (scans <= scans_max) {
       best = chosen;
       high = log_lambda;
     } else {
@@ -182,15 +176,8 @@ absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const Qualit
     return absl::MakeConstSpan(profiles).subspan(first, count);
   };
   const absl::Span<const HeadProfile> sharing = part(2, std::size(kCosines));
-  const auto uniform = std::find_if(std::begin(kCosines), std::end(kCosines), [&](float cosine) {
-    return cosine >= options.damage_of_cosine - 1e-6F;
-  });
-  if (uniform == std::end(kCosines)) {
-    return absl::InvalidArgumentError(absl::StrCat("damage of cosine ", options.damage_of_cosine,
-                                                   ": at most ", *std::rbegin(kCosines)));
-  }
-  const double allowed = Sum(sharing[static_cast<size_t>(uniform - kCosines)].damage);
-  const std::vector<size_t> rungs = ChooseByLagrange(sharing, allowed);
+  const std::vector<size_t> rungs =
+      ChooseByLagrange(sharing, options.scans_max * static_cast<double>(heads));
   const std::vector<float> hidden =
       ChooseShares(part(2 + std::size(kCosines), std::size(kShares)), kShares, scan_errors,
                    shape.kv_head_count, options.edit_damage);
@@ -206,7 +193,8 @@ absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const Qualit
       entry.kv_head_min_cosines.push_back(kCosines[rungs[i * shape.kv_head_count + head]]);
     }
     if (hidden[i] > 0.0F) entry.hidden_share = hidden[i];
-    if (frozen[i] > 0.0F) entry.frozen_share = frozen[i];
+    // The first has no shallower choice to take.
+    if (frozen[i] > 0.0F && i > 0) entry.frozen_share = frozen[i];
     policy.layers.push_back(std::move(entry));
   }
   return policy;

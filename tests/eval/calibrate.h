@@ -5,9 +5,9 @@
 // output is compared with that of scanning every step under the same budget. Damage is the growth
 // of the mean squared relative output error: squares, because the worst steps decide, not the mean.
 //
-//   sharing   Per KV head one cosine of the ladder. All together scan as little as possible while
-//             the sum of their damages stays at that of a uniform cosine (Lagrange: a head takes the
-//             cosine that minimises scans + lambda * damage).
+//   sharing   Per KV head one least cosine of the ladder, under verified sharing. All together do as
+//             little damage as possible while they scan no more than asked for (Lagrange: a head
+//             takes the cosine that minimises damage + lambda * scans).
 //   hiding, freezing
 //             Per layer the largest share of the ladder up to which damage is at most a small part
 //             of the error that the budget itself causes.
@@ -27,8 +27,8 @@ namespace kvservice::eval {
 
 struct CalibrationOptions {
   uint32_t budget_tokens = 512;
-  // The uniform cosine whose damage is allowed.
-  float damage_of_cosine = 0.8F;
+  // Share of (step, layer, KV head) that may scan on the profiled texts.
+  double scans_max = 0.1;
   // Part of the budget's own squared error that hiding or freezing may add in a layer.
   double edit_damage = 0.05;
 };
@@ -39,11 +39,11 @@ struct HeadProfile {
   std::vector<double> damage;  // Mean squared relative output error beyond that of scanning.
 };
 
-// Index into `ladder` per head: the sum of damages is at most `damage_max`, and no choice that does
-// as little damage scans less. (One that uses up more of what is allowed may: of the choices on the
-// convex hull this is the last that is allowed.) Ties go to the later entry. Where nothing is
-// allowed, all heads get the last entry, which is the most careful.
-std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, double damage_max);
+// Index into `ladder` per head: the sum of scans is at most scans_max, and no choice that scans as
+// little does less damage. (One that uses up more of what is allowed may: of the choices on the
+// convex hull this is the last that is allowed.) Ties go to the earlier entry. Where no choice
+// keeps to it all heads get the first entry.
+std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, double scans_max);
 
 // Per layer, of `shares` (ascending, one per entry of the ladder) the one before the first that
 // damages the layer by more than `edit_damage` times the squared errors of scanning, `scan_errors`

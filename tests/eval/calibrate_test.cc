@@ -36,31 +36,29 @@ const std::vector<HeadProfile>& TwoHeads() {
   return *ladder;
 }
 
-TEST(ChooseByLagrangeTest, ScansAsLittleAsTheDamageAllows) {
-  EXPECT_EQ(ChooseByLagrange(TwoHeads(), 11.0), (Choice{0, 0}));
-  EXPECT_EQ(ChooseByLagrange(TwoHeads(), 10.9), (Choice{0, 1}));
-  EXPECT_EQ(ChooseByLagrange(TwoHeads(), 2.0), (Choice{0, 1}));
+TEST(ChooseByLagrangeTest, SpendsScansWhereTheyPreventMostDamage) {
+  EXPECT_EQ(ChooseByLagrange(TwoHeads(), 2.0), (Choice{2, 2}));
+  EXPECT_EQ(ChooseByLagrange(TwoHeads(), 1.6), (Choice{1, 2}));
   EXPECT_EQ(ChooseByLagrange(TwoHeads(), 1.1), (Choice{1, 1}));
-  EXPECT_EQ(ChooseByLagrange(TwoHeads(), 0.1), (Choice{1, 2}));
-  EXPECT_EQ(ChooseByLagrange(TwoHeads(), 0.0), (Choice{2, 2}));
+  EXPECT_EQ(ChooseByLagrange(TwoHeads(), 0.7), (Choice{0, 1}));
+  EXPECT_EQ(ChooseByLagrange(TwoHeads(), 0.25), (Choice{0, 0}));
 }
 
-TEST(ChooseByLagrangeTest, TiesGoToTheLaterEntry) {
-  const std::vector<HeadProfile> ladder = {{.scans = {0.4, 0.2}, .damage = {0.0, 0.3}},
-                                           {.scans = {0.4, 0.2}, .damage = {0.0, 0.3}},
-                                           {.scans = {0.4, 0.9}, .damage = {0.0, 0.0}}};
-  EXPECT_EQ(ChooseByLagrange(ladder, 0.3), (Choice{2, 1}));
-  EXPECT_EQ(ChooseByLagrange(ladder, 0.2), (Choice{2, 2}));
+TEST(ChooseByLagrangeTest, TiesGoToTheEarlierEntry) {
+  const std::vector<HeadProfile> ladder = {{.scans = {0.2}, .damage = {0.3}},
+                                           {.scans = {0.2}, .damage = {0.3}},
+                                           {.scans = {0.9}, .damage = {0.3}}};
+  EXPECT_EQ(ChooseByLagrange(ladder, 1.0), (Choice{0}));
 }
 
-TEST(ChooseByLagrangeTest, WhereNothingIsAllowedTheLastEntryIsLeft) {
-  const std::vector<HeadProfile> ladder = {{.scans = {0.1}, .damage = {3.0}},
+TEST(ChooseByLagrangeTest, WhereNothingKeepsToItTheFirstEntryIsLeft) {
+  const std::vector<HeadProfile> ladder = {{.scans = {0.3}, .damage = {3.0}},
                                            {.scans = {0.9}, .damage = {2.0}}};
-  EXPECT_EQ(ChooseByLagrange(ladder, 1.0), (Choice{1}));
+  EXPECT_EQ(ChooseByLagrange(ladder, 0.1), (Choice{0}));
 }
 
 // Against all 4^5 choices of random ladders, which need not be monotonic.
-TEST(ChooseByLagrangeTest, NoChoiceOfAsLittleDamageScansLess) {
+TEST(ChooseByLagrangeTest, NoChoiceOfAsFewScansDoesLessDamage) {
   constexpr size_t kHeads = 5, kRungs = 4;
   std::mt19937 random(9);
   std::uniform_real_distribution<double> uniform;
@@ -68,19 +66,19 @@ TEST(ChooseByLagrangeTest, NoChoiceOfAsLittleDamageScansLess) {
     std::vector<HeadProfile> ladder(kRungs);
     for (size_t rung = 0; rung < kRungs; ++rung) {
       for (size_t head = 0; head < kHeads; ++head) {
-        ladder[rung].scans.push_back(uniform(random));
-        ladder[rung].damage.push_back(rung + 1 == kRungs ? 0.0 : uniform(random));
+        ladder[rung].scans.push_back(rung == 0 ? 0.0 : uniform(random));
+        ladder[rung].damage.push_back(uniform(random));
       }
     }
     const double allowed = 2.0 * uniform(random);
     const Choice chosen = ChooseByLagrange(ladder, allowed);
-    const double damage = Damage(ladder, chosen);
-    ASSERT_LE(damage, allowed);
+    const double scans = Scans(ladder, chosen);
+    ASSERT_LE(scans, allowed);
     for (size_t code = 0; code < 1024; ++code) {
       Choice other;
       for (size_t head = 0; head < kHeads; ++head) other.push_back(code >> (2 * head) & 3U);
-      if (Damage(ladder, other) <= damage) {
-        ASSERT_GE(Scans(ladder, other), Scans(ladder, chosen) - 1e-12) << round;
+      if (Scans(ladder, other) <= scans) {
+        ASSERT_GE(Damage(ladder, other), Damage(ladder, chosen) - 1e-12) << round;
       }
     }
   }
@@ -117,13 +115,12 @@ TEST(CalibrateTest, GivesAPolicyOfTheModelsSparseLayers) {
     EXPECT_EQ(entry.layer_end, entry.layer_begin + 1);
     layers.insert(entry.layer_begin);
     ASSERT_EQ(entry.kv_head_min_cosines.size(), kTinyKvHeads);
-    for (const float cosine : entry.kv_head_min_cosines) EXPECT_GE(cosine, 0.6F);
+    for (const float cosine : entry.kv_head_min_cosines) EXPECT_GE(cosine, 0.5F);
     EXPECT_GT(entry.hidden_share.value_or(0.1F), 0.0F);
     EXPECT_GT(entry.frozen_share.value_or(0.1F), 0.0F);
   }
   EXPECT_EQ(layers, (std::set<uint32_t>{2, 4}));
-  const auto beyond = Calibrate({.budget_tokens = 120, .damage_of_cosine = 0.99F}, {}, setups);
-  EXPECT_TRUE(absl::IsInvalidArgument(beyond.status()));
+  EXPECT_FALSE(policy->layers[1].frozen_share.has_value());
 }
 
 }  // namespace

@@ -134,6 +134,9 @@ absl::StatusOr<std::vector<LoopResult>> Loop::Run() {
   std::vector<LoopResult> results;
   for (Runner& runner : runners_) {
     runner.result.steps = step_count_;
+    const auto seed_scans = served_->CountSeedScans(runner.sequence);
+    if (!seed_scans.ok()) return seed_scans.status();
+    runner.result.seed_scans = *seed_scans;
     if (text_.greedy_tokens > 0) runner.result.greedy.push_back(runner.next_token);
     results.push_back(std::move(runner.result));
   }

@@ -80,6 +80,7 @@ Contender Calibrated(const Policy& calibrated, const StudyBudget& budget) {
 
 Contender WithTau(Contender contender, float tau) {
   contender.policy.cis.min_cosine = tau;
+  contender.policy.cis.max_dropped_mass_estimate = 0.0F;
   contender.variant =
       absl::StrCat(contender.variant.empty() ? "" : contender.variant + ", ", "tau ", tau);
   return contender;
@@ -95,6 +96,8 @@ Contender Blocks(uint32_t steps, bool dilated, const StudyBudget& budget) {
   Contender contender =
       Product("cis", absl::StrCat("blocks of ", steps), SelectorKind::kCis, budget);
   contender.policy.cis.block_steps = steps;
+  contender.policy.cis.min_cosine = 0.8F;
+  contender.policy.cis.max_dropped_mass_estimate = 0.0F;
   if (dilated) {
     // What the neighbours take is given up elsewhere: 16 * 2 * 2 tokens.
     contender.variant += ", dilated";
@@ -133,40 +136,42 @@ std::vector<Contender> Ours(const Policy* calibrated) {
   return set;
 }
 
+// Shares while the list's estimated dropped mass stays under `limit`, whatever else the cosine says
+// above 0.5.
+Contender Verified(Contender contender, float limit) {
+  contender.policy.cis.min_cosine = kVerifiedMinCosine;
+  contender.policy.cis.max_dropped_mass_estimate = limit;
+  contender.variant = absl::StrCat("verified ", limit);
+  return contender;
+}
+
 std::vector<Contender> Sharing(const Policy* calibrated) {
-  std::vector<Contender> set;
-  for (const uint32_t tokens : {128U, 512U}) {
-    const StudyBudget budget{.tokens = tokens};
-    const Contender cis = Product("cis", "", SelectorKind::kCis, budget);
-    set.push_back(Published("oracle", budget));
-    set.push_back(Published("hshare", budget));
-    set.push_back(Product("scan", "", SelectorKind::kScan, budget));
-    for (const float tau : {0.6F, 0.7F, 0.75F, 0.8F, 0.85F, 0.9F, 0.95F}) {
-      set.push_back(WithTau(cis, tau));
-      set.push_back(Seeded(WithTau(cis, tau)));
-    }
-    for (const uint32_t anchors : {16U, 32U, 64U}) {
-      Contender few = cis;
-      few.variant = absl::StrCat("tau 0.8, ", anchors, " anchors");
-      few.policy.cis.anchors_max = anchors;
-      set.push_back(few);
-    }
-    for (const float tau : {0.8F, 0.9F}) {
-      Contender rotated = WithTau(cis, tau);
-      rotated.unrotated = false;
-      rotated.variant += ", cosine after rotation";
-      set.push_back(rotated);
-    }
-    set.push_back(Blocks(16, false, budget));
-    set.push_back(Blocks(32, false, budget));
-    set.push_back(Blocks(16, true, budget));
-    Contender blind = WithTau(Blocks(16, false, budget), -1.0F);
-    blind.variant = "blocks of 16, whatever the cosine";
-    set.push_back(blind);
-    if (calibrated != nullptr) {
-      set.push_back(Calibrated(*calibrated, budget));
-      set.push_back(Seeded(Calibrated(*calibrated, budget)));
-    }
+  const StudyBudget budget{.tokens = 512};
+  const Contender cis = Product("cis", "", SelectorKind::kCis, budget);
+  std::vector<Contender> set = {Published("oracle", budget), Published("hshare", budget),
+                                Product("scan", "", SelectorKind::kScan, budget)};
+  for (const float tau : {0.6F, 0.7F, 0.75F, 0.8F, 0.85F, 0.9F}) set.push_back(WithTau(cis, tau));
+  for (const float tau : {0.75F, 0.8F, 0.85F}) set.push_back(Seeded(WithTau(cis, tau)));
+  for (const float limit : {0.3F, 0.5F, 0.6F, 0.7F, 0.8F, 0.9F}) {
+    set.push_back(Verified(cis, limit));
+  }
+  for (const float limit : {0.5F, 0.7F, 0.8F, 0.9F}) set.push_back(Seeded(Verified(cis, limit)));
+  for (const uint32_t anchors : {16U, 32U}) {
+    set.push_back(WithTau(cis, 0.8F));
+    set.back().variant += absl::StrCat(", ", anchors, " anchors");
+    set.back().policy.cis.anchors_max = anchors;
+  }
+  set.push_back(WithTau(cis, 0.8F));
+  set.back().variant += ", cosine after rotation";
+  set.back().unrotated = false;
+  set.push_back(Blocks(16, false, budget));
+  set.push_back(Blocks(32, false, budget));
+  set.push_back(Blocks(16, true, budget));
+  set.push_back(WithTau(Blocks(16, false, budget), -1.0F));
+  set.back().variant = "blocks of 16, whatever the cosine";
+  if (calibrated != nullptr) {
+    set.push_back(Calibrated(*calibrated, budget));
+    set.push_back(Seeded(Calibrated(*calibrated, budget)));
   }
   return set;
 }

@@ -27,6 +27,8 @@ struct Arguments {
   std::string policy_path;
   std::string name = "calibrated";
   std::vector<std::string> sets = {"rivals", "ours"};
+  // Of the sets, those whose label has one of these in it; empty = all.
+  std::vector<std::string> only;
   std::string json_path;
   std::string command;
   QualityOptions options;
@@ -107,6 +109,23 @@ absl::StatusOr<std::optional<Policy>> ReadPolicy(const std::string& path) {
   return std::optional<Policy>(*registry.Find(json.at("name").get<std::string>()));
 }
 
+// The two halves of the table are one set of results.
+std::string ResultSet(const std::string& set) {
+  return set == "rivals" || set == "ours" ? "table" : set;
+}
+
+// The first contender is the dense one, which the others are compared with.
+void KeepOnly(const std::vector<std::string>& only, std::vector<Contender>* contenders) {
+  if (only.empty()) return;
+  const auto is_other = [&](const Contender& contender) {
+    return std::none_of(only.begin(), only.end(), [&](const std::string& part) {
+      return contender.label().find(part) != std::string::npos;
+    });
+  };
+  contenders->erase(std::remove_if(contenders->begin() + 1, contenders->end(), is_other),
+                    contenders->end());
+}
+
 int RunQuality(const Arguments& arguments) {
   const auto calibrated = ReadPolicy(arguments.policy_path);
   if (!calibrated.ok()) return Fail(arguments.policy_path, calibrated.status());
@@ -115,15 +134,16 @@ int RunQuality(const Arguments& arguments) {
   std::vector<nlohmann::ordered_json> rows;
   bool is_wrong = false;
   for (const std::string& set : arguments.sets) {
-    const std::vector<Contender> contenders =
+    std::vector<Contender> contenders =
         MakeContenders(set, calibrated->has_value() ? &**calibrated : nullptr);
+    KeepOnly(arguments.only, &contenders);
     for (const StudyText& text : study->texts) {
       const auto setup = SetUp(*study, arguments.options, text);
       if (!setup.ok()) return Fail(text.name, setup.status());
       const auto results = RunBatches(arguments.options, *setup, contenders);
       if (!results.ok()) return Fail(text.name, results.status());
       for (nlohmann::ordered_json& row : MakeRows(*setup, contenders, *results)) {
-        row["set"] = set;
+        row["set"] = ResultSet(set);
         is_wrong = is_wrong || row.value("bound_violations", 0) > 0;
         rows.push_back(std::move(row));
       }
@@ -186,6 +206,8 @@ std::function<int()> AddQuality(CLI::App* app, const std::string& command) {
   app->add_option("--sets", arguments->sets, "rivals, ours, sharing, axes, proof, tasks, quick")
       ->delimiter(',')
       ->check(CLI::IsMember({"rivals", "ours", "sharing", "axes", "proof", "tasks", "quick"}));
+  app->add_option("--only", arguments->only, "Contenders whose label has one of these in it")
+      ->delimiter(',');
   app->add_option("--json", arguments->json_path, "Write the results here");
   return [arguments] { return RunQuality(*arguments); };
 }
@@ -197,8 +219,9 @@ std::function<int()> AddCalibrate(CLI::App* app, const std::string& command) {
   app->add_option("--policy-file", arguments->policy_path, "Write the policy here")->required();
   app->add_option("--name", arguments->name, "Name of the policy (default: calibrated)");
   app->add_option("--budget", arguments->calibration.budget_tokens, "Tokens (default: 512)");
-  app->add_option("--damage-of-cosine", arguments->calibration.damage_of_cosine,
-                  "Sharing may do as much damage as this uniform cosine does (default: 0.8)");
+  app->add_option("--scans", arguments->calibration.scans_max,
+                  "Share of steps and KV heads that may scan (default: 0.1)")
+      ->check(CLI::Range(0.0, 1.0));
   app->add_option("--edit-damage", arguments->calibration.edit_damage,
                   "Part of the budget's own squared error that hiding or freezing may add in a "
                   "layer (default: 0.05)");

@@ -52,6 +52,9 @@ void AddCosts(const LoopResult& result, Json* row) {
   (*row)["scans"] = Ratio(static_cast<double>(result.scans), groups);
   (*row)["scans_second_half"] = Ratio(static_cast<double>(result.scans_second_half),
                                       static_cast<double>(result.groups_second_half));
+  // Scans per (layer, KV head) that anchors out of prompt queries cost, once, before the first
+  // step.
+  (*row)["seed_scans"] = Ratio(static_cast<double>(result.seed_scans) * result.steps, groups);
   (*row)["dense_groups"] = Ratio(static_cast<double>(result.groups_dense), groups);
   (*row)["bytes"] = Ratio(result.bytes, result.bytes_dense);
   (*row)["flops"] = Ratio(result.flops, result.flops_dense);

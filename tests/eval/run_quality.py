@@ -28,8 +28,10 @@ _SCRIPTS = Path("tests/eval")
 _KVEVAL = "build/bin/kveval"
 _WRONG_STATEMENT = 1
 
-_STUDY_SETS = ("table", "sharing", "axes", "proof")
-_NATURAL = ("prose", "code", "mixed")
+# Sets of contenders, and how many steps of a text they take (0 = all). Both halves of the table take
+# the same.
+_STUDY_SETS = {"rivals": 256, "ours": 256, "sharing": 0, "axes": 256, "proof": 0, "tasks": 0}
+_TEXT_SETS = ("rivals", "ours", "sharing", "axes", "proof")
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Plan:
     texts: dict[tuple[str, ...], tuple[int, ...]]
     tasks: dict[tuple[str, ...], tuple[int, ...]]
     calibration_tokens: int
+    # Text and length of what methods learn beforehand: sketch tables, channels, components.
+    learning: tuple[str, int]
 
 
 PLANS = (
-    Plan("smollm2", {(*_NATURAL, "needles"): (2048, 4096, 8192)},
-         {("arithmetic", "questions"): (2048, 4096)}, 4096),
-    Plan("gemma3", {("prose", "needles"): (16384, 32000)}, {}, 16384),
+    Plan("smollm2", {("prose", "code", "needles"): (2048, 4096, 8192)},
+         {("arithmetic", "questions"): (2048, 4096)}, 4096, ("mixed", 2048)),
+    Plan("gemma3", {("prose", "needles"): (16384, 32000)}, {}, 16384, ("calibration_prose", 16384)),
 )
 CALIBRATION_TEXTS = ("calibration_prose", "calibration_code", "calibration_needles")
 
@@ -86,7 +90,8 @@ def _text_step(model: str, tokens: int, text: str) -> Step:
 
 def _common(plan: Plan, settings: Settings) -> tuple[str, ...]:
     """Options that calibrating and measuring share."""
-    calibration = _text_file(plan.model, plan.calibration_tokens, CALIBRATION_TEXTS[0])
+    text, tokens = plan.learning
+    calibration = _text_file(plan.model, tokens, text)
     options = (f"--model-file={EVAL / plan.model}.kvmodel", f"--calibration-text={calibration}",
                f"--prompts={EVAL / 'prompts'}", f"--threads={settings.threads}")
     return options if settings.batch is None else (*options, f"--batch={settings.batch}")
@@ -106,6 +111,7 @@ def _quality_step(plan: Plan, settings: Settings, tokens: int, text: str, name: 
     partial = output.with_suffix(".part")
     return Step(output, (_KVEVAL, "quality", *_common(plan, settings),
                          f"--texts={_text_file(plan.model, tokens, text)}", f"--sets={name}",
+                         f"--steps={_STUDY_SETS[name]}",
                          f"--policy-file={EVAL / plan.model}.policy.json", f"--json={partial}"),
                 partial)
 
@@ -113,13 +119,14 @@ def _quality_step(plan: Plan, settings: Settings, tokens: int, text: str, name: 
 def steps_of(plan: Plan, settings: Settings) -> list[Step]:
     """Everything for one model, in order."""
     judged: list[tuple[int, str, tuple[str, ...]]]
-    judged = [(tokens, text, _STUDY_SETS) for texts, lengths in plan.texts.items()
+    judged = [(tokens, text, _TEXT_SETS) for texts, lengths in plan.texts.items()
               for tokens in lengths for text in texts]
     judged += [(tokens, text, ("tasks",)) for texts, lengths in plan.tasks.items()
                for tokens in lengths for text in texts]
     wanted = [(tokens, text, name) for tokens, text, names in judged for name in names
               if name in settings.sets]
     texts = [(plan.calibration_tokens, text) for text in CALIBRATION_TEXTS]
+    texts.append((plan.learning[1], plan.learning[0]))
     texts += dict.fromkeys((tokens, text) for tokens, text, _ in wanted)
     return [Step(EVAL / f"{plan.model}.kvmodel", _python("export_model.py", plan.model)),
             *(_text_step(plan.model, tokens, text) for tokens, text in texts),
@@ -162,7 +169,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Settings, b
     parser = argparse.ArgumentParser(prog="run_quality.py",
                                      description=(__doc__ or "").split("\n")[0])
     models = [plan.model for plan in PLANS]
-    sets = [*_STUDY_SETS, "tasks"]
+    sets = list(_STUDY_SETS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, help="contenders in lockstep (kveval's default: 16)")
     parser.add_argument("--models", nargs="+", choices=models, default=models)

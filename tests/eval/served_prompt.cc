@@ -9,13 +9,14 @@
 #include "absl/strings/str_cat.h"
 #include "attention/sketch.h"
 #include "kvservice/clock.h"
+#include "tests/eval/contender.h"
 #include "tests/kvservice/fakes.h"
 
 namespace kvservice::eval {
 namespace {
 
 constexpr char kTenant[] = "study";
-constexpr uint32_t kChunkTokens = 1024;
+constexpr uint32_t kChunkTokens = kQuerySampleTokensMax;
 
 std::string ModelName(bool unrotated) { return unrotated ? "study" : "study-as-received"; }
 
@@ -71,6 +72,7 @@ absl::StatusOr<std::unique_ptr<ServedPrompt>> ServedPrompt::Make(
   if (!device.ok()) return device.status();
   EngineOptions engine_options;
   engine_options.pool_bytes = PoolBytes(shape, prompt.length(), options);
+  engine_options.seed_bytes_per_sequence_max = size_t{1} << 30;
   engine_options.rows_max =
       std::max(engine_options.rows_max, static_cast<uint32_t>(options.fork_count));
   engine_options.audit_rate = 0.0;
@@ -101,9 +103,11 @@ absl::StatusOr<std::unique_ptr<ServedPrompt>> ServedPrompt::Make(
 }
 
 absl::Status ServedPrompt::AppendLayer(const ServedSequence& sequence, uint32_t layer,
-                                       bool /*seeded*/) {
+                                       bool seeded) {
   const PromptLayer& cached = prompt_.cache().layers[layer];
   const size_t length = prompt_.length();
+  const size_t sampled_begin = seeded ? length - prompt_.cache().query_count : length;
+  const size_t query_floats = size_t{shape_.query_head_count} * shape_.head_dim;
   for (size_t first = 0; first < length; first += kChunkTokens) {
     const size_t count = std::min<size_t>(kChunkTokens, length - first);
     const std::vector<uint16_t> k = ByToken(shape_, cached.k, length, first, count);
@@ -123,6 +127,21 @@ absl::Status ServedPrompt::AppendLayer(const ServedSequence& sequence, uint32_t 
                     .position = static_cast<uint32_t>(first),
                     .k = view(k, "k"),
                     .v = view(v, "v")};
+    std::vector<uint32_t> positions;
+    for (size_t at = std::max(first, sampled_begin); at < first + count; ++at) {
+      positions.push_back(static_cast<uint32_t>(at));
+    }
+    const std::vector<int64_t> sample_extents = {static_cast<int64_t>(positions.size()),
+                                                 shape_.query_head_count, shape_.head_dim};
+    if (!positions.empty()) {
+      const float* sample = &cached.queries[(positions[0] - sampled_begin) * query_floats];
+      call.query_sample = TensorView{.dtype = DType::kFloat32,
+                                     .shape = sample_extents,
+                                     .bytes = {reinterpret_cast<const std::byte*>(sample),
+                                               positions.size() * query_floats * sizeof(float)},
+                                     .field = "query_sample"};
+      call.query_sample_positions = positions;
+    }
     const auto appended = Await<AppendResult>(
         [&](Done<AppendResult> done) { engine_->Append(std::move(call), std::move(done)); });
     if (!appended.ok()) return appended.status();
@@ -139,7 +158,9 @@ absl::StatusOr<ServedSequence> ServedPrompt::MakeBase(bool seeded, bool unrotate
   if (!created.ok()) return created.status();
   const ServedSequence sequence{.id = created->id, .generation = created->generation};
   for (uint32_t layer = 0; layer < shape_.layer_count; ++layer) {
-    const absl::Status status = AppendLayer(sequence, layer, seeded);
+    // Layers that are dense for everybody have no anchors.
+    const bool has_anchors = layer >= kStudyDenseLayers && shape_.windows[layer] == 0;
+    const absl::Status status = AppendLayer(sequence, layer, seeded && has_anchors);
     if (!status.ok()) return status;
   }
   return sequence;
@@ -158,6 +179,13 @@ absl::StatusOr<ServedSequence> ServedPrompt::Fork(bool seeded, bool unrotated) {
   });
   if (!forked.ok()) return forked.status();
   return ServedSequence{.id = forked->id, .generation = forked->generation};
+}
+
+absl::StatusOr<uint64_t> ServedPrompt::CountSeedScans(const ServedSequence& sequence) {
+  const auto info = Await<SequenceInfo>(
+      [&](Done<SequenceInfo> done) { engine_->Get(kTenant, sequence.id, std::move(done)); });
+  if (!info.ok()) return info.status();
+  return info->stats.anchor_seed_scans;
 }
 
 absl::Status ServedPrompt::Attend(AttendCall* call) {

@@ -45,7 +45,8 @@ class ServedPrompt {
   absl::StatusOr<ServedSequence> Fork(bool seeded, bool unrotated);
   // Runs and waits. OK only if every row is.
   absl::Status Attend(AttendCall* call);
-  Engine* engine() { return engine_.get(); }
+  // Scans that were made for anchors out of the prompt's queries.
+  absl::StatusOr<uint64_t> CountSeedScans(const ServedSequence& sequence);
 
  private:
   ServedPrompt(const DecoderShape& shape, const SharedPrompt& prompt);
