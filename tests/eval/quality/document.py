@@ -37,9 +37,9 @@ def document_text(results: Results) -> str:
 
 
 _COLUMNS = (("tokens_read", number), ("scans", percent), ("scans_second_half", percent),
-            ("seed_scans", number), ("bytes", percent), ("flops", percent),
-            ("kl_mean", number), ("kl_p99", number), ("kl_max", number), ("top1", percent),
-            ("nll_change", percent), ("dropped_mean", number), ("dropped_p99", number), ("excess_mean", number),
+            ("seed_scans", number), ("bytes", percent), ("flops", percent), ("kl_mean", number),
+            ("kl_p99", number), ("kl_max", number), ("top1", percent), ("nll_change", percent),
+            ("dropped_mean", number), ("dropped_p99", number), ("excess_mean", number),
             ("output_error_mean", number))
 _HEADER = ("method", "budget", "tokens", "scans", "2nd half", "seed scans", "bytes", "FLOPs", "KL",
            "KL p99", "KL max", "top-1", "NLL", "dropped", "dropped p99", "excess", "output error",
