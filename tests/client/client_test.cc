@@ -328,7 +328,8 @@ TEST_F(ClientTest, SampledQueriesOfAPromptBecomeAnchors) {
   policy.layers.emplace();
   policy.dense_below_tokens = 0;
   policy.budget = client::Budget{.top_k_tokens = 24};
-  policy.cis = client::CisPolicy{.min_cosine = 0.99F, .anchors_max = 500, .seed = false};
+  policy.cis = client::CisPolicy{
+      .min_cosine = 0.99F, .anchors_max = 500, .seed = false, .max_dropped_mass_estimate = 0.0F};
   absl::StatusOr<client::AttendRowResult> row = Read(sequence, 0, 599, policy);
   ASSERT_TRUE(row.ok()) << row.status();
   EXPECT_TRUE(row->groups[0].scanned);

@@ -532,6 +532,7 @@ TEST(EngineSelectorTest, AssumedStatementsStandBesideCertificates) {
   engine.Fill(handle, 0, Counting(0, 500));
   Policy policy = Scanning(SelectorKind::kCpe);
   policy.cis.min_cosine = -1.0F;
+  policy.cis.max_dropped_mass_estimate = 0.0F;
   policy.layers = {{.layer_begin = 1,
                     .layer_end = 2,
                     .hidden_share = 0.25F,
@@ -704,7 +705,8 @@ TEST(EngineSelectorTest, ListsAreBounded) {
   engine.Fill(handle, 0, Counting(0, 256));
   const size_t blocks_bytes = 5 * BlockBytes(engine.model());
   Policy policy = Scanning(SelectorKind::kCis);
-  policy.cis.min_cosine = 1.0F;  // Every step becomes an anchor.
+  policy.cis.min_cosine = 1.0F;  // Every step becomes an anchor, of a list alone.
+  policy.cis.max_dropped_mass_estimate = 0.0F;
   size_t most = 0;
   bool dropped = false;
   for (uint32_t position = 256; position < 280; ++position) {

@@ -317,7 +317,8 @@ TEST(MakePlanTest, CalibratedNumbersReplaceThePolicys) {
     return step.plan;
   };
   const Plan plain = plan_of(2);
-  EXPECT_EQ(plain.min_cosine, 0.8F);
+  EXPECT_EQ(plain.min_cosine, kVerifiedMinCosine);
+  EXPECT_EQ(plain.reuse_mass_limit, kVerifiedDroppedMass);
   EXPECT_TRUE(plain.min_cosines.empty());
   EXPECT_EQ(plain.visible_begin, PsawHiddenCount(policy.psaw, 2, 32, 4001));
 
