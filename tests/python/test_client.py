@@ -77,7 +77,7 @@ def test_sampled_queries_become_anchors(sequence):
     rng = np.random.default_rng(4)
     tokens, layers = 500, CONFIG.layer_count
     queries = rng.standard_normal((layers, 400, CONFIG.query_head_count, CONFIG.head_dim))
-    positions = np.arange(50, 450)
+    positions = np.arange(100, 500)  # the last one where the steps below are
     k, v = random_tokens(tokens)
 
     def refused(bad, sample=queries):
@@ -92,14 +92,16 @@ def test_sampled_queries_become_anchors(sequence):
     assert reply.message_count == 2 * layers  # no more than 256 queries in one
     assert reply.sequence.length_tokens == tokens
     policy = make_policy(
-        "cis", min_cosine=0.99, top_k_tokens=24, layers=[], dense_below_tokens=0,
+        "cis", min_cosine=0.99, max_sharing_estimate=0.0, top_k_tokens=24, layers=[],
+        dense_below_tokens=0,
     )
     # Steps at one place: the first few use the samples up, none of them changes the sequence.
     for _ in range(7):
         sequence.attend(1, random_query(), position=tokens - 1, policy=policy)
     totals = sequence.describe().totals
     assert totals.anchor_seed_scans == 400 * CONFIG.kv_head_count
-    groups = sequence.attend(1, queries[1, 399], position=tokens - 1, policy=policy).groups
+    last = queries[1, 399].astype(np.float32)
+    groups = sequence.attend(1, last, position=tokens - 1, policy=policy).groups
     assert (groups.action == Action.REUSED).all()
     assert (groups.key_norm_max > 1).all() and (groups.query_distance >= 0).all()
     assert ((0 <= groups.assumed_cis_excess_mass) & (groups.assumed_cis_excess_mass <= 1)).all()
