@@ -268,6 +268,7 @@ TEST_F(ClosedLoopTest, CostsOfDenseAndScanAreThoseOfFormulas) {
 TEST_F(ClosedLoopTest, CostsOfSharingHaveTheAnchors) {
   Contender sharing = Product(SelectorKind::kCis);
   sharing.policy.cis.min_cosine = -1.0F;
+  sharing.policy.cis.max_dropped_mass_estimate = 0.0F;
   const LoopResult result = Run(Forced(), {sharing})[1];
   EXPECT_EQ(result.scans, kHeads);
   EXPECT_EQ(result.scans_second_half, 0U);
@@ -280,11 +281,19 @@ TEST_F(ClosedLoopTest, CostsOfSharingHaveTheAnchors) {
 TEST_F(ClosedLoopTest, ForgottenAnchorsCostNothing) {
   Contender sharing = Product(SelectorKind::kCis);
   sharing.policy.cis.min_cosine = -1.0F;
+  sharing.policy.cis.max_dropped_mass_estimate = 0.0F;
   sharing.policy.cis.block_steps = 5;
   const LoopResult result = Run(Forced(), {sharing})[1];
   EXPECT_EQ(result.scans, kHeads * (kSteps / 5));
   EXPECT_EQ(result.scans_second_half, kHeads * (kSteps / 5) / 2);
   EXPECT_NEAR(ComparedAnchors(result), kHeads * (kSteps - kSteps / 5), 1e-6);
+}
+
+TEST_F(ClosedLoopTest, TheDenseOneCanRunAlone) {
+  const auto results = Run(Forced(), {});
+  ASSERT_EQ(results.size(), 1U);
+  EXPECT_EQ(results[0].steps, kSteps);
+  EXPECT_EQ(results[0].tokens_read, VisibleTokens());
 }
 
 TEST_F(ClosedLoopTest, BatchesKeepTheOrderAndThreadsChangeNothing) {
