@@ -51,8 +51,8 @@ struct CisPolicy {
   std::optional<uint32_t> dilate_radius_tokens = {};
   // Make anchors of the prompt queries that came with the keys (AppendWriter::Write).
   std::optional<bool> seed = {};
-  // Do not reuse a list that is estimated to drop more than this share of mass, in (0, 1). Both
-  // this and min_cosine must hold. No bound.
+  // Do not reuse a list that is estimated to drop more than this share of mass, in (0, 1); 0 = off.
+  // Both this and min_cosine must hold. No bound.
   std::optional<float> max_dropped_mass_estimate = {};
 };
 
@@ -81,6 +81,11 @@ struct LayerOverride {
   // Share of the past that kPsaw and kCpe hide, and kEtf and kCpe freeze, in [0, 1).
   std::optional<float> hidden_share = {};
   std::optional<float> frozen_share = {};
+  // Fitted by calibration, for GroupReport::assumed_* alone: attention beyond distance D is
+  // psaw_decay_scale exp(-psaw_decay_rate D), and a shallower layer's logits are this far off.
+  std::optional<float> psaw_decay_scale = {};
+  std::optional<float> psaw_decay_rate = {};
+  std::optional<float> etf_logit_drift = {};
 };
 
 struct Policy {

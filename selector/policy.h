@@ -102,6 +102,12 @@ struct LayerOverride {
   // schedule says: floor(share t) positions at length t.
   std::optional<float> hidden_share = {};
   std::optional<float> frozen_share = {};
+  // Fitted by calibration, for what the theory assumes (selector/assumed.h) and for nothing else:
+  // the mass beyond distance D is psaw_decay_scale exp(-psaw_decay_rate D), both or neither; logits
+  // of the shallower layer are within etf_logit_drift of the layer's own. Finite, at least 0.
+  std::optional<float> psaw_decay_scale = {};
+  std::optional<float> psaw_decay_rate = {};
+  std::optional<float> etf_logit_drift = {};
   friend bool operator==(const LayerOverride&, const LayerOverride&) = default;
 };
 
@@ -144,8 +150,9 @@ inline constexpr float kVerifiedDroppedMass = 0.8F;
 
 // The policy a selector stands for when only its name is given: kCpe, kCis, kPsaw, kEtf, kScan and
 // kGiven ask for no proof (guarantee = kNone, limit 1) and answer densely where one is asked for in
-// vain, kPsaw and kEtf switch their edit on (phi = psi = 0.85), kCertified and kAuto prove 0.05
-// with confidence and grow until they can.
+// vain, kCis and kCpe share what is verified (the two numbers above), kPsaw and kEtf switch their
+// edit on (phi = psi = 0.85), kCertified and kAuto prove 0.05 with confidence and grow until they
+// can.
 Policy DefaultPolicy(SelectorKind selector);
 
 // Largest numbers that a policy may carry; beyond them is a mistake, not a wish.

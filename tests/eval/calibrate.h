@@ -5,8 +5,8 @@
 // output is compared with that of scanning every step under the same budget. Damage is the growth
 // of the mean squared relative output error: squares, because the worst steps decide, not the mean.
 //
-//   sharing   Per KV head one least cosine of the ladder, under verified sharing. All together do as
-//             little damage as possible while they scan no more than asked for (Lagrange: a head
+//   sharing   Per KV head one least cosine of the ladder, under verified sharing. All together do
+//             as little damage as possible while they scan no more than asked for (Lagrange: a head
 //             takes the cosine that minimises damage + lambda * scans).
 //   hiding, freezing
 //             Per layer the largest share of the ladder up to which damage is at most a small part

@@ -4,8 +4,9 @@
     build/venv/bin/python tests/eval/quality_report.py build/eval/results/*.json
 
 merges result files of `kveval quality`; without files, docs/quality.json is read again. The list of
-goals is printed too. Pictures need tests/eval/requirements-pictures.txt. Exit status 1: files
-disagree, or a picture is too large to be kept.
+goals is printed too, and a table of methods for the README. Pictures need
+tests/eval/requirements-pictures.txt. Exit status 1: files disagree, or a picture is too large to be
+kept.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ sys.path.append(str(ROOT / "build/eval_pictures"))
 from quality.document import document_text, tables_text  # noqa: E402
 from quality.goals import goals_text  # noqa: E402
 from quality.rows import Results, read_rows, rows_text  # noqa: E402
+from quality.summary import summary_text  # noqa: E402
 
 
 def write_report(files: list[Path], docs: Path, with_pictures: bool) -> str:
-    """Writes everything into `docs`; returns the list of goals."""
+    """Writes everything into `docs`; returns the list of goals and a short table."""
     rows = read_rows(files or [docs / "quality.json"])
     results = Results(rows)
     docs.mkdir(parents=True, exist_ok=True)
@@ -35,7 +37,7 @@ def write_report(files: list[Path], docs: Path, with_pictures: bool) -> str:
         from quality.pictures import write_pictures
 
         write_pictures(results, docs / "images")
-    return goals_text(results)
+    return "\n\n".join((goals_text(results), summary_text(results)))
 
 
 def main() -> int:

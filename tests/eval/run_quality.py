@@ -28,8 +28,8 @@ _SCRIPTS = Path("tests/eval")
 _KVEVAL = "build/bin/kveval"
 _WRONG_STATEMENT = 1
 
-# Sets of contenders, and how many steps of a text they take (0 = all). Both halves of the table take
-# the same.
+# Sets of contenders, and how many steps of a text they take (0 = all). Both halves of the table
+# take the same.
 _STUDY_SETS = {"rivals": 256, "ours": 256, "sharing": 0, "axes": 256, "proof": 0, "tasks": 0}
 _TEXT_SETS = ("rivals", "ours", "sharing", "axes", "proof")
 

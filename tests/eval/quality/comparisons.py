@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from .measures import interpolate, log_kl
 from .rows import (
     CALIBRATED,
-    FIXED_BUDGETS,
-    ORACLE,
     PUBLISHED,
     SCANS_ALL,
     Case,
@@ -82,19 +80,27 @@ class Duel:
         return self.verdict == BETTER and not self.loses_needles
 
 
+def cases_without_own(results: Results) -> list[Case]:
+    """Cases of the table with published methods and without calibrated CPE: nothing is compared."""
+    return [case for case in results.cases("table")
+            if published_rows(results, case) and not results.curve("table", case, CALIBRATED)]
+
+
 def duels(results: Results) -> list[Duel]:
-    """Every published method that scans less than all keys, on every case at every budget."""
+    """Every published method that scans less than all keys, on every case at every budget, where
+    CPE was measured at all."""
     found = []
-    curves: dict[Case, list[Row]] = {}
     for case in results.cases("table"):
-        curves[case] = results.curve("table", case, CALIBRATED)
+        curve = results.curve("table", case, CALIBRATED)
+        if not curve:
+            continue
         for method in PUBLISHED:
             for budget in results.budgets("table"):
                 rival = results.get("table", case, (method, ""), budget)
                 if rival is None or rival.get("kl_mean") is None or rival["scans"] >= SCANS_ALL:
                     continue
                 own = results.get("table", case, CALIBRATED, budget)
-                found.append(Duel(case, rival, own, *compare_at_equal_tokens(curves[case], rival)))
+                found.append(Duel(case, rival, own, *compare_at_equal_tokens(curve, rival)))
     return found
 
 
@@ -179,63 +185,12 @@ def published_rows(results: Results, case: Case) -> list[Row]:
 
 
 def flops_cells(results: Results) -> list[FlopsCell]:
-    """The best published results of every case, by FLOPs."""
+    """The best published results of every case where CPE was measured at all, by FLOPs."""
     cells = []
     for case in results.cases("table"):
         own = results.curve("table", case, CALIBRATED)
+        if not own:
+            continue
         cells += [FlopsCell(case, rival, flops_at_kl(own, rival["kl_mean"]))
                   for rival in frontier(published_rows(results, case)) if rival["flops"] > 0]
     return cells
-
-
-# ---- Scans against the oracle and HShare ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SharingCell:
-    """CPE on a case at a fixed budget, beside the oracle and HShare."""
-
-    case: Case
-    budget: str
-    own: Row | None
-    oracle: Row | None
-    hshare: Row | None
-
-    @property
-    def kl_ratio(self) -> float | None:
-        """KL over the oracle's."""
-        if self.own is None or self.oracle is None:
-            return None
-        return math.exp(log_kl(self.own["kl_mean"]) - log_kl(self.oracle["kl_mean"]))
-
-    @property
-    def needles_lost(self) -> int:
-        """Needles that dense attention finds beyond CPE's."""
-        if self.own is None:
-            return 0
-        return int(max(0, self.own.get("needles_right_dense", 0)
-                       - self.own.get("needles_right", 0)))
-
-    def holds(self, scans_max: float, ratio_natural: float, ratio_needles: float) -> bool | None:
-        """Few enough scans in the second half at a KL near the oracle's? None without rows."""
-        ratio = self.kl_ratio
-        if self.own is None or ratio is None:
-            return None
-        allowed = ratio_needles if "needles" in self.own else ratio_natural
-        return bool(self.own["scans_second_half"] <= scans_max and ratio <= allowed
-                    and self.needles_lost == 0)
-
-    def beats_hshare(self, scans_share_max: float) -> bool | None:
-        """At most that share of HShare's scans at equal or better KL? None without rows."""
-        if self.own is None or self.hshare is None:
-            return None
-        return bool(self.own["scans"] <= scans_share_max * self.hshare["scans"]
-                    and self.own["kl_mean"] <= self.hshare["kl_mean"])
-
-
-def sharing_cells(results: Results, contender: Contender, model: str) -> list[SharingCell]:
-    """Fixed budgets of one model's cases of the table."""
-    return [SharingCell(case, budget, results.get("table", case, contender, budget),
-                        results.get("table", case, ORACLE, budget),
-                        results.get("table", case, ("hshare", ""), budget))
-            for case in results.cases("table") if case.model == model for budget in FIXED_BUDGETS]

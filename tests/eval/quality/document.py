@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import sections_edits, sections_methods, sections_trust
+from . import sections_edits, sections_methods, sections_sharing, sections_trust
 from .goals import goals_text, obstacles_text
 from .markdown import listing, number, percent, section, table
 from .rows import (
@@ -22,7 +22,7 @@ _SECTIONS = (
     sections_methods.what_was_measured, sections_methods.headline,
     sections_methods.fixed_or_adaptive, sections_methods.oracle_distance,
     sections_methods.against_rivals, sections_methods.flops_at_equal_quality,
-    sections_edits.where_sharing_breaks, sections_edits.depth_and_layer_edits,
+    sections_sharing.where_sharing_breaks, sections_edits.depth_and_layer_edits,
     sections_trust.worst_steps, sections_trust.certificates, sections_trust.when_dense_is_right,
     sections_trust.heat_map)
 
@@ -37,13 +37,13 @@ def document_text(results: Results) -> str:
 
 
 _COLUMNS = (("tokens_read", number), ("scans", percent), ("scans_second_half", percent),
-            ("bytes", percent), ("flops", percent), ("kl_mean", number), ("kl_p99", number),
-            ("kl_max", number), ("top1", percent), ("nll_change", percent),
+            ("seed_scans", number), ("bytes", percent), ("flops", percent), ("kl_mean", number),
+            ("kl_p99", number), ("kl_max", number), ("top1", percent), ("nll_change", percent),
             ("dropped_mean", number), ("dropped_p99", number), ("excess_mean", number),
             ("output_error_mean", number))
-_HEADER = ("method", "budget", "tokens", "scans", "2nd half", "bytes", "FLOPs", "KL", "KL p99",
-           "KL max", "top-1", "NLL", "dropped", "dropped p99", "excess", "output error", "needles",
-           "digits", "as dense")
+_HEADER = ("method", "budget", "tokens", "scans", "2nd half", "seed scans", "bytes", "FLOPs", "KL",
+           "KL p99", "KL max", "top-1", "NLL", "dropped", "dropped p99", "excess", "output error",
+           "needles", "digits", "as dense")
 
 
 def _counts(row: Row, part: str, whole: str) -> str:

@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from .comparisons import (
     BETTER,
     UNDECIDED,
-    SharingCell,
     adaptive_cells,
+    cases_without_own,
     duels,
     flops_cells,
-    sharing_cells,
 )
 from .markdown import listing, number, of, percent, table
 from .measures import binomial_tail, geometric_mean
 from .rows import (
     BUDGETS,
     CALIBRATED,
-    DEMO_MODEL,
-    FIXED_BUDGETS,
     ORACLE,
     SCAN,
     SEEDED,
@@ -34,14 +31,25 @@ from .rows import (
     Contender,
     Results,
     Row,
-    missing_cells,
+    contender_label,
+    gaps,
     promised_cases,
 )
+from .sharing import (
+    GENERATION_BUDGET,
+    GENERATION_STEPS,
+    KL_RATIO_NATURAL,
+    KL_RATIO_NEEDLES,
+    SharingCell,
+    best_uniform,
+    generation_cells,
+    is_seeded,
+    needles_lost,
+    scans_max_of,
+    scans_with_seeds,
+    sharing_cells,
+)
 
-SCANS_MAX = 0.10
-SCANS_MAX_SEEDED = 0.05
-KL_RATIO_NATURAL = 1.5
-KL_RATIO_NEEDLES = 3.0
 HSHARE_SCANS_SHARE = 1 / 3
 NLL_CHANGE_MAX = 0.01
 CERTIFICATES_MIN = 10_000_000
@@ -69,18 +77,25 @@ class Goal:
 
 
 def _complete_table(results: Results) -> Goal:
-    missing = missing_cells(results)
+    missing = gaps(results)
     texts = {case.text for case in results.cases("table")}
     cells = len(promised_cases(results)) * len(TABLE_CONTENDERS) * len(BUDGETS)
     measured = f"{len(texts)} texts"
     if not missing:
         measured += f", all {cells:,} cells"
     else:
-        absent = [cell for cell in missing if cell.endswith("every cell")]
-        measured += f"; missing: {len(absent)} texts and lengths"
-        measured += f", {len(missing) - len(absent)} cells of others"
+        absent = [gap for gap in missing if gap.is_whole_case]
+        elsewhere = sum(gap.cells for gap in missing if not gap.is_whole_case)
+        measured += (f", {of(cells - sum(gap.cells for gap in missing), cells)} cells; missing: "
+                     f"{len(absent)} texts and lengths, {elsewhere:,} cells of others")
     return Goal("1. Complete", f"methods x texts x lengths x budgets, at least {TEXTS_MIN} texts",
-                measured, not missing and len(texts) >= TEXTS_MIN, tuple(missing))
+                measured, not missing and len(texts) >= TEXTS_MIN,
+                tuple(gap.where for gap in missing))
+
+
+def _unmeasured(results: Results) -> tuple[str, ...]:
+    return tuple(f"{case.label}: no row of calibrated CPE"
+                 for case in cases_without_own(results))
 
 
 def _equal_tokens(results: Results) -> Goal:
@@ -95,8 +110,9 @@ def _equal_tokens(results: Results) -> Goal:
         f"KL {number(duel.own_kl)} against {number(duel.rival['kl_mean'])}, {duel.verdict}"
         + (", fewer needles" if duel.loses_needles else "")
         for duel in found if not duel.is_held)
+    exceptions += _unmeasured(results)
     # A comparison that cannot be made is not one that holds.
-    is_met = None if not found else len(held) == len(found)
+    is_met = None if not found else not exceptions
     if is_met is False and all(duel.verdict in (BETTER, UNDECIDED) and not duel.loses_needles
                                for duel in found):
         is_met = None
@@ -114,58 +130,94 @@ def _verdicts(cells: Sequence[SharingCell],
     return judged.count(True), False not in judged
 
 
-def _sharing_exception(cell: SharingCell) -> str:
+def places_text(cells: Sequence[SharingCell]) -> str:
+    """Texts, each with its lengths."""
+    lengths: dict[str, list[str]] = {}
+    for cell in cells:
+        lengths.setdefault(cell.case.text, []).append(str(cell.case.tokens))
+    return ", ".join(f"{text} {' '.join(found)}" for text, found in lengths.items())
+
+
+def _sharing_exception(results: Results, contender: Contender, cell: SharingCell) -> str:
     where = f"{cell.case.label} at {cell.budget}: "
-    if cell.own is None or cell.oracle is None:
-        return where + "rows missing"
-    text = (f"{percent(cell.own['scans_second_half'])} scans in the second half, "
-            f"{number(cell.kl_ratio)} times the oracle's KL ({number(cell.own['kl_mean'])})")
-    return where + text + (f", {cell.needles_lost} needles lost" if cell.needles_lost else "")
+    if cell.own is not None and cell.oracle is not None:
+        text = (f"{percent(cell.own['scans_second_half'])} scans in the second half, "
+                f"{number(cell.kl_ratio)} times the oracle's KL ({number(cell.own['kl_mean'])})")
+        return where + text + (f", {cell.needles_lost} needles lost" if cell.needles_lost else "")
+    shorter = next((other for other in sharing_cells(results, contender)
+                    if other.case.label == cell.case.label and other.budget == cell.budget
+                    and other.kl_ratio is not None), None)
+    where += f"no {GENERATION_STEPS} steps measured"
+    if shorter is None or shorter.own is None:
+        return where
+    return (where + f" (in the table's {shorter.own['steps']}: "
+            f"{percent(shorter.own['scans_second_half'])} scans in the second half, "
+            f"{number(shorter.kl_ratio)} times the oracle's KL)")
 
 
-def _few_scans(results: Results, contender: Contender, budget: str) -> Goal:
-    seeded = contender == SEEDED
-    scans_max = SCANS_MAX_SEEDED if seeded else SCANS_MAX
-    cells = [cell for cell in sharing_cells(results, contender, DEMO_MODEL)
-             if cell.budget == budget]
+def _few_scans(results: Results, contender: Contender) -> Goal:
+    seeded = is_seeded(contender)
+    scans_max = scans_max_of(contender)
+    cells = generation_cells(results, contender)
 
     def judge(cell: SharingCell) -> bool | None:
-        return cell.holds(scans_max, KL_RATIO_NATURAL, KL_RATIO_NEEDLES)
+        return cell.holds(scans_max)
 
     held, is_met = _verdicts(cells, judge)
-    scans = [cell.own["scans_second_half"] for cell in cells if cell.own is not None]
-    measured = of(held, len(cells)) + " texts and lengths"
-    if scans:
-        measured += f"; scans at most {percent(max(scans))}"
-    return Goal(f"2b. Few scans{', seeded' if seeded else ''}, {budget} tokens",
-                f"second half of 512 steps: at most {percent(scans_max)} scans, KL at most "
-                f"{KL_RATIO_NATURAL:g}x the same-budget oracle ({KL_RATIO_NEEDLES:g}x on needles, "
-                "none lost)", measured, is_met,
-                tuple(_sharing_exception(cell) for cell in cells if not judge(cell)))
+    there = [cell for cell in cells if cell.own is not None and cell.oracle is not None]
+    measured = f"{contender_label(contender)}: {of(held, len(there))} texts and lengths"
+    if there:
+        scans = [cell.own["scans_second_half"] for cell in there if cell.own is not None]
+        measured += f" ({places_text(there)}); scans at most {percent(max(scans))}"
+    measured += f"; {len(cells) - len(there)} missing" if len(there) < len(cells) else ""
+    best = best_uniform(results, seeded)
+    if best is not None:
+        measured += f"; best uncalibrated: {contender_label(best[0])}, {of(best[1], best[2])}"
+    return Goal(f"2b. Few scans{', seeded' if seeded else ''}",
+                f"second half of {GENERATION_STEPS} steps at {GENERATION_BUDGET} tokens: at most "
+                f"{percent(scans_max)} scans, KL at most {KL_RATIO_NATURAL:g}x the same-budget "
+                f"oracle ({KL_RATIO_NEEDLES:g}x on needles, none lost)", measured, is_met,
+                tuple(_sharing_exception(results, contender, cell) for cell in cells
+                      if not judge(cell)))
 
 
 def _hshare_exception(cell: SharingCell) -> str:
     where = f"{cell.case.label} at {cell.budget}: "
     if cell.own is None or cell.hshare is None:
         return where + "rows missing"
-    return (where + f"scans {percent(cell.own['scans'])} against {percent(cell.hshare['scans'])}, "
-            f"KL {number(cell.own['kl_mean'])} against {number(cell.hshare['kl_mean'])}")
+    seeds = cell.own.get("seed_scans", 0.0)
+    return (where + f"scans {percent(cell.own['scans'])} against {percent(cell.hshare['scans'])}"
+            + (f" and {number(seeds)} once per layer and KV head for seeding" if seeds else "")
+            + f", KL {number(cell.own['kl_mean'])} against {number(cell.hshare['kl_mean'])}")
+
+
+def scans_of_hshare(cells: Sequence[SharingCell]) -> list[float]:
+    """Scans over HShare's, what seeding scanned included, where both are there."""
+    shares = []
+    for cell in cells:
+        scans = None if cell.own is None else scans_with_seeds(cell.own)
+        if scans is not None and cell.hshare is not None and cell.hshare["scans"] > 0:
+            shares.append(scans / cell.hshare["scans"])
+    return shares
 
 
 def _third_of_hshare(results: Results, contender: Contender) -> Goal:
-    cells = sharing_cells(results, contender, DEMO_MODEL)
+    cells = sharing_cells(results, contender)
 
     def judge(cell: SharingCell) -> bool | None:
         return cell.beats_hshare(HSHARE_SCANS_SHARE)
 
     held, is_met = _verdicts(cells, judge)
-    shares = [cell.own["scans"] / cell.hshare["scans"] for cell in cells
-              if cell.own is not None and cell.hshare is not None and cell.hshare["scans"] > 0]
-    middle = geometric_mean(shares)
-    return Goal(f"2c. HShare{', seeded' if contender == SEEDED else ''}",
+    measured = (f"{of(held, len(cells))} cells; scans "
+                f"{number(geometric_mean(scans_of_hshare(cells)))} of HShare's on average")
+    if is_seeded(contender):
+        shares = [cell.own["scans"] / cell.hshare["scans"] for cell in cells
+                  if cell.own is not None and cell.hshare is not None and cell.hshare["scans"] > 0]
+        measured += (", those for seeding spread over the steps; "
+                     f"{number(geometric_mean(shares))} without them")
+    return Goal(f"2c. HShare{', seeded' if is_seeded(contender) else ''}",
                 "at most a third of HShare's scans at equal or better KL, every text, length and "
-                "fixed budget",
-                of(held, len(cells)) + f" cells; scans {number(middle)} of HShare's on average",
+                "fixed budget", measured,
                 is_met, tuple(_hshare_exception(cell) for cell in cells if not judge(cell)))
 
 
@@ -194,11 +246,6 @@ def shipped_rows(results: Results) -> dict[Case, Row]:
             if row is not None:
                 rows[case] = row
     return rows
-
-
-def needles_lost(row: Row) -> int:
-    """Needles that dense attention finds beyond this row's."""
-    return int(max(0, row.get("needles_right_dense", 0) - row.get("needles_right", 0)))
 
 
 def _shipped(results: Results) -> Goal:
@@ -281,18 +328,19 @@ def _flops(results: Results) -> Goal:
                   + ("no budget of CPE reaches this KL" if cell.ratio is None
                      else f"CPE needs {number(cell.ratio)} of it")
                   for cell in cells if cell not in held]
+    is_met = None if not cells else len(held) == len(cells)
+    absent = _unmeasured(results)
     return Goal("6. FLOPs", "attention FLOPs of calibrated CPE at most 0.85 of the best published "
                 "sparse method's at equal KL",
                 f"{of(len(held), len(cells))} results of the frontier; ratio {number(middle)} on "
                 "average where CPE reaches the KL",
-                None if not cells else len(held) == len(cells), tuple(exceptions))
+                None if is_met and absent else is_met, (*exceptions, *absent))
 
 
 def goals(results: Results) -> list[Goal]:
     """The whole list."""
-    few = [_few_scans(results, contender, budget) for contender in (CALIBRATED, SEEDED)
-           for budget in reversed(FIXED_BUDGETS)]
-    return [_complete_table(results), _equal_tokens(results), *few,
+    return [_complete_table(results), _equal_tokens(results),
+            _few_scans(results, CALIBRATED), _few_scans(results, SEEDED),
             _third_of_hshare(results, CALIBRATED), _third_of_hshare(results, SEEDED),
             _adaptive(results, SCAN), _adaptive(results, ORACLE), _shipped(results),
             _always_true(results), _sampled(results), _flops(results)]

@@ -65,7 +65,7 @@ def _label_log_axis(axis: Any) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def _draw_panels(panels: list[Panel], x_name: str, y_name: str, log_x: bool) -> Any:
+def _draw_panels(panels: list[Panel], x_name: str, y_name: str) -> Any:
     order = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
     figure, axes = _grid(len(panels))
     handles: dict[str, Any] = {}
@@ -78,26 +78,25 @@ def _draw_panels(panels: list[Panel], x_name: str, y_name: str, log_x: bool) -> 
         axis.set_title(panel.title)
         axis.set_yscale("log")
         _label_log_axis(axis.yaxis)
-        if log_x:
-            axis.set_xscale("log")
-            _label_log_axis(axis.xaxis)
+        axis.set_xscale("log")
+        _label_log_axis(axis.xaxis)
         axis.set_xlabel(x_name)
         axis.set_ylabel(y_name)
     figure.legend([handles[name] for name in order], order, loc="outside lower center",
-                  ncols=min(5, len(order)))
+                  ncols=min(5, 2 * len(panels) - 1, len(order)))
     return figure
 
 
 def _draw_tokens(results: Results) -> Any:
     panels = tokens_panels(results)
-    return _draw_panels(panels, "tokens read", "KL (nats)", log_x=True) if panels else None
+    return _draw_panels(panels, "tokens read", "KL (nats)") if panels else None
 
 
 def _draw_sharing(results: Results) -> Any:
     panels = sharing_panels(results)
     if not panels:
         return None
-    return _draw_panels(panels, "scans, second half", "KL / oracle's", log_x=False)
+    return _draw_panels(panels, "scans, second half", "KL / oracle's")
 
 
 def _draw_worst(results: Results) -> Any:

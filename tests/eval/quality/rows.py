@@ -7,6 +7,7 @@ tests/eval/quality_study.cc. A case is a text of a certain length for a certain 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,14 +36,23 @@ MASS_BUDGETS = ("mass 0.1", "mass 0.05", "mass 0.01")
 BUDGETS = FIXED_BUDGETS + MASS_BUDGETS
 # The table must have these for every case.
 TABLE_CONTENDERS: tuple[Contender, ...] = (
-    ORACLE, *((method, "") for method in PUBLISHED), SCAN, ("cis", ""), ("psaw", ""), ("etf", ""),
-    ("cpe", "phi = psi = 0.85"), CALIBRATED, SEEDED)
+    ORACLE, *((method, "") for method in PUBLISHED), SCAN, ("cis", ""), ("cis", "seeded"),
+    ("psaw", ""), ("etf", ""), ("cpe", "phi = psi = 0.85"), CALIBRATED, SEEDED)
 # The model whose results are averaged, and the lengths and texts that the study promises.
 DEMO_MODEL = "smollm2"
 PROMISED = {"smollm2": ((2048, 4096, 8192), ("prose", "code", "needles")),
             "gemma3": ((16384, 32000), ("prose", "needles"))}
 TEXTS_MIN = 3
 SETS = ("table", "sharing", "axes", "proof", "tasks", "quick")
+# Parts of a set that are measured apart: who reads them finds one set.
+_PARTS = {"rivals": "table", "ours": "table"}
+# Methods learn from these and policies are calibrated on them: nobody is judged there. What their
+# rows say about certificates counts all the same.
+LEARNED_TEXTS = frozenset(("mixed", "calibration_prose", "calibration_code",
+                           "calibration_needles"))
+# Every run has a dense contender of its own to compare with. They agree if their NLL differs by no
+# more than this, relatively: the order of sums depends on how many contenders run in lockstep.
+_DENSE_NLL_AGREEMENT = 1e-3
 # Scanning less than all keys: a share of scanned steps below this.
 SCANS_ALL = 0.999
 
@@ -110,6 +120,20 @@ def row_order(row: Row) -> tuple[Any, ...]:
             method_order(row["method"]), row["variant"])
 
 
+def _agree(row: Row, other: Row) -> bool:
+    """Do two rows of one contender say the same? Dense ones may differ in rounding."""
+    if contender_of(row) != DENSE:
+        return row == other
+    return (all(row.get(field) == other.get(field) for field in ("steps", "needles_right"))
+            and math.isclose(row.get("nll", 0.0), other.get("nll", 0.0),
+                             rel_tol=_DENSE_NLL_AGREEMENT))
+
+
+def _fullness(row: Row) -> tuple[int, str]:
+    """Orders rows that agree, so that the same one is kept whatever the order of files."""
+    return len(row), json.dumps(row, sort_keys=True)
+
+
 def read_rows(paths: Iterable[Path]) -> list[Row]:
     """Rows of all files, ordered. ValueError where two files disagree about a row, or a row lacks
     what says whose it is."""
@@ -119,12 +143,14 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
             for field in ("set", "model", "text", "tokens", "name", "method", "variant", "budget"):
                 if field not in row:
                     raise ValueError(f"{path}: a row has no {field}")
+            row["set"] = _PARTS.get(row["set"], row["set"])
             key = (row["set"], case_of(row), *contender_of(row), row["budget"])
-            if key in known and known[key][0] != row:
+            if key in known and not _agree(known[key][0], row):
                 raise ValueError(f"{path} and {known[key][1]} disagree: {row['set']}, "
                                  f"{case_of(row).label}, {contender_label(contender_of(row))}, "
                                  f"{row['budget']}")
-            known[key] = (row, path)
+            if key not in known or _fullness(row) > _fullness(known[key][0]):
+                known[key] = (row, path)
     return sorted((row for row, _ in known.values()), key=row_order)
 
 
@@ -152,8 +178,9 @@ class Results:
         return [row for row in self.rows if row["set"] == name]
 
     def cases(self, name: str, wanted: Callable[[Row], bool] = lambda row: True) -> list[Case]:
-        """Cases of a set that have a row which is wanted."""
-        found = {case_of(row) for row in self.of_set(name) if wanted(row)}
+        """Cases of a set on which contenders are judged and that have a row which is wanted."""
+        found = {case_of(row) for row in self.of_set(name)
+                 if row["text"] not in LEARNED_TEXTS and wanted(row)}
         return sorted(found, key=case_order)
 
     def contenders(self, name: str) -> list[Contender]:
@@ -188,19 +215,46 @@ def promised_cases(results: Results) -> list[tuple[str, int, str]]:
     return sorted(wanted, key=lambda entry: (entry[0] != DEMO_MODEL, *entry))
 
 
-def missing_cells(results: Results) -> list[str]:
-    """Cells of the table that no row fills, one text each."""
+@dataclass(frozen=True)
+class Gap:
+    """Cells of the table that no row fills: of a case, or of a contender on it."""
+
+    where: str
+    cells: int
+    is_whole_case: bool = False
+
+
+def gaps(results: Results) -> list[Gap]:
+    """All cells of the table that no row fills; what is missing whole is one entry."""
     cases = {(case.model, case.tokens, case.text): case for case in results.cases("table")}
-    missing = []
+    found = []
     for model, tokens, text in promised_cases(results):
         case = cases.get((model, tokens, text))
         if case is None:
-            missing.append(f"{model} {text} {tokens}: every cell")
+            found.append(Gap(f"{model} {text} {tokens}: every cell",
+                             len(TABLE_CONTENDERS) * len(BUDGETS), is_whole_case=True))
             continue
-        missing += [f"{case.label}: {contender_label(contender)} at {budget}"
-                    for contender in TABLE_CONTENDERS for budget in BUDGETS
-                    if not _is_measured(results.get("table", case, contender, budget))]
-    return missing
+        for contender in TABLE_CONTENDERS:
+            absent = [budget for budget in BUDGETS
+                      if not _is_measured(results.get("table", case, contender, budget))]
+            where = f"{case.label}: {contender_label(contender)} at "
+            if len(absent) == len(BUDGETS):
+                found.append(Gap(where + "every budget", len(absent)))
+            else:
+                found += [Gap(where + budget, 1) for budget in absent]
+    return found
+
+
+def missing_cells(results: Results) -> list[str]:
+    """Cells of the table that no row fills, one text for each gap."""
+    return [gap.where for gap in gaps(results)]
+
+
+def has_both_halves(results: Results, case: Case) -> bool:
+    """True for a case of the table that has published methods and calibrated CPE: only there can
+    averages be compared."""
+    published = any(results.curve("table", case, (method, "")) for method in PUBLISHED)
+    return published and bool(results.curve("table", case, CALIBRATED))
 
 
 def _is_measured(row: Row | None) -> bool:

@@ -12,18 +12,19 @@ from .comparisons import (
     Duel,
     FlopsCell,
     adaptive_cells,
+    cases_without_own,
     duels,
     flops_cells,
     kl_ratios,
-    sharing_cells,
 )
-from .goals import FLOPS_RATIO_MAX, HSHARE_SCANS_SHARE
+from .goals import FLOPS_RATIO_MAX, HSHARE_SCANS_SHARE, scans_of_hshare
 from .markdown import listing, number, of, percent, picture, section, table
 from .measures import geometric_mean, mean
 from .rows import (
     CALIBRATED,
     DEMO_MODEL,
     FIXED_BUDGETS,
+    LEARNED_TEXTS,
     ORACLE,
     PUBLISHED,
     SCAN,
@@ -34,24 +35,53 @@ from .rows import (
     Results,
     case_order,
     contender_label,
+    has_both_halves,
     is_natural,
     method_order,
     missing_cells,
 )
+from .sharing import is_seeded, sharing_cells
 
 HEADLINE_BUDGET = "512"
 _LOSSES_SHOWN_MAX = 20
 
 
+def _comparable(results: Results, cases: Sequence[Case]) -> list[Case]:
+    """Cases on which both published methods and ours were measured; all, where there are none."""
+    both = [case for case in cases if has_both_halves(results, case)]
+    return both or list(cases)
+
+
 def natural_cases(results: Results, model: str = DEMO_MODEL) -> list[Case]:
-    """Natural texts of a model in the table."""
-    return [case for case in results.cases("table", is_natural) if case.model == model]
+    """Natural texts of a model in the table over which methods are averaged."""
+    return _comparable(results, [case for case in results.cases("table", is_natural)
+                                 if case.model == model])
 
 
 def needle_cases(results: Results, model: str = DEMO_MODEL) -> list[Case]:
-    """Texts of a model in the table that ask for needles."""
-    return [case for case in results.cases("table", lambda row: "needles" in row)
-            if case.model == model]
+    """Texts of a model in the table that ask for needles, over which methods are summed."""
+    return _comparable(results, [case for case in results.cases("table",
+                                                                lambda row: "needles" in row)
+                                 if case.model == model])
+
+
+def _left_out(results: Results) -> str:
+    """Which texts no average holds."""
+    averaged = natural_cases(results) + needle_cases(results)
+    absent = [case.label for case in results.cases("table")
+              if case.model == DEMO_MODEL and case not in averaged]
+    return (" Not averaged, because only a part of the methods was measured there: "
+            f"{', '.join(absent)}." if absent else "")
+
+
+def _steps_text(results: Results) -> str:
+    """Steps of every set."""
+    steps: dict[str, set[int]] = {}
+    for row in results.rows:
+        steps.setdefault(row["set"], set()).add(row["steps"])
+    found = [f"{name} {' or '.join(str(count) for count in sorted(counts))}"
+             for name, counts in steps.items() if name != "tasks"]
+    return f"Steps of a run, by set of contenders: {', '.join(found)}." if found else ""
 
 
 def what_was_measured(results: Results) -> str:
@@ -66,10 +96,13 @@ def what_was_measured(results: Results) -> str:
     missing = missing_cells(results)
     gaps = ("The table has no gaps." if not missing
             else f"Missing in the table: {len(missing):,} entries, listed in quality_tables.md.")
+    learned = sorted({row["text"] for row in results.rows} & LEARNED_TEXTS)
+    unjudged = (f"; rows of {', '.join(learned)} count for certificates alone" if learned else "")
     return section(
         "1. What was measured, and how",
         f"{len(results.rows):,} runs of {len(where)} combinations of model and text: {steps:,} "
         f"decoding steps. {gaps}",
+        _steps_text(results),
         table(("model", "text", "tokens"),
               [(model, text, ", ".join(lengths)) for (model, text), lengths in where.items()]),
         "- Closed loop: sparse outputs feed the next layers and steps, so errors add up as they "
@@ -83,10 +116,12 @@ def what_was_measured(results: Results) -> str:
         "methods that reuse a choice.\n"
         "- Costs are counted, not timed, and alike for all: a scan looks at every token for one "
         "KV head in one layer and step; bytes and attention FLOPs include what it takes to "
-        "choose, relative to dense attention of the same layers. No number here depends on the "
+        "choose, relative to dense attention of the same layers. Seeded contenders scan for the "
+        "prompt's last queries before the first step: seed scans, once per layer and KV head, "
+        "which scans, bytes and FLOPs of the steps do not hold. No number here depends on the "
         "machine.\n"
         "- What methods learn beforehand and what is calibrated comes from other texts than "
-        "those judged.\n"
+        f"those judged{unjudged}.\n"
         "- `make quality` does all of it: models, texts, calibration, runs, and this document.")
 
 
@@ -109,6 +144,7 @@ def _headline_row(results: Results, contender: Contender, natural: Sample,
             percent(natural.largest("nll_change")),
             found.share("needles_right", "needles_right_dense"),
             number(natural.mean("tokens_read")), percent(natural.mean("scans")),
+            number(natural.mean("seed_scans")) if is_seeded(contender) else "-",
             percent(natural.mean("bytes")), percent(natural.mean("flops"))]
 
 
@@ -129,12 +165,12 @@ def headline(results: Results) -> str:
                   f"overall (first: {contender_label(entries[0][0])}, "
                   f"{number(entries[0][1].geometric('kl_mean'))}).")
     header = ("method", "KL", "worst change of NLL", "needles of dense's", "tokens read", "scans",
-              "bytes", "FLOPs")
+              "seed scans", "bytes", "FLOPs")
     return section(
         "2. Methods and budgets", answer,
         f"{DEMO_MODEL}, {HEADLINE_BUDGET} tokens; geometric mean of KL and means of costs over "
         f"{len(natural)} natural texts and lengths, needles over {len(needles)} lengths. Every "
-        "text, length and budget: [quality_tables.md](quality_tables.md).",
+        "text, length and budget: [quality_tables.md](quality_tables.md)." + _left_out(results),
         table(header, [_headline_row(results, contender, of_natural, needles)
                        for contender, of_natural in entries]),
         _kl_table(results, natural), picture("tokens", "KL against tokens read", entries),
@@ -243,6 +279,11 @@ def _loss(duel: Duel) -> str:
             f"{number(duel.rival['tokens_read'])} tokens read, {duel.verdict}{needles}")
 
 
+def _not_compared(results: Results) -> str:
+    absent = [case.label for case in cases_without_own(results)]
+    return f" Not compared, for want of CPE's rows: {', '.join(absent)}." if absent else ""
+
+
 def against_rivals(results: Results) -> str:
     """CPE against HShare and every method that does not scan all keys."""
     found = duels(results)
@@ -258,13 +299,13 @@ def against_rivals(results: Results) -> str:
                           number(ratio), str(sum(duel.loses_needles for duel in mine))))
     shares = []
     for contender in (CALIBRATED, SEEDED):
-        cells = [cell for cell in sharing_cells(results, contender, DEMO_MODEL)
+        cells = [cell for cell in sharing_cells(results, contender)
                  if cell.own is not None and cell.hshare is not None]
         held = sum(bool(cell.beats_hshare(HSHARE_SCANS_SHARE)) for cell in cells)
-        scans = geometric_mean([cell.own["scans"] / cell.hshare["scans"] for cell in cells
-                                if cell.own and cell.hshare and cell.hshare["scans"] > 0])
+        scans = geometric_mean(scans_of_hshare(cells))
+        seeds = " (what seeding scanned included)" if is_seeded(contender) else ""
         shares.append(f"{contender_label(contender)} scans {number(scans)} times as often as "
-                      f"HShare; at most a third as often at equal or better KL in "
+                      f"HShare{seeds}; at most a third as often at equal or better KL in "
                       f"{of(held, len(cells))} cells")
     return section(
         "5. Against methods that do not scan every step",
@@ -272,7 +313,7 @@ def against_rivals(results: Results) -> str:
         f"{of(len(found) - len(lost), len(found))} comparisons ({undecided} cannot be decided). "
         + "; ".join(shares) + ".",
         "The row of the same budget decides where it reads the same number of tokens within 5 %; "
-        "otherwise CPE's curve is interpolated at the rival's tokens.",
+        "otherwise CPE's curve is interpolated at the rival's tokens." + _not_compared(results),
         table(("method", "CPE at least as good in KL", "KL of CPE / its KL",
                "fewer needles than it"), lines),
         ("Comparisons that do not hold (all of them: [quality_tables.md](quality_tables.md)):\n\n"
@@ -329,7 +370,8 @@ def flops_at_equal_quality(results: Results) -> str:
         f"{of(len(ratios), len(cells))} of these KLs within the budgets measured.",
         "A published result counts if no other published one on the same text has less KL at no "
         "more FLOPs (all methods, budgets and scan rates). CPE's FLOPs are interpolated between "
-        "its budgets in ln KL; where its cheapest budget is good enough, that one counts.",
+        "its budgets in ln KL; where its cheapest budget is good enough, that one counts."
+        + _not_compared(results),
         table(("text", "best published methods", "FLOPs ratio, mean", "worst",
                f"at most {FLOPS_RATIO_MAX}", "KL not reached"),
               [_flops_line(case, found) for case, found in by_case.items()]),

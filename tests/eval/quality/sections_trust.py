@@ -8,7 +8,6 @@ from .averages import Sample, sample
 from .goals import (
     CERTIFICATES_MIN,
     NLL_CHANGE_MAX,
-    needles_lost,
     sampled_groups,
     shipped_rows,
 )
@@ -25,6 +24,7 @@ from .rows import (
     contender_label,
 )
 from .sections_methods import HEADLINE_BUDGET, natural_cases
+from .sharing import needles_lost
 
 # Sparse attention has to save something, and to say nearly the same, to be worth its while.
 DENSE_BYTES_SHARE = 0.5

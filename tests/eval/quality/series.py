@@ -22,12 +22,14 @@ from .rows import (
     contender_label,
     row_order,
 )
-from .sections_edits import tau_of
 from .sections_methods import HEADLINE_BUDGET, natural_cases
 from .sections_trust import heat_rows
+from .sharing import BY_COSINE, VERIFIED, triggers
 
 _POINTS_MAX = 350
 _HEAT_MAPS_MAX = 6
+_SHARING_LINES = ((BY_COSINE, False, "CIS by cosine"), (BY_COSINE, True, "CIS by cosine, seeded"),
+                  (VERIFIED, False, "CIS verified"), (VERIFIED, True, "CIS verified, seeded"))
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,13 @@ class HeatMap:
 
 
 def _longest(results: Results, name: str) -> list[Case]:
-    """Per model and text the longest case of a set."""
+    """Per model and text the longest case of a set on which calibrated CPE was measured, or else
+    the longest."""
     longest: dict[tuple[str, str], Case] = {}
-    for case in results.cases(name):
-        longest[(case.model, case.text)] = case  # Cases come by tokens, ascending.
+    # Cases come by tokens, ascending; a sort keeps that order.
+    for case in sorted(results.cases(name),
+                       key=lambda case: bool(results.curve(name, case, CALIBRATED))):
+        longest[(case.model, case.text)] = case
     return sorted(longest.values(), key=case_order)
 
 
@@ -82,8 +87,8 @@ def tokens_panels(results: Results) -> list[Panel]:
 
 
 def sharing_panels(results: Results, budget: str = HEADLINE_BUDGET) -> list[Panel]:
-    """KL over the oracle's, over scans in the second half: a line of CIS by cosine, unseeded and
-    seeded; single points of others."""
+    """KL over the oracle's, over scans in the second half: a line of CIS for each kind of trigger,
+    unseeded and seeded; single points of others."""
     panels = []
     for case in _longest(results, "sharing"):
         ratios = {contender: kl_ratios(results, "sharing", contender, ORACLE, budget).get(case)
@@ -98,13 +103,12 @@ def sharing_panels(results: Results, budget: str = HEADLINE_BUDGET) -> list[Pane
             return row["scans_second_half"], ratio
 
         lines = []
-        for is_seeded, name in ((False, "CIS by cosine"), (True, "CIS by cosine, seeded")):
-            found = [(tau[0], point(contender)) for contender in ratios
-                     if (tau := tau_of(contender)) is not None and tau[1] == is_seeded]
-            known = sorted((tau, at) for tau, at in found if at is not None)
+        for kind, seeded, name in _SHARING_LINES:
+            known = [(trigger, at) for trigger, contender in triggers(results, kind, seeded)
+                     if (at := point(contender)) is not None]
             if known:
-                # Labels of both lines would cover each other; the cosines are the same.
-                labels = () if is_seeded else tuple(f"{tau:g}" for tau, _ in known)
+                # Labels of seeded lines would cover the others; the values are the same.
+                labels = () if seeded else tuple(f"{trigger.value:g}" for trigger, _ in known)
                 lines.append(Line(name, tuple(at for _, at in known), labels))
         for contender in (CALIBRATED, SEEDED, HSHARE, SCAN, ("cis", "blocks of 16"),
                           ("cis", "blocks of 16, whatever the cosine")):
