@@ -18,6 +18,10 @@ namespace {
 // (truth, bound) pairs that are kept per contender.
 constexpr size_t kBoundSamplesMax = 400;
 constexpr uint64_t kBoundSampleStride = 997;
+// Operations per channel and query head to estimate what an anchor's list drops (attention/
+// sharing.h): a difference, its rotation, and its products with a mean and, twice, a variance. Two
+// numbers per channel and query head are read for it, and the variances.
+constexpr double kEstimateFlops = 9.0;
 // What a group reports that compared its query with none.
 constexpr float kNoSimilarity = GroupReport().similarity;
 
@@ -322,6 +326,10 @@ void Loop::CountGroup(uint32_t step, uint32_t layer, uint32_t head, const GroupR
   if (report.similarity == kNoSimilarity) *anchors = 0;
   result.bytes += *anchors * group * dim * 4.0;
   result.flops += *anchors * group * dim * 2.0;
+  if (report.sharing_estimate >= 0.0F) {
+    result.bytes += (2.0 * group + 1.0) * dim * 4.0;
+    result.flops += kEstimateFlops * group * dim;
+  }
   const uint32_t anchors_max = runner->contender.policy.cis.anchors_max;
   *anchors = std::min(anchors_max, *anchors + (scanned ? 1 : 0));
 }

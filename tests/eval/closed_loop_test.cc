@@ -289,6 +289,29 @@ TEST_F(ClosedLoopTest, ForgottenAnchorsCostNothing) {
   EXPECT_NEAR(ComparedAnchors(result), kHeads * (kSteps - kSteps / 5), 1e-6);
 }
 
+// One that estimates, and shares whatever comes out, pays for the estimates.
+TEST_F(ClosedLoopTest, EstimatesOfSharingCost) {
+  Contender blind = Product(SelectorKind::kCis);
+  blind.policy.cis.min_cosine = -1.0F;
+  blind.policy.cis.max_dropped_mass_estimate = 0.0F;
+  Contender verified = blind;
+  verified.policy.cis.max_dropped_mass_estimate = 0.99999F;
+  const auto results = Run(Forced(), {blind, verified});
+  EXPECT_EQ(results[2].scans, results[1].scans);
+  EXPECT_EQ(results[2].tokens_read, results[1].tokens_read);
+  constexpr double kEstimates = kHeads * (kSteps - 1);
+  EXPECT_NEAR(results[2].bytes - results[1].bytes,
+              kEstimates * (2 * kGroup + 1) * kTinyHeadDim * 4.0, 1e-6);
+  EXPECT_NEAR(results[2].flops - results[1].flops, kEstimates * 9.0 * kGroup * kTinyHeadDim, 1e-6);
+}
+
+TEST_F(ClosedLoopTest, TheDenseOneCanRunAlone) {
+  const auto results = Run(Forced(), {});
+  ASSERT_EQ(results.size(), 1U);
+  EXPECT_EQ(results[0].steps, kSteps);
+  EXPECT_EQ(results[0].tokens_read, VisibleTokens());
+}
+
 TEST_F(ClosedLoopTest, BatchesKeepTheOrderAndThreadsChangeNothing) {
   std::vector<Contender> contenders;
   for (uint32_t i = 0; i < 7; ++i) {

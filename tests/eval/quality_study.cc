@@ -245,6 +245,8 @@ std::vector<std::vector<size_t>> MakeBatches(const QualityOptions& options,
       starts = false;
     }
   }
+  // The dense one alone.
+  if (batches.empty()) batches.emplace_back();
   return batches;
 }
 
@@ -264,7 +266,7 @@ absl::StatusOr<std::vector<LoopResult>> RunBatches(const QualityOptions& options
     for (size_t batch = next++; batch < batches.size(); batch = next++) {
       // Each batch has a dense contender of its own to compare with.
       std::vector<Contender> members = {contenders[0]};
-      members[0].unrotated = contenders[batches[batch][0]].unrotated;
+      if (!batches[batch].empty()) members[0].unrotated = contenders[batches[batch][0]].unrotated;
       for (const size_t index : batches[batch]) members.push_back(contenders[index]);
       LoopSetup of_batch = setup;
       of_batch.seed = options.seed + batch;
