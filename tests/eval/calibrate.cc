@@ -69,8 +69,8 @@ std::vector<double> SquaredErrors(const LoopResult& result, size_t heads) {
   for (size_t i = 0; i < result.output_errors.size(); ++i) {
     squares[i % heads] += double{result.output_errors[i]} * result.output_errors[i];
   }
-  const auto steps = static_cast<double>(result.output_errors.size() / heads);
-  for (double& square : squares) square /= std::max(steps, 1.0);
+  const size_t steps = result.output_errors.size() / heads;
+  for (double& square : squares) square /= std::max(static_cast<double>(steps), 1.0);
   return squares;
 }
 

@@ -296,7 +296,8 @@ void Loop::CountGroup(uint32_t step, uint32_t layer, uint32_t head, const GroupR
                       Runner* runner) const {
   LoopResult& result = runner->result;
   const double dim = shape_.head_dim;
-  const double group = shape_.query_head_count / shape_.kv_head_count;
+  const uint32_t group_size = shape_.query_head_count / shape_.kv_head_count;
+  const double group = group_size;
   const bool is_late = 2 * step >= step_count_;
   const bool is_baseline = runner->baseline != nullptr;
   const bool scanned = is_baseline ? head < runner->cost.heads_scanned : report.scanned;

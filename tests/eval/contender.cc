@@ -274,12 +274,12 @@ std::vector<StudyBudget> TableBudgets() {
 }
 
 std::vector<Contender> MakeContenders(const std::string& set, const Policy* calibrated) {
-  static const auto* const sets =
+  static const auto* const kSets =
       new std::map<std::string, std::function<std::vector<Contender>(const Policy*)>>{
           {"rivals", Rivals}, {"ours", Ours},   {"sharing", Sharing}, {"axes", Axes},
           {"proof", Proof},   {"tasks", Tasks}, {"quick", Quick}};
-  const auto found = sets->find(set);
-  if (found == sets->end()) return {};
+  const auto found = kSets->find(set);
+  if (found == kSets->end()) return {};
   std::vector<Contender> contenders = found->second(calibrated);
   contenders.insert(contenders.begin(), Dense());
   return contenders;
