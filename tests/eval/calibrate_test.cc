@@ -29,11 +29,11 @@ double Damage(absl::Span<const HeadProfile> ladder, const Choice& choice) {
 
 // Head 1 is hurt ten times as much as head 0.
 const std::vector<HeadProfile>& TwoHeads() {
-  static const auto* const ladder =
+  static const auto* const kLadder =
       new std::vector<HeadProfile>{{.scans = {0.1, 0.1}, .damage = {1.0, 10.0}},
                                    {.scans = {0.5, 0.5}, .damage = {0.1, 1.0}},
                                    {.scans = {1.0, 1.0}, .damage = {0.0, 0.0}}};
-  return *ladder;
+  return *kLadder;
 }
 
 TEST(ChooseByLagrangeTest, SpendsScansWhereTheyPreventMostDamage) {

@@ -67,19 +67,19 @@ double Mean(const std::vector<float>& numbers) {
 
 class ClosedLoopTest : public ::testing::Test {
  protected:
-  static void SetUpTestSuite() { study_ = new TinyStudy(::testing::TempDir()); }
-  static void TearDownTestSuite() { delete std::exchange(study_, nullptr); }
+  static void SetUpTestSuite() { study = new TinyStudy(::testing::TempDir()); }
+  static void TearDownTestSuite() { delete std::exchange(study, nullptr); }
 
   // The dense one is added.
   static std::vector<LoopResult> Run(const StudyText& text, std::vector<Contender> contenders,
                                      const QualityOptions& options = {}) {
     contenders.insert(contenders.begin(), Product(SelectorKind::kDense));
-    auto results = RunBatches(options, study_->SetUp(text), contenders);
+    auto results = RunBatches(options, study->SetUp(text), contenders);
     EXPECT_TRUE(results.ok()) << results.status();
     if (!results.ok()) return std::vector<LoopResult>(contenders.size());
     return std::move(*results);
   }
-  static StudyText Forced() { return study_->Text(RandomTokens(kSteps, 3), 0); }
+  static StudyText Forced() { return study->Text(RandomTokens(kSteps, 3), 0); }
   // Over all groups: tokens that are attended, and those that are read whatever was chosen (sinks,
   // the local window, and a block that is not full yet).
   static double VisibleTokens() {
@@ -109,9 +109,9 @@ class ClosedLoopTest : public ::testing::Test {
     return (bytes - others * SketchBytes()) / (4.0 * kTinyHeadDim * kGroup - SketchBytes());
   }
 
-  static TinyStudy* study_;
+  static TinyStudy* study;
 };
-TinyStudy* ClosedLoopTest::study_ = nullptr;
+TinyStudy* ClosedLoopTest::study = nullptr;
 
 TEST_F(ClosedLoopTest, DenseIsTheModelItself) {
   const StudyText text = Forced();
@@ -119,7 +119,7 @@ TEST_F(ClosedLoopTest, DenseIsTheModelItself) {
   ASSERT_EQ(dense.nll.size(), kSteps - 1);
   for (uint32_t step = 0; step + 1 < kSteps; ++step) {
     const auto fed = absl::MakeConstSpan(text.forced).first(step + 1);
-    const std::vector<float> logits = study_->LogitsAfter(fed);
+    const std::vector<float> logits = study->LogitsAfter(fed);
     double total = 0.0;
     for (const float logit : logits) total += std::exp(double{logit});
     EXPECT_NEAR(dense.nll[step], std::log(total) - logits[text.forced[step + 1]], kTolerance);
@@ -201,10 +201,10 @@ TEST_F(ClosedLoopTest, GreedyDecodingIsThatOfRepeatedPrefill) {
        {std::vector<uint32_t>(), std::vector<uint32_t>{7, 31, 2}}) {
     for (const uint32_t count : {1U, 6U}) {
       std::vector<uint32_t> continuation = forced;
-      for (uint32_t i = 0; i < count; ++i) continuation.push_back(study_->Predict(continuation));
+      for (uint32_t i = 0; i < count; ++i) continuation.push_back(study->Predict(continuation));
       continuation.erase(continuation.begin(),
                          continuation.begin() + static_cast<std::ptrdiff_t>(forced.size()));
-      const auto results = Run(study_->Text(forced, count), {Product(SelectorKind::kScan, 4096)});
+      const auto results = Run(study->Text(forced, count), {Product(SelectorKind::kScan, 4096)});
       EXPECT_EQ(results[0].greedy, continuation);
       EXPECT_EQ(results[1].greedy, continuation);
       EXPECT_EQ(results[0].steps, forced.size() + count - 1);
@@ -217,11 +217,11 @@ TEST_F(ClosedLoopTest, GreedyDecodingIsThatOfRepeatedPrefill) {
 TEST_F(ClosedLoopTest, AnswersAreRightIfAllOfTheirTokensAre) {
   std::vector<uint32_t> forced = {5};
   while (forced.size() < 12) {
-    const uint32_t predicted = study_->Predict(forced);
+    const uint32_t predicted = study->Predict(forced);
     const bool is_wrong = forced.size() == 5 || forced.size() == 8;
     forced.push_back(is_wrong ? (predicted + 1) % kTinyVocabulary : predicted);
   }
-  StudyText text = study_->Text(forced, 0);
+  StudyText text = study->Text(forced, 0);
   text.answers = {{.begin = 1, .end = 3, .name = "right"},
                   {.begin = 4, .end = 7, .name = "wrong in the middle"},
                   {.begin = 8, .end = 9, .name = "wrong"},
@@ -286,7 +286,8 @@ TEST_F(ClosedLoopTest, ForgottenAnchorsCostNothing) {
   const LoopResult result = Run(Forced(), {sharing})[1];
   EXPECT_EQ(result.scans, kHeads * (kSteps / 5));
   EXPECT_EQ(result.scans_second_half, kHeads * (kSteps / 5) / 2);
-  EXPECT_NEAR(ComparedAnchors(result), kHeads * (kSteps - kSteps / 5), 1e-6);
+  constexpr uint32_t kBlocksOfSteps = kSteps / 5;
+  EXPECT_NEAR(ComparedAnchors(result), kHeads * (kSteps - kBlocksOfSteps), 1e-6);
 }
 
 // One that estimates, and shares whatever comes out, pays for the estimates.

@@ -62,10 +62,11 @@ TinyStudy::TinyStudy(const std::string& folder)
 }
 
 StudyText TinyStudy::Text(std::vector<uint32_t> forced, uint32_t greedy_tokens) const {
+  const uint32_t tokens = kTinyPromptTokens + static_cast<uint32_t>(forced.size());
   return {.name = "tiny",
           .model = decoder_->shape().name,
           .text = "random",
-          .tokens = kTinyPromptTokens + static_cast<uint32_t>(forced.size()),
+          .tokens = tokens,
           .prompt = prompt_tokens_,
           .forced = std::move(forced),
           .greedy_tokens = greedy_tokens};

@@ -545,7 +545,8 @@ TEST(EngineSelectorTest, AssumedStatementsStandBesideCertificates) {
   ASSERT_EQ(results.size(), 4U);
   for (size_t i = 0; i < results.size(); ++i) {
     const bool calibrated = i % 2 == 1;
-    const double length = 501.0 + static_cast<double>(i / 2);
+    const size_t step = i / 2;
+    const double length = 501.0 + static_cast<double>(step);
     ASSERT_EQ(results[i].assumed.size(), 2U);
     for (size_t head = 0; head < 2; ++head) {
       const AssumedMasses& assumed = results[i].assumed[head];
