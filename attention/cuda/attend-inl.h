@@ -23,9 +23,9 @@ namespace kvservice::cuda {
 
 inline constexpr uint32_t kAttendWarps = 4;
 inline constexpr uint32_t kAttendThreads = kAttendWarps * kWarp;
-// Words whose tokens are listed at a time.
-inline constexpr uint32_t kListedWords = 32;
-inline constexpr uint32_t kListedTokens = kListedWords * kTokens;
+// Tokens, and words, that are listed at a time.
+inline constexpr uint32_t kListedTokens = 2048;
+inline constexpr uint32_t kListedWords = kAttendThreads;
 inline constexpr uint32_t kLaneChannels = 8;
 
 // Sizes of a kernel for rows of up to kRowLanes * 8 channels.
@@ -52,44 +52,52 @@ struct TokenList {
   uint32_t positions[kListedTokens];  // relative to the set's first word
   const std::byte* slices[kListedWords];
   uint32_t first_word;
+  uint32_t token_count;
   uint32_t warp_counts[kAttendWarps];
 };
 
-// Lists the tokens of up to kListedWords words from `first` on; returns how many there are. Each
-// thread lists 16 bits. All threads of the CTA call it.
-__device__ inline uint32_t ListTokens(const AttendSet& set, uint32_t slice_offset, uint32_t first,
-                                      uint32_t word_count, TokenList* list) {
-  const uint32_t thread = threadIdx.x;
-  const uint32_t lane = thread % kWarp;
-  const uint32_t word = thread / 4;
+// What a listing came to.
+struct Listed {
+  uint32_t tokens;
+  uint32_t words;
+};
+
+// Lists the tokens of words from `first` on, as many words as fit; a thread lists a word. All
+// threads of the CTA call it.
+__device__ inline Listed ListTokens(const AttendSet& set, uint32_t slice_offset, uint32_t first,
+                                    uint32_t word_count, TokenList* list) {
+  const uint32_t word = threadIdx.x;
+  const uint32_t lane = word % kWarp;
   __syncthreads();  // Nobody reads the list before this one any more.
-  if (thread == 0) list->first_word = first;
-  uint32_t bits = 0;
+  if (word == 0) list->first_word = first;
+  uint64_t bits = 0;
   if (word < word_count) {
-    bits = static_cast<uint32_t>(set.tokens[first + word] >> (thread % 4 * 16)) & 0xffffU;
-    if (thread % 4 == 0) list->slices[word] = set.slices[first + word] + slice_offset;
+    bits = set.tokens[first + word];
+    list->slices[word] = set.slices[first + word] + slice_offset;
   }
-  const auto count = static_cast<uint32_t>(__popc(bits));
-  uint32_t before = count;
+  const auto count = static_cast<uint32_t>(__popcll(bits));
+  uint32_t end = count;
 #pragma unroll
   for (uint32_t offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, before, offset);
-    if (lane >= offset) before += other;
+    const uint32_t other = __shfl_up_sync(kAllLanes, end, offset);
+    if (lane >= offset) end += other;
   }
-  if (lane == kWarp - 1) list->warp_counts[thread / kWarp] = before;
+  if (lane == kWarp - 1) list->warp_counts[word / kWarp] = end;
   __syncthreads();
-  uint32_t total = 0;
-  uint32_t at = before - count;
-  for (uint32_t warp = 0; warp < kAttendWarps; ++warp) {
-    if (warp < thread / kWarp) at += list->warp_counts[warp];
-    total += list->warp_counts[warp];
+  for (uint32_t warp = 0; warp < word / kWarp; ++warp) end += list->warp_counts[warp];
+  const bool fits = word < word_count && end <= kListedTokens;
+  if (fits) {
+    uint32_t at = end - count;
+    const uint32_t base = (first + word) * kTokens;
+    for (; bits != 0; bits &= bits - 1) {
+      list->positions[at++] =
+          base + static_cast<uint32_t>(__ffsll(static_cast<long long>(bits))) - 1;
+    }
   }
-  const uint32_t base = (first + word) * kTokens + thread % 4 * 16;
-  for (; bits != 0; bits &= bits - 1) {
-    list->positions[at++] = base + static_cast<uint32_t>(__ffs(static_cast<int>(bits))) - 1;
-  }
+  const auto words = static_cast<uint32_t>(__syncthreads_count(fits));
+  if (word + 1 == words) list->token_count = end;
   __syncthreads();
-  return total;
+  return {.tokens = list->token_count, .words = words};
 }
 
 // Adds up kCount values of each lane over the kRowLanes lanes of its row. Lane l of a row ends with
@@ -119,8 +127,8 @@ __device__ __forceinline__ float SumOverRow(float (&values)[kCount], uint32_t la
 // What a warp knows of its tile.
 template <int kHeads>
 struct WarpState {
-  float acc[kHeads][kLaneChannels];  // of this lane's slot and channels
-  double sum = 0.0;                  // of this lane's own logits
+  float acc[kHeads][kLaneChannels];   // of this lane's slot and channels
+  double sum = 0.0;                   // of this lane's own logits
   int32_t reference = kReferenceMin;  // of this lane's own head
   float key_squares_max = 0.0F;
   bool finite = true;
@@ -131,8 +139,8 @@ class AttendWarp {
  public:
   using Sizes = AttendSizes<kType, kRowLanes, kHeads>;
 
-  __device__ __forceinline__ AttendWarp(const AttendCall& call, const AttendSet& set,
-                                        uint32_t tile, const TokenList& list, std::byte* queue)
+  __device__ __forceinline__ AttendWarp(const AttendCall& call, const AttendSet& set, uint32_t tile,
+                                        const TokenList& list, std::byte* queue)
       : call_(call), set_(set), list_(list), queue_(queue), lane_(threadIdx.x % kWarp) {
     const uint32_t dim = call.shape.head_dim;
     channel_ = lane_ % kRowLanes * kLaneChannels;
@@ -189,8 +197,8 @@ class AttendWarp {
   __device__ __forceinline__ void ZeroQueue() {
     for (int stage = 0; stage < Sizes::kStages; ++stage) {
       for (int round = 0; round < 2 * Sizes::kRounds; ++round) {
-        auto* to = reinterpret_cast<uint4*>(Place(stage, round, false) +
-                                            lane_ * Sizes::kChunkBytes);
+        auto* to =
+            reinterpret_cast<uint4*>(Place(stage, round, false) + lane_ * Sizes::kChunkBytes);
         for (int i = 0; i < Sizes::kChunkBytes / 16; ++i) to[i] = make_uint4(0, 0, 0, 0);
       }
     }
@@ -204,10 +212,9 @@ class AttendWarp {
       if (!reads_) continue;
       const bool there = index < token_count;
       const uint32_t position = list_.positions[there ? index : 0];
-      const std::byte* row =
-          list_.slices[position / kTokens - list_.first_word] +
-          position % kTokens * call_.shape.row_bytes +
-          channel_ * (Sizes::kChunkBytes / kLaneChannels);
+      const std::byte* row = list_.slices[position / kTokens - list_.first_word] +
+                             position % kTokens * call_.shape.row_bytes +
+                             channel_ * (Sizes::kChunkBytes / kLaneChannels);
       const uint32_t missing = there ? 0 : 16;
 #pragma unroll
       for (int i = 0; i < Sizes::kChunkBytes / 16; ++i) {
@@ -284,8 +291,7 @@ class AttendWarp {
     float logit = Logit(stage);
     const uint32_t index = at + own_ % Sizes::kRounds * Sizes::kSlots + lane_ / kRowLanes;
     const uint32_t position = list_.positions[index < token_count ? index : 0];
-    const bool sees =
-        index < token_count && position >= visible_begin_ && position < visible_end_;
+    const bool sees = index < token_count && position >= visible_begin_ && position < visible_end_;
     if (call_.softcap > 0.0F) logit = SoftcapOf(logit, call_.softcap);
     if (sees && !(fabsf(logit) <= 0x1.fffffep+127F)) state.finite = false;
     if (!sees) logit = -__int_as_float(0x7f800000);
@@ -366,8 +372,7 @@ __device__ inline HeadSums SumOfWarps(const CtaSums<kHeads>& sums, uint32_t head
     total.key_squares_max = fmaxf(total.key_squares_max, sums.key_squares_max[warp]);
   }
   for (uint32_t warp = 0; warp < kAttendWarps; ++warp) {
-    total.sum +=
-        sums.sum[warp][head] * PowerOfTwo64(sums.reference[warp][head] - total.reference);
+    total.sum += sums.sum[warp][head] * PowerOfTwo64(sums.reference[warp][head] - total.reference);
   }
   return total;
 }
@@ -392,15 +397,13 @@ __device__ inline void MergeJobs(const AttendSet& set, uint32_t head_dim, uint32
     }
 #pragma unroll
     for (int offset = 1; offset < static_cast<int>(kWarp); offset *= 2) {
-      total.reference =
-          max(total.reference, __shfl_xor_sync(kAllLanes, total.reference, offset));
-      total.key_squares_max = fmaxf(
-          total.key_squares_max, __shfl_xor_sync(kAllLanes, total.key_squares_max, offset));
+      total.reference = max(total.reference, __shfl_xor_sync(kAllLanes, total.reference, offset));
+      total.key_squares_max =
+          fmaxf(total.key_squares_max, __shfl_xor_sync(kAllLanes, total.key_squares_max, offset));
     }
     for (uint32_t job = lane; job < set.job_count; job += kWarp) {
       const HeadSums* part = parts + size_t{job} * set.head_count;
-      total.sum +=
-          __ldcg(&part->sum) * PowerOfTwo64(__ldcg(&part->reference) - total.reference);
+      total.sum += __ldcg(&part->sum) * PowerOfTwo64(__ldcg(&part->reference) - total.reference);
     }
     total.sum = SumOverLanes(total.sum);
     if (lane == 0) {
@@ -442,8 +445,7 @@ __device__ inline void LeaveResult(const WarpState<kHeads>& state, const AttendS
   if (!set.read_values) return;
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-    const float factor =
-        PowerOfTwo(sums.reference[warp][h] - SumOfWarps(sums, h).reference);
+    const float factor = PowerOfTwo(sums.reference[warp][h] - SumOfWarps(sums, h).reference);
     float* row = merged + (((warp * Sizes::kSlots + lane / kRowLanes) * kHeads + h) * kRowLanes +
                            lane % kRowLanes) *
                               kLaneChannels;
@@ -484,10 +486,11 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads == 8 ? 2 : 3)
       call, set, tile, list,
       reinterpret_cast<std::byte*>(queue) +
           threadIdx.x / kWarp * (Sizes::kStages * Sizes::kStageBytes));
-  for (uint32_t word = 0; word < job.word_count; word += kListedWords) {
-    const uint32_t count = ListTokens(set, slice_offset, job.first_word + word,
-                                      min(kListedWords, job.word_count - word), &list);
-    warp.Attend(count);
+  for (uint32_t word = 0; word < job.word_count;) {
+    const Listed listed = ListTokens(set, slice_offset, job.first_word + word,
+                                     min(kListedWords, job.word_count - word), &list);
+    warp.Attend(listed.tokens);
+    word += listed.words;
   }
   LeaveSums<Sizes, kRowLanes>(warp.state, &sums);
   __syncthreads();

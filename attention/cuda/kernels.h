@@ -53,15 +53,16 @@ cudaError_t Append(const CacheShape& shape, const AppendItem* items, uint32_t it
 struct SealItem {
   const std::byte* rows = nullptr;  // slice + RowOffset(kv_head, 0)
   std::byte* page = nullptr;
-  const float* metric = nullptr;       // [head_dim]
-  const float* weights = nullptr;      // [directions][head_dim]
+  const float* metric = nullptr;        // [head_dim]
+  const float* weights = nullptr;       // [directions][head_dim]
   const float* radius_scale = nullptr;  // [256], kRadiusScale
   uint32_t block_index = 0;
 };
 cudaError_t Seal(const CacheShape& shape, const SealItem* items, uint32_t item_count,
                  cudaStream_t stream);
 
-// ---- What plans and proofs read of sketches ------------------------------------------------------
+// ---- What plans and proofs read of sketches
+// ------------------------------------------------------
 
 // Of one block and KV head. `value_squares` is the largest squared norm of a value whose norm no
 // sketch bounds: all of an unsealed block that lie in the row's range, the `exact` ones of a sealed
@@ -75,6 +76,7 @@ struct PageHeadTask {
   const std::byte* const* slices = nullptr;    // [block_count]
   const std::byte* const* sketches = nullptr;  // [block_count], null where not sealed
   PageHead* heads = nullptr;                   // [block_count]
+  uint8_t* value_codes = nullptr;              // [block_count][64], the sketch's vn; or null
   uint32_t kv_head = 0;
   uint32_t block_count = 0;
   // Tokens that the row sees, counted from its first block.
@@ -99,12 +101,12 @@ struct AttendSet {
   const std::byte* const* slices = nullptr;  // [words]
   const uint64_t* tokens = nullptr;          // [words]: bit t of word b is token b * 64 + t
   const float* qs = nullptr;                 // [head_count][head_dim], scaled
-  const uint32_t* visible = nullptr;  // [head_count][2], begin and end, counted from word 0
-  double* out = nullptr;              // [head_count][head_dim], weighted mean of V
-  HeadSums* sums = nullptr;           // [head_count]
-  float* parts = nullptr;             // [job_count][head_count][head_dim]
-  HeadSums* part_sums = nullptr;      // [job_count][head_count]
-  uint32_t* tickets = nullptr;        // [tiles], zero; zero again afterwards
+  const uint32_t* visible = nullptr;         // [head_count][2], begin and end, counted from word 0
+  double* out = nullptr;                     // [head_count][head_dim], weighted mean of V
+  HeadSums* sums = nullptr;                  // [head_count]
+  float* parts = nullptr;                    // [job_count][head_count][head_dim]
+  HeadSums* part_sums = nullptr;             // [job_count][head_count]
+  uint32_t* tickets = nullptr;               // [tiles], zero; zero again afterwards
   uint32_t head_count = 0;
   uint32_t kv_head = 0;
   uint32_t job_count = 0;

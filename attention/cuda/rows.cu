@@ -64,6 +64,11 @@ __global__ void PageHeadKernel(const CacheShape shape, const PageHeadTask* tasks
     head.exact = *reinterpret_cast<const uint64_t*>(page + shape.exact);
     head.value_norm_max = *reinterpret_cast<const float*>(page + shape.norms + 8);
     open &= head.exact;
+    if (task.value_codes != nullptr) {
+      const auto* codes = reinterpret_cast<const uint16_t*>(page + shape.vn);
+      auto* to = reinterpret_cast<uint16_t*>(task.value_codes + size_t{block} * kTokens);
+      to[threadIdx.x % kWarp] = codes[threadIdx.x % kWarp];
+    }
   }
   if (task.bounds_values) {
     const std::byte* rows = task.slices[block] + RowOffset(shape, task.kv_head, 0);
@@ -72,7 +77,7 @@ __global__ void PageHeadKernel(const CacheShape shape, const PageHeadTask* tasks
       const float squares = SquaresOf<kType>(
           rows + size_t{token} * shape.row_bytes + shape.vector_bytes, shape.head_dim);
       head.value_squares = squares <= 0x1.fffffep+127F ? fmaxf(head.value_squares, squares)
-                                                      : __int_as_float(0x7f800000);
+                                                       : __int_as_float(0x7f800000);
       if (!(squares <= 0x1.fffffep+127F)) break;
     }
   }
@@ -86,8 +91,8 @@ __global__ void ScoreKernel(const ScoreCall call) {
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t position = call.positions[index];
   const uint32_t dim = call.shape.head_dim;
-  const std::byte* row = call.slices[position / kTokens] +
-                         RowOffset(call.shape, call.kv_head, position % kTokens);
+  const std::byte* row =
+      call.slices[position / kTokens] + RowOffset(call.shape, call.kv_head, position % kTokens);
   float logit = 0.0F;
   float squares = 0.0F;
   for (uint32_t c = lane; c < dim; c += kWarp) {

@@ -2,12 +2,14 @@
 // it, on integer tensor cores, whose sums are exact.
 //
 // A warp takes a page. Its 64 tokens are the rows of four 16-row products, the columns are four
-// heads twice: factors of 16 bits are split into a signed upper and a signed lower byte, so that the
-// sum is 256 upper + lower. Four bytes of codes of a token (CodeOffset) are four channels in their
-// low nibbles and four in their high ones: with the channels in that order, a word is a register of
-// the product's first operand after one AND, or a shift and an AND. Thread 4 r + q holds the codes
-// of tokens 4 r .. 4 r + 3 and 32 + 4 r .. 32 + 4 r + 3, and ends up with the sums of these eight
-// tokens for head q of the tile.
+// heads twice: factors of 16 bits are split into a signed upper and a signed lower byte, so that
+// the sum is 256 upper + lower. Four bytes of codes of a token (CodeOffset) are four channels in
+// their low nibbles and four in their high ones: with the channels in that order, a word is a
+// register of the product's first operand after one AND, or a shift and an AND. Thread 4 r + q
+// holds the codes of tokens 4 r .. 4 r + 3 and 32 + 4 r .. 32 + 4 r + 3, and ends up with the sums
+// of these eight tokens for head q of the tile.
+
+#include <cuda_pipeline_primitives.h>
 
 #include "attention/cuda/elements-inl.h"
 
@@ -16,9 +18,11 @@ namespace {
 
 constexpr uint32_t kTileHeads = 4;
 constexpr uint32_t kScanWarps = 4;
+// Pages of a warp in shared memory: one that it works on and one on its way.
+constexpr uint32_t kStages = 2;
 constexpr uint32_t kScanThreads = kScanWarps * kWarp;
 // Heads that one CTA takes; more are other CTAs.
-constexpr uint32_t kCtaHeads = 16;
+constexpr uint32_t kCtaHeads = 8;
 constexpr uint32_t kDirectionsMax = 4;
 constexpr float kInfinity = __builtin_huge_valf();
 // As in attention/scan_terms.h, which this file cannot include.
@@ -33,9 +37,9 @@ constexpr float kFactorLeast = 1e-30F;
 // What all pages of a CTA need. Rows of queries are padded so that the lanes of a quarter of a warp
 // meet different banks.
 struct QueryRows {
-  float* qs;      // [kCtaHeads][stride]
-  float* x;       // [kCtaHeads][stride], of bounded scans
-  float* metric;  // [head_dim]
+  float* qs;            // [kCtaHeads][stride]
+  float* x;             // [kCtaHeads][stride], of bounded scans
+  float* metric;        // [head_dim]
   float* radius_scale;  // [256]
   uint32_t stride;
 };
@@ -84,6 +88,29 @@ __device__ __forceinline__ double NormUp(float squares) {
   return sqrt(static_cast<double>(squares) * (1.0 + 0x1p-14) + 0x1p-120);
 }
 
+// Codes in shared memory: chunks of 16 bytes, four tokens of a group of channels, are turned within
+// their group, so that the lanes of a quarter of a warp meet different banks.
+constexpr uint32_t kChunksOfGroup = kTokens / 4;
+__device__ __forceinline__ uint32_t PlaceOf(uint32_t group, uint32_t chunk) {
+  return (chunk + 2 * group) % kChunksOfGroup;
+}
+
+// Starts copying a page to shared memory. One warp.
+__device__ __forceinline__ void FetchPage(const CacheShape& shape, const std::byte* page,
+                                          std::byte* to) {
+  const uint32_t code_chunks = shape.head_dim / 8 * kChunksOfGroup;
+  for (uint32_t i = threadIdx.x % kWarp; i < shape.page_bytes / 16; i += kWarp) {
+    const uint32_t group = i / kChunksOfGroup;
+    const uint32_t place =
+        i < code_chunks ? group * kChunksOfGroup + PlaceOf(group, i % kChunksOfGroup) : i;
+    __pipeline_memcpy_async(to + size_t{16} * place, page + size_t{16} * i, 16);
+  }
+}
+
+__device__ __forceinline__ void Put(const uint4& four, uint32_t (&to)[4]) {
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
 // What a page adds up to over channels, for one head.
 struct ChannelSums {
   float mid = 0.0F;           // sum qs_c mid_c
@@ -114,30 +141,18 @@ class PageScan {
   static constexpr int kSteps = (kColumns + 3) / 4;
   static constexpr uint32_t kHalf = kColumns * 4;
 
+  // page: in shared memory, as FetchPage puts it there.
   __device__ __forceinline__ PageScan(const ScanCall& call, const ScanSet& set,
-                                      const QueryRows& rows, uint32_t block)
+                                      const QueryRows& rows, uint32_t block, const std::byte* page)
       : call_(call),
         set_(set),
         rows_(rows),
         block_(block),
-        page_(set.sketches[block] + size_t{set.kv_head} * call.shape.page_bytes),
+        page_(page),
         quarter_(threadIdx.x % 4),
         column_(threadIdx.x % kWarp / 4) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int group = 4 * step + static_cast<int>(quarter_);
-      const auto* from = reinterpret_cast<const uint4*>(page_) + group * (kTokens / 4) + column_;
-      const bool there = group < kColumns;
-      Put(there ? from[0] : uint4(), &codes_[8 * step]);
-      Put(there ? from[8] : uint4(), &codes_[8 * step + 4]);
-    }
-    const uint32_t low = reinterpret_cast<const uint32_t*>(page_ + call.shape.r)[column_];
-    const uint32_t high = reinterpret_cast<const uint32_t*>(page_ + call.shape.r)[8 + column_];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      radius_[i] = rows.radius_scale[(low >> (8 * i)) & 255];
-      radius_[4 + i] = rows.radius_scale[(high >> (8 * i)) & 255];
-    }
+    radii_[0] = reinterpret_cast<const uint32_t*>(page_ + call.shape.r)[column_];
+    radii_[1] = reinterpret_cast<const uint32_t*>(page_ + call.shape.r)[8 + column_];
   }
 
   // Heads [first, first + 4) of the set; `row` is that of the first among `rows`.
@@ -169,8 +184,9 @@ class PageScan {
   }
 
  private:
-  static __device__ __forceinline__ void Put(const uint4& four, uint32_t* to) {
-    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+  // RadiusScale of this lane's token i.
+  __device__ __forceinline__ float RadiusOf(int i) const {
+    return rows_.radius_scale[(radii_[i / 4] >> (8 * (i % 4))) & 255];
   }
 
   // First channel of this lane's four, in the lower or the upper half.
@@ -245,8 +261,7 @@ class PageScan {
 
   // A factor's byte of this column; the factor itself is added to `sum`. n + 128 is left in the low
   // bits of the sum with kRoundingMagic: its low byte, less 128, is signed, and the rest the upper.
-  __device__ __forceinline__ uint32_t FactorByte(float product, float inverse,
-                                                 int32_t* sum) const {
+  __device__ __forceinline__ uint32_t FactorByte(float product, float inverse, int32_t* sum) const {
     const int32_t bits = __float_as_int(fmaf(product, inverse, kRoundingMagic + 128.0F));
     const int32_t shifted = bits - kRoundingMagicBits;
     *sum += shifted - 128;
@@ -286,12 +301,18 @@ class PageScan {
     constexpr uint32_t kLow = 0x0f0f0f0fU;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      uint32_t lower[4] = {};
+      uint32_t upper[4] = {};
+      if (HasChannel(step)) {
+        const uint32_t group = 4 * step + quarter_;
+        const auto* from = reinterpret_cast<const uint4*>(page_) + group * kChunksOfGroup;
+        Put(from[PlaceOf(group, column_)], lower);
+        Put(from[PlaceOf(group, column_ + kChunksOfGroup / 2)], upper);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t lower = codes_[8 * step + i];
-        const uint32_t upper = codes_[8 * step + 4 + i];
-        const uint32_t a[4] = {lower & kLow, upper & kLow, (lower >> 4) & kLow,
-                               (upper >> 4) & kLow};
+        const uint32_t a[4] = {lower[i] & kLow, upper[i] & kLow, (lower[i] >> 4) & kLow,
+                               (upper[i] >> 4) & kLow};
         Multiply(a, factors[step], dots[i]);
       }
     }
@@ -347,7 +368,7 @@ class PageScan {
     const double lower = margin * 5.0 + (whole + whole);
     float mean = 0.0F;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) mean += radius_[i];
+    for (int i = 0; i < 8; ++i) mean += RadiusOf(i);
     mean = SumOverTokens(mean) * (1.0F / kTokens);
     const double middle = eps_radius * static_cast<double>(mean) + eps_base;
     terms.lower_share = terms.known ? ExpScaled(static_cast<float>(-lower), 0) : 0.0F;
@@ -380,7 +401,7 @@ class PageScan {
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if constexpr (kBounded) logits[i] = fmaf(radius_[i], terms.eps_radius, logits[i]);
+      if constexpr (kBounded) logits[i] = fmaf(RadiusOf(i), terms.eps_radius, logits[i]);
       if (call_.softcap > 0.0F) {
         logits[i] = SoftcapOf(logits[i], call_.softcap);
         if constexpr (kBounded) logits[i] += terms.margin;
@@ -436,8 +457,7 @@ class PageScan {
   const std::byte* const page_;
   const uint32_t quarter_;
   const uint32_t column_;
-  uint32_t codes_[8 * kSteps];
-  float radius_[8];
+  uint32_t radii_[2];  // four codes of r each
 };
 
 // Queries of the CTA's heads, zeros beyond them. ||x|| follows each row of x.
@@ -445,7 +465,9 @@ template <bool kBounded>
 __device__ inline void LoadQueries(const ScanCall& call, const ScanSet& set, uint32_t first,
                                    const QueryRows& rows) {
   const uint32_t dim = call.shape.head_dim;
-  for (uint32_t i = threadIdx.x; i < kCtaHeads * dim; i += kScanThreads) {
+  const uint32_t there = min(kCtaHeads, set.head_count - first);
+  const uint32_t padded = (there + kTileHeads - 1) / kTileHeads * kTileHeads;
+  for (uint32_t i = threadIdx.x; i < padded * dim; i += kScanThreads) {
     const uint32_t head = first + i / dim;
     const uint32_t at = i / dim * rows.stride + i % dim;
     const size_t from = size_t{head} * dim + i % dim;
@@ -454,7 +476,7 @@ __device__ inline void LoadQueries(const ScanCall& call, const ScanSet& set, uin
   }
   if constexpr (kBounded) {
     for (uint32_t c = threadIdx.x; c < dim; c += kScanThreads) rows.metric[c] = set.metric[c];
-    for (uint32_t h = threadIdx.x; h < kCtaHeads; h += kScanThreads) {
+    for (uint32_t h = threadIdx.x; h < padded; h += kScanThreads) {
       const uint32_t head = first + h;
       rows.x[h * rows.stride + dim] =
           head < set.head_count ? static_cast<float>(set.norm[size_t{4} * head + 3]) : 0.0F;
@@ -466,8 +488,10 @@ __device__ inline void LoadQueries(const ScanCall& call, const ScanSet& set, uin
 }
 
 // Floats of shared memory: two tables of queries, the metric, the radius scale.
-constexpr uint32_t StrideOf(uint32_t head_dim) { return (head_dim + 31) / 32 * 32 + 16; }
-constexpr uint32_t SharedFloats(uint32_t head_dim) {
+__host__ __device__ constexpr uint32_t StrideOf(uint32_t head_dim) {
+  return (head_dim + 31) / 32 * 32 + 16;
+}
+__host__ __device__ constexpr uint32_t SharedFloats(uint32_t head_dim) {
   return 2 * kCtaHeads * StrideOf(head_dim) + head_dim + 256;
 }
 
@@ -488,18 +512,42 @@ __global__ void __launch_bounds__(kScanThreads, kColumns > 16 ? 2 : 3)
   LoadQueries<kBounded>(call, set, first, rows);
   __syncthreads();
   const uint32_t heads = min(kCtaHeads, set.head_count - first);
-  for (uint32_t i = threadIdx.x / kWarp; i < job.block_count; i += kScanWarps) {
-    const uint32_t block = job.first_block + i;
-    if (set.tokens[block] == 0) continue;
-    PageScan<kColumns, kBounded> scan(call, set, rows, block);
+  std::byte* pages = reinterpret_cast<std::byte*>(rows.radius_scale + 256) +
+                     size_t{threadIdx.x / kWarp} * kStages * call.shape.page_bytes;
+  // This warp's next page from `i` on, the end of the job if there is none.
+  const auto next_page = [&](uint32_t i) {
+    while (i < job.block_count && set.tokens[job.first_block + i] == 0) i += kScanWarps;
+    return min(i, job.block_count);
+  };
+  const auto fetch = [&](uint32_t i, uint32_t stage) {
+    if (i < job.block_count) {
+      FetchPage(call.shape,
+                set.sketches[job.first_block + i] + size_t{set.kv_head} * call.shape.page_bytes,
+                pages + size_t{stage} * call.shape.page_bytes);
+    }
+    __pipeline_commit();
+  };
+  uint32_t i = next_page(threadIdx.x / kWarp);
+  fetch(i, 0);
+  for (uint32_t stage = 0; i < job.block_count; stage ^= 1) {
+    const uint32_t next = next_page(i + kScanWarps);
+    fetch(next, stage ^ 1);
+    __pipeline_wait_prior(1);
+    __syncwarp();
+    PageScan<kColumns, kBounded> scan(call, set, rows, job.first_block + i,
+                                      pages + size_t{stage} * call.shape.page_bytes);
     for (uint32_t h = 0; h < heads; h += kTileHeads) scan.ScanTile(first + h, h);
+    // The other lanes have read what the next page overwrites.
+    __syncwarp();
+    i = next;
   }
 }
 
 template <int kColumns, bool kBounded>
 cudaError_t LaunchScan(const ScanCall& call, cudaStream_t stream) {
   const auto shared_bytes =
-      static_cast<uint32_t>(SharedFloats(call.shape.head_dim) * sizeof(float));
+      static_cast<uint32_t>(SharedFloats(call.shape.head_dim) * sizeof(float)) +
+      kScanWarps * kStages * call.shape.page_bytes;
   const cudaError_t code = cudaFuncSetAttribute(ScanKernel<kColumns, kBounded>,
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                 static_cast<int>(shared_bytes));

@@ -1,6 +1,6 @@
 // Encodes sketch pages with the arithmetic of attention/sketch_encode-inl.h, operation by
-// operation: a CTA per page, a thread per token. What the host adds up in eight lanes is added up in
-// eight lanes here, so the bytes are the same (tests compare them).
+// operation: a CTA per page, a thread per token. What the host adds up in eight lanes is added up
+// in eight lanes here, so the bytes are the same (tests compare them).
 
 #include "attention/cuda/elements-inl.h"
 
@@ -139,8 +139,7 @@ __device__ __forceinline__ void WriteCodes(const CacheShape& shape, const PageSt
 }
 
 __device__ __forceinline__ TokenResidual MeasureResidual(const CacheShape& shape,
-                                                         const PageState& state,
-                                                         const float* key) {
+                                                         const PageState& state, const float* key) {
   TokenResidual residual;
   double squares[8] = {};
   double along[kDirectionsMax][8] = {};
@@ -151,8 +150,8 @@ __device__ __forceinline__ TokenResidual MeasureResidual(const CacheShape& shape
       const double step = state.step[c + i];
       const auto code =
           static_cast<double>(static_cast<int32_t>(CodeOf(k, state.lo[c + i], state.step[c + i])));
-      const double e = (static_cast<double>(k) - static_cast<double>(state.lo[c + i])) -
-                       (code + 0.5) * step;
+      const double e =
+          (static_cast<double>(k) - static_cast<double>(state.lo[c + i])) - (code + 0.5) * step;
       const double size = fabs(e) + kResidualError * step;
       residual.within_cells &= size - CellOf(state.step[c + i]) <= 0.0;
       const double scaled = size * static_cast<double>(state.metric[c + i]);
@@ -199,8 +198,7 @@ __device__ __forceinline__ bool RadiusHolds(const PageState& state, float larges
   return static_cast<double>(largest) * static_cast<double>(state.radius_scale[code]) >= norm;
 }
 
-__device__ __forceinline__ uint32_t RadiusCode(const PageState& state, float largest,
-                                               double norm) {
+__device__ __forceinline__ uint32_t RadiusCode(const PageState& state, float largest, double norm) {
   if (norm == 0.0) return largest == 0.0F ? 0 : 255;
   uint32_t code = 0;
   for (uint32_t bit = 128; bit != 0; bit >>= 1) {
@@ -248,8 +246,8 @@ __device__ __forceinline__ bool WriteRadii(const CacheShape& shape, const SealIt
     reinterpret_cast<int8_t*>(item.page + shape.pj)[j * kTokens + threadIdx.x] =
         static_cast<int8_t>(stored);
     const double miss = fabs(residual.projection[j] - step * stored);
-    valid = valid && miss + kProjectionError * state->projection_scale[j] <=
-                         step / 2.0 * kProjectionMargin;
+    valid = valid &&
+            miss + kProjectionError * state->projection_scale[j] <= step / 2.0 * kProjectionMargin;
   }
   return valid;
 }
@@ -269,8 +267,8 @@ __device__ __forceinline__ void WriteMarks(const CacheShape& shape, std::byte* p
 }
 
 template <int kType>
-__global__ void __launch_bounds__(kTokens) SealKernel(const CacheShape shape,
-                                                      const SealItem* items) {
+__global__ void __launch_bounds__(kTokens)
+    SealKernel(const CacheShape shape, const SealItem* items) {
   extern __shared__ float keys[];  // [64][head_dim + 1]
   __shared__ PageState state;
   const SealItem item = items[blockIdx.x];
