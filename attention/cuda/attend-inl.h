@@ -38,7 +38,7 @@ struct AttendSizes {
   // Lanes of a row that end up with the same logit.
   static constexpr int kCopies = kRowLanes / kValues;
   static constexpr int kChunkBytes = kType == kFloat32 ? 32 : 16;
-  static constexpr int kStages = kType == kFloat32 ? 2 : 4;
+  static constexpr int kStages = kType == kFloat32 ? 2 : 3;
   static constexpr int kRoundBytes = kWarp * kChunkBytes;
   static constexpr int kStageBytes = 2 * kRounds * kRoundBytes;  // K, then V
   static constexpr int kQueueBytes = kAttendWarps * kStages * kStageBytes;
@@ -47,11 +47,12 @@ struct AttendSizes {
   static constexpr int kSharedBytes = kQueueBytes > kMergeBytes ? kQueueBytes : kMergeBytes;
 };
 
-// Positions of a stretch of words, and where their slices are.
+// Tokens of a stretch of words: positions relative to the set's first word, and their rows. The
+// last row is there a few times more, for the places of a group that have no token.
+inline constexpr uint32_t kSpareRows = kWarp;
 struct TokenList {
-  uint32_t positions[kListedTokens];  // relative to the set's first word
-  const std::byte* slices[kListedWords];
-  uint32_t first_word;
+  const std::byte* rows[kListedTokens + kSpareRows];
+  uint32_t positions[kListedTokens];
   uint32_t token_count;
   uint32_t warp_counts[kAttendWarps];
 };
@@ -64,16 +65,16 @@ struct Listed {
 
 // Lists the tokens of words from `first` on, as many words as fit; a thread lists a word. All
 // threads of the CTA call it.
-__device__ inline Listed ListTokens(const AttendSet& set, uint32_t slice_offset, uint32_t first,
+__device__ inline Listed ListTokens(const AttendSet& set, const CacheShape& shape, uint32_t first,
                                     uint32_t word_count, TokenList* list) {
   const uint32_t word = threadIdx.x;
   const uint32_t lane = word % kWarp;
   __syncthreads();  // Nobody reads the list before this one any more.
-  if (word == 0) list->first_word = first;
   uint64_t bits = 0;
+  const std::byte* slice = nullptr;
   if (word < word_count) {
     bits = set.tokens[first + word];
-    list->slices[word] = set.slices[first + word] + slice_offset;
+    slice = set.slices[first + word] + size_t{set.kv_head} * kTokens * shape.row_bytes;
   }
   const auto count = static_cast<uint32_t>(__popcll(bits));
   uint32_t end = count;
@@ -89,15 +90,19 @@ __device__ inline Listed ListTokens(const AttendSet& set, uint32_t slice_offset,
   if (fits) {
     uint32_t at = end - count;
     const uint32_t base = (first + word) * kTokens;
-    for (; bits != 0; bits &= bits - 1) {
-      list->positions[at++] =
-          base + static_cast<uint32_t>(__ffsll(static_cast<long long>(bits))) - 1;
+    for (; bits != 0; bits &= bits - 1, ++at) {
+      const auto token = static_cast<uint32_t>(__ffsll(static_cast<long long>(bits))) - 1;
+      list->positions[at] = base + token;
+      list->rows[at] = slice + token * shape.row_bytes;
     }
   }
   const auto words = static_cast<uint32_t>(__syncthreads_count(fits));
   if (word + 1 == words) list->token_count = end;
   __syncthreads();
-  return {.tokens = list->token_count, .words = words};
+  const uint32_t tokens = list->token_count;
+  if (word < kSpareRows && tokens > 0) list->rows[tokens + word] = list->rows[tokens - 1];
+  __syncthreads();
+  return {.tokens = tokens, .words = words};
 }
 
 // Adds up kCount values of each lane over the kRowLanes lanes of its row. Lane l of a row ends with
@@ -128,7 +133,8 @@ __device__ __forceinline__ float SumOverRow(float (&values)[kCount], uint32_t la
 template <int kHeads>
 struct WarpState {
   float acc[kHeads][kLaneChannels];   // of this lane's slot and channels
-  double sum = 0.0;                   // of this lane's own logits
+  double sum = 0.0;                   // of this lane's own weights, but for the latest few
+  float recent = 0.0F;                // those
   int32_t reference = kReferenceMin;  // of this lane's own head
   float key_squares_max = 0.0F;
   bool finite = true;
@@ -155,12 +161,17 @@ class AttendWarp {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       const uint32_t head = tile * kHeads + h;
-      const bool there = reads_ && head < set.head_count;
-#pragma unroll
-      for (uint32_t c = 0; c < kLaneChannels; ++c) {
-        q_[h][c] = there ? set.qs[size_t{head} * dim + channel_ + c] : 0.0F;
-        state.acc[h][c] = 0.0F;
+      float4 low = make_float4(0, 0, 0, 0);
+      float4 high = low;
+      if (reads_ && head < set.head_count) {
+        const auto* qs = reinterpret_cast<const float4*>(set.qs + size_t{head} * dim + channel_);
+        low = qs[0];
+        high = qs[1];
       }
+      q_[h][0] = low.x, q_[h][1] = low.y, q_[h][2] = low.z, q_[h][3] = low.w;
+      q_[h][4] = high.x, q_[h][5] = high.y, q_[h][6] = high.z, q_[h][7] = high.w;
+#pragma unroll
+      for (uint32_t c = 0; c < kLaneChannels; ++c) state.acc[h][c] = 0.0F;
     }
     if (!reads_) ZeroQueue();
   }
@@ -168,6 +179,8 @@ class AttendWarp {
   // Attends to the list's tokens that are this warp's.
   __device__ __forceinline__ void Attend(uint32_t token_count) {
     constexpr uint32_t kStep = kAttendWarps * Sizes::kWarpTokens;
+    // Weights that are added up in fp32 before they join the sum.
+    constexpr uint32_t kRecent = 8;
     const uint32_t first = threadIdx.x / kWarp * Sizes::kWarpTokens;
 #pragma unroll
     for (int stage = 0; stage < Sizes::kStages - 1; ++stage) {
@@ -175,13 +188,16 @@ class AttendWarp {
     }
     int stage = 0;
     int ahead = Sizes::kStages - 1;
+    uint32_t group = 0;
     for (uint32_t at = first; at < token_count; at += kStep) {
       Fetch(at + (Sizes::kStages - 1) * kStep, token_count, ahead);
       __pipeline_wait_prior(Sizes::kStages - 1);
       Add(at, token_count, stage);
+      if (++group % kRecent == 0) AddRecent();
       stage = stage + 1 == Sizes::kStages ? 0 : stage + 1;
       ahead = ahead + 1 == Sizes::kStages ? 0 : ahead + 1;
     }
+    AddRecent();
     __pipeline_wait_prior(0);
   }
 
@@ -204,28 +220,29 @@ class AttendWarp {
     }
   }
 
-  // Starts reading the tokens from `at` on; places beyond the list become zeros.
+  // Starts reading the tokens from `at` on, if there are any.
   __device__ __forceinline__ void Fetch(uint32_t at, uint32_t token_count, int stage) {
+    if (at < token_count && reads_) {
 #pragma unroll
-    for (int round = 0; round < Sizes::kRounds; ++round) {
-      const uint32_t index = at + round * Sizes::kSlots + lane_ / kRowLanes;
-      if (!reads_) continue;
-      const bool there = index < token_count;
-      const uint32_t position = list_.positions[there ? index : 0];
-      const std::byte* row = list_.slices[position / kTokens - list_.first_word] +
-                             position % kTokens * call_.shape.row_bytes +
-                             channel_ * (Sizes::kChunkBytes / kLaneChannels);
-      const uint32_t missing = there ? 0 : 16;
+      for (int round = 0; round < Sizes::kRounds; ++round) {
+        const std::byte* row = list_.rows[at + round * Sizes::kSlots + lane_ / kRowLanes] +
+                               channel_ * (Sizes::kChunkBytes / kLaneChannels);
 #pragma unroll
-      for (int i = 0; i < Sizes::kChunkBytes / 16; ++i) {
-        const uint32_t offset = lane_ * Sizes::kChunkBytes + 16 * i;
-        __pipeline_memcpy_async(Place(stage, round, false) + offset, row + 16 * i, 16, missing);
-        if (!set_.read_values) continue;
-        __pipeline_memcpy_async(Place(stage, round, true) + offset,
-                                row + call_.shape.vector_bytes + 16 * i, 16, missing);
+        for (int i = 0; i < Sizes::kChunkBytes / 16; ++i) {
+          const uint32_t offset = lane_ * Sizes::kChunkBytes + 16 * i;
+          __pipeline_memcpy_async(Place(stage, round, false) + offset, row + 16 * i, 16);
+          if (!set_.read_values) continue;
+          __pipeline_memcpy_async(Place(stage, round, true) + offset,
+                                  row + call_.shape.vector_bytes + 16 * i, 16);
+        }
       }
     }
     __pipeline_commit();
+  }
+
+  __device__ __forceinline__ void AddRecent() {
+    state.sum += static_cast<double>(state.recent);
+    state.recent = 0.0F;
   }
 
   // The logit of this lane's own head and token.
@@ -262,6 +279,8 @@ class AttendWarp {
   // Lets references follow the largest logits; rare after the first few groups.
   __device__ __forceinline__ void Raise(float logit) {
     int32_t exponent = ExponentOf(logit);
+    if (!__any_sync(kAllLanes, exponent > state.reference)) return;
+      // Lanes of the same head keep the same reference.
 #pragma unroll
     for (int offset = kRowLanes; offset < static_cast<int>(kWarp); offset *= 2) {
       exponent = max(exponent, __shfl_xor_sync(kAllLanes, exponent, offset));
@@ -270,7 +289,7 @@ class AttendWarp {
     for (int offset = Sizes::kCopies; offset < kRowLanes / kHeads; offset *= 2) {
       exponent = max(exponent, __shfl_xor_sync(kAllLanes, exponent, offset));
     }
-    if (!__any_sync(kAllLanes, exponent > state.reference)) return;
+    AddRecent();
     const int32_t raised = max(exponent, state.reference);
     const float factor = PowerOfTwo(state.reference - raised);
     state.sum *= PowerOfTwo64(state.reference - raised);
@@ -290,14 +309,14 @@ class AttendWarp {
   __device__ __forceinline__ void Add(uint32_t at, uint32_t token_count, int stage) {
     float logit = Logit(stage);
     const uint32_t index = at + own_ % Sizes::kRounds * Sizes::kSlots + lane_ / kRowLanes;
-    const uint32_t position = list_.positions[index < token_count ? index : 0];
+    const uint32_t position = index < token_count ? list_.positions[index] : 0;
     const bool sees = index < token_count && position >= visible_begin_ && position < visible_end_;
     if (call_.softcap > 0.0F) logit = SoftcapOf(logit, call_.softcap);
     if (sees && !(fabsf(logit) <= 0x1.fffffep+127F)) state.finite = false;
     if (!sees) logit = -__int_as_float(0x7f800000);
     Raise(logit);
     const float weight = ExpScaled(logit, state.reference);
-    if (counts_) state.sum += static_cast<double>(weight);
+    if (counts_) state.recent += weight;
     if (!set_.read_values) return;
 #pragma unroll
     for (int round = 0; round < Sizes::kRounds; ++round) {
@@ -380,52 +399,69 @@ __device__ inline HeadSums SumOfWarps(const CtaSums<kHeads>& sums, uint32_t head
 // 1 / sum, 0 of an empty set.
 __device__ __forceinline__ double InverseOf(double sum) { return sum == 0.0 ? 0.0 : 1.0 / sum; }
 
-// Adds up the jobs of a set for one tile, in their order. One CTA.
+// Sums of one head over all jobs, and what each job's weights must be multiplied with to count in
+// the same unit: factors[job * kHeads]. One warp.
 template <int kHeads>
-__device__ inline void MergeJobs(const AttendSet& set, uint32_t head_dim, uint32_t tile) {
+__device__ inline HeadSums SumOfJobs(const AttendSet& set, uint32_t head, float* factors) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  const HeadSums* parts = set.part_sums + head;
+  HeadSums total{.sum = 0.0, .reference = kReferenceMin, .key_squares_max = 0.0F};
+#pragma unroll 4
+  for (uint32_t job = lane; job < set.job_count; job += kWarp) {
+    const HeadSums* part = parts + size_t{job} * set.head_count;
+    total.reference = max(total.reference, __ldcg(&part->reference));
+    total.key_squares_max = fmaxf(total.key_squares_max, __ldcg(&part->key_squares_max));
+  }
+#pragma unroll
+  for (int offset = 1; offset < static_cast<int>(kWarp); offset *= 2) {
+    total.reference = max(total.reference, __shfl_xor_sync(kAllLanes, total.reference, offset));
+    total.key_squares_max =
+        fmaxf(total.key_squares_max, __shfl_xor_sync(kAllLanes, total.key_squares_max, offset));
+  }
+#pragma unroll 4
+  for (uint32_t job = lane; job < set.job_count; job += kWarp) {
+    const HeadSums* part = parts + size_t{job} * set.head_count;
+    const int32_t change = __ldcg(&part->reference) - total.reference;
+    total.sum += __ldcg(&part->sum) * PowerOfTwo64(change);
+    factors[job * kHeads] = PowerOfTwo(change);
+  }
+  total.sum = SumOverLanes(total.sum);
+  return total;
+}
+
+// Adds up the jobs of a set for one tile, in their order. One CTA, with shared memory for a factor
+// per job and head.
+template <int kHeads>
+__device__ inline void MergeJobs(const AttendSet& set, uint32_t head_dim, uint32_t tile,
+                                 float* factors) {
   const uint32_t first = tile * kHeads;
   const uint32_t heads = min(static_cast<uint32_t>(kHeads), set.head_count - first);
-  __shared__ HeadSums totals[kHeads];
+  __shared__ double inverses[kHeads];
   for (uint32_t h = threadIdx.x / kWarp; h < heads; h += kAttendWarps) {
-    const uint32_t lane = threadIdx.x % kWarp;
-    const HeadSums* parts = set.part_sums + first + h;
-    HeadSums total{.sum = 0.0, .reference = kReferenceMin, .key_squares_max = 0.0F};
-    for (uint32_t job = lane; job < set.job_count; job += kWarp) {
-      const HeadSums* part = parts + size_t{job} * set.head_count;
-      total.reference = max(total.reference, __ldcg(&part->reference));
-      total.key_squares_max = fmaxf(total.key_squares_max, __ldcg(&part->key_squares_max));
-    }
-#pragma unroll
-    for (int offset = 1; offset < static_cast<int>(kWarp); offset *= 2) {
-      total.reference = max(total.reference, __shfl_xor_sync(kAllLanes, total.reference, offset));
-      total.key_squares_max =
-          fmaxf(total.key_squares_max, __shfl_xor_sync(kAllLanes, total.key_squares_max, offset));
-    }
-    for (uint32_t job = lane; job < set.job_count; job += kWarp) {
-      const HeadSums* part = parts + size_t{job} * set.head_count;
-      total.sum += __ldcg(&part->sum) * PowerOfTwo64(__ldcg(&part->reference) - total.reference);
-    }
-    total.sum = SumOverLanes(total.sum);
-    if (lane == 0) {
-      totals[h] = total;
-      set.sums[first + h] = total;
-    }
+    const HeadSums total = SumOfJobs<kHeads>(set, first + h, factors + h);
+    if (threadIdx.x % kWarp != 0) continue;
+    inverses[h] = InverseOf(total.sum);
+    set.sums[first + h] = total;
   }
   __syncthreads();
   if (!set.read_values) return;
   const size_t stride = size_t{set.head_count} * head_dim;
-  for (uint32_t i = threadIdx.x; i < heads * head_dim; i += kAttendThreads) {
+  for (uint32_t i = 4 * threadIdx.x; i < heads * head_dim; i += 4 * kAttendThreads) {
     const uint32_t h = i / head_dim;
-    const size_t at = size_t{first} * head_dim + i;
-    const HeadSums* parts = set.part_sums + first + h;
-    double out = 0.0;
-#pragma unroll 8
-    for (uint32_t job = 0; job < set.job_count; ++job) {
-      const int32_t reference = __ldcg(&parts[size_t{job} * set.head_count].reference);
-      const float part = __ldcg(&set.parts[job * stride + at]);
-      out += static_cast<double>(part) * PowerOfTwo64(reference - totals[h].reference);
+    const float* part = set.parts + size_t{first} * head_dim + i;
+    double out[4] = {};
+#pragma unroll 16
+    for (uint32_t job = 0; job < set.job_count; ++job, part += stride) {
+      const float4 four = __ldcg(reinterpret_cast<const float4*>(part));
+      const float factor = factors[job * kHeads + h];
+      out[0] += static_cast<double>(four.x * factor);
+      out[1] += static_cast<double>(four.y * factor);
+      out[2] += static_cast<double>(four.z * factor);
+      out[3] += static_cast<double>(four.w * factor);
     }
-    set.out[at] = out * InverseOf(totals[h].sum);
+    auto* to = reinterpret_cast<double2*>(set.out + size_t{first} * head_dim + i);
+    to[0] = make_double2(out[0] * inverses[h], out[1] * inverses[h]);
+    to[1] = make_double2(out[2] * inverses[h], out[3] * inverses[h]);
   }
 }
 
@@ -481,13 +517,12 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads == 8 ? 2 : 3)
   const uint32_t tile = blockIdx.y;
   if (tile * kHeads >= set.head_count) return;
   const uint32_t head_dim = call.shape.head_dim;
-  const uint32_t slice_offset = set.kv_head * kTokens * call.shape.row_bytes;
   AttendWarp<kType, kRowLanes, kHeads> warp(
       call, set, tile, list,
       reinterpret_cast<std::byte*>(queue) +
           threadIdx.x / kWarp * (Sizes::kStages * Sizes::kStageBytes));
   for (uint32_t word = 0; word < job.word_count;) {
-    const Listed listed = ListTokens(set, slice_offset, job.first_word + word,
+    const Listed listed = ListTokens(set, call.shape, job.first_word + word,
                                      min(kListedWords, job.word_count - word), &list);
     warp.Attend(listed.tokens);
     word += listed.words;
@@ -507,15 +542,14 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads == 8 ? 2 : 3)
   __syncthreads();
   if (!sums.last) return;
   __threadfence();
-  MergeJobs<kHeads>(set, head_dim, tile);
+  MergeJobs<kHeads>(set, head_dim, tile, reinterpret_cast<float*>(queue));
 }
 
 template <int kType, int kRowLanes, int kHeads>
 cudaError_t LaunchAttend(const AttendCall& call, cudaStream_t stream) {
   using Sizes = AttendSizes<kType, kRowLanes, kHeads>;
   const cudaError_t code =
-      cudaFuncSetAttribute(AttendKernel<kType, kRowLanes, kHeads>,
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, Sizes::kSharedBytes);
+      ReserveShared(AttendKernel<kType, kRowLanes, kHeads>, Sizes::kSharedBytes);
   if (code != cudaSuccess) return code;
   const dim3 grid(call.job_count, (call.head_count_max + kHeads - 1) / kHeads);
   AttendKernel<kType, kRowLanes, kHeads>

@@ -548,9 +548,7 @@ cudaError_t LaunchScan(const ScanCall& call, cudaStream_t stream) {
   const auto shared_bytes =
       static_cast<uint32_t>(SharedFloats(call.shape.head_dim) * sizeof(float)) +
       kScanWarps * kStages * call.shape.page_bytes;
-  const cudaError_t code = cudaFuncSetAttribute(ScanKernel<kColumns, kBounded>,
-                                                cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                static_cast<int>(shared_bytes));
+  const cudaError_t code = ReserveShared(ScanKernel<kColumns, kBounded>, shared_bytes);
   if (code != cudaSuccess) return code;
   const dim3 grid(call.job_count, (call.head_count_max + kCtaHeads - 1) / kCtaHeads);
   ScanKernel<kColumns, kBounded><<<grid, kScanThreads, shared_bytes, stream>>>(call);

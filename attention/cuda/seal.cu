@@ -316,9 +316,7 @@ template <int kType>
 cudaError_t LaunchSeal(const CacheShape& shape, const SealItem* items, uint32_t item_count,
                        cudaStream_t stream) {
   const size_t shared_bytes = size_t{kTokens} * (shape.head_dim + 1) * sizeof(float);
-  const cudaError_t code =
-      cudaFuncSetAttribute(SealKernel<kType>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes));
+  const cudaError_t code = ReserveShared(SealKernel<kType>, shared_bytes);
   if (code != cudaSuccess) return code;
   SealKernel<kType><<<item_count, kTokens, shared_bytes, stream>>>(shape, items);
   return cudaGetLastError();

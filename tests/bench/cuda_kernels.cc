@@ -323,7 +323,7 @@ void MeasureCase(const Case& shape) {
   bench.MeasureScan(true, 4);
 }
 
-void MeasureAll() {
+std::vector<Case> Cases() {
   const KvLayout grouped{
       .query_head_count = 32, .kv_head_count = 8, .head_dim = 128, .dtype = DType::kBfloat16};
   KvLayout single = grouped;
@@ -332,20 +332,25 @@ void MeasureAll() {
   wide.kv_head_count = 4;
   KvLayout small = grouped;
   small.head_dim = 64;
-  for (const auto& [rows, length] :
-       {std::pair{1U, 8192U}, std::pair{1U, 32768U}, std::pair{1U, 131072U}, std::pair{8U, 32768U},
-        std::pair{8U, 131072U}}) {
-    MeasureCase({.rows = rows, .length = length, .layout = grouped});
-  }
-  MeasureCase({.rows = 16, .length = 4096, .layout = single});
-  MeasureCase({.rows = 8, .length = 32768, .layout = wide});
-  MeasureCase({.rows = 32, .length = 8192, .layout = small});
+  return {{.rows = 1, .length = 8192, .layout = grouped},
+          {.rows = 1, .length = 32768, .layout = grouped},
+          {.rows = 1, .length = 131072, .layout = grouped},
+          {.rows = 8, .length = 32768, .layout = grouped},
+          {.rows = 8, .length = 131072, .layout = grouped},
+          {.rows = 16, .length = 4096, .layout = single},
+          {.rows = 8, .length = 32768, .layout = wide},
+          {.rows = 32, .length = 8192, .layout = small}};
 }
 
 }  // namespace
 }  // namespace kvservice::bench
 
-int main() {
-  kvservice::bench::MeasureAll();
+// With an argument: only the case of that number.
+int main(int argc, char** argv) {
+  const std::vector<kvservice::bench::Case> cases = kvservice::bench::Cases();
+  for (size_t i = 0; i < cases.size(); ++i) {
+    if (argc > 1 && std::to_string(i) != argv[1]) continue;
+    kvservice::bench::MeasureCase(cases[i]);
+  }
   return 0;
 }
