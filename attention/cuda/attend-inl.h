@@ -260,14 +260,14 @@ class AttendWarp {
         for (uint32_t c = 1; c < kLaneChannels; ++c) dot = fmaf(q_[h][c], k[c], dot);
         values[h * Sizes::kRounds + round] = dot;
       }
-      if (!set_.bound_masses) continue;
+      if (!call_.bound_masses) continue;
       squares[round] = k[0] * k[0];
 #pragma unroll
       for (uint32_t c = 1; c < kLaneChannels; ++c) {
         squares[round] = fmaf(k[c], k[c], squares[round]);
       }
     }
-    if (set_.bound_masses) {
+    if (call_.bound_masses) {
       const float norm = SumOverRow<Sizes::kRounds, kRowLanes>(squares, lane_);
       // A norm that is not a number is not small.
       state.key_squares_max =
@@ -465,20 +465,58 @@ __device__ inline void MergeJobs(const AttendSet& set, uint32_t head_dim, uint32
   }
 }
 
-// Adds up the warps of a CTA and leaves what they came to: the answer, if this is the only job.
-template <class Sizes, int kRowLanes, int kHeads>
-__device__ inline void LeaveResult(const WarpState<kHeads>& state, const AttendSet& set,
-                                   uint32_t head_dim, uint32_t job, uint32_t tile,
-                                   const CtaSums<kHeads>& sums, float* merged) {
-  constexpr uint32_t kChannels = kRowLanes * kLaneChannels;
-  const uint32_t lane = threadIdx.x % kWarp;
-  const uint32_t warp = threadIdx.x / kWarp;
+// Leaves what the CTA came to: the answer, if this is the only job. `merged` holds `part_count`
+// rows of `channels` numbers per head, in shared memory: [part_count][kHeads][channels].
+template <int kHeads>
+__device__ inline void LeaveResult(const AttendSet& set, uint32_t head_dim, uint32_t job,
+                                   uint32_t tile, const CtaSums<kHeads>& sums, const float* merged,
+                                   uint32_t part_count, uint32_t channels, float scale) {
   const uint32_t first = tile * kHeads;
   const uint32_t heads = min(static_cast<uint32_t>(kHeads), set.head_count - first);
   const bool alone = set.job_count == 1;
   HeadSums* to = alone ? set.sums : set.part_sums + size_t{job} * set.head_count;
   if (threadIdx.x < heads) to[first + threadIdx.x] = SumOfWarps(sums, threadIdx.x);
   if (!set.read_values) return;
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < heads * head_dim; i += kAttendThreads) {
+    const uint32_t h = i / head_dim;
+    float total = 0.0F;
+    for (uint32_t part = 0; part < part_count; ++part) {
+      total += merged[(part * kHeads + h) * channels + i % head_dim];
+    }
+    total *= scale;
+    const size_t at = size_t{first} * head_dim + i;
+    if (alone) {
+      set.out[at] = static_cast<double>(total) * InverseOf(SumOfWarps(sums, h).sum);
+    } else {
+      set.parts[job * size_t{set.head_count} * head_dim + at] = total;
+    }
+  }
+}
+
+// The job that comes last adds up all of its set; nobody waits. All threads of the CTA call it.
+template <int kHeads>
+__device__ inline void MergeIfLast(const AttendSet& set, uint32_t head_dim, uint32_t tile,
+                                   CtaSums<kHeads>* sums, float* factors) {
+  if (set.job_count == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    sums->last = atomicAdd(&set.tickets[tile], 1) == set.job_count - 1;
+    if (sums->last) set.tickets[tile] = 0;
+  }
+  __syncthreads();
+  if (!sums->last) return;
+  __threadfence();
+  MergeJobs<kHeads>(set, head_dim, tile, factors);
+}
+
+// Every warp's sums of values, in the unit that SumOfWarps counts in.
+template <class Sizes, int kRowLanes, int kHeads>
+__device__ inline void LeaveValues(const WarpState<kHeads>& state, const CtaSums<kHeads>& sums,
+                                   float* merged) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  const uint32_t warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
     const float factor = PowerOfTwo(sums.reference[warp][h] - SumOfWarps(sums, h).reference);
@@ -487,21 +525,6 @@ __device__ inline void LeaveResult(const WarpState<kHeads>& state, const AttendS
                               kLaneChannels;
 #pragma unroll
     for (uint32_t c = 0; c < kLaneChannels; ++c) row[c] = state.acc[h][c] * factor;
-  }
-  __syncthreads();
-  for (uint32_t i = threadIdx.x; i < heads * head_dim; i += kAttendThreads) {
-    const uint32_t h = i / head_dim;
-    float total = 0.0F;
-#pragma unroll
-    for (uint32_t part = 0; part < kAttendWarps * Sizes::kSlots; ++part) {
-      total += merged[(part * kHeads + h) * kChannels + i % head_dim];
-    }
-    const size_t at = size_t{first} * head_dim + i;
-    if (alone) {
-      set.out[at] = static_cast<double>(total) * InverseOf(SumOfWarps(sums, h).sum);
-    } else {
-      set.parts[job * size_t{set.head_count} * head_dim + at] = total;
-    }
   }
 }
 
@@ -529,20 +552,11 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads == 8 ? 2 : 3)
   }
   LeaveSums<Sizes, kRowLanes>(warp.state, &sums);
   __syncthreads();
-  LeaveResult<Sizes, kRowLanes>(warp.state, set, head_dim, job.index, tile, sums,
-                                reinterpret_cast<float*>(queue));
-  if (set.job_count == 1) return;
-  // Whoever comes last adds up; nobody waits.
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    sums.last = atomicAdd(&set.tickets[tile], 1) == set.job_count - 1;
-    if (sums.last) set.tickets[tile] = 0;
-  }
-  __syncthreads();
-  if (!sums.last) return;
-  __threadfence();
-  MergeJobs<kHeads>(set, head_dim, tile, reinterpret_cast<float*>(queue));
+  auto* merged = reinterpret_cast<float*>(queue);
+  if (set.read_values) LeaveValues<Sizes, kRowLanes>(warp.state, sums, merged);
+  LeaveResult<kHeads>(set, head_dim, job.index, tile, sums, merged, kAttendWarps * Sizes::kSlots,
+                      kRowLanes * kLaneChannels, 1.0F);
+  MergeIfLast<kHeads>(set, head_dim, tile, &sums, merged);
 }
 
 template <int kType, int kRowLanes, int kHeads>
@@ -571,7 +585,7 @@ cudaError_t LaunchAttendRows(const AttendCall& call, cudaStream_t stream) {
 // Attention over caches of one element type; each is compiled in a file of its own.
 template <int kType>
 cudaError_t AttendTyped(const AttendCall& call, cudaStream_t stream) {
-  switch (AttendTileHeads(call.head_count_max)) {
+  switch (AttendTilingOf(call).heads) {
     case 1:
       return LaunchAttendRows<kType, 1>(call, stream);
     case 4:

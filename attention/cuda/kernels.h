@@ -111,7 +111,6 @@ struct AttendSet {
   uint32_t kv_head = 0;
   uint32_t job_count = 0;
   bool read_values = true;
-  bool bound_masses = false;
 };
 struct AttendJob {
   uint32_t set = 0;
@@ -122,13 +121,21 @@ struct AttendJob {
 struct AttendCall {
   CacheShape shape;
   float softcap = 0.0F;
+  // Sums carry the largest norm of a key, and every rounding is that of an fp32 multiply-add.
+  // Otherwise 16-bit caches are read by tensor cores, of whose roundings nothing is proven.
+  bool bound_masses = false;
   const AttendSet* sets = nullptr;
   const AttendJob* jobs = nullptr;
   uint32_t job_count = 0;
   uint32_t head_count_max = 0;
 };
-// Heads that one CTA takes.
-uint32_t AttendTileHeads(uint32_t head_count);
+// How a call is laid out: heads that one CTA takes, each tile of them has a ticket of its own, and
+// CTAs that run on one multiprocessor side by side.
+struct AttendTiling {
+  uint32_t heads = 1;
+  uint32_t ctas = 1;
+};
+AttendTiling AttendTilingOf(const AttendCall& call);
 cudaError_t Attend(const AttendCall& call, cudaStream_t stream);
 
 // ---- Scan ---------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@
 namespace kvservice::cuda {
 namespace {
 
-// CTAs of a kernel that run on one multiprocessor at the same time.
-constexpr uint32_t kAttendCtas = 3;
+// CTAs of a scan that run on one multiprocessor at the same time.
 constexpr uint32_t kScanCtas = 3;
 // Less than this is not worth a CTA: its warps would not fill their queues.
 constexpr uint64_t kJobTokensMin = 128;
@@ -141,7 +140,7 @@ void Readings::Attend(const RowTables& row, const Group& group, const TokenMask&
   set.head_count = heads;
   set.kv_head = group.kv_head();
   set.read_values = read_values;
-  set.bound_masses = group.bounds_masses();
+  reading.bound_masses = group.bounds_masses();
   attends_.push_back(reading);
 }
 
@@ -204,7 +203,6 @@ void Readings::Scan(const RowTables& row, const Group& group, const TokenMask& t
 // Cuts one set into jobs of about `target` tokens, at whole words.
 void Readings::CutIntoJobs(AttendReading* reading, uint64_t target, std::vector<AttendJob>* jobs) {
   const TokenMask& tokens = *reading->tokens;
-  const auto set = static_cast<uint32_t>(reading - attends_.data());
   uint64_t size = 0;
   uint32_t first = 0;
   const auto words = static_cast<uint32_t>(tokens.size());
@@ -215,7 +213,7 @@ void Readings::CutIntoJobs(AttendReading* reading, uint64_t target, std::vector<
     size += count;
     if (size == 0) first = word + 1;
     if (size == 0 || (size < target && left > 0)) continue;
-    jobs->push_back({.set = set,
+    jobs->push_back({.set = reading->index,
                      .index = reading->set.job_count++,
                      .first_word = first,
                      .word_count = word + 1 - first});
@@ -225,37 +223,42 @@ void Readings::CutIntoJobs(AttendReading* reading, uint64_t target, std::vector<
   }
 }
 
-void Readings::StartAttends() {
-  if (attends_.empty()) return;
+// Rows whose masses are bounded and rows whose are not are different kernels.
+void Readings::StartAttends(bool bounded) {
   AttendCall call;
   call.shape = ShapeOf(shape_->layout);
   call.softcap = shape_->logit_softcap;
-  for (const AttendReading& reading : attends_) {
+  call.bound_masses = bounded;
+  uint64_t total = 0;
+  uint32_t set_count = 0;
+  for (AttendReading& reading : attends_) {
+    if (reading.bound_masses != bounded) continue;
+    reading.index = set_count++;
+    total += reading.token_count;
     call.head_count_max = std::max(call.head_count_max, reading.set.head_count);
   }
-  const uint32_t tile_heads = AttendTileHeads(call.head_count_max);
-  const uint32_t tiles = (call.head_count_max + tile_heads - 1) / tile_heads;
-  uint64_t total = 0;
-  for (const AttendReading& reading : attends_) total += reading.token_count;
+  if (set_count == 0) return;
+  const AttendTiling tiling = AttendTilingOf(call);
+  const uint32_t tiles = (call.head_count_max + tiling.heads - 1) / tiling.heads;
   const uint64_t places =
-      std::max<uint64_t>(1, uint64_t{kAttendCtas} * context_.multiprocessors / tiles);
-  const uint64_t target = JobTarget(total, attends_.size(), places, kJobTokensMin);
+      std::max<uint64_t>(1, uint64_t{tiling.ctas} * context_.multiprocessors / tiles);
+  const uint64_t target = JobTarget(total, set_count, places, kJobTokensMin);
   std::vector<AttendJob> jobs;
-  for (AttendReading& reading : attends_) CutIntoJobs(&reading, target, &jobs);
-
-  const Slot<AttendSet> sets = to_device_.Take<AttendSet>(attends_.size());
-  const size_t ticket_count = attends_.size() * tiles;
+  const Slot<AttendSet> sets = to_device_.Take<AttendSet>(set_count);
+  const size_t ticket_count = size_t{set_count} * tiles;
   const Slot<uint32_t> tickets = to_device_.Take<uint32_t>(ticket_count);
   std::fill_n(tickets.host, ticket_count, 0);
-  for (size_t i = 0; i < attends_.size(); ++i) {
-    AttendSet& set = attends_[i].set;
-    set.tickets = tickets.device + i * tiles;
+  for (AttendReading& reading : attends_) {
+    if (reading.bound_masses != bounded) continue;
+    CutIntoJobs(&reading, target, &jobs);
+    AttendSet& set = reading.set;
+    set.tickets = tickets.device + size_t{reading.index} * tiles;
     if (set.job_count > 1) {
       const size_t parts = size_t{set.job_count} * set.head_count;
       set.part_sums = scratch_.Take<HeadSums>(parts).device;
       set.parts = scratch_.Take<float>(parts * shape_->layout.head_dim).device;
     }
-    sets.host[i] = set;
+    sets.host[reading.index] = set;
   }
   const Slot<AttendJob> job_slot = to_device_.Take<AttendJob>(jobs.size());
   std::copy(jobs.begin(), jobs.end(), job_slot.host);
@@ -315,7 +318,8 @@ void Readings::Run() {
   if (empty()) return;
   attend_calls_.clear();
   scan_calls_.clear();
-  StartAttends();
+  StartAttends(false);
+  StartAttends(true);
   StartScans(false);
   StartScans(true);
   to_device_.Upload(context_.stream);
@@ -336,7 +340,7 @@ void Readings::FinishAttend(const AttendReading& reading) const {
   for (uint32_t head = 0; head < heads; ++head) {
     const HeadSums& sums = reading.sums.host[head];
     part.lse[head] = sums.sum == 0.0 ? kLogZero : sums.reference * kLn2 + std::log(sums.sum);
-    if (reading.set.bound_masses) {
+    if (reading.bound_masses) {
       BoundMass(*shape_, reading.group->queries().norm[head], sums, reading.job_tokens_max, head,
                 &part);
     } else {

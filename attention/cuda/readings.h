@@ -72,6 +72,8 @@ class Readings {
     Partial* to;
     Slot<double> out;
     Slot<HeadSums> sums;
+    bool bound_masses;
+    uint32_t index;  // among the sets of its call
     uint32_t token_count;
     uint32_t job_tokens_max;
   };
@@ -89,7 +91,7 @@ class Readings {
   const uint64_t* UploadMask(const TokenMask& tokens);
   const float* UploadQueries(const Group& group);
   const uint32_t* UploadVisible(const Group& group);
-  void StartAttends();
+  void StartAttends(bool bounded);
   void CutIntoJobs(AttendReading* reading, uint64_t target, std::vector<AttendJob>* jobs);
   void StartScans(bool bounded);
   void FinishAttend(const AttendReading& reading) const;

@@ -47,7 +47,7 @@ class Bench {
   }
 
   void MeasureSeal();
-  void MeasureAttend(const std::string& name, uint32_t tokens, uint32_t launches);
+  void MeasureAttend(const std::string& name, uint32_t tokens, bool bounded, uint32_t launches);
   void MeasureScan(bool bounded, uint32_t launches);
 
  private:
@@ -207,12 +207,19 @@ void Bench::MeasureSeal() {
       static_cast<double>(pages) * (size_t{kBlockTokens} * layout.row_bytes() + sketch.page_bytes));
 }
 
-void Bench::MeasureAttend(const std::string& name, uint32_t tokens, uint32_t launches) {
+void Bench::MeasureAttend(const std::string& name, uint32_t tokens, bool bounded,
+                          uint32_t launches) {
   const uint32_t heads = case_.layout.group_size();
   const uint32_t dim = case_.layout.head_dim;
   int multiprocessors = 0;
   Check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "device");
-  const uint32_t places = 3 * static_cast<uint32_t>(multiprocessors);
+  cuda::AttendCall call;
+  call.shape = shape_;
+  call.bound_masses = bounded;
+  call.head_count_max = heads;
+  const cuda::AttendTiling tiling = cuda::AttendTilingOf(call);
+  const uint32_t tiles = (heads + tiling.heads - 1) / tiling.heads;
+  const uint32_t places = tiling.ctas * static_cast<uint32_t>(multiprocessors) / tiles;
   const uint32_t most = std::max<uint32_t>(1, std::min(tokens, case_.length) / 128);
   const uint32_t jobs_of_set = std::min({std::max(1U, places / set_count()), blocks(), most});
   Arena arena(Arena::Sides::kBoth);
@@ -247,12 +254,9 @@ void Bench::MeasureAttend(const std::string& name, uint32_t tokens, uint32_t lau
             .set = i, .index = job, .first_word = begin, .word_count = end - begin};
       }
     }
-    cuda::AttendCall call;
-    call.shape = shape_;
     call.sets = sets.device;
     call.jobs = jobs.device;
     call.job_count = set_count() * jobs_of_set;
-    call.head_count_max = heads;
     calls.push_back(call);
   }
   arena.Upload(stream_);
@@ -316,9 +320,11 @@ void Bench::MeasureScan(bool bounded, uint32_t launches) {
 void MeasureCase(const Case& shape) {
   Bench bench(shape);
   bench.MeasureSeal();
-  bench.MeasureAttend("dense", shape.length, 2);
-  bench.MeasureAttend("list of 2048", 2048, 16);
-  if (shape.layout.group_size() == 1) bench.MeasureAttend("list of 256", 256, 32);
+  bench.MeasureAttend("dense", shape.length, false, 2);
+  bench.MeasureAttend("dense with bounds", shape.length, true, 2);
+  bench.MeasureAttend("list of 2048", 2048, false, 16);
+  bench.MeasureAttend("list of 2048 with bounds", 2048, true, 16);
+  if (shape.layout.group_size() == 1) bench.MeasureAttend("list of 256", 256, false, 32);
   bench.MeasureScan(false, 4);
   bench.MeasureScan(true, 4);
 }
