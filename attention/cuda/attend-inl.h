@@ -1,14 +1,14 @@
 // Exact attention over sets of tokens, split over CTAs. What a CTA does:
 //
 //   - It takes one job, a range of words of one set, and one tile of kHeads heads. Set bits become
-//     positions in shared memory; its warps take turns at groups of kWarpTokens of them.
-//   - A row of K (or V) is read by kRowLanes lanes, eight channels each, through asynchronous copies
-//     into shared memory that a lane reads back itself: a queue per lane, which needs no barrier and
-//     keeps kStages groups per warp in flight.
+//     a list in shared memory; its warps take turns at groups of kWarpTokens tokens.
+//   - A row of K (or V) is read by kRowLanes lanes, eight channels each, through asynchronous
+//     copies into shared memory that a lane reads back itself: a queue per lane, which needs no
+//     barrier and keeps kStages groups per warp in flight.
 //   - Dot products of eight channels per lane meet in a reduction that leaves one logit per lane;
 //     the lane exponentiates it, in units of a power of two per head, as the host does.
-//   - Warps, then jobs, are added up; the job that comes last does it for all, in the order of jobs,
-//     so the result does not depend on who that is.
+//   - Warps, then jobs, are added up; the job that comes last does it for all, in the order of
+//     jobs, so the result does not depend on who that is.
 //
 // fp32 throughout (queries are not rounded to the cache's type), masses in double.
 
