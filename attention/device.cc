@@ -12,13 +12,17 @@ namespace kvservice {
 absl::StatusOr<std::unique_ptr<Device>> NewDevice(std::string_view name,
                                                   const DeviceOptions& options) {
   if (name == "reference") return NewReferenceDevice(options);
-#ifdef KVSERVICE_HAS_CUDA
-  if (name == "cuda") return NewCudaDevice(options);
-#endif
   if (name == "cpu" || name == "auto") return NewCpuDevice(options);
+  if (name == "cuda") {
+#ifdef KVSERVICE_HAS_CUDA
+    return NewCudaDevice(options);
+#else
+    return absl::UnavailableError("this build has no CUDA device");
+#endif
+  }
   return absl::InvalidArgumentError(absl::StrCat("device is '",
                                                  absl::string_view(name.data(), name.size()),
-                                                 "', expected auto, cpu or reference"));
+                                                 "', expected auto, cpu, cuda or reference"));
 }
 
 }  // namespace kvservice

@@ -188,8 +188,9 @@ struct DeviceOptions {
   uint32_t thread_count = 0;
 };
 
-// name: "reference", "cpu" or "auto" (the fastest that works here). INVALID_ARGUMENT for other
-// names.
+// name: "reference", "cpu", "cuda" or "auto". INVALID_ARGUMENT for other names; UNAVAILABLE for
+// "cuda" where there is no GPU, or the build is without it. "auto" is the CPU: whole calls were not
+// compared on a GPU yet.
 absl::StatusOr<std::unique_ptr<Device>> NewDevice(std::string_view name,
                                                   const DeviceOptions& options);
 

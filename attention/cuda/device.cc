@@ -480,8 +480,6 @@ absl::StatusOr<uint32_t> FindGpu() {
 
 }  // namespace
 
-bool HasCudaDevice() { return FindGpu().ok(); }
-
 absl::StatusOr<std::unique_ptr<Device>> NewCudaDevice(const DeviceOptions& options) {
   absl::StatusOr<uint32_t> multiprocessors = FindGpu();
   if (!multiprocessors.ok()) return multiprocessors.status();

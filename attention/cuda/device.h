@@ -15,9 +15,6 @@
 
 namespace kvservice {
 
-// True if there is a GPU that this build has code for. Any thread.
-bool HasCudaDevice();
-
 // UNAVAILABLE without one, with the driver's reason. Any thread. thread_count of the options is the
 // number of host threads that decide.
 absl::StatusOr<std::unique_ptr<Device>> NewCudaDevice(const DeviceOptions& options);
