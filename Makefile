@@ -3,11 +3,12 @@
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 EVAL_ARGS ?=
+QUALITY_ARGS ?=
 
 cc_files = $(shell find attention selector kvservice client tests \
              -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
-.PHONY: help setup build demo test bench eval campaign format tidy clean
+.PHONY: help setup build demo test bench eval quality campaign format tidy clean
 .NOTPARALLEL:
 
 help:
@@ -16,6 +17,8 @@ help:
 	@echo "make build     programs in build/bin/"
 	@echo "make bench     kvbench, rows in build/bench.json               (BENCH_ARGS='--workload=...')"
 	@echo "make eval      certificates on traces of real models          (EVAL_ARGS='--queries=8')"
+	@echo "make quality   selectors against rivals on real models: docs/quality.md"
+	@echo "               (QUALITY_ARGS='--threads=8'; goes on where it stopped)"
 	@echo "make campaign  the long forms of the tests"
 	@echo "make format    clang-format in place"
 	@echo "make tidy      tests/tidy.py and clang-tidy alone"
@@ -48,6 +51,14 @@ eval: build
 	  --target build/eval_packages -r tests/eval/requirements.txt
 	build/venv/bin/python tests/eval/trace.py --all
 	build/bin/kveval --json=build/eval.json $(EVAL_ARGS)
+
+quality: build
+	@cmake --build --preset release --target kveval
+	@[ -d build/eval_packages ] || build/venv/bin/pip install --quiet --no-deps \
+	  --target build/eval_packages -r tests/eval/requirements.txt
+	@[ -d build/eval_pictures/matplotlib ] || build/venv/bin/pip install --quiet --no-deps \
+	  --target build/eval_pictures -r tests/eval/requirements-pictures.txt
+	build/venv/bin/python tests/eval/run_quality.py $(QUALITY_ARGS)
 
 format: setup
 	@clang-format -i $(cc_files)

@@ -133,6 +133,9 @@ struct GroupReport {
   // Largest of the anchors' cosines (the smallest over the group's heads each); -2 when not
   // computed.
   float similarity = -2.0F;
+  // Share of mass that the most similar anchor's list was estimated to drop (Plan::
+  // reuse_mass_limit), whether it was used or not; negative when not estimated.
+  float sharing_estimate = -1.0F;
 };
 
 // One row of a call. Inputs are borrowed and outputs are caller's memory.

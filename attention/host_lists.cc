@@ -36,6 +36,31 @@ void Normalize(absl::Span<const float> queries, uint32_t head_dim, float* out) {
   }
 }
 
+// Turns every pair of rotated channels by `turns` angles of its own frequency.
+void TurnQueries(const LayerShape& shape, double turns, const float* q, float* out) {
+  const uint32_t head_dim = shape.layout.head_dim;
+  const size_t float_count = static_cast<size_t>(shape.layout.query_head_count) * head_dim;
+  if (out != q) std::copy_n(q, float_count, out);
+  if (shape.rotary_style == RotaryStyle::kNone) return;
+  const auto pair_count = static_cast<uint32_t>(shape.inverse_frequencies.size());
+  assert(2 * pair_count <= head_dim);
+  for (uint32_t pair = 0; pair < pair_count; ++pair) {
+    const double angle = turns * static_cast<double>(shape.inverse_frequencies[pair]);
+    const double cosine = std::cos(angle);
+    const double sine = std::sin(angle);
+    const bool half = shape.rotary_style == RotaryStyle::kHalf;
+    const uint32_t first = half ? pair : 2 * pair;
+    const uint32_t second = half ? pair + pair_count : 2 * pair + 1;
+    for (uint32_t head = 0; head < shape.layout.query_head_count; ++head) {
+      float* x = out + static_cast<size_t>(head) * head_dim;
+      const double a = x[first];
+      const double b = x[second];
+      x[first] = static_cast<float>(a * cosine - b * sine);
+      x[second] = static_cast<float>(b * cosine + a * sine);
+    }
+  }
+}
+
 void DropFrom(uint32_t length, std::vector<uint32_t>* tokens) {
   tokens->erase(std::lower_bound(tokens->begin(), tokens->end(), length), tokens->end());
 }
@@ -56,6 +81,8 @@ void HostLists::Truncate(uint32_t length) {
     DropFrom(length, &head.selection);
     for (Anchor& anchor : head.anchors) {
       DropFrom(length, &anchor.tokens);
+      // What was read and left included tokens that are gone.
+      if (length < anchor.covered_end) anchor.sharing = {};
       anchor.covered_end = std::min(anchor.covered_end, length);
     }
   }
@@ -67,34 +94,41 @@ size_t HostLists::bytes() const {
     bytes += head.queries.capacity() * sizeof(float);
     bytes += head.selection.capacity() * sizeof(uint32_t);
     bytes += head.anchors.capacity() * sizeof(Anchor);
-    for (const Anchor& anchor : head.anchors) bytes += anchor.tokens.capacity() * sizeof(uint32_t);
+    for (const Anchor& anchor : head.anchors) {
+      bytes += anchor.tokens.capacity() * sizeof(uint32_t) + anchor.sharing.bytes();
+    }
   }
   return bytes;
 }
 
-HostLists::Match HostLists::FindMostSimilar(uint32_t kv_head,
-                                            absl::Span<const float> queries) const {
+HostLists::Match HostLists::FindMostSimilar(uint32_t kv_head, absl::Span<const float> queries,
+                                            bool estimable) const {
   const Head& head = heads_[kv_head];
   assert(queries.size() == query_floats());
   std::array<float, size_t{kGroupMax} * kHeadDimMax> unit;
   Normalize(queries, layout_.head_dim, unit.data());
   Match best;
+  uint64_t best_tick = 0;
   for (uint32_t index = 0; index < head.anchors.size(); ++index) {
+    if (estimable && head.anchors[index].sharing.empty()) continue;
     const float* anchor = &head.queries[index * query_floats()];
     // The smallest cosine counts, so one that is already beaten settles it: most anchors cost one
     // dot product.
     float smallest = 2.0F;
-    for (size_t begin = 0; begin < query_floats() && smallest > best.similarity;
+    for (size_t begin = 0; begin < query_floats() && smallest >= best.similarity;
          begin += layout_.head_dim) {
       smallest = std::min(smallest, Dot(&unit[begin], anchor + begin, layout_.head_dim));
     }
-    if (smallest > best.similarity) best = {static_cast<int32_t>(index), smallest};
+    const uint64_t tick = head.anchors[index].used_tick;
+    if (smallest < best.similarity || (smallest == best.similarity && tick < best_tick)) continue;
+    best = {static_cast<int32_t>(index), smallest};
+    best_tick = tick;
   }
   return best;
 }
 
 void HostLists::Insert(uint32_t kv_head, absl::Span<const float> queries,
-                       std::vector<uint32_t> tokens, uint32_t covered_end) {
+                       std::vector<uint32_t> tokens, uint32_t covered_end, SharingTerms sharing) {
   if (anchors_max_ == 0) return;
   Head& head = heads_[kv_head];
   auto index = static_cast<uint32_t>(head.anchors.size());
@@ -109,6 +143,7 @@ void HostLists::Insert(uint32_t kv_head, absl::Span<const float> queries,
   }
   StoreQueries(kv_head, index, queries);
   Complete(kv_head, index, std::move(tokens), covered_end);
+  head.anchors[index].sharing = std::move(sharing);
   Touch(kv_head, index);
 }
 
@@ -142,27 +177,11 @@ void HostLists::ClearSelection(uint32_t kv_head) {
 }
 
 void UnrotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out) {
-  const uint32_t head_dim = shape.layout.head_dim;
-  const size_t float_count = static_cast<size_t>(shape.layout.query_head_count) * head_dim;
-  if (out != q) std::copy_n(q, float_count, out);
-  if (shape.rotary_style == RotaryStyle::kNone) return;
-  const auto pair_count = static_cast<uint32_t>(shape.inverse_frequencies.size());
-  assert(2 * pair_count <= head_dim);
-  for (uint32_t pair = 0; pair < pair_count; ++pair) {
-    const double angle = static_cast<double>(position) * shape.inverse_frequencies[pair];
-    const double cosine = std::cos(angle);
-    const double sine = std::sin(angle);
-    const bool half = shape.rotary_style == RotaryStyle::kHalf;
-    const uint32_t first = half ? pair : 2 * pair;
-    const uint32_t second = half ? pair + pair_count : 2 * pair + 1;
-    for (uint32_t head = 0; head < shape.layout.query_head_count; ++head) {
-      float* x = out + static_cast<size_t>(head) * head_dim;
-      const double a = x[first];
-      const double b = x[second];
-      x[first] = static_cast<float>(a * cosine + b * sine);
-      x[second] = static_cast<float>(b * cosine - a * sine);
-    }
-  }
+  TurnQueries(shape, -static_cast<double>(position), q, out);
+}
+
+void RotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out) {
+  TurnQueries(shape, position, q, out);
 }
 
 }  // namespace kvservice

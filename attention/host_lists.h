@@ -27,6 +27,7 @@
 #include "absl/types/span.h"
 #include "attention/device.h"
 #include "attention/kv_layout.h"
+#include "attention/sharing.h"
 
 namespace kvservice {
 
@@ -37,6 +38,8 @@ class HostLists : public TokenLists {
     std::vector<uint32_t> tokens;
     uint32_t covered_end = 0;
     uint64_t used_tick = 0;
+    // What estimates need (Plan::reuse_mass_limit); empty when the anchor was made without.
+    SharingTerms sharing;
   };
   struct Match {
     // Index of the anchor, -1 when there is none.
@@ -53,8 +56,10 @@ class HostLists : public TokenLists {
   void Truncate(uint32_t length) override;
   size_t bytes() const override;
 
-  // The anchor most similar to `queries` ([group][head_dim], un-rotated: see UnrotateQueries).
-  Match FindMostSimilar(uint32_t kv_head, absl::Span<const float> queries) const;
+  // The anchor most similar to `queries` ([group][head_dim], un-rotated: see UnrotateQueries);
+  // among equals the one used last. With `estimable` anchors without sharing terms do not count.
+  Match FindMostSimilar(uint32_t kv_head, absl::Span<const float> queries,
+                        bool estimable = false) const;
 
   uint32_t anchor_count(uint32_t kv_head) const {
     return static_cast<uint32_t>(heads_[kv_head].anchors.size());
@@ -68,12 +73,17 @@ class HostLists : public TokenLists {
   // Adds an anchor as the most recently used; the least recently used goes when there are
   // anchors_max.
   void Insert(uint32_t kv_head, absl::Span<const float> queries, std::vector<uint32_t> tokens,
-              uint32_t covered_end);
+              uint32_t covered_end, SharingTerms sharing = {});
   // Marks an anchor as used now.
   void Touch(uint32_t kv_head, uint32_t index);
   // Replaces an anchor's list after it was completed.
   void Complete(uint32_t kv_head, uint32_t index, std::vector<uint32_t> tokens,
                 uint32_t covered_end);
+
+  // After an anchor's list was completed: see SharingTerms::Leave.
+  void Leave(uint32_t kv_head, uint32_t index, uint32_t head, double log_ratio) {
+    heads_[kv_head].anchors[index].sharing.Leave(head, log_ratio);
+  }
 
   bool has_selection(uint32_t kv_head) const { return heads_[kv_head].has_selection; }
   // Ascending; empty without a selection (and after one that chose nothing).
@@ -115,6 +125,8 @@ class HostLists : public TokenLists {
 // may be q). Channels beyond the rotated ones are copied, kNone copies all. Double precision
 // inside; a few ulps of fp32 outside, which only similarities see.
 void UnrotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out);
+// The inverse: rotates as the model would at `position`.
+void RotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out);
 
 }  // namespace kvservice
 

@@ -30,9 +30,10 @@ inline constexpr uint32_t kDrawsPerRoundMax = 4096;
 enum class Source : uint8_t {
   kAll,    // Read every visible token: dense attention.
   kScan,   // Scan the sketches and choose by Plan::keep.
-  kReuse,  // Take the list of the most similar anchor if its cosine reaches min_cosine, else scan
-           // and become an anchor. A reused list is completed by scanning only what was appended
-           // since it was made or last completed.
+  kReuse,  // Take the list of the most similar anchor if its cosine reaches min_cosine and the
+           // mass it is estimated to drop stays within reuse_mass_limit, else scan and become an
+           // anchor. A reused list is completed by scanning only what was appended since it was
+           // made or last completed.
   kGiven,  // Take the caller's own positions.
 };
 
@@ -78,6 +79,13 @@ struct Plan {
   // call.
   TokenLists* lists = nullptr;
   float min_cosine = 0.8F;
+  // kReuse: [kv_head_count], takes the place of min_cosine unless empty.
+  absl::Span<const float> min_cosines;
+  // kReuse, verified sharing: the estimated share of mass (attention/sharing.h; of what a scan may
+  // choose, for the newest query token, largest over the group's heads) above which the anchor's
+  // list is not used, in (0, 1); 0 = off. Both this and min_cosine must hold. Anchors that were
+  // made without a limit cannot be estimated and are passed over. An estimate is no bound.
+  float reuse_mass_limit = 0.0F;
   // ETF: the choice among [sink_end, frozen_end) is the last selection of a shallower layer of the
   // same step and is not scanned for choosing (a proof still covers it). Used only when
   // frozen_lists has a selection.
@@ -113,6 +121,11 @@ struct Plan {
   OnViolation on_violation = OnViolation::kReport;
   Mode mode = Mode::kEnforce;
 };
+
+// What the cosine of an anchor of this KV head must reach for its list to be reused.
+inline float MinCosine(const Plan& plan, uint32_t kv_head) {
+  return plan.min_cosines.empty() ? plan.min_cosine : plan.min_cosines[kv_head];
+}
 
 }  // namespace kvservice
 

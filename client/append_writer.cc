@@ -1,6 +1,7 @@
 #include "client/append_writer.h"
 
 #include <algorithm>
+#include <functional>
 #include <utility>
 
 #include "client/core.h"
@@ -13,6 +14,8 @@ namespace {
 
 // Keys and values of one message: the size at which streams are fastest.
 constexpr size_t kMessageBytes = size_t{1} << 20;
+// Sampled queries of one message, as the server allows them.
+constexpr ptrdiff_t kSampleTokensMax = 256;
 
 absl::Status CheckPair(const TensorView& k, const TensorView& v) {
   absl::Status status = CheckTensor(k, "k");
@@ -21,6 +24,52 @@ absl::Status CheckPair(const TensorView& k, const TensorView& v) {
   const bool alike = k.dtype == v.dtype && k.token_count == v.token_count &&
                      k.head_count == v.head_count && k.head_dim == v.head_dim;
   return alike ? absl::OkStatus() : InvalidRequest("v", "differs from k in type or shape");
+}
+
+absl::Status CheckSample(const QuerySample& sample, uint32_t position, uint32_t token_count) {
+  const absl::Span<const uint32_t> positions = sample.positions;
+  if (sample.q.empty()) {
+    return positions.empty() ? absl::OkStatus()
+                             : InvalidRequest("query_sample_positions", "come without queries");
+  }
+  absl::Status status = CheckTensor(sample.q, "query_sample");
+  if (!status.ok() || positions.empty()) return status;
+  if (positions.size() != sample.q.token_count) {
+    return InvalidRequest("query_sample_positions", "are not one for each query");
+  }
+  const uint64_t end = uint64_t{position} + token_count;
+  const bool ascending = std::adjacent_find(positions.begin(), positions.end(),
+                                            std::greater_equal<>()) == positions.end();
+  if (ascending && positions.front() >= position && positions.back() < end) {
+    return absl::OkStatus();
+  }
+  return InvalidRequest("query_sample_positions", "are not ascending positions of the tokens");
+}
+
+// The queries of a message's tokens [begin, *end); where there are too many of them for one message
+// it ends earlier. Those without positions travel with the first message.
+void PutSample(const QuerySample& sample, uint64_t begin, bool is_first, uint64_t* end,
+               v1::AppendRequest* request) {
+  request->clear_query_sample();
+  request->clear_query_sample_positions();
+  if (sample.q.empty()) return;
+  const absl::Span<const uint32_t> positions = sample.positions;
+  if (positions.empty()) {
+    if (is_first) {
+      TensorToProto(sample.q, 0, sample.q.token_count, request->mutable_query_sample());
+    }
+    return;
+  }
+  const auto first = std::lower_bound(positions.begin(), positions.end(), begin);
+  auto last = std::lower_bound(first, positions.end(), *end);
+  if (last - first > kSampleTokensMax) {
+    last = first + kSampleTokensMax;
+    *end = *last;
+  }
+  if (first == last) return;
+  TensorToProto(sample.q, static_cast<uint32_t>(first - positions.begin()),
+                static_cast<uint32_t>(last - first), request->mutable_query_sample());
+  request->mutable_query_sample_positions()->Add(first, last);
 }
 
 }  // namespace
@@ -35,11 +84,12 @@ AppendWriter::AppendWriter(AppendWriter&&) noexcept = default;
 AppendWriter& AppendWriter::operator=(AppendWriter&&) noexcept = default;
 
 absl::Status AppendWriter::Write(uint32_t layer, uint32_t position, const TensorView& k,
-                                 const TensorView& v) {
+                                 const TensorView& v, const QuerySample& sample) {
   if (!status_.ok()) return status_;
   // Nothing was sent: the writer stays usable.
-  absl::Status pair = CheckPair(k, v);
-  if (!pair.ok()) return pair;
+  absl::Status checked = CheckPair(k, v);
+  if (checked.ok()) checked = CheckSample(sample, position, k.token_count);
+  if (!checked.ok()) return checked;
   const auto now = std::chrono::steady_clock::now();
   if (stream_ != nullptr && now - opened_ > core_->options.deadlines.admin / 2) {
     const absl::Status finished = FinishStream();
@@ -55,8 +105,11 @@ absl::Status AppendWriter::Write(uint32_t layer, uint32_t position, const Tensor
   request.set_layer(layer);
   const size_t token_bytes = 2 * k.bytes.size() / k.token_count;
   const auto step = static_cast<uint32_t>(std::max<size_t>(1, kMessageBytes / token_bytes));
-  for (uint32_t begin = 0; begin < k.token_count; begin += step) {
-    const uint32_t count = std::min(step, k.token_count - begin);
+  uint32_t count = 0;
+  for (uint32_t begin = 0; begin < k.token_count; begin += count) {
+    uint64_t end = uint64_t{position} + std::min(k.token_count, begin + step);
+    PutSample(sample, uint64_t{position} + begin, begin == 0, &end, &request);
+    count = static_cast<uint32_t>(end - position) - begin;
     request.set_position(position + begin);
     TensorToProto(k, begin, count, request.mutable_k());
     TensorToProto(v, begin, count, request.mutable_v());

@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "client/tensor.h"
 
 namespace kvservice::client {
@@ -25,6 +26,17 @@ struct Receipt {
   // Messages applied, and how many of them were stored already in full.
   uint64_t message_count = 0;
   uint64_t duplicate_count = 0;
+};
+
+// Some queries of the tokens that are written.
+struct QuerySample {
+  // [n][query_head_count][head_dim] float32, rotated, or absent. A model that was registered
+  // without sketch tables learns some from such samples.
+  TensorView q = {};
+  // [n], ascending, of tokens of the same Write; or empty. With positions the queries also become
+  // anchors, which saves the first steps of kCis and kCpe their scans: the server keeps the latest
+  // 512 or so per layer. Without, at most 256 queries.
+  absl::Span<const uint32_t> positions = {};
 };
 
 // Made by Sequence::Append. One thread; the client outlives it. Messages are applied one by one and
@@ -46,7 +58,8 @@ class AppendWriter {
   // A stream lives for at most the admin deadline, and a long prefill is spread over several: a
   // pause of more than half of the deadline between writes can fail with DEADLINE_EXCEEDED. Commit
   // before it.
-  absl::Status Write(uint32_t layer, uint32_t position, const TensorView& k, const TensorView& v);
+  absl::Status Write(uint32_t layer, uint32_t position, const TensorView& k, const TensorView& v,
+                     const QuerySample& sample = {});
 
   // Waits until everything is applied. Afterwards the writer may be used again; counts go on.
   absl::StatusOr<Receipt> Commit();

@@ -83,6 +83,9 @@ struct GroupReport {
   // Tokens sampled for all of its query heads: keys alone, and keys with values.
   uint32_t keys_sampled = 0;
   uint32_t rows_sampled = 0;
+  // Share of mass that the most similar remembered query's list was estimated to drop, used or not
+  // (CisPolicy::max_dropped_mass_estimate); negative = not estimated. No bound.
+  float sharing_estimate = -1.0F;
 };
 
 // What an earlier row of the sequence and layer has dropped, with every key scored since. Arrays

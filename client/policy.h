@@ -21,6 +21,7 @@ enum class Selector : uint8_t {
   kEtf,        // Layer axis: deeper layers take a shallower layer's choice for the frozen prefix.
   kCpe,        // CIS, PSAW and ETF together.
   kCertified,  // Scan every call and keep tokens until the limit on dropped mass is proven.
+  kScan,       // Scan every call and keep the strongest tokens, by number or estimated mass.
 };
 
 // What kind of statement is asked for, weakest first.
@@ -38,6 +39,8 @@ struct Budget {
   std::optional<uint32_t> sink_tokens = {};
   std::optional<uint32_t> local_tokens = {};
   std::optional<uint32_t> top_k_tokens = {};
+  // Choose more where the estimated dropped mass would else exceed this, in (0, 1). No bound.
+  std::optional<float> max_dropped_mass_estimate = {};
 };
 
 struct CisPolicy {
@@ -46,6 +49,11 @@ struct CisPolicy {
   std::optional<uint32_t> block_steps = {};
   std::optional<uint32_t> dilate_strongest_tokens = {};
   std::optional<uint32_t> dilate_radius_tokens = {};
+  // Make anchors of the prompt queries that came with the keys (AppendWriter::Write).
+  std::optional<bool> seed = {};
+  // Do not reuse a list that is estimated to drop more than this share of mass, in (0, 1). Both
+  // this and min_cosine must hold. No bound.
+  std::optional<float> max_dropped_mass_estimate = {};
 };
 
 struct PsawPolicy {
@@ -60,12 +68,19 @@ struct EtfPolicy {
   std::optional<float> gamma = {};
 };
 
-// Replaces the selector of layers [layer_begin, layer_end); later entries win.
+// What is different in layers [layer_begin, layer_end); whatever is left out stays as the policy
+// has it. Of several entries that cover a layer the last one counts, whole.
 struct LayerOverride {
   uint32_t layer_begin = 0;
   uint32_t layer_end = 0;
-  Selector selector = Selector::kDense;
+  std::optional<Selector> selector = {};
   std::optional<Budget> budget = {};
+  // kCis and kCpe: instead of CisPolicy::min_cosine; and one per KV head, instead of both.
+  std::optional<float> min_cosine = {};
+  std::vector<float> kv_head_min_cosines = {};
+  // Share of the past that kPsaw and kCpe hide, and kEtf and kCpe freeze, in [0, 1).
+  std::optional<float> hidden_share = {};
+  std::optional<float> frozen_share = {};
 };
 
 struct Policy {

@@ -63,6 +63,8 @@ std::optional<Selector> SelectorFromProto(int selector) {
       return Selector::kCpe;
     case v1::SELECTOR_CERTIFIED:
       return Selector::kCertified;
+    case v1::SELECTOR_SCAN:
+      return Selector::kScan;
     default:
       return std::nullopt;
   }
@@ -168,7 +170,8 @@ absl::Status GroupsFromProto(const v1::GroupReports& from, const RowPlace& place
   const bool divides = count > 0 && place.head_count % static_cast<size_t>(count) == 0;
   if (!divides || from.scanned_size() != count || from.tokens_read_size() != count ||
       from.tokens_scanned_size() != count || from.similarity_size() != count ||
-      from.keys_sampled_size() != count || from.rows_sampled_size() != count) {
+      from.keys_sampled_size() != count || from.rows_sampled_size() != count ||
+      (from.sharing_estimate_size() != 0 && from.sharing_estimate_size() != count)) {
     return MalformedReply(field, "are not one per KV head");
   }
   for (int i = 0; i < count; ++i) {
@@ -183,6 +186,8 @@ absl::Status GroupsFromProto(const v1::GroupReports& from, const RowPlace& place
                           .similarity = from.similarity(i),
                           .keys_sampled = from.keys_sampled(i),
                           .rows_sampled = from.rows_sampled(i)});
+    if (from.sharing_estimate_size() == 0) continue;
+    to->groups.back().sharing_estimate = from.sharing_estimate(i);
   }
   return absl::OkStatus();
 }
@@ -317,6 +322,7 @@ SequenceInfo InfoFromProto(const v1::Sequence& sequence) {
           .lease_remaining = std::chrono::milliseconds(sequence.lease_remaining_ms()),
           .certificates = sequence.totals().certificates(),
           .certificates_proven = sequence.totals().certificates_proven(),
+          .anchor_seed_scans = sequence.totals().anchor_seed_scans(),
           .dropped_mass_upper_max = sequence.totals().dropped_mass_upper_max()};
 }
 

@@ -24,6 +24,8 @@ v1::Selector SelectorToProto(Selector selector) {
       return v1::SELECTOR_CPE;
     case Selector::kCertified:
       return v1::SELECTOR_CERTIFIED;
+    case Selector::kScan:
+      return v1::SELECTOR_SCAN;
   }
   return v1::SELECTOR_UNSPECIFIED;
 }
@@ -84,6 +86,9 @@ void BudgetToProto(const Budget& from, v1::Budget* to) {
   if (from.sink_tokens) to->set_sink_tokens(*from.sink_tokens);
   if (from.local_tokens) to->set_local_tokens(*from.local_tokens);
   if (from.top_k_tokens) to->set_top_k_tokens(*from.top_k_tokens);
+  if (from.max_dropped_mass_estimate) {
+    to->set_max_dropped_mass_estimate(*from.max_dropped_mass_estimate);
+  }
 }
 
 void CisToProto(const CisPolicy& from, v1::CisPolicy* to) {
@@ -94,6 +99,10 @@ void CisToProto(const CisPolicy& from, v1::CisPolicy* to) {
     to->set_dilate_strongest_tokens(*from.dilate_strongest_tokens);
   }
   if (from.dilate_radius_tokens) to->set_dilate_radius_tokens(*from.dilate_radius_tokens);
+  if (from.seed) to->set_seed(*from.seed);
+  if (from.max_dropped_mass_estimate) {
+    to->set_max_dropped_mass_estimate(*from.max_dropped_mass_estimate);
+  }
 }
 
 void PsawToProto(const PsawPolicy& from, v1::PsawPolicy* to) {
@@ -113,8 +122,13 @@ void LayersToProto(const std::vector<LayerOverride>& from, v1::LayerOverrides* t
     v1::LayerOverride* const entry = to->add_overrides();
     entry->set_layer_begin(layers.layer_begin);
     entry->set_layer_end(layers.layer_end);
-    entry->set_selector(SelectorToProto(layers.selector));
+    if (layers.selector) entry->set_selector(SelectorToProto(*layers.selector));
     if (layers.budget) BudgetToProto(*layers.budget, entry->mutable_budget());
+    if (layers.min_cosine) entry->set_min_cosine(*layers.min_cosine);
+    entry->mutable_kv_head_min_cosines()->Add(layers.kv_head_min_cosines.begin(),
+                                              layers.kv_head_min_cosines.end());
+    if (layers.hidden_share) entry->set_hidden_share(*layers.hidden_share);
+    if (layers.frozen_share) entry->set_frozen_share(*layers.frozen_share);
   }
 }
 

@@ -29,6 +29,8 @@ struct SequenceInfo {
   // Certificates so far, those with a deterministic or exact statement, and their largest bound.
   uint64_t certificates = 0;
   uint64_t certificates_proven = 0;
+  // Scans of KV heads that made anchors of prompt queries (QuerySample::positions).
+  uint64_t anchor_seed_scans = 0;
   double dropped_mass_upper_max = 0.0;
 };
 

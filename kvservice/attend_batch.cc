@@ -95,7 +95,7 @@ absl::Status AttendBatch::CheckCall(AttendCall* call, uint64_t now_ns) {
   }
   const absl::Status status = CheckTensors(*call);
   if (!status.ok() || call->policy == nullptr || model_ == nullptr) return status;
-  return CheckPolicy("", *call->policy, model_->spec.layer_count);
+  return CheckPolicy("", *call->policy, model_->spec);
 }
 
 // Without a model (no handle of the call was found) tensors need only agree with themselves.
@@ -164,7 +164,7 @@ absl::Status AttendBatch::CheckRowPolicy(const std::string& field, Row* row) con
   row->policy = row->call->policy != nullptr ? row->call->policy : &row->record->policy;
   if (asked.policy != nullptr) {
     row->policy = asked.policy;
-    const absl::Status status = CheckPolicy(field, *asked.policy, model_->spec.layer_count);
+    const absl::Status status = CheckPolicy(field, *asked.policy, model_->spec);
     if (!status.ok()) return status;
   }
   if (ResolveSelector(*row->policy, Context(*row)) != SelectorKind::kGiven) return absl::OkStatus();
@@ -226,10 +226,23 @@ void AttendBatch::TakeBatch() {
 void AttendBatch::RunDevice() {
   planned_.resize(batch_.size());
   if (buffers_.size() < batch_.size()) buffers_.resize(batch_.size());
-  for (size_t i = 0; i < batch_.size(); ++i) PlanRow(batch_[i], &buffers_[i], &planned_[i]);
+  for (size_t i = 0; i < batch_.size(); ++i) {
+    PlanRow(batch_[i], &buffers_[i], &planned_[i]);
+    SeedRow(batch_[i], planned_[i]);
+  }
   const uint32_t layer = batch_.front().call->layer;
   parts_.device->Attend(batch_.front().record->model->layers[layer], absl::MakeSpan(planned_));
   for (size_t i = 0; i < batch_.size(); ++i) FinishRow(batch_[i], planned_[i]);
+}
+
+void AttendBatch::SeedRow(const Row& row, const AttendRow& planned) {
+  const CisParameters& cis = row.policy->cis;
+  if (planned.plan.source != Source::kReuse || !cis.seed || cis.block_steps > 0) return;
+  const uint32_t layer = row.call->layer;
+  const uint32_t scan_count = SeedAnchors(row.record->model->layers[layer], layer, planned,
+                                          &row.record->seeds, parts_.device, &seed_scratch_);
+  row.record->stats.anchor_seed_scans += scan_count;
+  parts_.totals->anchor_seed_scans += scan_count;
 }
 
 StepContext AttendBatch::Context(const Row& row) {
@@ -332,6 +345,7 @@ void AttendBatch::KeepRow(const Row& row, const AttendRow& done) {
   kept.plan.frozen_lists = nullptr;
   kept.plan.given = {};
   kept.plan.given_offsets = {};
+  kept.plan.min_cosines = {};
   parts_.auditor->Keep(std::move(kept), row.record);
 }
 

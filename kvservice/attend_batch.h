@@ -21,6 +21,7 @@
 #include "kvservice/cache/block_pool.h"
 #include "kvservice/draw_keys.h"
 #include "kvservice/engine.h"
+#include "kvservice/seed_queries.h"
 #include "kvservice/sequence_table.h"
 #include "selector/selector.h"
 
@@ -79,6 +80,7 @@ class AttendBatch {
   static StepContext Context(const Row& row);
   static PlannedStep Plan(const Row& row);
   void PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) const;
+  void SeedRow(const Row& row, const AttendRow& planned);
   void KeepRow(const Row& row, const AttendRow& done);
   void RememberQuery(const Row& row, const AttendRow& done) const;
   void FinishRow(const Row& row, const AttendRow& done);
@@ -99,6 +101,7 @@ class AttendBatch {
   std::vector<Row> later_;
   std::vector<AttendRow> planned_;
   std::vector<Buffers> buffers_;
+  SeedScratch seed_scratch_;
 };
 
 }  // namespace kvservice

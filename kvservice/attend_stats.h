@@ -33,6 +33,9 @@ struct AttendStats {
   // Tokens sampled: keys alone, and keys with values.
   uint64_t keys_sampled = 0;
   uint64_t rows_sampled = 0;
+  // Scans of KV heads for prompt queries that became anchors (kvservice/seed_queries.h): work that
+  // no row asked for, counted nowhere else.
+  uint64_t anchor_seed_scans = 0;
   // Per (query token, query head): all certificates, those of level confidence and above, the sum
   // and the largest of the latters' upper bounds.
   uint64_t certificates = 0;

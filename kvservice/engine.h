@@ -82,6 +82,9 @@ struct EngineOptions {
   // Most bytes that all lists and anchors of one sequence may use; beyond it its lists are dropped
   // (they are a cache).
   size_t list_bytes_per_sequence_max = size_t{64} << 20;
+  // Most bytes of prompt queries that wait to become anchors in one sequence: what is beyond its
+  // layers' equal shares, the oldest, is forgotten. 0 = none are kept.
+  size_t seed_bytes_per_sequence_max = size_t{64} << 20;
   // Where the keys of sampled certificates come from; absent = a fresh secret from the random
   // source at start.
   std::optional<DrawSecret> draw_secret;
@@ -131,9 +134,12 @@ struct AppendCall {
   uint32_t layer = 0;
   uint32_t position = 0;
   TensorView k, v;  // [count][kv_head_count][head_dim], the model's cache dtype, finite
-  // Prompt queries to learn sketch tables from, [n][query_head_count][head_dim] float32, finite, n
-  // at most kQuerySampleTokensMax. Used only while the model learns.
+  // Prompt queries, [n][query_head_count][head_dim] float32, finite, n at most
+  // kQuerySampleTokensMax: to learn sketch tables from while the model learns, and with positions
+  // to make anchors of (kvservice/seed_queries.h).
   std::optional<TensorView> query_sample = {};
+  // [n], ascending, in [position, position + count); empty = the sample only serves tables.
+  absl::Span<const uint32_t> query_sample_positions = {};
 };
 
 inline constexpr uint32_t kQuerySampleTokensMax = 256;

@@ -25,6 +25,30 @@ constexpr uint64_t kNsPerMs = 1000000;
 // The handle is one message of a request.
 constexpr char kGenerationField[] = "handle.generation";
 
+absl::Status PositionsInvalid(const std::string& problem) {
+  constexpr char kField[] = "query_sample_positions";
+  return InvalidField(kField, "QUERY_SAMPLE_POSITIONS_INVALID", absl::StrCat(kField, problem));
+}
+
+// Absent, or one for each of the sample's tokens, ascending, of tokens of the call.
+absl::Status CheckSamplePositions(const AppendCall& call, uint64_t sample_count) {
+  const absl::Span<const uint32_t> positions = call.query_sample_positions;
+  if (positions.empty()) return absl::OkStatus();
+  if (positions.size() != sample_count) {
+    return PositionsInvalid(absl::StrCat(" has ", positions.size(), " entries, query_sample ",
+                                         sample_count, " tokens"));
+  }
+  const uint64_t end = call.position + static_cast<uint64_t>(call.k.shape[0]);
+  for (size_t i = 0; i < positions.size(); ++i) {
+    const bool ascends = i == 0 || positions[i - 1] < positions[i];
+    if (ascends && positions[i] >= call.position && positions[i] < end) continue;
+    return PositionsInvalid(absl::StrCat(" has ", positions[i], " at ", i,
+                                         ", expected ascending positions from ", call.position,
+                                         " to below ", end));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
@@ -79,7 +103,7 @@ SequenceInfo Executor::Describe(const SequenceRecord& record) const {
           .length = record.cache->length_min(),
           .length_max = record.cache->length_max(),
           .block_count = record.cache->block_count(),
-          .bytes = record.cache->bytes(),
+          .bytes = record.cache->bytes() + record.seeds.bytes(),
           .lease_remaining_ms = left_ns / kNsPerMs,
           .sketch_table_digest = record.tables->digest,
           .stats = record.stats};
@@ -99,7 +123,7 @@ absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const Cre
   const Model* model = registry_->Find(asked.model);
   if (model == nullptr) return ModelNotFound(asked.model);
   const Policy& policy = asked.policy.has_value() ? *asked.policy : model->spec.default_policy;
-  absl::Status status = CheckPolicy("", policy, model->spec.layer_count);
+  absl::Status status = CheckPolicy("", policy, model->spec);
   if (!status.ok()) return status;
   if (asked.request_id.size() > kRequestIdBytesMax) {
     return InvalidField("request_id", "REQUEST_ID_TOO_LONG",
@@ -119,6 +143,8 @@ absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const Cre
   record->lease_ns = LeaseNs(asked.lease_ms);
   record->tables = model->tables->latest();
   record->cache = std::make_unique<Sequence>(&record->tables->shape, pool_.get(), device_.get());
+  record->seeds = SeedQueries(model->spec.layout, model->spec.layer_count,
+                              options_.seed_bytes_per_sequence_max);
   const auto inserted = Insert(std::move(record));
   if (!inserted.ok()) return inserted.status();
   return Describe(**inserted);
@@ -154,6 +180,8 @@ absl::StatusOr<SequenceInfo> Executor::Fork(std::string_view tenant, const Seque
   child->lease_ns = LeaseNs(lease_ms);
   child->cache = (*parent)->cache->Fork(length);
   if (child->cache == nullptr) return PoolFull(pool_->bytes_used(), pool_->bytes());
+  child->seeds = (*parent)->seeds;
+  child->seeds.Truncate(length);
   const auto inserted = Insert(std::move(child));
   if (!inserted.ok()) return inserted.status();
   return Describe(**inserted);
@@ -167,6 +195,7 @@ absl::StatusOr<SequenceInfo> Executor::Truncate(std::string_view tenant, const S
   if (length > longest) return LengthOutOfRange(length, longest);
   if (!(*record)->cache->Truncate(length)) return PoolFull(pool_->bytes_used(), pool_->bytes());
   ++(*record)->generation;
+  (*record)->seeds.Truncate(length);
   // They may be of tokens that are gone.
   (*record)->last_queries.clear();
   (*record)->last_query_bytes = 0;
@@ -224,6 +253,7 @@ absl::StatusOr<AppendResult> Executor::Append(const AppendCall& call) {
   if (status.ok()) status = CheckFinite(call.v, 0, elements);
   if (status.ok()) status = CheckSample(call, spec);
   if (!status.ok()) return status;
+  const uint32_t length_before = record->cache->length(call.layer);
   absl::StatusOr<AppendResult> stored = StoreRows(options_, *pool_, "",
                                                   {.layer = call.layer,
                                                    .position = call.position,
@@ -232,15 +262,33 @@ absl::StatusOr<AppendResult> Executor::Append(const AppendCall& call) {
                                                    .v = call.v.bytes.data()},
                                                   record->cache.get());
   if (!stored.ok()) return stored;
-  if (record->model->learns_tables) {
-    if (call.query_sample.has_value() && !stored->duplicate) TakeSample(call, *record);
-    BeginLearning(*record);
+  if (call.query_sample.has_value() && !stored->duplicate) {
+    // The bytes may lie anywhere.
+    std::vector<float> queries(call.query_sample->bytes.size() / sizeof(float));
+    std::memcpy(queries.data(), call.query_sample->bytes.data(), call.query_sample->bytes.size());
+    KeepSeeds(call, length_before, queries, record);
+    if (record->model->learns_tables) TakeSample(call, queries, *record);
   }
+  if (record->model->learns_tables) BeginLearning(*record);
   return stored;
 }
 
+// Of tokens that were there already, the sample was taken when they came. A windowed layer never
+// reuses.
+void Executor::KeepSeeds(const AppendCall& call, uint32_t length_before,
+                         absl::Span<const float> queries, SequenceRecord* record) {
+  if (record->model->layers[call.layer].sliding_window > 0) return;
+  absl::Span<const uint32_t> positions = call.query_sample_positions;
+  const auto old_count = static_cast<size_t>(
+      std::lower_bound(positions.begin(), positions.end(), length_before) - positions.begin());
+  if (old_count == positions.size()) return;
+  const size_t token_floats = queries.size() / positions.size();
+  record->seeds.Add(call.layer, positions.subspan(old_count),
+                    queries.subspan(old_count * token_floats));
+}
+
 absl::Status Executor::CheckSample(const AppendCall& call, const ModelSpec& spec) const {
-  if (!call.query_sample.has_value()) return absl::OkStatus();
+  if (!call.query_sample.has_value()) return CheckSamplePositions(call, 0);
   const TensorView& sample = *call.query_sample;
   absl::Status status = CheckTensor(
       sample, {.shape = {kAnyExtent, spec.layout.query_head_count, spec.layout.head_dim},
@@ -251,18 +299,17 @@ absl::Status Executor::CheckSample(const AppendCall& call, const ModelSpec& spec
                         absl::StrCat("query_sample has ", sample.shape[0], " tokens, at most ",
                                      kQuerySampleTokensMax, " are allowed"));
   }
-  return CheckFinite(sample, 0, sample.bytes.size() / sizeof(float));
+  status = CheckSamplePositions(call, static_cast<uint64_t>(sample.shape[0]));
+  return status.ok() ? CheckFinite(sample, 0, sample.bytes.size() / sizeof(float)) : status;
 }
 
-void Executor::TakeSample(const AppendCall& call, const SequenceRecord& record) {
+void Executor::TakeSample(const AppendCall& call, absl::Span<const float> queries,
+                          const SequenceRecord& record) {
   Learning& learning = learnings_[record.model];
   if (record.model->tables->count() > 1 || learning.runs) return;
   if (learning.learner == nullptr) learning.learner = std::make_unique<TableLearner>(record.model);
-  const TensorView& sample = *call.query_sample;
-  // The bytes may lie anywhere.
-  std::vector<float> queries(sample.bytes.size() / sizeof(float));
-  std::memcpy(queries.data(), sample.bytes.data(), sample.bytes.size());
-  learning.learner->AddQueries(call.layer, static_cast<uint32_t>(sample.shape[0]), queries);
+  learning.learner->AddQueries(call.layer, static_cast<uint32_t>(call.query_sample->shape[0]),
+                               queries);
 }
 
 void Executor::BeginLearning(const SequenceRecord& record) {

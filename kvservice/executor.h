@@ -97,7 +97,10 @@ class Executor {
     SequenceId next_sequence{};
   };
   absl::Status CheckSample(const AppendCall& call, const ModelSpec& spec) const;
-  void TakeSample(const AppendCall& call, const SequenceRecord& record);
+  void TakeSample(const AppendCall& call, absl::Span<const float> queries,
+                  const SequenceRecord& record);
+  static void KeepSeeds(const AppendCall& call, uint32_t length_before,
+                        absl::Span<const float> queries, SequenceRecord* record);
   void BeginLearning(const SequenceRecord& record);
   void LearnOne();
 

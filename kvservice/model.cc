@@ -139,7 +139,8 @@ absl::Status ValidateModel(ModelSpec* spec) {
   if (status.ok()) status = CheckRotary(*spec);
   if (status.ok()) status = PrepareTables(spec);
   if (status.ok()) {
-    status = Nested("model.default_", ValidatePolicy(spec->default_policy, spec->layer_count));
+    status = Nested("model.default_", ValidatePolicy(spec->default_policy, spec->layer_count,
+                                                     spec->layout.kv_head_count));
   }
   return status;
 }

@@ -19,8 +19,8 @@ uint64_t EndOf(const AttendCallRow& row) {
 
 }  // namespace
 
-absl::Status CheckPolicy(std::string_view prefix, const Policy& policy, uint32_t layer_count) {
-  const absl::Status status = ValidatePolicy(policy, layer_count);
+absl::Status CheckPolicy(std::string_view prefix, const Policy& policy, const ModelSpec& model) {
+  const absl::Status status = ValidatePolicy(policy, model.layer_count, model.layout.kv_head_count);
   if (status.ok()) return status;
   // The selector's message starts with the path of the field.
   const std::string message = absl::StrCat(std::string(prefix), status.message());

@@ -14,7 +14,7 @@
 namespace kvservice {
 
 // INVALID_ARGUMENT / POLICY_INVALID naming `prefix` + "policy.<field>".
-absl::Status CheckPolicy(std::string_view prefix, const Policy& policy, uint32_t layer_count);
+absl::Status CheckPolicy(std::string_view prefix, const Policy& policy, const ModelSpec& model);
 
 // INVALID_ARGUMENT / QUERY_COUNT_OUT_OF_RANGE; ROWS_OVERLAP if an earlier row of the call names
 // tokens of the same sequence that this one names too (looked for only if `seen`: the sequence came

@@ -21,6 +21,7 @@
 #include "kvservice/cache/sequence.h"
 #include "kvservice/engine.h"
 #include "kvservice/model_registry.h"
+#include "kvservice/seed_queries.h"
 #include "kvservice/table_versions.h"
 #include "selector/policy.h"
 
@@ -71,6 +72,8 @@ struct SequenceRecord {
   // [layer_count] or empty, and the bytes that their queries take.
   std::vector<LastQuery> last_queries;
   size_t last_query_bytes = 0;
+  // Prompt queries that wait to become anchors.
+  SeedQueries seeds;
   // [layer_count] or empty: at most kDeferredStepsMax query tokens wait in a layer.
   std::vector<std::vector<DeferredStep>> deferred;
 };

@@ -11,6 +11,10 @@ void EditCis(const Policy& policy, const StepContext& context, Plan* plan) {
   if (context.lists == nullptr) return;
   plan->source = Source::kReuse;
   plan->min_cosine = policy.cis.min_cosine;
+  plan->reuse_mass_limit = policy.cis.max_dropped_mass_estimate;
+  if (context.ruling == nullptr) return;
+  plan->min_cosine = context.ruling->min_cosine.value_or(policy.cis.min_cosine);
+  plan->min_cosines = context.ruling->kv_head_min_cosines;
 }
 
 }  // namespace kvservice

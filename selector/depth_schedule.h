@@ -1,5 +1,5 @@
-// The schedule that PSAW and ETF share: a prefix of the past that grows with depth. Pure; any
-// thread.
+// The schedule that PSAW and ETF share: a prefix of the past that grows with depth; and a prefix by
+// a share that was found for a layer. Pure; any thread.
 
 #ifndef KVSERVICE_SELECTOR_DEPTH_SCHEDULE_H_
 #define KVSERVICE_SELECTOR_DEPTH_SCHEDULE_H_
@@ -22,6 +22,12 @@ inline uint32_t DepthPrefix(double share, double exponent, uint32_t layer, uint3
   const double left_out = 1.0 - std::pow(share, exponent * depth);
   const double count = std::floor(left_out * static_cast<double>(length));
   return static_cast<uint32_t>(std::clamp(count, 0.0, static_cast<double>(length)));
+}
+
+// floor(share length), share in [0, 1).
+inline uint32_t SharePrefix(float share, uint32_t length) {
+  // The product is exact in double.
+  return static_cast<uint32_t>(static_cast<double>(share) * static_cast<double>(length));
 }
 
 }  // namespace kvservice

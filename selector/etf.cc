@@ -17,8 +17,11 @@ uint32_t EtfFrozenCount(const EtfParameters& etf, uint32_t layer, uint32_t layer
 // frozen then.
 void EditEtf(const Policy& policy, const StepContext& context, Plan* plan) {
   if (context.shallower_lists == nullptr) return;
+  const bool found = context.ruling != nullptr && context.ruling->frozen_share.has_value();
   const uint32_t frozen =
-      EtfFrozenCount(policy.etf, context.layer, context.layer_count, context.attended_length);
+      found
+          ? SharePrefix(*context.ruling->frozen_share, context.attended_length)
+          : EtfFrozenCount(policy.etf, context.layer, context.layer_count, context.attended_length);
   const uint32_t end = std::min(frozen, plan->local_begin);
   if (end <= plan->sink_end) return;
   plan->frozen_lists = context.shallower_lists;

@@ -34,14 +34,32 @@ absl::Status CheckBudget(std::string_view field, const Budget& budget) {
   absl::Status status = CheckTokens(prefix + "sink", budget.sink);
   if (status.ok()) status = CheckTokens(prefix + "local", budget.local);
   if (status.ok()) status = CheckTokens(prefix + "top_k", budget.top_k);
+  if (status.ok() && !(budget.mass >= 0.0F && budget.mass < 1.0F)) {
+    status =
+        OutOfRange(prefix + "max_dropped_mass_estimate", budget.mass, "at least 0, less than 1");
+  }
   return status;
 }
 
+// A selector that scans to choose must not scan for nothing. `field` has the budget in force.
+absl::Status CheckKeeps(std::string_view field, SelectorKind selector, const Budget& budget) {
+  const bool chooses = selector == SelectorKind::kCis || selector == SelectorKind::kPsaw ||
+                       selector == SelectorKind::kEtf || selector == SelectorKind::kCpe ||
+                       selector == SelectorKind::kScan;
+  if (!chooses || budget.top_k > 0 || budget.mass > 0.0F) return absl::OkStatus();
+  return OutOfRange(absl::StrCat(View(field), ".top_k"), budget.top_k,
+                    "more than 0 where a scan chooses by it alone");
+}
+
 // Comparisons are written so that NaN fails them.
+absl::Status CheckCosine(std::string_view field, float cosine) {
+  if (cosine >= -1.0F && cosine <= 1.0F) return absl::OkStatus();
+  return OutOfRange(field, cosine, "-1 to 1");
+}
+
 absl::Status CheckCis(const CisParameters& cis) {
-  if (!(cis.min_cosine >= -1.0F && cis.min_cosine <= 1.0F)) {
-    return OutOfRange("cis.min_cosine", cis.min_cosine, "-1 to 1");
-  }
+  absl::Status status = CheckCosine("cis.min_cosine", cis.min_cosine);
+  if (!status.ok()) return status;
   if (cis.anchors_max == 0 || cis.anchors_max > kAnchorsMax) {
     return OutOfRange("cis.anchors_max", cis.anchors_max, absl::StrCat("1 to ", kAnchorsMax));
   }
@@ -49,7 +67,11 @@ absl::Status CheckCis(const CisParameters& cis) {
     return OutOfRange("cis.dilate_radius", cis.dilate_radius,
                       absl::StrCat("at most ", kDilateRadiusMax));
   }
-  const absl::Status status = CheckTokens("cis.dilate_strongest", cis.dilate_strongest);
+  const float limit = cis.max_dropped_mass_estimate;
+  if (!(limit >= 0.0F && limit < 1.0F)) {
+    return OutOfRange("cis.max_dropped_mass_estimate", limit, "at least 0, less than 1");
+  }
+  status = CheckTokens("cis.dilate_strongest", cis.dilate_strongest);
   return status.ok() ? CheckTokens("cis.block_steps", cis.block_steps) : status;
 }
 
@@ -86,9 +108,37 @@ absl::Status CheckEtf(const EtfParameters& etf, uint32_t layer_count) {
   return status;
 }
 
+// The calibrated numbers of one override.
+absl::Status CheckCalibration(const std::string& field, const LayerOverride& entry,
+                              uint32_t kv_head_count) {
+  absl::Status status;
+  if (entry.min_cosine.has_value()) {
+    status = CheckCosine(field + ".min_cosine", *entry.min_cosine);
+  }
+  const std::vector<float>& cosines = entry.kv_head_min_cosines;
+  if (status.ok() && !cosines.empty() && kv_head_count != kAnyKvHeadCount &&
+      cosines.size() != kv_head_count) {
+    return absl::InvalidArgumentError(absl::StrCat("policy.", field, ".kv_head_min_cosines has ",
+                                                   cosines.size(), " entries, expected ",
+                                                   kv_head_count, ", one per KV head"));
+  }
+  for (size_t head = 0; status.ok() && head < cosines.size(); ++head) {
+    status = CheckCosine(absl::StrCat(field, ".kv_head_min_cosines[", head, "]"), cosines[head]);
+  }
+  const auto check_share = [&](const char* name, const std::optional<float>& share) {
+    if (!status.ok() || !share.has_value() || (*share >= 0.0F && *share < 1.0F)) return;
+    status = OutOfRange(field + name, *share, "at least 0, less than 1");
+  };
+  check_share(".hidden_share", entry.hidden_share);
+  check_share(".frozen_share", entry.frozen_share);
+  return status;
+}
+
 // An override may reach beyond the last layer (one policy serves models of several depths) but must
 // begin within the model: one that rules nothing is a mistake.
-absl::Status CheckOverride(size_t index, const LayerOverride& entry, uint32_t layer_count) {
+absl::Status CheckOverride(size_t index, const Policy& policy, uint32_t layer_count,
+                           uint32_t kv_head_count) {
+  const LayerOverride& entry = policy.layers[index];
   const std::string field = absl::StrCat("layers[", index, "]");
   if (entry.layer_begin >= layer_count) {
     return OutOfRange(field + ".layer_begin", entry.layer_begin,
@@ -98,19 +148,23 @@ absl::Status CheckOverride(size_t index, const LayerOverride& entry, uint32_t la
     return OutOfRange(field + ".layer_end", entry.layer_end,
                       absl::StrCat("more than layer_begin ", entry.layer_begin));
   }
-  const absl::Status status =
-      CheckEnum(field + ".selector", entry.selector, SelectorKind::kCertified);
-  return status.ok() ? CheckBudget(field + ".budget", entry.budget) : status;
+  const SelectorKind selector = entry.selector.value_or(policy.selector);
+  absl::Status status = CheckEnum(field + ".selector", selector, SelectorKind::kScan);
+  const std::string budget_field = entry.budget.has_value() ? field + ".budget" : "budget";
+  const Budget& budget = entry.budget.has_value() ? *entry.budget : policy.budget;
+  if (status.ok()) status = CheckBudget(budget_field, budget);
+  if (status.ok()) status = CheckKeeps(budget_field, selector, budget);
+  return status.ok() ? CheckCalibration(field, entry, kv_head_count) : status;
 }
 
-absl::Status CheckOverrides(const Policy& policy, uint32_t layer_count) {
+absl::Status CheckOverrides(const Policy& policy, uint32_t layer_count, uint32_t kv_head_count) {
   if (policy.layers.size() > kLayerOverridesMax) {
     return absl::InvalidArgumentError(absl::StrCat("policy.layers has ", policy.layers.size(),
                                                    " entries, expected at most ",
                                                    kLayerOverridesMax));
   }
   for (size_t i = 0; i < policy.layers.size(); ++i) {
-    const absl::Status status = CheckOverride(i, policy.layers[i], layer_count);
+    const absl::Status status = CheckOverride(i, policy, layer_count, kv_head_count);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -153,18 +207,23 @@ Policy DefaultPolicy(SelectorKind selector) {
   policy.guarantee = Guarantee::kNone;
   policy.on_violation = OnViolation::kDense;
   policy.max_dropped_mass = 1.0F;
+  if (selector == SelectorKind::kCis || selector == SelectorKind::kCpe) {
+    policy.cis.min_cosine = kVerifiedMinCosine;
+    policy.cis.max_dropped_mass_estimate = kVerifiedDroppedMass;
+  }
   if (selector == SelectorKind::kPsaw) policy.psaw.phi = 0.85F;
   if (selector == SelectorKind::kEtf) policy.etf.psi = 0.85F;
   return policy;
 }
 
-absl::Status ValidatePolicy(const Policy& policy, uint32_t layer_count) {
-  absl::Status status = CheckEnum("selector", policy.selector, SelectorKind::kCertified);
+absl::Status ValidatePolicy(const Policy& policy, uint32_t layer_count, uint32_t kv_head_count) {
+  absl::Status status = CheckEnum("selector", policy.selector, SelectorKind::kScan);
   if (status.ok()) status = CheckBudget("budget", policy.budget);
+  if (status.ok()) status = CheckKeeps("budget", policy.selector, policy.budget);
   if (status.ok()) status = CheckCis(policy.cis);
   if (status.ok()) status = CheckPsaw(policy.psaw, layer_count);
   if (status.ok()) status = CheckEtf(policy.etf, layer_count);
-  if (status.ok()) status = CheckOverrides(policy, layer_count);
+  if (status.ok()) status = CheckOverrides(policy, layer_count, kv_head_count);
   if (status.ok()) status = CheckLimits(policy);
   return status;
 }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -23,18 +24,29 @@ enum class SelectorKind : uint8_t {
   kEtf,        // Layer axis: deeper layers take the frozen prefix's choice from a shallower layer.
   kCpe,        // CIS, PSAW and ETF in a row.
   kCertified,  // Scan every call and keep by mass until the limit is proven.
+  kScan,       // Scan every call and keep the strongest, as Budget says: CIS without its memory.
 };
 
-// Numbers of tokens per KV head.
+// Numbers of tokens per KV head, and what a scan keeps of the rest: at least top_k tokens, and more
+// where `mass` asks for it. Selectors that scan to choose (kScan, kCis, kPsaw, kEtf, kCpe) need one
+// of the two.
 struct Budget {
   uint32_t sink = 8;
   uint32_t local = 64;
   uint32_t top_k = 512;
+  // Keep the smallest set that leaves every query head at most this share of what the scan saw, in
+  // (0, 1); 0 = off. By the scan's estimate, from which the dropped mass that the certificate
+  // estimates (with the kept keys scored) differs by some percent; where the policy asks for a
+  // proof the share counts by its bound. A list that CIS reuses has only the room that it was made
+  // with, so with kCis and kCpe top_k should leave slack; with kScan, top_k = 0 gives the smallest
+  // set alone.
+  float mass = 0.0F;
   friend bool operator==(const Budget&, const Budget&) = default;
 };
 
 struct CisParameters {
-  // Reuse when the smallest cosine over the group's query heads reaches this, in [-1, 1].
+  // Reuse when the smallest cosine over the group's query heads reaches this, in [-1, 1]. -1 reuses
+  // whatever there is, 1 practically never.
   float min_cosine = 0.8F;
   // Anchors kept per KV head, least recently used goes.
   uint32_t anchors_max = 128;
@@ -43,6 +55,14 @@ struct CisParameters {
   uint32_t block_steps = 0;
   uint32_t dilate_strongest = 0;
   uint32_t dilate_radius = 0;
+  // Prompt queries that came with the keys become anchors at the first steps. Not in the paper's
+  // form, which forgets them at the next block.
+  bool seed = true;
+  // Verified sharing: do not reuse a list that is estimated to drop more than this share of the
+  // mass of any query head of the group, in (0, 1); 0 = off. Both this and min_cosine must hold,
+  // and with it min_cosine may be low. The estimate leans to the high side (attention/sharing.h),
+  // and it is no bound.
+  float max_dropped_mass_estimate = 0.0F;
   friend bool operator==(const CisParameters&, const CisParameters&) = default;
 };
 
@@ -66,12 +86,22 @@ struct EtfParameters {
   friend bool operator==(const EtfParameters&, const EtfParameters&) = default;
 };
 
-// Replaces the selector of layers [layer_begin, layer_end), and its budget where top_k > 0.
+// What is different in layers [layer_begin, layer_end): whatever is absent stays as the policy has
+// it. Calibration writes these (per layer and KV head), since heads differ in how far a choice may
+// be shared and layers in how much of the past they need.
 struct LayerOverride {
   uint32_t layer_begin = 0;
   uint32_t layer_end = 0;
-  SelectorKind selector = SelectorKind::kDense;
-  Budget budget{.top_k = 0};
+  std::optional<SelectorKind> selector = {};
+  std::optional<Budget> budget = {};
+  // CIS and CPE: takes the place of CisParameters::min_cosine; and per KV head, [kv_head_count] or
+  // empty, the place of both.
+  std::optional<float> min_cosine = {};
+  std::vector<float> kv_head_min_cosines = {};
+  // PSAW, ETF and CPE: share of the past that is hidden or frozen, in [0, 1), instead of what the
+  // schedule says: floor(share t) positions at length t.
+  std::optional<float> hidden_share = {};
+  std::optional<float> frozen_share = {};
   friend bool operator==(const LayerOverride&, const LayerOverride&) = default;
 };
 
@@ -83,9 +113,10 @@ struct Policy {
   CisParameters cis;
   PsawParameters psaw;
   EtfParameters etf;
-  // Later entries win. Default: layers 0 and 1 are dense, their heads are diffuse (measured,
-  // docs/decisions.md).
-  std::vector<LayerOverride> layers = {{.layer_begin = 0, .layer_end = 2}};
+  // Of the entries that cover a layer the last one counts, whole. Default: layers 0 and 1 are
+  // dense, their heads are diffuse (measured, docs/decisions.md).
+  std::vector<LayerOverride> layers = {
+      {.layer_begin = 0, .layer_end = 2, .selector = SelectorKind::kDense}};
   // Sequences shorter than this are answered densely, unless the positions are given: scanning them
   // costs more than reading them.
   uint32_t dense_below_tokens = 2048;
@@ -107,10 +138,14 @@ struct Policy {
   friend bool operator==(const Policy&, const Policy&) = default;
 };
 
-// The policy a selector stands for when only its name is given: kCpe, kCis, kPsaw, kEtf and kGiven
-// ask for no proof (guarantee = kNone, limit 1) and answer densely where one is asked for in vain,
-// kPsaw and kEtf switch their edit on (phi = psi = 0.85), kCertified and kAuto prove 0.05 with
-// confidence and grow until they can.
+// Verified sharing as it is shipped: measured, docs/quality.md and docs/decisions.md.
+inline constexpr float kVerifiedMinCosine = 0.5F;
+inline constexpr float kVerifiedDroppedMass = 0.8F;
+
+// The policy a selector stands for when only its name is given: kCpe, kCis, kPsaw, kEtf, kScan and
+// kGiven ask for no proof (guarantee = kNone, limit 1) and answer densely where one is asked for in
+// vain, kPsaw and kEtf switch their edit on (phi = psi = 0.85), kCertified and kAuto prove 0.05
+// with confidence and grow until they can.
 Policy DefaultPolicy(SelectorKind selector);
 
 // Largest numbers that a policy may carry; beyond them is a mistake, not a wish.
@@ -122,9 +157,14 @@ inline constexpr uint32_t kDeferredStepsMax = 64;
 // A statement that is wrong more often than not says nothing.
 inline constexpr double kFailureProbabilityMax = 0.5;
 
-// INVALID_ARGUMENT unless every number is finite and in its range. The message starts with the path
-// of the field and a space: "policy.cis.min_cosine is 2, expected ...".
-absl::Status ValidatePolicy(const Policy& policy, uint32_t layer_count);
+// For policies that are checked before a model is known.
+inline constexpr uint32_t kAnyLayerCount = UINT32_MAX;
+inline constexpr uint32_t kAnyKvHeadCount = 0;
+
+// INVALID_ARGUMENT unless every number is finite and in its range, and everything that scans to
+// choose keeps something. The message starts with the path of the field and a space:
+// "policy.cis.min_cosine is 2, expected ...".
+absl::Status ValidatePolicy(const Policy& policy, uint32_t layer_count, uint32_t kv_head_count);
 
 }  // namespace kvservice
 

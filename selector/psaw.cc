@@ -16,8 +16,11 @@ uint32_t PsawHiddenCount(const PsawParameters& psaw, uint32_t layer, uint32_t la
 // the cut is made at every step, so a list found when less was hidden loses the tokens that are
 // now.
 void EditPsaw(const Policy& policy, const StepContext& context, Plan* plan) {
-  const uint32_t hidden =
-      PsawHiddenCount(policy.psaw, context.layer, context.layer_count, context.attended_length);
+  const bool found = context.ruling != nullptr && context.ruling->hidden_share.has_value();
+  const uint32_t hidden = found
+                              ? SharePrefix(*context.ruling->hidden_share, context.attended_length)
+                              : PsawHiddenCount(policy.psaw, context.layer, context.layer_count,
+                                                context.attended_length);
   plan->visible_begin = std::min(std::max(plan->visible_begin, hidden), plan->local_begin);
 }
 

@@ -4,7 +4,8 @@ namespace kvservice {
 
 void EditScan(const Policy& policy, const StepContext& context, Plan* plan) {
   plan->source = Source::kScan;
-  plan->keep = KeepRule{.top_k = policy.budget.top_k};
+  const Budget& budget = BudgetOf(policy, context);
+  plan->keep = KeepRule{.top_k = budget.top_k, .mass_limit = budget.mass};
   // What is chosen is stored there, for deeper layers (ETF) of the same step.
   plan->lists = context.lists;
 }

@@ -47,6 +47,9 @@ void ApplyEdits(SelectorKind selector, const Policy& policy, const StepContext& 
     case SelectorKind::kCis:
       EditCis(policy, context, plan);
       break;
+    case SelectorKind::kScan:
+      EditScan(policy, context, plan);
+      break;
     case SelectorKind::kPsaw:
       EditScan(policy, context, plan);
       EditPsaw(policy, context, plan);
@@ -83,7 +86,8 @@ SelectorKind ResolveSelector(const Policy& policy, const StepContext& context) {
   // A window is short, and the masses of its layer refer to it: it is read whole.
   if (context.sliding_window > 0) return SelectorKind::kDense;
   const LayerOverride* ruling = FindOverride(policy, context.layer);
-  const SelectorKind selector = ruling != nullptr ? ruling->selector : policy.selector;
+  const SelectorKind selector =
+      ruling != nullptr ? ruling->selector.value_or(policy.selector) : policy.selector;
   if (selector == SelectorKind::kGiven) return selector;
   if (context.attended_length < policy.dense_below_tokens) return SelectorKind::kDense;
   return selector == SelectorKind::kAuto ? SelectorKind::kCertified : selector;
@@ -91,22 +95,19 @@ SelectorKind ResolveSelector(const Policy& policy, const StepContext& context) {
 
 bool UsesLists(SelectorKind selector) {
   return selector == SelectorKind::kCis || selector == SelectorKind::kEtf ||
-         selector == SelectorKind::kCpe || selector == SelectorKind::kCertified;
+         selector == SelectorKind::kCpe || selector == SelectorKind::kCertified ||
+         selector == SelectorKind::kScan;
 }
 
 PlannedStep MakePlan(const Policy& policy, const StepContext& context) {
   assert(context.query_count >= 1 && context.query_count <= context.attended_length);
   assert(context.layer < context.layer_count);
-  const LayerOverride* ruling = FindOverride(policy, context.layer);
-  if (ruling != nullptr && ruling->budget.top_k > 0 && ruling->budget != policy.budget) {
-    Policy of_layer = policy;
-    of_layer.budget = ruling->budget;
-    return MakePlan(of_layer, context);
-  }
+  StepContext ruled = context;
+  ruled.ruling = FindOverride(policy, context.layer);
   PlannedStep step;
   step.selector = ResolveSelector(policy, context);
-  step.plan = DensePlan(policy.budget, context);
-  ApplyEdits(step.selector, policy, context, &step.plan);
+  step.plan = DensePlan(BudgetOf(policy, ruled), ruled);
+  ApplyEdits(step.selector, policy, ruled, &step.plan);
   step.drop_lists = step.plan.source == Source::kReuse && StartsCisBlock(policy.cis, context);
   return step;
 }

@@ -33,6 +33,8 @@ struct StepContext {
   // kGiven: see Plan::given.
   absl::Span<const uint32_t> given;
   absl::Span<const uint32_t> given_offsets;
+  // The policy's entry that rules the layer, nullptr = none. MakePlan looks it up; edits read it.
+  const LayerOverride* ruling = nullptr;
 };
 
 struct PlannedStep {
@@ -44,12 +46,18 @@ struct PlannedStep {
   bool drop_lists = false;
 };
 
-// The plan of one row. `policy` is valid (ValidatePolicy).
+// The plan of one row. `policy` is valid (ValidatePolicy) and outlives the plan, which borrows its
+// cosines.
 PlannedStep MakePlan(const Policy& policy, const StepContext& context);
 
 // What MakePlan will choose, for callers that prepare lists; reads neither lists nor given
 // positions.
 SelectorKind ResolveSelector(const Policy& policy, const StepContext& context);
+// The budget that holds in the step's layer.
+inline const Budget& BudgetOf(const Policy& policy, const StepContext& context) {
+  const bool own = context.ruling != nullptr && context.ruling->budget.has_value();
+  return own ? *context.ruling->budget : policy.budget;
+}
 // The selector remembers choices in StepContext::lists.
 bool UsesLists(SelectorKind selector);
 

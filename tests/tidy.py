@@ -54,6 +54,7 @@ OUTSIDE = {
              ["attention/cuda/", "tests/attention/**", "tests/bench/"]),
     "RocksDB": (r"^rocksdb/", ["kvservice/cache/rocksdb_tier.cc", "kvservice/cache/filesystem.cc"]),
     "prometheus": (r"^prometheus/", ["kvservice/server/"]),
+    "BLAS": (r"^cblas\.h", ["tests/eval/"]),
     "spdlog": (r"^spdlog/", ["kvservice/server/", "client/**"]),
     "CLI11": (r"^CLI/", ["kvservice/server/", "client/**", "tests/bench/", "tests/eval/",
                          "tests/adversary/"]),
@@ -71,6 +72,8 @@ FUNCTION_LINES_MAX = 70
 KERNEL_LINES_MAX = 120
 KERNEL_FOLDERS = ("attention/cpu/", "attention/cuda/")
 LINE_COLUMNS_MAX = 100
+# Made from measurements, one row or line per result; nobody edits them.
+MAY_BE_LONG = {"docs/quality.json", "docs/quality.md", "docs/quality_tables.md"}
 
 SOURCE_FOLDERS = ["attention", "selector", "kvservice", "client", "tests", "proto", "deploy",
                   "docs", ".ci"]
@@ -235,7 +238,7 @@ def check_guard(path, text):
 
 def check_sizes(path, text):
     lines = text.rstrip("\n").count("\n") + 1
-    if lines > FILE_LINES_MAX:
+    if lines > FILE_LINES_MAX and path not in MAY_BE_LONG:
         yield 1, f"{lines} lines; a file has at most {FILE_LINES_MAX}"
     if path.endswith(COLUMN_SUFFIXES):
         for number, line in enumerate(text.split("\n"), 1):

@@ -124,6 +124,7 @@ def test_file_length(tmp_path):
     assert messages(tmp_path, {"selector/a.cc": "int a;\n" * 800}) == []
     found = messages(tmp_path, {"selector/a.cc": "int a;\n" * 801})
     assert found == ["selector/a.cc:1: 801 lines; a file has at most 800"]
+    assert not messages(tmp_path, {"selector/a.cc": "int a;\n", "docs/quality.md": "a\n" * 801})
 
 
 @pytest.mark.parametrize("path", ["selector/a.cc", "client/python/a.py", "proto/a.proto"])

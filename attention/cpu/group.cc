@@ -8,6 +8,7 @@
 #include <limits>
 #include <utility>
 
+#include "attention/cpu/anchor_terms.h"
 #include "attention/cpu/plan_samples.h"
 #include "attention/cpu/population.h"
 #include "attention/float16.h"
@@ -62,6 +63,7 @@ void Group::Prepare(const LayerShape& shape, AttendRow* row, uint32_t kv_head,
   anchor_queries_ = anchor_queries;
   has_choice_ = scanned_ = reused_ = everything_ = false;
   similarity_ = -2.0F;
+  sharing_estimate_ = -1.0F;
   assert(row->position + row->query_count == row->view.length);
   SetQueries();
   SetRange();
@@ -191,11 +193,8 @@ void Group::StartChoice(absl::Span<const float> anchor_queries) {
   }
   if (plan.source == Source::kReuse) {
     assert(plan.lists != nullptr);
-    const HostLists::Match match = lists()->FindMostSimilar(kv_head_, anchor_queries);
-    similarity_ = match.similarity;
-    if (match.anchor >= 0 && match.similarity >= plan.min_cosine) {
-      return StartReuse(static_cast<uint32_t>(match.anchor));
-    }
+    const int32_t anchor = FindReusable(anchor_queries);
+    if (anchor >= 0) return StartReuse(static_cast<uint32_t>(anchor));
   }
   has_choice_ = scanned_ = true;
   candidates_ = open_;
@@ -203,6 +202,20 @@ void Group::StartChoice(absl::Span<const float> anchor_queries) {
   // A proof speaks about all tokens, so it scans them all; without one the scan covers what it
   // chooses from.
   pool_ = Proves(plan.prove) || plan.prove == Guarantee::kExact ? AndNot(all_, always_) : open_;
+}
+
+// The anchor whose list is to be used, -1 for none.
+int32_t Group::FindReusable(absl::Span<const float> anchor_queries) {
+  const Plan& plan = row_->plan;
+  const bool estimates = plan.reuse_mass_limit > 0.0F;
+  const HostLists::Match match = lists()->FindMostSimilar(kv_head_, anchor_queries, estimates);
+  similarity_ = match.similarity;
+  if (match.anchor < 0 || !(match.similarity >= MinCosine(plan, kv_head_))) return -1;
+  if (!estimates) return match.anchor;
+  const SharingQuery query(*shape_, row_->view.length - 1, anchor_queries);
+  const HostLists::Anchor& list = lists()->anchor(kv_head_, static_cast<uint32_t>(match.anchor));
+  sharing_estimate_ = query.EstimateDroppedMass(list.sharing);
+  return sharing_estimate_ <= plan.reuse_mass_limit ? match.anchor : -1;
 }
 
 // Takes the list of an anchor. Open tokens that the list has not considered are scanned and compete
@@ -255,7 +268,10 @@ void Group::Settle(const TokenMask& chosen) {
   std::vector<uint32_t> positions = PositionsOf(chosen, block_begin_);
   lists()->SetSelection(kv_head_, positions);
   if (plan.source == Source::kReuse && scanned_) {
-    lists()->Insert(kv_head_, anchor_queries_, std::move(positions), covered_end_);
+    SharingTerms sharing;
+    if (plan.reuse_mass_limit > 0.0F) sharing = TermsOfAnchor(chosen);
+    lists()->Insert(kv_head_, anchor_queries_, std::move(positions), covered_end_,
+                    std::move(sharing));
   }
 }
 
@@ -338,11 +354,44 @@ void Group::Decide(ChooseScratch* scratch) {
     task.dilate_strongest = plan.keep.dilate_strongest;
     task.dilate_radius = plan.keep.dilate_radius;
   }
-  const TokenMask chosen = Or(ChooseTokens(task, scratch), frozen_chosen_);
+  const TokenMask open_chosen = ChooseTokens(task, scratch);
+  const TokenMask chosen = Or(open_chosen, frozen_chosen_);
   if (reused_) {
     lists()->Complete(kv_head_, anchor_, PositionsOf(chosen, block_begin_), covered_end_);
+    CompleteAnchor(open_chosen);
   }
   Settle(chosen);
+}
+
+// What the completed list leaves out of the tokens that competed for its places.
+void Group::CompleteAnchor(const TokenMask& chosen) {
+  if (lists()->anchor(kv_head_, anchor_).sharing.empty()) return;
+  const TokenMask left = AndNot(candidates_, chosen);
+  if (CountTokens(left) == 0) return;
+  for (uint32_t head = newest_head(); head < head_count(); ++head) {
+    const double log_chosen = SumEstimates(weights, head, chosen).Log();
+    const double log_read = LogAdd(kept.lse[head], log_chosen);
+    lists()->Leave(kv_head_, anchor_, head - newest_head(),
+                   SumEstimates(weights, head, left).Log() - log_read);
+  }
+}
+
+// What an anchor that was just found by a scan remembers; `chosen` are its list.
+SharingTerms Group::TermsOfAnchor(const TokenMask& chosen) const {
+  AnchorTask task;
+  task.shape = shape_;
+  task.view = &row_->view;
+  task.kv_head = kv_head_;
+  task.queries = &queries_;
+  task.first_head = newest_head();
+  task.anchor_queries = anchor_queries_;
+  task.block_begin = block_begin_;
+  task.always = always_;
+  task.open = open_;
+  task.chosen = chosen;
+  task.weights = &weights;
+  task.always_lse = kept.lse;
+  return MakeSharingTerms(task);
 }
 
 TokenMask Group::Unread() const { return AndNot(read_, first_); }
@@ -564,6 +613,7 @@ void Group::WriteAnswer(const TokenMask& read, Action action, bool compensate) {
   report.scanned = scanned_;
   report.tokens_read = CountTokens(read_);
   report.similarity = similarity_;
+  report.sharing_estimate = sharing_estimate_;
 }
 
 Group::Verdict Group::Conclude(ProofScratch* scratch) {

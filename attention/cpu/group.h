@@ -26,6 +26,7 @@
 #include "attention/head_proof.h"
 #include "attention/host_lists.h"
 #include "attention/sample_head.h"
+#include "attention/sharing.h"
 
 namespace kvservice {
 
@@ -89,7 +90,11 @@ class Group {
   void SetQueries();
   void SplitMiddle();
   void StartChoice(absl::Span<const float> anchor_queries);
+  int32_t FindReusable(absl::Span<const float> anchor_queries);
   void StartReuse(uint32_t anchor);
+  void CompleteAnchor(const TokenMask& chosen);
+  SharingTerms TermsOfAnchor(const TokenMask& chosen) const;
+  uint32_t newest_head() const { return head_count() - shape_->layout.group_size(); }
   void PlanScan();
   TokenMask ChooseTokens(const ChooseTask& task, ChooseScratch* scratch);
   TokenMask ChooseForOutput(ChooseTask task, ChooseScratch* scratch) const;
@@ -138,6 +143,7 @@ class Group {
   uint32_t anchor_ = 0;
   uint32_t places_ = 0;  // what a completed list may hold
   float similarity_ = -2.0F;
+  float sharing_estimate_ = -1.0F;
 };
 
 }  // namespace kvservice

@@ -9,7 +9,9 @@
 
 #include "attention/host_lists.h"
 #include "attention/reference/log_sum.h"
+#include "attention/reference/sharing.h"
 #include "attention/sample_plan.h"
+#include "attention/sharing.h"
 
 namespace kvservice::reference {
 namespace {
@@ -228,11 +230,33 @@ Tokens Reuse(const Plan& plan, const Middle& middle, uint32_t anchor_index, Head
   const Tokens rivals = Union(chosen, fresh);
   const Weights weights(/*proving=*/false, /*sample_factor=*/1.0, rivals, row);
   chosen = Rank(rivals, weights, /*every_head=*/false);
+  for (uint32_t head = row->newest_head(); head < row->head_count(); ++head) {
+    double left = 0.0;
+    for (size_t i = places; i < chosen.size(); ++i) left += weights.Of(head, chosen[i]);
+    lists->Leave(row->kv_head(), anchor_index, head - row->newest_head(),
+                 std::log(left) - std::log1p(-left));
+  }
   chosen.resize(std::min(chosen.size(), places));
   std::sort(chosen.begin(), chosen.end());
   chosen = Union(middle.frozen_chosen, chosen);
   lists->Complete(row->kv_head(), anchor_index, chosen, covered_end);
   return chosen;
+}
+
+// The anchor whose list is to be used, -1 for none; tells the choice what was found out about it.
+int32_t FindReusable(const Plan& plan, absl::Span<const float> queries, const HeadRow& row,
+                     Choice* choice) {
+  const auto* lists = static_cast<const HostLists*>(plan.lists);
+  const bool estimates = plan.reuse_mass_limit > 0.0F;
+  const HostLists::Match match = lists->FindMostSimilar(row.kv_head(), queries, estimates);
+  choice->similarity = match.similarity;
+  if (match.anchor < 0 || !(match.similarity >= MinCosine(plan, row.kv_head()))) return -1;
+  if (!estimates) return match.anchor;
+  const HostLists::Anchor& anchor =
+      lists->anchor(row.kv_head(), static_cast<uint32_t>(match.anchor));
+  const SharingQuery query(row.shape(), row.end() - 1, queries);
+  choice->sharing_estimate = query.EstimateDroppedMass(anchor.sharing);
+  return choice->sharing_estimate <= plan.reuse_mass_limit ? match.anchor : -1;
 }
 
 Tokens Given(const Plan& plan, const Middle& middle, uint32_t kv_head) {
@@ -272,12 +296,9 @@ Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
   const bool remembered = IsRememberedDense(plan, *row);
   if (plan.source == Source::kReuse) {
     assert(lists != nullptr);
-    const HostLists::Match match = lists->FindMostSimilar(row->kv_head(), queries);
-    choice.similarity = match.similarity;
-    choice.reused = match.anchor >= 0 && match.similarity >= plan.min_cosine;
-    if (choice.reused) {
-      choice.middle = Reuse(plan, middle, static_cast<uint32_t>(match.anchor), row);
-    }
+    const int32_t anchor = FindReusable(plan, queries, *row, &choice);
+    choice.reused = anchor >= 0;
+    if (choice.reused) choice.middle = Reuse(plan, middle, static_cast<uint32_t>(anchor), row);
   }
   choice.scanned = (plan.source == Source::kScan && !remembered) ||
                    (plan.source == Source::kReuse && !choice.reused);
@@ -294,7 +315,13 @@ Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
   }
   if (lists == nullptr) return choice;
   if (plan.source == Source::kReuse && choice.scanned) {
-    lists->Insert(row->kv_head(), queries, choice.middle, row->covered_end());
+    SharingTerms sharing;
+    if (plan.reuse_mass_limit > 0.0F) {
+      const Tokens read =
+          Union(row->TokensAt(Place::kAlways), Intersection(middle.open, choice.middle));
+      sharing = TermsOfAnchor(queries, middle.open, read, row);
+    }
+    lists->Insert(row->kv_head(), queries, choice.middle, row->covered_end(), std::move(sharing));
   }
   lists->SetSelection(row->kv_head(), choice.middle);
   return choice;

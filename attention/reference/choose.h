@@ -23,6 +23,8 @@ struct Choice {
   bool reused = false;
   // Cosine of the most similar anchor, -2 when not looked for.
   float similarity = -2.0F;
+  // See GroupReport.
+  float sharing_estimate = -1.0F;
 };
 
 // queries: the last query token's queries of this KV head, un-rotated, [group][head_dim]; read only

@@ -139,6 +139,7 @@ bool AttendHead(const LayerShape& shape, uint32_t kv_head, absl::Span<const floa
   report.tokens_read = static_cast<uint32_t>(read.size());
   report.tokens_scanned = head_row.scanned_count();
   report.similarity = choice.similarity;
+  report.sharing_estimate = choice.sharing_estimate;
   return true;
 }
 

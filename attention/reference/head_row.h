@@ -36,10 +36,14 @@ class HeadRow {
   // Borrows its arguments.
   HeadRow(const LayerShape& shape, const AttendRow& row, uint32_t kv_head);
 
+  const LayerShape& shape() const { return shape_; }
+  const KvView& view() const { return row_.view; }
   uint32_t kv_head() const { return kv_head_; }
   // Of the first query token.
   uint32_t position() const { return row_.position; }
   uint32_t head_count() const { return row_.query_count * shape_.layout.group_size(); }
+  // The first head of the newest query token.
+  uint32_t newest_head() const { return head_count() - shape_.layout.group_size(); }
   // Index of a head's certificate and lse in the row's arrays; times head_dim, of its query and
   // output.
   size_t OutputIndex(uint32_t head) const;
@@ -55,6 +59,9 @@ class HeadRow {
   // First position of the middle's range that a choice cannot have considered: see HostLists,
   // covered_end.
   uint32_t covered_end() const { return covered_end_; }
+
+  // The KV head's sketch page of a block, nullptr if that is not sealed.
+  const std::byte* SketchBytes(uint32_t block) const;
 
   // The logit after soft-cap. `exact` reads the key; `estimate` reads the sketch, which the token
   // must have.
@@ -72,7 +79,6 @@ class HeadRow {
 
  private:
   void SetPlaces();
-  const std::byte* SketchBytes(uint32_t block) const;
   size_t Index(uint32_t head, uint32_t token) const;
   const PageTerms<double>& TermsOf(uint32_t head, uint32_t block);
 

@@ -84,7 +84,8 @@ Json TotalsToJson(const v1::AttendTotals& totals) {
        std::vector<uint64_t>(totals.dropped_mass_upper_counts().begin(),
                              totals.dropped_mass_upper_counts().end())},
       {"keys_sampled", totals.keys_sampled()},
-      {"rows_sampled", totals.rows_sampled()}};
+      {"rows_sampled", totals.rows_sampled()},
+      {"anchor_seed_scans", totals.anchor_seed_scans()}};
 }
 
 std::string CountsText(absl::Span<const char* const> names,
@@ -131,6 +132,7 @@ void AddTotals(const v1::AttendTotals& totals, std::vector<Row>* rows) {
       {{"rows attended", std::to_string(totals.rows())},
        {"tokens read", ShareText(totals.tokens_read(), totals.tokens_visible()) + " of visible"},
        {"KV heads that scanned", ShareText(totals.groups_scanned(), totals.groups())},
+       {"scans that seeded anchors", std::to_string(totals.anchor_seed_scans())},
        {"KV heads answered densely", ShareText(totals.groups_dense(), totals.groups())},
        {"certificates proven", ShareText(totals.certificates_proven(), totals.certificates())},
        {"certificates by level", CountsText(kLevelNames, totals.certificates_by_level())},

@@ -90,7 +90,8 @@ absl::StatusOr<AppendCall> AppendStream::NextCall() {
                     .position = message_.position(),
                     .k = *k,
                     .v = *v,
-                    .query_sample = query_sample};
+                    .query_sample = query_sample,
+                    .query_sample_positions = message_.query_sample_positions()};
 }
 
 void AppendStream::Applied(absl::StatusOr<AppendResult> result) {

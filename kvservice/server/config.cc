@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kvservice/server/build_info.h"
+#include "kvservice/server/policy_file.h"
 #include "kvservice/server/quantity.h"
 #include "kvservice/server/transport.h"
 
@@ -31,6 +32,7 @@ constexpr uint32_t kThreadsMax = 1024;
 // What the flags hold before it is put together.
 struct Flags {
   std::vector<std::string> listen;
+  std::vector<std::string> policy_files;
   std::string admin_listen;
   bool check_config = false;
   bool print_config = false;
@@ -141,6 +143,10 @@ void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
         return check_local(*endpoint);
       })
       ->type_name("ADDRESS");
+  app->add_option("--policy-file", flags->policy_files,
+                  "JSON file of named policies, repeatable: requests may then name them")
+      ->take_all()
+      ->type_name("FILE");
   app->add_option("--ready-file", config->ready_file,
                   "File to write when the server is ready, one line per endpoint")
       ->type_name("FILE");
@@ -166,6 +172,9 @@ void AddEngineFlags(CLI::App* app, Config* config) {
   AddTime(app, "--lease-max", "Longest lease a caller may ask for", &engine->lease_max_ms);
   AddBytes(app, "--list-bytes-max", "Memory for the lists of one sequence",
            &engine->list_bytes_per_sequence_max);
+  AddBytes(app, "--seed-bytes-max",
+           "Memory for the prompt queries of one sequence, until they are used",
+           &engine->seed_bytes_per_sequence_max);
 }
 
 void AddCertificateFlags(CLI::App* app, Config* config) {
@@ -261,6 +270,10 @@ absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
   }
   const absl::Status status = CheckTogether(config);
   if (!status.ok()) return status;
+  for (const std::string& path : flags.policy_files) {
+    const absl::Status added = AddPolicyFile(path, &config.server.policies);
+    if (!added.ok()) return Invalid("--policy-file: " + std::string(added.message()));
+  }
   return config;
 }
 
@@ -322,6 +335,8 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   // As given they may be empty: the effective ones are printed instead.
   app.get_option("--listen")->configurable(false);
   app.get_option("--admin-listen")->configurable(false);
+  // None would be printed as a file without a name.
+  if (flags.policy_files.empty()) app.get_option("--policy-file")->configurable(false);
   result->text = flags.print_config ? AddressLines(result->server) + app.config_to_str(true)
                                     : "the configuration is valid\n";
   return result;

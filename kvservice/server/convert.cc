@@ -150,6 +150,7 @@ void TotalsToProto(const AttendStats& stats, uint64_t token_count_max, v1::Atten
                                                    stats.dropped_mass_counts.end());
   totals->set_keys_sampled(stats.keys_sampled);
   totals->set_rows_sampled(stats.rows_sampled);
+  totals->set_anchor_seed_scans(stats.anchor_seed_scans);
   if (stats.certificates_proven > 0 && token_count_max > 0) {
     // The bound is concave in the mass, so at the mean it covers the mean over calls.
     const double mean =

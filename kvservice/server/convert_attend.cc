@@ -201,6 +201,9 @@ void GroupsToProto(const std::vector<GroupReport>& groups, v1::GroupReports* to)
     to->add_keys_sampled(group.keys_sampled);
     to->add_rows_sampled(group.rows_sampled);
   }
+  const auto has_estimate = [](const GroupReport& group) { return group.sharing_estimate >= 0.0F; };
+  if (std::none_of(groups.begin(), groups.end(), has_estimate)) return;
+  for (const GroupReport& group : groups) to->add_sharing_estimate(group.sharing_estimate);
 }
 
 void FailureToProto(const absl::Status& status, v1::AttendRowResult* to) {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "kvservice/error.h"
 
@@ -46,6 +47,8 @@ std::optional<SelectorKind> SelectorFromProto(v1::Selector selector) {
       return SelectorKind::kCpe;
     case v1::SELECTOR_CERTIFIED:
       return SelectorKind::kCertified;
+    case v1::SELECTOR_SCAN:
+      return SelectorKind::kScan;
     default:
       return std::nullopt;
   }
@@ -55,6 +58,7 @@ void ApplyBudget(const v1::Budget& from, Budget* to) {
   if (from.has_sink_tokens()) to->sink = from.sink_tokens();
   if (from.has_local_tokens()) to->local = from.local_tokens();
   if (from.has_top_k_tokens()) to->top_k = from.top_k_tokens();
+  if (from.has_max_dropped_mass_estimate()) to->mass = from.max_dropped_mass_estimate();
 }
 
 void ApplyCis(const v1::CisPolicy& from, CisParameters* to) {
@@ -63,6 +67,10 @@ void ApplyCis(const v1::CisPolicy& from, CisParameters* to) {
   if (from.has_block_steps()) to->block_steps = from.block_steps();
   if (from.has_dilate_strongest_tokens()) to->dilate_strongest = from.dilate_strongest_tokens();
   if (from.has_dilate_radius_tokens()) to->dilate_radius = from.dilate_radius_tokens();
+  if (from.has_seed()) to->seed = from.seed();
+  if (from.has_max_dropped_mass_estimate()) {
+    to->max_dropped_mass_estimate = from.max_dropped_mass_estimate();
+  }
 }
 
 void ApplyPsaw(const v1::PsawPolicy& from, PsawParameters* to) {
@@ -75,6 +83,19 @@ void ApplyEtf(const v1::EtfPolicy& from, EtfParameters* to) {
   if (from.has_first_layer()) to->first_layer = from.first_layer();
   if (from.has_psi()) to->psi = from.psi();
   if (from.has_gamma()) to->gamma = from.gamma();
+}
+
+LayerOverride LayersFromProto(const v1::LayerOverride& from) {
+  LayerOverride to;
+  to.layer_begin = from.layer_begin();
+  to.layer_end = from.layer_end();
+  if (from.has_budget()) ApplyBudget(from.budget(), &to.budget.emplace());
+  if (from.has_min_cosine()) to.min_cosine = from.min_cosine();
+  to.kv_head_min_cosines.assign(from.kv_head_min_cosines().begin(),
+                                from.kv_head_min_cosines().end());
+  if (from.has_hidden_share()) to.hidden_share = from.hidden_share();
+  if (from.has_frozen_share()) to.frozen_share = from.frozen_share();
+  return to;
 }
 
 absl::Status ApplyLayers(const v1::LayerOverrides& from, const std::string& path, Policy* to) {
@@ -90,15 +111,9 @@ absl::Status ApplyLayers(const v1::LayerOverrides& from, const std::string& path
       return UnknownValue(path + ".overrides[" + std::to_string(i) + "].selector",
                           entry.selector());
     }
-    LayerOverride layers;
-    layers.layer_begin = entry.layer_begin();
-    layers.layer_end = entry.layer_end();
-    layers.selector = *selector;
-    if (entry.has_budget()) {
-      layers.budget = Budget{};
-      ApplyBudget(entry.budget(), &layers.budget);
-    }
-    to->layers.push_back(layers);
+    LayerOverride layers = LayersFromProto(entry);
+    if (entry.selector() != v1::SELECTOR_UNSPECIFIED) layers.selector = *selector;
+    to->layers.push_back(std::move(layers));
   }
   return absl::OkStatus();
 }
@@ -245,6 +260,8 @@ v1::Selector SelectorToProto(SelectorKind selector) {
       return v1::SELECTOR_CPE;
     case SelectorKind::kCertified:
       return v1::SELECTOR_CERTIFIED;
+    case SelectorKind::kScan:
+      return v1::SELECTOR_SCAN;
   }
   return v1::SELECTOR_UNSPECIFIED;
 }
@@ -255,6 +272,7 @@ void BudgetToProto(const Budget& from, v1::Budget* to) {
   to->set_sink_tokens(from.sink);
   to->set_local_tokens(from.local);
   to->set_top_k_tokens(from.top_k);
+  if (from.mass > 0.0F) to->set_max_dropped_mass_estimate(from.mass);
 }
 
 v1::Guarantee GuaranteeToProto(Guarantee guarantee) {
@@ -285,6 +303,18 @@ v1::OnViolation OnViolationToProto(OnViolation on_violation) {
   return v1::ON_VIOLATION_UNSPECIFIED;
 }
 
+void LayersToProto(const LayerOverride& from, v1::LayerOverride* to) {
+  to->set_layer_begin(from.layer_begin);
+  to->set_layer_end(from.layer_end);
+  if (from.selector.has_value()) to->set_selector(SelectorToProto(*from.selector));
+  if (from.budget.has_value()) BudgetToProto(*from.budget, to->mutable_budget());
+  if (from.min_cosine.has_value()) to->set_min_cosine(*from.min_cosine);
+  to->mutable_kv_head_min_cosines()->Add(from.kv_head_min_cosines.begin(),
+                                         from.kv_head_min_cosines.end());
+  if (from.hidden_share.has_value()) to->set_hidden_share(*from.hidden_share);
+  if (from.frozen_share.has_value()) to->set_frozen_share(*from.frozen_share);
+}
+
 void EditsToProto(const Policy& from, v1::Policy* to) {
   v1::CisPolicy* cis = to->mutable_cis();
   cis->set_min_cosine(from.cis.min_cosine);
@@ -292,6 +322,10 @@ void EditsToProto(const Policy& from, v1::Policy* to) {
   cis->set_block_steps(from.cis.block_steps);
   cis->set_dilate_strongest_tokens(from.cis.dilate_strongest);
   cis->set_dilate_radius_tokens(from.cis.dilate_radius);
+  cis->set_seed(from.cis.seed);
+  if (from.cis.max_dropped_mass_estimate > 0.0F) {
+    cis->set_max_dropped_mass_estimate(from.cis.max_dropped_mass_estimate);
+  }
   v1::PsawPolicy* psaw = to->mutable_psaw();
   // An absent first layer means the default share of the layers.
   if (from.psaw.first_layer != PsawParameters::kHalfOfLayers) {
@@ -316,11 +350,7 @@ v1::Policy PolicyToProto(const Policy& policy) {
   EditsToProto(policy, &result);
   result.mutable_layers();
   for (const LayerOverride& entry : policy.layers) {
-    v1::LayerOverride* layers = result.mutable_layers()->add_overrides();
-    layers->set_layer_begin(entry.layer_begin);
-    layers->set_layer_end(entry.layer_end);
-    layers->set_selector(SelectorToProto(entry.selector));
-    if (entry.budget.top_k > 0) BudgetToProto(entry.budget, layers->mutable_budget());
+    LayersToProto(entry, result.mutable_layers()->add_overrides());
   }
   result.set_max_dropped_mass(policy.max_dropped_mass);
   if (std::isfinite(policy.max_output_error)) result.set_max_output_error(policy.max_output_error);

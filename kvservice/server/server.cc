@@ -12,7 +12,6 @@
 
 #include "kvservice/engine_errors.h"
 #include "kvservice/server/call.h"
-#include "kvservice/server/policy_registry.h"
 #include "kvservice/server/rpc_server.h"
 #include "kvservice/server/service.h"
 
@@ -101,14 +100,13 @@ class ServerOnEngine final : public Server {
   ServiceHost HostFor(CallGate* gate, InFlight* in_flight) {
     return {.calls = {.gate = gate, .in_flight = in_flight, .clock = seams_.clock},
             .engine = engine_,
-            .policies = &policies_};
+            .policies = &options_.policies};
   }
   absl::StatusOr<AdminFacts> Facts();
 
   const ServerOptions options_;
   Engine* const engine_;
   const ServerSeams seams_;
-  const PolicyRegistry policies_;
   Gate data_gate_;
   Gate admin_gate_;
   InFlight data_in_flight_;

@@ -14,6 +14,7 @@
 #include "kvservice/engine.h"
 #include "kvservice/random.h"
 #include "kvservice/server/endpoint.h"
+#include "kvservice/server/policy_registry.h"
 #include "kvservice/server/transport.h"
 
 namespace spdlog {
@@ -41,6 +42,8 @@ struct ServerOptions {
   uint32_t streams_per_connection_max = 256;
   // Time that a drain gives to calls in flight.
   uint32_t drain_grace_ms = 10'000;
+  // What requests may name.
+  PolicyRegistry policies;
   // The engine's options, for GetServerInfo.
   EngineOptions engine;
 };

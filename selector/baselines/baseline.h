@@ -4,8 +4,9 @@
 // for serving: none of them can say what it left out.
 //
 // Adding one: write <name>.cc with a New<Name> function, declare it in baselines.h and add one line
-// to NewBaseline. One proposer serves one sequence; any thread, one at a time. What follows from
-// the prompt alone is computed once per prompt (PromptIndex) and shared by proposers on all threads.
+// to the table in baselines.cc. One proposer serves one sequence; any thread, one at a time. What
+// follows from the prompt alone is computed once per prompt (PromptIndex) and shared by proposers
+// on all threads.
 //
 // Sources are named in each file; parameters that a paper leaves open are the defaults of its code.
 
@@ -91,7 +92,8 @@ struct Cost {
 class Baseline {
  public:
   virtual ~Baseline() = default;
-  // Called for every layer in order, 0 first, then for the next token. positions: [kv_head_count],
+  // Called for every layer in order, 0 first, then for the next token; the first step has length
+  // prompt length + 1, and each has one more than the one before. positions: [kv_head_count],
   // filled with ascending unique positions in [sink, length - local); clears what was there.
   virtual Cost Propose(const Step& step, std::vector<std::vector<uint32_t>>* positions) = 0;
 };

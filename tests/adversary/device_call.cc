@@ -158,6 +158,7 @@ Plan PlanMaker::Next(Chance* chance) {
   plan.given_offsets = offsets_;
   plan.dense_share = chance->OneIn(2) ? 0.6F : 1.0F;
   SetLimits(chance, &plan);
+  if (chance->OneIn(2)) plan.reuse_mass_limit = 0.1F * static_cast<float>(1 + chance->Below(9));
   return plan;
 }
 

@@ -123,7 +123,7 @@ Asked MakePolicy(Chance* chance) {
   policy.selector = kSelectors[chance->Below(kSelectors.size())];
   policy.budget = client::Budget{.sink_tokens = chance->OneIn(2) ? 8 : chance->Below(40),
                                  .local_tokens = 1 + chance->Below(80),
-                                 .top_k_tokens = chance->Below(100)};
+                                 .top_k_tokens = 1 + chance->Below(100)};
   policy.layers = std::vector<client::LayerOverride>();
   policy.dense_below_tokens = 1;
   const uint32_t prove = chance->Below(8);

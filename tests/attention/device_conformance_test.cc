@@ -250,6 +250,45 @@ TEST_P(DeviceConformance, ReuseTakesTheList) {
   }
 }
 
+// Devices differ in what they estimate of the mass that was left: cpu rounds factors to one byte.
+constexpr double kSharingCost = 0.03;
+
+TEST_P(DeviceConformance, SharingEstimateAgreesWithReference) {
+  if (device_->name() == "reference") GTEST_SKIP() << "it is the one compared with";
+  const auto reference_device = NewDeviceOrDie("reference");
+  const KvCase reference_kv(reference_device.get(), kv_->options());
+  // The estimates for queries that move away from the anchor's step by step.
+  const auto estimates = [&](const KvCase& kv) {
+    const auto lists = kv.device()->NewTokenLists(kv.options().layout, 1);
+    Plan plan = BasePlan(Source::kReuse, kLength);
+    plan.keep.top_k = 40;
+    plan.lists = lists.get();
+    plan.min_cosine = -1.0F;
+    plan.reuse_mass_limit = 0.9999F;
+    std::vector<float> found;
+    for (const float step : {0.0F, 0.0F, 0.02F, 0.05F, 0.1F}) {
+      std::vector<float> queries = kv.queries();
+      for (size_t i = 0; i < queries.size(); ++i) {
+        queries[i] += step * std::sin(static_cast<float>(i));
+      }
+      Call call(kv, kLength, 1, queries, plan);
+      call.Run(kv.device(), kv.shape());
+      for (const GroupReport& group : call.groups) found.push_back(group.sharing_estimate);
+    }
+    return found;
+  };
+  const std::vector<float> ours = estimates(*kv_);
+  const std::vector<float> theirs = estimates(reference_kv);
+  for (size_t i = 0; i < ours.size(); ++i) {
+    if (i < kv_head_count()) {
+      EXPECT_EQ(ours[i], -1.0F);
+      continue;
+    }
+    EXPECT_GE(ours[i], 0.0F);
+    EXPECT_NEAR(ours[i], theirs[i], kSharingCost);
+  }
+}
+
 TEST_P(DeviceConformance, FrozenTakesTheOtherLayersChoice) {
   const auto shallow = device_->NewTokenLists(kv_->options().layout, 0);
   Plan given = BasePlan(Source::kGiven, kLength);

@@ -248,6 +248,27 @@ TEST_P(DevicePlan, DissimilarQueriesScan) {
   EXPECT_EQ(At(*kv, 420, OtherQueries(kv->queries()), plan)->selected, other->selected);
 }
 
+// Each KV head has its own cosine: one reuses where the other scans, by the same query.
+TEST_P(DevicePlan, EveryKvHeadHasItsOwnCosine) {
+  CaseOptions options;
+  options.length = 420;
+  const auto kv = NewCase(options);
+  const std::vector<float> never_first = {1.5F, -1.0F};
+  const std::vector<float> never_second = {-1.0F, 1.5F};
+  for (const std::vector<float>* cosines : {&never_first, &never_second}) {
+    const auto lists = device_->NewTokenLists(options.layout, 4);
+    Plan plan = BasePlan(Source::kReuse, 420);
+    plan.keep.top_k = 40;
+    plan.lists = lists.get();
+    RunPlan(*kv, plan);
+    plan.min_cosines = *cosines;
+    const auto call = At(*kv, 420, OtherQueries(kv->queries()), plan);
+    for (uint32_t kv_head = 0; kv_head < 2; ++kv_head) {
+      EXPECT_EQ(call->groups[kv_head].scanned, (*cosines)[kv_head] > 1.0F);
+    }
+  }
+}
+
 // The query of a step is compared before rotation, so moving on by some positions does not make it
 // dissimilar.
 TEST_P(DevicePlan, SimilarityIsTakenBeforeRotation) {
@@ -288,6 +309,131 @@ TEST_P(DevicePlan, SimilarityIsTakenBeforeRotation) {
     const auto unmoved = At(*kv, 415, rotated(399), plan);
     EXPECT_LT(unmoved->groups[0].similarity, 0.99F);
   }
+}
+
+// Keys in the last 56 channels, but for one token, which is seen by a query that looks along
+// channel
+// 5. A query that looks along channel 6 sees nothing new. Both are as similar to the anchor.
+class SharingCase {
+ public:
+  static constexpr uint32_t kLength = 448;
+  static constexpr uint32_t kJump = 200;
+
+  explicit SharingCase(Device* device) : kv(device, {.length = kLength}), queries(kv.queries()) {
+    for (size_t i = 0; i < queries.size(); ++i) {
+      if (i % 64 < 8) queries[i] = 0.0F;
+    }
+    for (uint32_t kv_head = 0; kv_head < 2; ++kv_head) {
+      for (uint32_t token = 0; token < kLength; ++token) {
+        std::vector<float> key(64, 0.0F);
+        for (uint32_t c = 8; c < 64; ++c) {
+          key[c] = 0.5F * std::sin(static_cast<float>(token * 64 + c) * 1.7F);
+          const float* both = &queries[kv_head * 2 * 64 + c];
+          if (token % 50 == 30) key[c] += 0.6F * (both[0] + both[64]);
+        }
+        if (token == kJump) {
+          std::fill(key.begin(), key.end(), 0.0F);
+          key[5] = 60.0F;
+        }
+        kv.SetKey(kv_head, token, key);
+      }
+    }
+    kv.Seal();
+  }
+
+  // Half as much along one channel as along all others together: cosine .89.
+  std::vector<float> LookingAlong(uint32_t channel) const {
+    std::vector<float> moved = queries;
+    for (size_t head = 0; head < moved.size(); head += 64) {
+      float squares = 0.0F;
+      for (uint32_t c = 0; c < 64; ++c) squares += moved[head + c] * moved[head + c];
+      moved[head + channel] = 0.5F * std::sqrt(squares);
+    }
+    return moved;
+  }
+
+  KvCase kv;
+  std::vector<float> queries;
+};
+
+// The cosine alone lets a jump of attention pass.
+TEST_P(DevicePlan, VerifiedSharingScansWhereAttentionJumps) {
+  const SharingCase sharing(device_.get());
+  const uint32_t length = SharingCase::kLength;
+  for (const float limit : {0.0F, 0.5F}) {
+    const auto lists = device_->NewTokenLists(sharing.kv.options().layout, 4);
+    Plan plan = BasePlan(Source::kReuse, length);
+    plan.keep.top_k = 40;
+    plan.lists = lists.get();
+    plan.reuse_mass_limit = limit;
+    plan.prove = Guarantee::kExact;
+    const auto anchor = At(sharing.kv, length, sharing.queries, plan);
+    const auto still = At(sharing.kv, length, sharing.LookingAlong(6), plan);
+    const auto jump = At(sharing.kv, length, sharing.LookingAlong(5), plan);
+    for (uint32_t kv_head = 0; kv_head < 2; ++kv_head) {
+      EXPECT_LT(anchor->groups[kv_head].sharing_estimate, 0.0F);
+      EXPECT_EQ(still->groups[kv_head].action, Action::kReused);
+      EXPECT_GT(still->groups[kv_head].similarity, 0.85F);
+      EXPECT_GT(jump->groups[kv_head].similarity, 0.85F);
+      const std::vector<uint32_t>& read = jump->selected[kv_head];
+      const bool found = std::binary_search(read.begin(), read.end(), SharingCase::kJump);
+      if (limit == 0.0F) {
+        EXPECT_FALSE(jump->groups[kv_head].scanned);
+        EXPECT_FALSE(found);
+        EXPECT_GT(jump->certificates[2 * kv_head].dropped_mass_estimate, 0.9F);
+        continue;
+      }
+      EXPECT_GE(still->groups[kv_head].sharing_estimate, 0.0F);
+      EXPECT_LT(still->groups[kv_head].sharing_estimate, 0.5F);
+      EXPECT_EQ(still->groups[kv_head].tokens_scanned, 0U);
+      EXPECT_GT(jump->groups[kv_head].sharing_estimate, 0.5F);
+      EXPECT_TRUE(jump->groups[kv_head].scanned);
+      EXPECT_TRUE(found);
+      EXPECT_LT(jump->certificates[2 * kv_head].dropped_mass_estimate, 0.1F);
+    }
+  }
+}
+
+// Both conditions count, and an anchor that was made without a limit cannot be estimated.
+TEST_P(DevicePlan, VerifiedSharingNeedsACosineAndTerms) {
+  const SharingCase sharing(device_.get());
+  const uint32_t length = SharingCase::kLength;
+  const auto lists = device_->NewTokenLists(sharing.kv.options().layout, 4);
+  Plan plan = BasePlan(Source::kReuse, length);
+  plan.keep.top_k = 40;
+  plan.lists = lists.get();
+  At(sharing.kv, length, sharing.queries, plan);
+  plan.reuse_mass_limit = 0.5F;
+  const auto passed_over = At(sharing.kv, length, sharing.queries, plan);
+  EXPECT_TRUE(passed_over->groups[0].scanned);
+  EXPECT_EQ(passed_over->groups[0].similarity, -2.0F);
+  EXPECT_LT(passed_over->groups[0].sharing_estimate, 0.0F);
+  EXPECT_FALSE(At(sharing.kv, length, sharing.queries, plan)->groups[0].scanned);
+  plan.min_cosine = 0.95F;
+  const auto dissimilar = At(sharing.kv, length, sharing.LookingAlong(6), plan);
+  EXPECT_TRUE(dissimilar->groups[0].scanned);
+  EXPECT_LT(dissimilar->groups[0].sharing_estimate, 0.0F) << "not asked for";
+}
+
+// A list has as many places as before, so what is appended and finds none adds to what is left.
+TEST_P(DevicePlan, CompletionRaisesTheEstimate) {
+  CaseOptions options;
+  options.length = 512;
+  const auto kv = NewCase(options);
+  const auto lists = device_->NewTokenLists(options.layout, 4);
+  Plan plan = BasePlan(Source::kReuse, 384, 64);
+  plan.keep.top_k = 20;
+  plan.lists = lists.get();
+  plan.reuse_mass_limit = 0.95F;
+  At(*kv, 384, kv->queries(), plan);
+  const float before = At(*kv, 384, kv->queries(), plan)->groups[0].sharing_estimate;
+  plan.local_begin = 448;
+  const auto completing = At(*kv, 512, kv->queries(), plan);
+  EXPECT_EQ(completing->groups[0].sharing_estimate, before) << "asked before it is completed";
+  EXPECT_GE(completing->groups[0].tokens_scanned, 100U);
+  const auto after = At(*kv, 512, kv->queries(), plan);
+  EXPECT_EQ(after->groups[0].tokens_scanned, 0U);
+  EXPECT_GT(after->groups[0].sharing_estimate, before + 0.01F);
 }
 
 // Tokens appended since the list was made are looked at when they leave the window; a heavy one

@@ -189,6 +189,7 @@ class RandomCase {
     plan.draws_max = 1 + Below(300);
     plan.on_violation = static_cast<OnViolation>(Below(3));
     plan.mode = Below(5) == 0 ? Mode::kShadow : Mode::kEnforce;
+    if (Below(2) == 0) plan.reuse_mass_limit = 0.1F * static_cast<float>(1 + Below(9));
     return plan;
   }
 

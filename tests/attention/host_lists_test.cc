@@ -145,6 +145,56 @@ TEST(HostLists, BytesGrowWithWhatIsHeld) {
   EXPECT_GE(lists.bytes(), empty + 1000 * sizeof(uint32_t) + kGroupFloats * sizeof(float));
 }
 
+SharingTerms SomeSharing() {
+  return {.queries = std::vector<float>(kGroupFloats, 1.0F),
+          .log_odds = {-1.0F, -2.0F},
+          .shift = std::vector<float>(kGroupFloats, 0.5F),
+          .variance = std::vector<float>(64, 0.25F)};
+}
+
+TEST(HostLists, SharingTermsLiveAndDieWithTheirAnchor) {
+  HostLists lists(kLayout, 2);
+  lists.Insert(0, RandomQueries(1), {8, 9}, 120);
+  const size_t bytes = lists.bytes();
+  lists.Insert(0, RandomQueries(2), {8, 9}, 120, SomeSharing());
+  EXPECT_GE(lists.bytes(), bytes + (2 * kGroupFloats + 2 + 64) * sizeof(float));
+  EXPECT_TRUE(lists.anchor(0, 0).sharing.empty());
+  const std::unique_ptr<TokenLists> copy = lists.Copy();
+  lists.Leave(0, 1, 0, -1.0);
+  EXPECT_NEAR(lists.anchor(0, 1).sharing.log_odds[0], -1.0 + std::log(2.0), 1e-6);
+  EXPECT_EQ(static_cast<const HostLists*>(copy.get())->anchor(0, 1).sharing.log_odds[0], -1.0F);
+  // What the list has considered is still there.
+  lists.Truncate(120);
+  EXPECT_FALSE(lists.anchor(0, 1).sharing.empty());
+  lists.Truncate(119);
+  EXPECT_TRUE(lists.anchor(0, 1).sharing.empty());
+  // An anchor's place does not pass its terms on.
+  lists.Insert(0, RandomQueries(3), {8}, 100, SomeSharing());
+  lists.Insert(0, RandomQueries(4), {8}, 100);
+  lists.Insert(0, RandomQueries(5), {8}, 100);
+  EXPECT_TRUE(lists.anchor(0, 0).sharing.empty());
+  EXPECT_TRUE(lists.anchor(0, 1).sharing.empty());
+}
+
+TEST(HostLists, AnchorsWithoutSharingTermsCanBePassedOver) {
+  HostLists lists(kLayout, 3);
+  lists.Insert(0, RandomQueries(1), {8}, 100);
+  EXPECT_EQ(lists.FindMostSimilar(0, RandomQueries(1), /*estimable=*/true).anchor, -1);
+  lists.Insert(0, RandomQueries(2), {8}, 100, SomeSharing());
+  EXPECT_EQ(lists.FindMostSimilar(0, RandomQueries(1)).anchor, 0);
+  EXPECT_EQ(lists.FindMostSimilar(0, RandomQueries(1), /*estimable=*/true).anchor, 1);
+}
+
+// Else a list that was found wanting would hide the one that was made in its place.
+TEST(HostLists, AmongEqualsTheLastUsedIsFound) {
+  HostLists lists(kLayout, 3);
+  lists.Insert(0, RandomQueries(1), {8}, 100);
+  lists.Insert(0, RandomQueries(1), {9}, 100);
+  EXPECT_EQ(lists.FindMostSimilar(0, RandomQueries(1)).anchor, 1);
+  lists.Touch(0, 0);
+  EXPECT_EQ(lists.FindMostSimilar(0, RandomQueries(1)).anchor, 0);
+}
+
 // Rotates with long double; undoing it must give back what went in.
 void ExpectUnrotated(RotaryStyle style, uint32_t rotary_dim, uint32_t position) {
   LayerShape shape;
@@ -174,6 +224,35 @@ void ExpectUnrotated(RotaryStyle style, uint32_t rotary_dim, uint32_t position) 
   for (size_t i = 0; i < plain.size(); ++i) EXPECT_NEAR(out[i], plain[i], 1e-6F);
   UnrotateQueries(shape, position, rotated.data(), rotated.data());
   EXPECT_EQ(out, rotated);
+}
+
+// There and back, and back and there: each undoes the other to a few roundings of a float.
+TEST(RotateQueries, IsTheInverse) {
+  std::vector<float> frequencies(24);
+  for (size_t i = 0; i < frequencies.size(); ++i) {
+    frequencies[i] = std::pow(10000.0F, -static_cast<float>(i) / 24.0F);
+  }
+  std::vector<float> q = RandomQueries(5);
+  const std::vector<float> more = RandomQueries(6);
+  q.insert(q.end(), more.begin(), more.end());
+  for (const RotaryStyle style :
+       {RotaryStyle::kNone, RotaryStyle::kHalf, RotaryStyle::kInterleaved}) {
+    LayerShape shape{.layout = kLayout, .inverse_frequencies = {}, .rotary_style = style};
+    if (style != RotaryStyle::kNone) shape.inverse_frequencies = frequencies;
+    for (const uint32_t position : {0U, 1U, 517U, 1000000U}) {
+      std::vector<float> there(q.size());
+      std::vector<float> back(q.size());
+      RotateQueries(shape, position, q.data(), there.data());
+      if (style != RotaryStyle::kNone && position > 0) {
+        EXPECT_NE(there, q);
+      }
+      UnrotateQueries(shape, position, there.data(), back.data());
+      for (size_t i = 0; i < q.size(); ++i) EXPECT_NEAR(back[i], q[i], 4e-6F);
+      UnrotateQueries(shape, position, q.data(), there.data());
+      RotateQueries(shape, position, there.data(), there.data());
+      for (size_t i = 0; i < q.size(); ++i) EXPECT_NEAR(there[i], q[i], 4e-6F);
+    }
+  }
 }
 
 TEST(UnrotateQueries, UndoesEveryStyle) {

@@ -231,6 +231,111 @@ TEST_F(ClientTest, CertifiedAttentionKeepsItsLimit) {
   }
 }
 
+// The limit arrives, and what was estimated comes back once there is something to reuse.
+TEST_F(ClientTest, VerifiedSharingTellsItsEstimate) {
+  const client::Sequence sequence = Create();
+  Fill(sequence, 1000);
+  client::Policy policy;
+  policy.selector = client::Selector::kCis;
+  policy.budget = client::Budget{.sink_tokens = 4, .local_tokens = 16, .top_k_tokens = 200};
+  policy.cis = client::CisPolicy{.min_cosine = -1.0F, .max_dropped_mass_estimate = 0.99F};
+  policy.dense_below_tokens = 0;
+  policy.layers.emplace();
+  const absl::StatusOr<client::AttendRowResult> first = Read(sequence, 0, 999, policy);
+  ASSERT_TRUE(first.ok()) << first.status();
+  const absl::StatusOr<client::AttendRowResult> second = Read(sequence, 0, 999, policy);
+  ASSERT_TRUE(second.ok()) << second.status();
+  for (size_t i = 0; i < second->groups.size(); ++i) {
+    EXPECT_TRUE(first->groups[i].scanned);
+    EXPECT_EQ(first->groups[i].sharing_estimate, -1.0F);
+    EXPECT_EQ(second->groups[i].action, Action::kReused);
+    EXPECT_GE(second->groups[i].sharing_estimate, 0.0F);
+    EXPECT_LE(second->groups[i].sharing_estimate, 0.99F);
+  }
+  policy.cis->max_dropped_mass_estimate = 1.0F;
+  EXPECT_EQ(Line(Read(sequence, 0, 999, policy).status()),
+            "INVALID_ARGUMENT POLICY_INVALID rows[0].policy.cis.max_dropped_mass_estimate");
+}
+
+// Numbers of single layers and KV heads arrive: layer 1 hides half of its past, layer 0 does not.
+TEST_F(ClientTest, LayersAndHeadsHaveNumbersOfTheirOwn) {
+  const client::Sequence sequence = Create();
+  Fill(sequence, 1000);
+  client::Policy policy;
+  policy.selector = client::Selector::kScan;
+  policy.budget = client::Budget{
+      .sink_tokens = 4, .local_tokens = 16, .top_k_tokens = 0, .max_dropped_mass_estimate = 0.1F};
+  policy.dense_below_tokens = 0;
+  policy.layers = {{.layer_begin = 1,
+                    .layer_end = 2,
+                    .selector = client::Selector::kPsaw,
+                    .budget = client::Budget{.top_k_tokens = 900},
+                    .hidden_share = 0.5F}};
+  absl::StatusOr<client::AttendRowResult> row = Read(sequence, 0, 999, policy);
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_EQ(row->selector, client::Selector::kScan);
+  for (const client::GroupReport& group : row->groups) {
+    EXPECT_TRUE(group.scanned);
+    EXPECT_GT(group.tokens_read, 8U + 40U) << "the sketch's sinks, the open block, and a choice";
+  }
+  row = Read(sequence, 1, 999, policy);
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_EQ(row->selector, client::Selector::kPsaw);
+  for (const client::GroupReport& group : row->groups) {
+    EXPECT_LE(group.tokens_read, 508U);  // 8 sinks and what is not below floor(0.5 * 1000)
+  }
+  policy.layers->front().kv_head_min_cosines = {0.5F, 0.5F, 0.5F};
+  row = Read(sequence, 0, 999, policy);
+  EXPECT_EQ(Line(row.status()),
+            "INVALID_ARGUMENT POLICY_INVALID rows[0].policy.layers[0].kv_head_min_cosines");
+}
+
+// More queries than one message may carry: the writer cuts where it must, and nothing is lost.
+TEST_F(ClientTest, SampledQueriesOfAPromptBecomeAnchors) {
+  const client::Sequence sequence = Create();
+  const Words words = Counting(0, 600);
+  const Words sampled = Counting(100, 400);
+  const Numbers k = Make(Part::kKey, 0, words);
+  const Numbers v = Make(Part::kValue, 0, words);
+  const Numbers q = Make(Part::kQuery, 0, sampled);
+  client::AppendWriter writer = sequence.Append();
+  const auto problem = [&](const Words& positions, const client::TensorView& queries) {
+    return Line(writer.Write(0, 0, k.view, v.view, {.q = queries, .positions = positions}));
+  };
+  const std::string invalid = "INVALID_ARGUMENT REQUEST_INVALID query_sample_positions";
+  EXPECT_EQ(problem(sampled, {}), invalid);
+  EXPECT_EQ(problem({1, 2}, q.view), invalid);
+  EXPECT_EQ(problem(Counting(201, 400), q.view), invalid);
+  Words twice = sampled;
+  twice[1] = twice[0];
+  EXPECT_EQ(problem(twice, q.view), invalid);
+  ASSERT_TRUE(writer.Write(0, 0, k.view, v.view, {.q = q.view, .positions = sampled}).ok());
+  const absl::StatusOr<client::Receipt> receipt = writer.Commit();
+  ASSERT_TRUE(receipt.ok()) << receipt.status();
+  EXPECT_EQ(receipt->length_max_tokens, 600U);
+  EXPECT_EQ(receipt->message_count, 2U);
+
+  client::Policy policy;
+  policy.selector = client::Selector::kCis;
+  policy.layers.emplace();
+  policy.dense_below_tokens = 0;
+  policy.budget = client::Budget{.top_k_tokens = 24};
+  policy.cis = client::CisPolicy{.min_cosine = 0.99F, .anchors_max = 500, .seed = false};
+  absl::StatusOr<client::AttendRowResult> row = Read(sequence, 0, 599, policy);
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_TRUE(row->groups[0].scanned);
+  EXPECT_EQ(sequence.Describe()->anchor_seed_scans, 0U);
+  policy.cis->seed = true;
+  // Every step seeds some of them; then the query of any sampled word finds its own.
+  for (int step = 0; step < 7; ++step) EXPECT_TRUE(Read(sequence, 0, 599, policy).ok());
+  EXPECT_EQ(sequence.Describe()->anchor_seed_scans, 2U * 400U);
+  for (const uint32_t word : {100U, 355U, 356U, 499U}) {
+    row = Read(sequence, 0, word, policy);
+    ASSERT_TRUE(row.ok()) << row.status();
+    EXPECT_EQ(row->groups[0].action, Action::kReused) << word;
+  }
+}
+
 TEST_F(ClientTest, RowsOfABatchFailOnTheirOwn) {
   std::vector<client::Sequence> sequences;
   std::vector<client::AttendRow> rows(3);

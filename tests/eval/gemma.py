@@ -50,12 +50,15 @@ class GemmaConfig:
     @property
     def global_layers(self) -> list[int]:
         """Layers without a sliding window."""
-        return [i for i in range(self.layers) if self.is_global(i)]
+        return [i for i in range(self.layers) if self.window_of(i) is None]
 
-    @staticmethod
-    def is_global(layer: int) -> bool:
-        """True if the layer attends the whole context."""
-        return (layer + 1) % _GLOBAL_LAYER_PERIOD == 0
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of the layer sees, itself included; None if it sees all."""
+        return None if (layer + 1) % _GLOBAL_LAYER_PERIOD == 0 else self.window
+
+    def rope_base_of(self, layer: int) -> float:
+        """Base of the layer's rotary angles."""
+        return self.rope_base if self.window_of(layer) is None else _LOCAL_ROPE_BASE
 
 
 class Gemma:
@@ -86,16 +89,17 @@ class Gemma:
         hidden = self._embed(ids)
         for layer in range(self.config.layers):
             hidden = self._layer(layer, hidden, None, is_last=False)
-        logits = self._norm(hidden, self._read("output_norm")) @ self._read("token_embd").T
+        logits = self._norm(hidden, self.read("output_norm")) @ self.read("token_embd").T
         logits -= logits.max(axis=-1, keepdims=True)
         log_total = np.log(np.exp(logits).sum(axis=-1))
         picked = logits[np.arange(len(ids) - 1), ids[1:]]
         return float((log_total[:-1] - picked).mean())
 
     def _embed(self, ids: list[int]) -> Float32Array:
-        return self._read("token_embd")[np.asarray(ids)] * np.float32(np.sqrt(self.config.hidden))
+        return self.read("token_embd")[np.asarray(ids)] * np.float32(np.sqrt(self.config.hidden))
 
-    def _read(self, name: str) -> Float32Array:
+    def read(self, name: str) -> Float32Array:
+        """A tensor of the file by its name without ".weight", dequantised."""
         tensor = self._tensors[name + ".weight"]
         dequantised = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         return np.ascontiguousarray(dequantised, dtype=np.float32)
@@ -106,13 +110,12 @@ class Gemma:
         """One layer over all tokens, chunk by chunk; `hidden` [tokens, hidden] is overwritten."""
         config = self.config
         prefix = f"blk.{layer}."
-        read = {name: self._read(prefix + name) for name in (
+        read = {name: self.read(prefix + name) for name in (
             "attn_norm", "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm", "attn_output",
             "post_attention_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_ffw_norm")}
         keys = np.empty((config.kv_heads, len(hidden), config.head_dim), np.float32)
         values = np.empty_like(keys)
-        window = None if config.is_global(layer) else config.window
-        base = _LOCAL_ROPE_BASE if window else config.rope_base
+        window, base = config.window_of(layer), config.rope_base_of(layer)
         for start in range(0, len(hidden), _CHUNK_TOKENS):
             chunk = hidden[start : start + _CHUNK_TOKENS]
             end = start + len(chunk)

@@ -34,7 +34,8 @@ _NICE = 15
 # Generous, so that the text has enough tokens; what is too much is cut off at its start.
 _CHARACTERS_PER_TOKEN = 5.5
 _LOWEST_CHARACTERS = 4000
-# Models and lengths of the certificate study; 32,000 tokens are 500 whole blocks.
+# Models, lengths and texts of the certificate study; 32,000 tokens are 500 whole blocks.
+_STUDY_TEXTS = ("code", "needles", "prose")
 _STUDY = (("smollm2", 2048), ("smollm2", 8192), ("gemma3", 32000))
 
 
@@ -129,7 +130,7 @@ def main() -> int:
         write_trace(options)
         return 0
     for model, tokens in _STUDY:
-        for text in sorted(TEXTS):
+        for text in _STUDY_TEXTS:
             one = argparse.Namespace(**(vars(options) | {"model": model, "tokens": tokens,
                                                          "text": text}))
             if not trace_path(one).exists():

@@ -181,16 +181,26 @@ class History {
   }
 
   Policy RandomPolicy() {
-    constexpr SelectorKind kKinds[] = {SelectorKind::kDense, SelectorKind::kCis, SelectorKind::kEtf,
-                                       SelectorKind::kCpe, SelectorKind::kCertified};
+    constexpr SelectorKind kKinds[] = {SelectorKind::kDense,     SelectorKind::kCis,
+                                       SelectorKind::kEtf,       SelectorKind::kCpe,
+                                       SelectorKind::kCertified, SelectorKind::kScan};
     Policy policy = DefaultPolicy(kKinds[Below(std::size(kKinds))]);
     policy.dense_below_tokens = 0;
     policy.layers.clear();
     policy.budget = {.sink = 4, .local = 8, .top_k = 16};
     policy.cis.min_cosine = Chance(50) ? -1.0F : 0.8F;
     policy.cis.anchors_max = 4;
+    if (Chance(30)) policy.cis.max_dropped_mass_estimate = 0.5F;
     policy.psaw.phi = 0.8F;
     policy.etf = {.first_layer = 0, .psi = 0.7F};
+    if (Chance(30)) policy.budget.mass = 0.1F;
+    if (Chance(30)) {
+      policy.layers = {{.layer_begin = Below(kLayers),
+                        .layer_end = kLayers,
+                        .kv_head_min_cosines = {-1.0F, 0.9F},
+                        .hidden_share = 0.3F,
+                        .frozen_share = 0.4F}};
+    }
     policy.mode = Chance(40) ? Mode::kShadow : Mode::kEnforce;
     return policy;
   }

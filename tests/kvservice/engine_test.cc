@@ -465,7 +465,7 @@ void DecodeUnder(TestEngine* engine, const Handle& handle, const Policy& policy,
 TEST(EngineSelectorTest, EverySelectorAnswersAndItsBoundsHold) {
   for (const SelectorKind kind :
        {SelectorKind::kAuto, SelectorKind::kDense, SelectorKind::kCis, SelectorKind::kPsaw,
-        SelectorKind::kEtf, SelectorKind::kCpe, SelectorKind::kCertified}) {
+        SelectorKind::kEtf, SelectorKind::kCpe, SelectorKind::kCertified, SelectorKind::kScan}) {
     for (const Mode mode : {Mode::kEnforce, Mode::kShadow}) {
       TestEngine engine(TestEngine::SmallOptions(), 4);
       const Handle handle = engine.NewSequence();
@@ -486,6 +486,40 @@ TEST(EngineSelectorTest, EverySelectorAnswersAndItsBoundsHold) {
       const bool reads_all = kind == SelectorKind::kDense || mode == Mode::kShadow;
       EXPECT_EQ(stats.tokens_read == stats.tokens_visible, reads_all) << static_cast<int>(kind);
     }
+  }
+}
+
+// Without a proof the limit is on what the scan estimates. The certificate's estimate knows the
+// kept keys and lies around it.
+TEST(EngineSelectorTest, ScanKeepsTheSmallestSetForAnEstimatedMass) {
+  uint64_t read_before = 0;
+  for (const float mass : {0.2F, 0.05F, 0.01F}) {
+    TestEngine engine(TestEngine::SmallOptions(), 1);
+    const Handle handle = engine.NewSequence();
+    engine.Fill(handle, 0, Counting(0, 500));
+    Policy policy = Scanning(SelectorKind::kScan);
+    policy.budget = {.sink = 4, .local = 16, .top_k = 0, .mass = mass};
+    std::vector<AttendRowResult> results;
+    DecodeUnder(&engine, handle, policy, 500, 510, &results);
+    uint64_t read = 0;
+    double sum = 0.0;
+    float largest = 0.0F;
+    for (const AttendRowResult& result : results) {
+      for (const HeadCertificate& head : result.certificates) {
+        EXPECT_EQ(head.level, Level::kNone);
+        sum += head.dropped_mass_estimate;
+        largest = std::max(largest, head.dropped_mass_estimate);
+      }
+      for (const GroupReport& group : result.groups) {
+        EXPECT_TRUE(group.scanned);
+        read += group.tokens_read;
+      }
+    }
+    EXPECT_LE(sum / 40, mass) << "of 10 steps and 4 heads";
+    EXPECT_GT(largest, mass / 2) << "more was kept than the limit needs";
+    EXPECT_LT(largest, 2 * mass);
+    EXPECT_GT(read, read_before) << "a lower limit needs more tokens";
+    read_before = read;
   }
 }
 

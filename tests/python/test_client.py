@@ -73,6 +73,35 @@ def test_the_server_learns_from_query_samples(client):
         assert teacher.describe().sketch_table_digest == before
 
 
+def test_sampled_queries_become_anchors(sequence):
+    rng = np.random.default_rng(4)
+    tokens, layers = 500, CONFIG.layer_count
+    queries = rng.standard_normal((layers, 400, CONFIG.query_head_count, CONFIG.head_dim))
+    positions = np.arange(50, 450)
+    k, v = random_tokens(tokens)
+
+    def refused(bad, sample=queries):
+        with pytest.raises(ValueError, match="query_sample_positions"):
+            sequence.append(0, k, v, query_sample=sample, query_sample_positions=bad)
+
+    refused(positions[:-1])
+    refused(positions, None)
+    refused(positions + 101)
+    refused(positions[::-1])
+    reply = sequence.append(0, k, v, query_sample=queries, query_sample_positions=positions)
+    assert reply.message_count == 2 * layers  # no more than 256 queries in one
+    assert reply.sequence.length_tokens == tokens
+    policy = make_policy(
+        "cis", min_cosine=0.99, top_k_tokens=24, layers=[], dense_below_tokens=0,
+    )
+    # Steps at one place: the first few use the samples up, none of them changes the sequence.
+    for _ in range(7):
+        sequence.attend(1, random_query(), position=tokens - 1, policy=policy)
+    totals = sequence.describe().totals
+    assert totals.anchor_seed_scans == 400 * CONFIG.kv_head_count
+    assert totals.rows == 7 and totals.groups == 7 * CONFIG.kv_head_count
+
+
 def test_replies_name_their_random_numbers_and_bring_deferred_masses(sequence):
     sequence.append(0, *random_tokens(8))
     policy = make_policy("dense", deferred_exact_steps=2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import kvservice
-from kvservice.policies import make_policy, round_limit
+from kvservice.policies import layer_override, make_policy, round_limit
 from kvservice.tensors import from_message, to_message
 from kvservice.v1 import types_pb2
 
@@ -43,6 +43,31 @@ def test_confidence_and_output_error_arrive():
     assert policy.failure_probability == 1e-6 and policy.draws_max == 64
     assert policy.max_output_error <= 1 / 3
     assert policy.on_violation == types_pb2.ON_VIOLATION_GROW
+
+
+def test_calibrated_numbers_arrive():
+    policy = make_policy(
+        "cpe", top_k_tokens=0, max_dropped_mass_estimate=1 / 3, min_cosine=0.75,
+        max_sharing_estimate=2 / 3,
+        layers=[
+            layer_override(0, 2, "dense"),
+            layer_override(2, 30, min_cosine=0.5, kv_head_min_cosines=[0.5, 1.0],
+                           hidden_share=0.25, frozen_share=0.0, top_k_tokens=9),
+        ],
+    )
+    assert policy.budget.HasField("top_k_tokens") and policy.budget.top_k_tokens == 0
+    assert 0.333 < policy.budget.max_dropped_mass_estimate <= 1 / 3
+    assert 0.666 < policy.cis.max_dropped_mass_estimate <= 2 / 3
+    assert policy.cis.min_cosine == 0.75 and not policy.cis.HasField("anchors_max")
+    dense, numbers = policy.layers.overrides
+    assert (dense.layer_end, dense.selector) == (2, types_pb2.SELECTOR_DENSE)
+    assert not dense.HasField("min_cosine") and not dense.HasField("budget")
+    assert numbers.selector == types_pb2.SELECTOR_UNSPECIFIED
+    assert numbers.min_cosine == 0.5 and list(numbers.kv_head_min_cosines) == [0.5, 1.0]
+    assert numbers.hidden_share == 0.25 and numbers.HasField("frozen_share")
+    assert numbers.budget.top_k_tokens == 9
+    assert make_policy("cpe", layers=[]).HasField("layers")
+    assert make_policy("cpe", seed=False).cis.HasField("seed")
 
 
 def test_unknown_names_are_refused():

@@ -151,7 +151,10 @@ TEST(MakePlanTest, CertifiedKeepsByMassAndProves) {
 TEST(MakePlanTest, CisReusesListsAndPassesProofOn) {
   NamedLists lists;
   Policy policy = PolicyOf(SelectorKind::kCis);
-  policy.cis = {.min_cosine = 0.9F, .dilate_strongest = 7, .dilate_radius = 3};
+  policy.cis = {.min_cosine = 0.9F,
+                .dilate_strongest = 7,
+                .dilate_radius = 3,
+                .max_dropped_mass_estimate = 0.7F};
   StepContext context = Step(4, 5000);
   EXPECT_EQ(MakePlan(policy, context).plan.source, Source::kScan) << "nothing to remember with";
 
@@ -160,6 +163,7 @@ TEST(MakePlanTest, CisReusesListsAndPassesProofOn) {
   EXPECT_EQ(plan.source, Source::kReuse);
   EXPECT_EQ(plan.lists, &lists);
   EXPECT_EQ(plan.min_cosine, 0.9F);
+  EXPECT_EQ(plan.reuse_mass_limit, 0.7F);
   EXPECT_EQ(plan.keep.top_k, 512U);
   EXPECT_EQ(plan.keep.mass_limit, 0.0F);
   EXPECT_EQ(plan.keep.dilate_strongest, 7U);
@@ -251,6 +255,85 @@ TEST(MakePlanTest, CpeIsTheThreeEditsInARow) {
   EXPECT_EQ(plan.keep.top_k, by_hand.keep.top_k);
 }
 
+TEST(MakePlanTest, ScanKeepsByNumberAndByMass) {
+  NamedLists lists;
+  StepContext context = Step(4, 5000);
+  context.lists = &lists;
+  Policy policy = PolicyOf(SelectorKind::kScan);
+  Plan plan = MakePlan(policy, context).plan;
+  EXPECT_EQ(plan.source, Source::kScan);
+  EXPECT_EQ(plan.lists, &lists) << "deeper layers may take over what was chosen";
+  EXPECT_EQ(plan.keep.top_k, 512U);
+  EXPECT_EQ(plan.keep.mass_limit, 0.0F);
+  EXPECT_EQ(plan.visible_begin, 0U);
+  EXPECT_EQ(plan.prove, Guarantee::kNone);
+  policy.budget.top_k = 0;
+  policy.budget.mass = 0.02F;
+  plan = MakePlan(policy, context).plan;
+  EXPECT_EQ(plan.keep.top_k, 0U);
+  EXPECT_EQ(plan.keep.mass_limit, 0.02F);
+}
+
+// A list that is made to be reused keeps top_k tokens whatever its mass.
+TEST(MakePlanTest, MassComesBesidesTheNumber) {
+  NamedLists lists;
+  StepContext context = Step(4, 5000);
+  context.lists = &lists;
+  for (const SelectorKind kind :
+       {SelectorKind::kCis, SelectorKind::kPsaw, SelectorKind::kEtf, SelectorKind::kCpe}) {
+    Policy policy = PolicyOf(kind);
+    policy.budget.mass = 0.05F;
+    const Plan plan = MakePlan(policy, context).plan;
+    EXPECT_EQ(plan.keep.top_k, 512U);
+    EXPECT_EQ(plan.keep.mass_limit, 0.05F);
+  }
+  Policy certified = PolicyOf(SelectorKind::kCertified);
+  certified.budget.mass = 0.5F;
+  EXPECT_EQ(MakePlan(certified, context).plan.keep.mass_limit, certified.max_dropped_mass);
+}
+
+TEST(MakePlanTest, CalibratedNumbersReplaceThePolicys) {
+  NamedLists lists;
+  NamedLists shallower;
+  Policy policy = PolicyOf(SelectorKind::kCpe);
+  policy.psaw = {.first_layer = 0, .phi = 0.5F};
+  policy.etf = {.first_layer = 0, .psi = 0.3F};
+  policy.layers = {{.layer_begin = 3,
+                    .layer_end = 5,
+                    .min_cosine = 0.9F,
+                    .kv_head_min_cosines = {0.7F, 1.0F},
+                    .hidden_share = 0.25F,
+                    .frozen_share = 0.5F},
+                   {.layer_begin = 4, .layer_end = 5, .min_cosine = 0.95F, .hidden_share = 0.0F}};
+  const auto plan_of = [&](uint32_t layer) {
+    StepContext context = Step(layer, 4001);
+    context.lists = &lists;
+    context.shallower_lists = &shallower;
+    const PlannedStep step = MakePlan(policy, context);
+    EXPECT_EQ(step.selector, SelectorKind::kCpe) << "an override may leave the selector alone";
+    EXPECT_EQ(step.plan.keep.top_k, 512U);
+    ExpectValid(step.plan, context);
+    return step.plan;
+  };
+  const Plan plain = plan_of(2);
+  EXPECT_EQ(plain.min_cosine, 0.8F);
+  EXPECT_TRUE(plain.min_cosines.empty());
+  EXPECT_EQ(plain.visible_begin, PsawHiddenCount(policy.psaw, 2, 32, 4001));
+
+  const Plan of_layer = plan_of(3);
+  EXPECT_EQ(MinCosine(of_layer, 0), 0.7F);
+  EXPECT_EQ(MinCosine(of_layer, 1), 1.0F);
+  EXPECT_EQ(of_layer.visible_begin, 1000U);  // floor(0.25 * 4001)
+  EXPECT_EQ(of_layer.frozen_end, 2000U);
+
+  // The last entry counts, whole.
+  const Plan last = plan_of(4);
+  EXPECT_EQ(MinCosine(last, 0), 0.95F);
+  EXPECT_EQ(MinCosine(last, 1), 0.95F);
+  EXPECT_EQ(last.visible_begin, 0U);
+  EXPECT_EQ(last.frozen_end, EtfFrozenCount(policy.etf, 4, 32, 4001));
+}
+
 TEST(MakePlanTest, GivenPassesPositionsOn) {
   const std::vector<uint32_t> positions = {1, 5, 9};
   const std::vector<uint32_t> offsets = {0, 2, 3};
@@ -269,7 +352,7 @@ TEST(MakePlanTest, OverrideReplacesTheBudgetWhereItHasOne) {
   policy.layers = {{.layer_begin = 3,
                     .layer_end = 4,
                     .selector = SelectorKind::kPsaw,
-                    .budget = {.sink = 2, .local = 128, .top_k = 99}},
+                    .budget = Budget{.sink = 2, .local = 128, .top_k = 99}},
                    {.layer_begin = 5, .layer_end = 6, .selector = SelectorKind::kPsaw}};
   Plan plan = MakePlan(policy, Step(3, 1000)).plan;
   EXPECT_EQ(plan.keep.top_k, 99U);
@@ -284,7 +367,7 @@ TEST(MakePlanTest, EveryPlanIsValidAtEdgeLengths) {
   NamedLists lists;
   NamedLists shallower;
   const std::vector<uint32_t> offsets = {0, 0, 0};
-  for (int kind = 0; kind <= static_cast<int>(SelectorKind::kCertified); ++kind) {
+  for (int kind = 0; kind <= static_cast<int>(SelectorKind::kScan); ++kind) {
     for (const uint32_t length :
          {1U, 2U, 7U, 8U, 9U, 63U, 64U, 65U, 72U, 128U, 2047U, 2048U, 100000U, 1U << 20}) {
       for (const Budget budget : {Budget{}, Budget{.sink = 0, .local = 0, .top_k = 0},

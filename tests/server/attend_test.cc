@@ -34,6 +34,16 @@ std::vector<float> NumbersOf(const v1::Tensor& tensor, DType dtype) {
   return numbers;
 }
 
+// A server with a policy of its own under a name.
+ServedEngineOptions WithPolicy() {
+  Policy policy = DefaultPolicy(SelectorKind::kScan);
+  policy.dense_below_tokens = 0;
+  policy.layers.clear();
+  ServedEngineOptions options;
+  EXPECT_TRUE(options.server.policies.Add("mine", policy).ok());
+  return options;
+}
+
 class AttendTest : public ::testing::Test {
  protected:
   AttendTest()
@@ -69,7 +79,7 @@ class AttendTest : public ::testing::Test {
             .inverse_frequencies = {}};
   }
 
-  ServedEngine served_;
+  ServedEngine served_{WithPolicy()};
   std::unique_ptr<v1::AttentionService::Stub> attention_;
   std::unique_ptr<v1::SequenceService::Stub> sequences_;
 };
@@ -219,6 +229,8 @@ TEST_F(AttendTest, TheNearestPolicyHolds) {
   for (const float bound : row.certificates().dropped_mass_upper()) EXPECT_LE(bound, 0.05F);
   request.mutable_rows(0)->mutable_policy()->set_name("dense");
   EXPECT_EQ(Attend(request).results(0).selector(), v1::SELECTOR_DENSE);
+  request.mutable_rows(0)->mutable_policy()->set_name("mine");
+  EXPECT_EQ(Attend(request).results(0).selector(), v1::SELECTOR_SCAN);
 }
 
 // The reply is built by hand around the output's memory: byte for byte what protobuf would write.

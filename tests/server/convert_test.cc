@@ -14,27 +14,36 @@ namespace kvservice {
 namespace {
 
 constexpr SelectorKind kSelectors[] = {
-    SelectorKind::kAuto, SelectorKind::kDense, SelectorKind::kGiven, SelectorKind::kCis,
-    SelectorKind::kPsaw, SelectorKind::kEtf,   SelectorKind::kCpe,   SelectorKind::kCertified};
+    SelectorKind::kAuto, SelectorKind::kDense,     SelectorKind::kGiven,
+    SelectorKind::kCis,  SelectorKind::kPsaw,      SelectorKind::kEtf,
+    SelectorKind::kCpe,  SelectorKind::kCertified, SelectorKind::kScan};
 
 TEST(ConvertPolicyTest, EveryFieldSurvivesTheRoundTrip) {
   const PolicyRegistry registry;
   for (const SelectorKind selector : kSelectors) {
     Policy policy = DefaultPolicy(selector);
     EXPECT_EQ(*PolicyFromProto(PolicyToProto(policy), "policy", registry), policy);
-    policy.budget = {.sink = 1, .local = 2, .top_k = 3};
+    policy.budget = {.sink = 1, .local = 2, .top_k = 3, .mass = 0.375F};
     policy.cis = {.min_cosine = 0.25F,
                   .anchors_max = 9,
                   .block_steps = 8,
                   .dilate_strongest = 4,
-                  .dilate_radius = 2};
+                  .dilate_radius = 2,
+                  .seed = false,
+                  .max_dropped_mass_estimate = 0.625F};
     policy.psaw = {.first_layer = 3, .phi = 0.5F, .alpha = 2};
     policy.etf = {.first_layer = 4, .psi = 0.75F, .gamma = 3};
     policy.layers = {{.layer_begin = 1, .layer_end = 5, .selector = selector},
                      {.layer_begin = 5,
                       .layer_end = 6,
                       .selector = SelectorKind::kDense,
-                      .budget = {.sink = 4, .local = 5, .top_k = 6}}};
+                      .budget = Budget{.sink = 4, .local = 5, .top_k = 6, .mass = 0.5F}},
+                     {.layer_begin = 7,
+                      .layer_end = 8,
+                      .min_cosine = 0.875F,
+                      .kv_head_min_cosines = {0.25F, 1.0F, -0.5F},
+                      .hidden_share = 0.125F,
+                      .frozen_share = 0.0F}};
     policy.dense_below_tokens = 17;
     policy.max_dropped_mass = 0.125F;
     policy.max_output_error = 0.75F;
@@ -163,7 +172,8 @@ TEST(ConvertPolicyTest, BuiltInNamesAreTheSelectors) {
       {"auto", SelectorKind::kAuto},   {"dense", SelectorKind::kDense},
       {"given", SelectorKind::kGiven}, {"cis", SelectorKind::kCis},
       {"psaw", SelectorKind::kPsaw},   {"etf", SelectorKind::kEtf},
-      {"cpe", SelectorKind::kCpe},     {"certified", SelectorKind::kCertified}};
+      {"cpe", SelectorKind::kCpe},     {"certified", SelectorKind::kCertified},
+      {"scan", SelectorKind::kScan}};
   for (const auto& [name, selector] : names) {
     v1::Policy policy;
     policy.set_name(name);
@@ -226,6 +236,7 @@ TEST(ConvertTest, TotalsCarryTheDistribution) {
   stats.dropped_mass_counts[2] = 10;
   stats.keys_sampled = 11;
   stats.rows_sampled = 12;
+  stats.anchor_seed_scans = 13;
   v1::AttendTotals totals;
   TotalsToProto(stats, 1000, &totals);
   EXPECT_EQ(totals.certificates_by_level(1), 2U);
@@ -235,6 +246,7 @@ TEST(ConvertTest, TotalsCarryTheDistribution) {
   EXPECT_EQ(totals.dropped_mass_upper_counts(2), 10U);
   EXPECT_EQ(totals.keys_sampled(), 11U);
   EXPECT_EQ(totals.rows_sampled(), 12U);
+  EXPECT_EQ(totals.anchor_seed_scans(), 13U);
 }
 
 TEST(ConvertTest, TotalsCarryTheInformationBound) {

@@ -270,9 +270,42 @@ std::vector<AttendCase> PolicyCases() {
   };
 }
 
+std::vector<AttendCase> BudgetAndLayerCases() {
+  using Request = v1::AttendRequest;
+  const auto nan = std::numeric_limits<float>::quiet_NaN();
+  return {
+      {"cosines of other heads",
+       [](Request* r) {
+         v1::Policy* policy = r->mutable_policy();
+         policy->set_selector(v1::SELECTOR_CIS);
+         v1::LayerOverride* layers = policy->mutable_layers()->add_overrides();
+         layers->set_layer_end(1);
+         for (int i = 0; i < 3; ++i) layers->add_kv_head_min_cosines(0.5F);
+       },
+       "INVALID_ARGUMENT POLICY_INVALID policy.layers[0].kv_head_min_cosines"},
+      {"nothing is kept",
+       [](Request* r) {
+         r->mutable_policy()->set_selector(v1::SELECTOR_SCAN);
+         r->mutable_policy()->mutable_budget()->set_top_k_tokens(0);
+       },
+       "INVALID_ARGUMENT POLICY_INVALID policy.budget.top_k"},
+      {"estimate of all",
+       [](Request* r) { r->mutable_policy()->mutable_budget()->set_max_dropped_mass_estimate(1); },
+       "INVALID_ARGUMENT POLICY_INVALID policy.budget.max_dropped_mass_estimate"},
+      {"share NaN",
+       [nan](Request* r) {
+         v1::LayerOverride* layers = r->mutable_policy()->mutable_layers()->add_overrides();
+         layers->set_layer_end(1);
+         layers->set_hidden_share(nan);
+       },
+       "INVALID_ARGUMENT POLICY_INVALID policy.layers[0].hidden_share"},
+  };
+}
+
 TEST_F(ErrorsTest, AttendSaysWhatIsWrongAndChangesNothing) {
   const std::string before = State();
-  for (const auto& cases : {TensorCases(), SizeCases(), RowCases(), PolicyCases()}) {
+  for (const auto& cases :
+       {TensorCases(), SizeCases(), RowCases(), PolicyCases(), BudgetAndLayerCases()}) {
     for (const AttendCase& one : cases) {
       SCOPED_TRACE(one.name);
       v1::AttendRequest request = MakeAttend();
@@ -330,6 +363,8 @@ TEST_F(ErrorsTest, AppendSaysWhatIsWrongAndChangesNothing) {
        "INVALID_ARGUMENT TENSOR_SIZE_MISMATCH k.data"},
       {"infinity", [](Request* r) { PutNumber(r->mutable_k(), 200, kBf16Infinity); },
        "INVALID_ARGUMENT TENSOR_NOT_FINITE k"},
+      {"positions of no sample", [](Request* r) { r->add_query_sample_positions(kLength); },
+       "INVALID_ARGUMENT QUERY_SAMPLE_POSITIONS_INVALID query_sample_positions"},
   };
   const std::string before = State();
   for (const Case& one : cases) {

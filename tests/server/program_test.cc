@@ -119,6 +119,8 @@ TEST_F(ProgramTest, BadConfigurationsAreRefusedInOneLine) {
       {{"--audit-rate", "often"}, "--audit-rate"},
       {{"--audit-rows-max", "0"}, "--audit-rows-max"},
       {{"--draw-secret-file", "/no/such/file"}, "--draw-secret-file"},
+      {{"--policy-file", "/no/such/file"}, "--policy-file: /no/such/file"},
+      {{"--policy-file", "/"}, "--policy-file: /"},
       {{"--drain-grace", "soon"}, "--drain-grace"},
       {{"--log-level", "loud"}, "--log-level"},
       {{"--config", "/no/such/file"}, "--config"},
@@ -156,6 +158,30 @@ TEST_F(ProgramTest, TheSecretFileMustBeTheOwnersAlone) {
   server.Signal(SIGTERM);
   EXPECT_EQ(server.Wait(), 0);
   EXPECT_EQ(server.errors().find("ssss"), std::string::npos);
+}
+
+TEST_F(ProgramTest, PolicyFilesAreCheckedAtStart) {
+  const std::string good = Path("good");
+  std::ofstream(good) << R"([{"name": "mine", "policy": {"selector": "SELECTOR_SCAN"}}])";
+  const std::string bad = Path("bad");
+  std::ofstream(bad) << R"([{"name": "mine", "policy": {"selector": "SELECTOR_CIS"}}])";
+  Program check("kvservice", Arguments({"--policy-file", good, "--check-config"}));
+  EXPECT_EQ(check.Wait(), 0) << check.errors();
+  for (const char* action : {"--check-config", "--log-level=info"}) {
+    Program twice("kvservice", Arguments({"--policy-file", good, "--policy-file", bad, action}));
+    EXPECT_EQ(twice.Wait(), kExitConfig) << action;
+    EXPECT_EQ(twice.errors(),
+              "kvservice: --policy-file: " + bad + ": [0] (mine): name mine is taken\n");
+  }
+  // The printed configuration names the file.
+  Program print("kvservice", Arguments({"--policy-file", good, "--print-config"}));
+  EXPECT_EQ(print.Wait(), 0);
+  const std::string file = Path("config");
+  std::ofstream(file) << print.output();
+  Program again("kvservice", {"--config", file, "--print-config"});
+  EXPECT_EQ(again.Wait(), 0) << again.errors();
+  EXPECT_EQ(again.output(), print.output());
+  EXPECT_NE(again.output().find(good), std::string::npos);
 }
 
 TEST_F(ProgramTest, PrintsWhatItWouldRunWith) {

@@ -17,7 +17,7 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 from kvservice.client import Client, Sequence  # noqa: E402
 from kvservice.errors import KvServiceError  # noqa: E402
-from kvservice.policies import make_policy  # noqa: E402
+from kvservice.policies import layer_override, make_policy  # noqa: E402
 from kvservice.results import (  # noqa: E402
     Action,
     AttendResult,
@@ -37,5 +37,6 @@ __all__ = [
     "Level",
     "Selector",
     "Sequence",
+    "layer_override",
     "make_policy",
 ]

@@ -30,6 +30,8 @@ DEADLINE_S = 30.0
 # A server refuses larger messages; appends are cut into pieces that stay well below.
 _MESSAGE_BYTES_MAX = 64 << 20
 _APPEND_BYTES_MAX = 1 << 20
+# Sampled queries of one message, as the server allows them.
+_QUERY_SAMPLE_TOKENS_MAX = 256
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
@@ -176,14 +178,16 @@ class Sequence:
         *,
         layer: int | None = None,
         query_sample: np.ndarray | None = None,
+        query_sample_positions: np.ndarray | list[int] | None = None,
     ) -> sequence_pb2.AppendResponse:
         """Streams the K and V of consecutive tokens; repeating the same bytes is harmless.
 
         k, v [layers, tokens, KV heads, head_dim] fill all layers from layer 0 on; with `layer`,
         [tokens, KV heads, head_dim] fill that one. `query_sample` [layers, n, query heads,
-        head_dim], or without layers, holds some rotated queries of the prompt, at most 256 per
-        call, from which the server learns to make its bounds tighter. What was sent before an error
-        stays.
+        head_dim], or without layers, holds some rotated queries of these tokens, from which the
+        server learns to make its bounds tighter; without `query_sample_positions` at most 256. With
+        positions [n], ascending and of these tokens, the latest of them also become anchors, which
+        saves the first steps of "cis" and "cpe" their scans. What was sent before an error stays.
         """
         if k.shape != v.shape:
             raise ValueError(f"k and v differ in shape: {k.shape} and {v.shape}")
@@ -192,7 +196,13 @@ class Sequence:
             query_sample = None if query_sample is None else query_sample[None]
         if query_sample is not None and len(query_sample) != len(k):
             raise ValueError(f"queries of {len(query_sample)} layers come with keys of {len(k)}")
-        requests = self._append_requests(start_position, layer or 0, k, v, query_sample)
+        positions = None
+        if query_sample_positions is not None:
+            positions = np.asarray(query_sample_positions, np.int64)
+            _check_positions(positions, query_sample, start_position, k.shape[1])
+        requests = self._append_requests(
+            start_position, layer or 0, k, v, query_sample, positions
+        )
         return self._client._stream(
             "SequenceService/Append", requests, sequence_pb2.AppendResponse
         )
@@ -278,24 +288,54 @@ class Sequence:
         k: np.ndarray,
         v: np.ndarray,
         query_sample: np.ndarray | None,
+        positions: np.ndarray | None,
     ) -> Iterator[sequence_pb2.AppendRequest]:
-        token_count = k.shape[1]
         token_bytes = 2 * k[:1, :1].nbytes
         step = max(1, _APPEND_BYTES_MAX // max(1, token_bytes))
-        for begin in range(0, token_count, step):
-            piece = slice(begin, begin + step)
+        offsets = None if positions is None else positions - start_position
+        for piece in _pieces(k.shape[1], step, offsets):
+            # Queries without positions travel with the first message of their layer.
+            sampled = slice(None) if piece.start == 0 else slice(0)
+            if offsets is not None:
+                sampled = slice(*np.searchsorted(offsets, [piece.start, piece.stop]))
             for index, (keys, values) in enumerate(zip(k, v, strict=True)):
                 sample = None
-                if begin == 0 and query_sample is not None:
-                    sample = to_message(query_sample[index].astype(np.float32))
+                if query_sample is not None and len(query_sample[index][sampled]) > 0:
+                    sample = to_message(query_sample[index][sampled].astype(np.float32))
                 yield sequence_pb2.AppendRequest(
                     handle=self._handle,
                     layer=first_layer + index,
-                    position=start_position + begin,
+                    position=start_position + piece.start,
                     query_sample=sample,
+                    query_sample_positions=() if positions is None else positions[sampled],
                     k=to_message(keys[piece]),
                     v=to_message(values[piece]),
                 )
+
+
+def _check_positions(
+    positions: np.ndarray, queries: np.ndarray | None, start: int, token_count: int
+) -> None:
+    if queries is None or positions.shape != (queries.shape[1],):
+        raise ValueError("query_sample_positions are not one for each query of a layer")
+    ascending = np.all(np.diff(positions) > 0)
+    if len(positions) and not (
+        ascending and positions[0] >= start and positions[-1] < start + token_count
+    ):
+        raise ValueError("query_sample_positions are not ascending positions of the tokens")
+
+
+def _pieces(token_count: int, step: int, offsets: np.ndarray | None) -> Iterator[slice]:
+    """Cuts tokens into messages of `step`, or of as many as have the most queries allowed."""
+    begin = 0
+    while begin < token_count:
+        end = min(begin + step, token_count)
+        if offsets is not None:
+            first, last = np.searchsorted(offsets, [begin, end])
+            if last - first > _QUERY_SAMPLE_TOKENS_MAX:
+                end = int(offsets[first + _QUERY_SAMPLE_TOKENS_MAX])
+        yield slice(begin, end)
+        begin = end
 
 
 def _rows_message(values: np.ndarray) -> types_pb2.Tensor:

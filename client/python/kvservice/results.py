@@ -43,6 +43,7 @@ class Selector(IntEnum):
     ETF = types_pb2.SELECTOR_ETF
     CPE = types_pb2.SELECTOR_CPE
     CERTIFIED = types_pb2.SELECTOR_CERTIFIED
+    SCAN = types_pb2.SELECTOR_SCAN
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class GroupReports:
     similarity: np.ndarray
     keys_sampled: np.ndarray
     rows_sampled: np.ndarray
+    sharing_estimate: np.ndarray  # -1 = not estimated
 
 
 @dataclass(frozen=True)
@@ -178,4 +180,7 @@ def _groups(message: types_pb2.GroupReports) -> GroupReports:
         similarity=np.array(message.similarity, np.float32),
         keys_sampled=np.array(message.keys_sampled, np.uint32),
         rows_sampled=np.array(message.rows_sampled, np.uint32),
+        sharing_estimate=np.array(
+            message.sharing_estimate or [-1.0] * len(message.action), np.float32
+        ),
     )

@@ -68,6 +68,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=_DEFAULT_TOKENS,
         help="tokens to decode (default: %(default)s)",
     )
+    parser.add_argument(
+        "--seed-anchors",
+        action="store_true",
+        help="let sampled queries of the prompt become anchors of cis and cpe: fewer steps scan, "
+        "but the samples themselves do, which pays only in long answers",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results here")
     return parser.parse_args(arguments)
 
@@ -117,7 +123,9 @@ def _run(options: argparse.Namespace, terminal: Terminal) -> bool:
                       "through the service, every reply checked")
         terminal.line()
         terminal.field("Server", server_text)
-        session = Session(terminal, client, prompt, options.tokens)
+        session = Session(
+            terminal, client, prompt, options.tokens, seed_anchors=options.seed_anchors
+        )
         results = session.run(policies)
     results["seconds"] = round(time.monotonic() - started_s, 2)
     if options.json is not None:

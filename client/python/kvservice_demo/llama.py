@@ -23,9 +23,9 @@ Attend = Callable[[int, Float32Array, Bf16Array, Bf16Array], Float32Array]
 # one prefill chunk.
 OnChunk = Callable[[int, Bf16Array, Bf16Array], None]
 
-# on_queries(queries): a few queries of the chunk that on_chunk gives next, rotated, [layers, about
-# QUERY_SAMPLE_TOKENS, query heads, head_dim].
-OnQueries = Callable[[Float32Array], None]
+# on_queries(positions, queries): a few queries of the chunk that on_chunk gives next and their
+# positions [n], rotated, [layers, n, query heads, head_dim], n about QUERY_SAMPLE_TOKENS.
+OnQueries = Callable[[list[int], Float32Array], None]
 QUERY_SAMPLE_TOKENS = 16
 
 # One chunk's scores (3 heads x 256 rows x 3,000 columns) take 9 MB; larger chunks gain nothing over
@@ -70,7 +70,8 @@ class Llama:
             chunk = np.asarray(token_ids[start : start + chunk_tokens])
             hidden, k_bits, v_bits, queries = self._prefill_chunk(chunk, start, keys, values)
             if on_queries is not None:
-                on_queries(queries)
+                stride = _sample_stride(len(chunk))
+                on_queries(list(range(start, start + len(chunk), stride)), queries)
             on_chunk(start, k_bits, v_bits)
         return self._logits(hidden[-1])
 
@@ -88,7 +89,7 @@ class Llama:
         self, chunk: np.ndarray, start: int, keys: Float32Array, values: Float32Array
     ) -> tuple[Float32Array, Bf16Array, Bf16Array, Float32Array]:
         config, end = self.config, start + len(chunk)
-        stride = -(-len(chunk) // QUERY_SAMPLE_TOKENS)
+        stride = _sample_stride(len(chunk))
         queries = []
         shape = (config.layer_count, len(chunk), config.kv_head_count, config.head_dim)
         k_bits, v_bits = np.empty(shape, np.uint16), np.empty(shape, np.uint16)
@@ -137,6 +138,10 @@ class Llama:
 
     def _logits(self, hidden: Float32Array) -> Float32Array:
         return self._weights.embedding @ self._norm(hidden, self._weights.output_norm)
+
+
+def _sample_stride(chunk_tokens: int) -> int:
+    return -(-chunk_tokens // QUERY_SAMPLE_TOKENS)
 
 
 def _multiply(rows: Float32Array, matrix: Float32Array) -> Float32Array:

@@ -16,6 +16,7 @@ _DESCRIPTIONS = {
     "cis": "reuses the tokens chosen for a similar earlier query",
     "psaw": "hides old tokens from deep layers",
     "etf": "lets deep layers take over the choice of shallower ones",
+    "scan": "keeps the strongest tokens of every step",
     "cpe": "shares chosen tokens over time, depth and layers; promises nothing",
     "certified": "keeps tokens until the limit on what it dropped is proven",
     "auto": "dense for short sequences, certified above",

@@ -51,11 +51,20 @@ def register(client: Client, name: str, config: LlamaConfig) -> None:
 class Session:
     """One prompt on one server. The methods run in the order in which `run` calls them."""
 
-    def __init__(self, terminal: Terminal, client: Client, prompt: str, token_count: int) -> None:
+    def __init__(
+        self,
+        terminal: Terminal,
+        client: Client,
+        prompt: str,
+        token_count: int,
+        *,
+        seed_anchors: bool = False,
+    ) -> None:
         self._terminal = terminal
         self._client = client
         self._prompt = prompt
         self._token_count = token_count
+        self._seed_anchors = seed_anchors
 
     def run(self, policies: list[NamedPolicy]) -> dict[str, Any]:
         """Decodes with every policy, dense first; returns the results for the JSON file."""
@@ -121,14 +130,21 @@ class Session:
         progress = Progress(self._terminal, "Prefill", len(token_ids), "tokens")
         streamed_bytes = 0
         sample: Float32Array | None = None
+        positions: list[int] | None = None
 
-        def keep_sample(queries: Float32Array) -> None:
-            nonlocal sample
-            sample = queries
+        def keep_sample(of_positions: list[int], queries: Float32Array) -> None:
+            nonlocal positions, sample
+            positions, sample = of_positions, queries
 
         def stream(start: int, k: Bf16Array, v: Bf16Array) -> None:
             nonlocal streamed_bytes
-            sequence.append(start, k, v, query_sample=sample)
+            sequence.append(
+                start,
+                k,
+                v,
+                query_sample=sample,
+                query_sample_positions=positions if self._seed_anchors else None,
+            )
             self._oracle.append_chunk(start, k, v)
             streamed_bytes += k.nbytes + v.nbytes
             progress.update(start + k.shape[1], f"{streamed_bytes / 1e6:.0f} MB streamed")

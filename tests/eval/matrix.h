@@ -1,0 +1,30 @@
+// Matrix products of the decoder, in float32. Matrices are row-major. Any thread may call at any
+// time; a call works on the thread that makes it.
+
+#ifndef KVSERVICE_TESTS_EVAL_MATRIX_H_
+#define KVSERVICE_TESTS_EVAL_MATRIX_H_
+
+#include <cstddef>
+
+namespace kvservice::eval {
+
+// Tells the BLAS library to start no threads of its own. Before the first product.
+void UseOneThread();
+
+// out[rows][to] = x[rows][from] times the transpose of matrix[to][from].
+void MultiplyRows(size_t rows, size_t from, size_t to, const float* x, const float* matrix,
+                  float* out);
+
+// scores[rows][keys] = scale * q[rows][width] times the transpose of k[keys][width]; rows of q lie
+// q_stride floats apart.
+void ScoreKeys(size_t rows, size_t keys, size_t width, float scale, const float* q, size_t q_stride,
+               const float* k, float* scores);
+
+// out[rows][width] = weights[rows][keys] times v[keys][width]; rows of out lie out_stride floats
+// apart.
+void MixValues(size_t rows, size_t keys, size_t width, const float* weights, const float* v,
+               float* out, size_t out_stride);
+
+}  // namespace kvservice::eval
+
+#endif  // KVSERVICE_TESTS_EVAL_MATRIX_H_

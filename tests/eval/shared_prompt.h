@@ -1,0 +1,55 @@
+// A prompt that many contenders continue: its keys and values widened once, in the two forms that
+// the study needs. Immutable; shared by all threads.
+
+#ifndef KVSERVICE_TESTS_EVAL_SHARED_PROMPT_H_
+#define KVSERVICE_TESTS_EVAL_SHARED_PROMPT_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "attention/kv_layout.h"
+#include "attention/sketch_table.h"
+#include "selector/baselines/baseline.h"
+#include "tests/eval/decoder.h"
+
+namespace kvservice::eval {
+
+class SharedPrompt {
+ public:
+  SharedPrompt(const DecoderShape& shape, PromptCache cache);
+  // Spans of baseline_prompt() point into the object.
+  SharedPrompt(const SharedPrompt&) = delete;
+  SharedPrompt& operator=(const SharedPrompt&) = delete;
+
+  const PromptCache& cache() const { return cache_; }
+  uint32_t length() const { return static_cast<uint32_t>(cache_.tokens.size()); }
+  // [length][head_dim] float32.
+  const float* keys(uint32_t layer, uint32_t kv_head) const {
+    return keys_[layer * kv_head_count_ + kv_head].data();
+  }
+  const float* values(uint32_t layer, uint32_t kv_head) const {
+    return values_[layer * kv_head_count_ + kv_head].data();
+  }
+  // What baselines see; shares the object's life.
+  static std::shared_ptr<const baselines::Prompt> BaselinePrompt(
+      std::shared_ptr<const SharedPrompt> prompt);
+
+ private:
+  const uint32_t kv_head_count_;
+  PromptCache cache_;
+  std::vector<std::vector<float>> keys_, values_;  // [layer * kv_head]
+  std::vector<std::vector<float>> queries_;        // [layer * kv_head][query][group][head_dim]
+  baselines::Prompt baseline_prompt_;
+};
+
+// One sketch table per layer and KV head, layer-major, from a prompt's last queries and all its
+// full pages.
+std::vector<SketchTable> LearnPromptTables(const DecoderShape& shape, const PromptCache& prompt);
+
+KvLayout LayoutOf(const DecoderShape& shape);
+
+}  // namespace kvservice::eval
+
+#endif  // KVSERVICE_TESTS_EVAL_SHARED_PROMPT_H_
