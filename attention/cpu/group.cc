@@ -381,6 +381,7 @@ SharingTerms Group::TermsOfAnchor(const TokenMask& chosen) const {
   AnchorTask task;
   task.shape = shape_;
   task.view = &row_->view;
+  task.memory = memory_;
   task.kv_head = kv_head_;
   task.queries = &queries_;
   task.first_head = newest_head();

@@ -7,7 +7,9 @@
 #ifndef KVSERVICE_ATTENTION_CPU_GROUP_MEMORY_H_
 #define KVSERVICE_ATTENTION_CPU_GROUP_MEMORY_H_
 
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "absl/types/span.h"
 #include "attention/cpu/score_kernel.h"
@@ -31,6 +33,13 @@ class GroupMemory {
   virtual void BoundValues(uint32_t block, float* bounds) const = 0;
   // As ScoreTokens; with values not null also V, [positions][head_dim].
   virtual void Score(const ScoreTask& task, Score* scores, float* values) const = 0;
+  // Sketch pages of sealed blocks, to be read from SketchLayout::lo on: codes may be missing. Where
+  // the host can read them itself they are those of the cache, elsewhere copies in `storage`.
+  virtual std::vector<const std::byte*> Boxes(absl::Span<const uint32_t> blocks,
+                                              std::vector<std::byte>* storage) const = 0;
+  // Likewise K of tokens, [head_dim] in the cache dtype each.
+  virtual std::vector<const std::byte*> Keys(absl::Span<const uint32_t> positions,
+                                             std::vector<std::byte>* storage) const = 0;
 };
 
 }  // namespace kvservice

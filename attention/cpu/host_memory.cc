@@ -54,4 +54,22 @@ void HostMemory::Score(const ScoreTask& task, kvservice::Score* scores, float* v
   }
 }
 
+std::vector<const std::byte*> HostMemory::Boxes(absl::Span<const uint32_t> blocks,
+                                                std::vector<std::byte>* /*storage*/) const {
+  std::vector<const std::byte*> pages;
+  pages.reserve(blocks.size());
+  for (const uint32_t block : blocks) pages.push_back(Page(block));
+  return pages;
+}
+
+std::vector<const std::byte*> HostMemory::Keys(absl::Span<const uint32_t> positions,
+                                               std::vector<std::byte>* /*storage*/) const {
+  std::vector<const std::byte*> keys;
+  keys.reserve(positions.size());
+  for (const uint32_t position : positions) {
+    keys.push_back(view_.Row(shape_->layout, kv_head_, position));
+  }
+  return keys;
+}
+
 }  // namespace kvservice

@@ -3,6 +3,11 @@
 #ifndef KVSERVICE_ATTENTION_CPU_HOST_MEMORY_H_
 #define KVSERVICE_ATTENTION_CPU_HOST_MEMORY_H_
 
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
 #include "attention/cpu/group_memory.h"
 #include "attention/device.h"
 #include "attention/sketch.h"
@@ -20,6 +25,10 @@ class HostMemory : public GroupMemory {
                              uint32_t block_begin) const override;
   void BoundValues(uint32_t block, float* bounds) const override;
   void Score(const ScoreTask& task, kvservice::Score* scores, float* values) const override;
+  std::vector<const std::byte*> Boxes(absl::Span<const uint32_t> blocks,
+                                      std::vector<std::byte>* storage) const override;
+  std::vector<const std::byte*> Keys(absl::Span<const uint32_t> positions,
+                                     std::vector<std::byte>* storage) const override;
 
  private:
   const std::byte* Page(uint32_t block) const {

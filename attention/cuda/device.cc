@@ -259,7 +259,7 @@ void CudaDevice::LoadRow(const LayerShape& shape, const AttendRow& row, RowData*
   std::copy_n(row.view.slices.begin(), blocks, slices.host);
   std::copy_n(row.view.sketches.begin(), blocks, sketches.host);
   *data = RowData();
-  data->tables = {.slices = slices.device, .sketches = sketches.device};
+  data->tables = {.view = row.view, .slices = slices.device, .sketches = sketches.device};
   data->block_begin = BeginOf(shape, row) / kBlockTokens;
   data->block_count = blocks - data->block_begin;
   if (!ReadsPageHeads(shape, row)) return;
@@ -326,7 +326,7 @@ void CudaDevice::Prepare(const LayerShape& shape, absl::Span<AttendRow> rows, si
     const RowData& data = row_data_[row];
     const size_t at = size_t{kv_head} * data.block_count;
     readers_[i].Set(
-        context_, shape, data.tables, data.block_begin,
+        context_, shape, kv_head, data.tables, data.block_begin,
         data.heads.host == nullptr ? nullptr : data.heads.host + at,
         data.value_codes.host == nullptr ? nullptr : data.value_codes.host + at * kBlockTokens);
     absl::Span<const float> anchor;

@@ -363,10 +363,12 @@ void Readings::FinishScan(const ScanReading& reading) const {
   std::memcpy(to.estimate_share.data(), reading.estimate_share.host, pages * sizeof(float));
 }
 
-void GroupReader::Set(const Context& context, const LayerShape& shape, const RowTables& row,
-                      uint32_t block_begin, const PageHead* heads, const uint8_t* value_codes) {
+void GroupReader::Set(const Context& context, const LayerShape& shape, uint32_t kv_head,
+                      const RowTables& row, uint32_t block_begin, const PageHead* heads,
+                      const uint8_t* value_codes) {
   context_ = context;
   shape_ = &shape;
+  kv_head_ = kv_head;
   row_ = row;
   block_begin_ = block_begin;
   heads_ = heads;
@@ -427,6 +429,52 @@ void GroupReader::Score(const ScoreTask& task, kvservice::Score* scores, float* 
     scores[i].error = error * (1.0 + 0x1p-40) + static_cast<double>(cap) * 0x1p-40;
   }
   if (values != nullptr) std::copy_n(rows.host, size_t{count} * dim, values);
+}
+
+std::vector<const std::byte*> GroupReader::Boxes(absl::Span<const uint32_t> blocks,
+                                                 std::vector<std::byte>* storage) const {
+  const SketchLayout layout(shape_->layout.head_dim);
+  std::vector<const std::byte*> pages;
+  for (const uint32_t block : blocks) {
+    pages.push_back(row_.view.sketches[block] + kv_head_ * layout.page_bytes);
+  }
+  return Fetch(pages, layout.lo, layout.page_bytes, storage);
+}
+
+std::vector<const std::byte*> GroupReader::Keys(absl::Span<const uint32_t> positions,
+                                                std::vector<std::byte>* storage) const {
+  const KvLayout& layout = shape_->layout;
+  std::vector<const std::byte*> rows;
+  for (const uint32_t position : positions) {
+    rows.push_back(row_.view.Row(layout, kv_head_, position));
+  }
+  return Fetch(rows, 0, layout.vector_bytes(), storage);
+}
+
+std::vector<const std::byte*> GroupReader::Fetch(absl::Span<const std::byte* const> from,
+                                                 size_t offset, size_t bytes,
+                                                 std::vector<std::byte>* storage) const {
+  std::vector<const std::byte*> copies;
+  if (from.empty()) return copies;
+  storage->resize(from.size() * bytes);
+  const std::lock_guard<std::mutex> lock(context_.score_memory->mutex);
+  // Only the host side is used; copies to other memory of the host would wait for each other.
+  Arena& to_host = context_.score_memory->to_host;
+  to_host.Reset();
+  const size_t size = bytes - offset;
+  const Slot<std::byte> slot = to_host.Take<std::byte>(from.size() * size);
+  for (size_t i = 0; i < from.size(); ++i) {
+    Check(cudaMemcpyAsync(slot.host + i * size, from[i] + offset, size, cudaMemcpyDeviceToHost,
+                          context_.stream),
+          "fetch");
+  }
+  Check(cudaStreamSynchronize(context_.stream), "fetch");
+  for (size_t i = 0; i < from.size(); ++i) {
+    std::byte* to = storage->data() + i * bytes;
+    std::memcpy(to + offset, slot.host + i * size, size);
+    copies.push_back(to);
+  }
+  return copies;
 }
 
 }  // namespace kvservice::cuda

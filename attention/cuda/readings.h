@@ -7,6 +7,7 @@
 #ifndef KVSERVICE_ATTENTION_CUDA_READINGS_H_
 #define KVSERVICE_ATTENTION_CUDA_READINGS_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <mutex>
@@ -19,6 +20,7 @@
 #include "attention/cuda/arena.h"
 #include "attention/cuda/kernels.h"
 #include "attention/device.h"
+#include "attention/kv_view.h"
 
 namespace kvservice::cuda {
 
@@ -39,8 +41,10 @@ struct Context {
   ScoreMemory* score_memory = nullptr;
 };
 
-// Where the slices and sketches of a row are, in device memory: [BlockCount(length)] pointers each.
+// Where the slices and sketches of a row are, in device memory: [BlockCount(length)] pointers each;
+// `view` has the same pointers in host memory.
 struct RowTables {
+  KvView view;
   const std::byte* const* slices = nullptr;
   const std::byte* const* sketches = nullptr;
 };
@@ -111,7 +115,7 @@ class GroupReader : public GroupMemory {
  public:
   // heads, value_codes: of the row's blocks from block_begin on, [blocks] and [blocks][64]; null
   // where the plan reads none.
-  void Set(const Context& context, const LayerShape& shape, const RowTables& row,
+  void Set(const Context& context, const LayerShape& shape, uint32_t kv_head, const RowTables& row,
            uint32_t block_begin, const PageHead* heads, const uint8_t* value_codes);
 
   uint64_t Exact(uint32_t block) const override { return heads_[block - block_begin_].exact; }
@@ -122,10 +126,19 @@ class GroupReader : public GroupMemory {
                              uint32_t block_begin) const override;
   void BoundValues(uint32_t block, float* bounds) const override;
   void Score(const ScoreTask& task, kvservice::Score* scores, float* values) const override;
+  std::vector<const std::byte*> Boxes(absl::Span<const uint32_t> blocks,
+                                      std::vector<std::byte>* storage) const override;
+  std::vector<const std::byte*> Keys(absl::Span<const uint32_t> positions,
+                                     std::vector<std::byte>* storage) const override;
 
  private:
+  // Copies [offset, bytes) of what lies at each of `from` and answers where copies begin.
+  std::vector<const std::byte*> Fetch(absl::Span<const std::byte* const> from, size_t offset,
+                                      size_t bytes, std::vector<std::byte>* storage) const;
+
   Context context_;
   const LayerShape* shape_ = nullptr;
+  uint32_t kv_head_ = 0;
   RowTables row_;
   uint32_t block_begin_ = 0;
   const PageHead* heads_ = nullptr;
