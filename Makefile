@@ -50,7 +50,7 @@ eval: build
 	@[ -d build/eval_packages ] || build/venv/bin/pip install --quiet --no-deps \
 	  --target build/eval_packages -r tests/eval/requirements.txt
 	build/venv/bin/python tests/eval/trace.py --all
-	build/bin/kveval --json=build/eval.json $(EVAL_ARGS)
+	build/bin/kveval certificate --json=build/eval.json $(EVAL_ARGS)
 
 quality: build
 	@cmake --build --preset release --target kveval

@@ -51,8 +51,8 @@ struct CisPolicy {
   std::optional<uint32_t> dilate_radius_tokens = {};
   // Make anchors of the prompt queries that came with the keys (AppendWriter::Write).
   std::optional<bool> seed = {};
-  // Do not reuse a list that is estimated to drop more than this share of mass, in (0, 1). Both
-  // this and min_cosine must hold. No bound.
+  // Do not reuse a list that is estimated to drop more than this share of mass, in (0, 1); 0 = off.
+  // Both this and min_cosine must hold. No bound.
   std::optional<float> max_dropped_mass_estimate = {};
 };
 

@@ -144,8 +144,9 @@ inline constexpr float kVerifiedDroppedMass = 0.8F;
 
 // The policy a selector stands for when only its name is given: kCpe, kCis, kPsaw, kEtf, kScan and
 // kGiven ask for no proof (guarantee = kNone, limit 1) and answer densely where one is asked for in
-// vain, kPsaw and kEtf switch their edit on (phi = psi = 0.85), kCertified and kAuto prove 0.05
-// with confidence and grow until they can.
+// vain, kCis and kCpe share what is verified (the two numbers above), kPsaw and kEtf switch their
+// edit on (phi = psi = 0.85), kCertified and kAuto prove 0.05 with confidence and grow until they
+// can.
 Policy DefaultPolicy(SelectorKind selector);
 
 // Largest numbers that a policy may carry; beyond them is a mistake, not a wish.

@@ -180,6 +180,11 @@ def steps(campaign):
         Step("release-build", lambda: build("release"), []),
         Step("release-tests", lambda: ctest("release"), ["release-build"]),
         Step("python-tests", python_tests, ["release-build"]),
+        # A real model in a closed loop, for half a minute.
+        Step("quality-quick",
+             lambda: one("quality-quick",
+                         ["build/venv/bin/python", "tests/eval/quality_quick.py"]),
+             ["release-build"]),
         Step("asan-build", lambda: build("asan"), []),
         Step("asan-tests", lambda: ctest("asan"), ["asan-build"]),
         Step("clang-tidy",

@@ -323,9 +323,7 @@ void EditsToProto(const Policy& from, v1::Policy* to) {
   cis->set_dilate_strongest_tokens(from.cis.dilate_strongest);
   cis->set_dilate_radius_tokens(from.cis.dilate_radius);
   cis->set_seed(from.cis.seed);
-  if (from.cis.max_dropped_mass_estimate > 0.0F) {
-    cis->set_max_dropped_mass_estimate(from.cis.max_dropped_mass_estimate);
-  }
+  cis->set_max_dropped_mass_estimate(from.cis.max_dropped_mass_estimate);
   v1::PsawPolicy* psaw = to->mutable_psaw();
   // An absent first layer means the default share of the layers.
   if (from.psaw.first_layer != PsawParameters::kHalfOfLayers) {

@@ -58,6 +58,9 @@ struct Prompt {
   uint32_t query_count = 0;
   // [layer_count * kv_head_count], layer-major.
   std::vector<PromptHead> heads;
+  // The layers that methods choose for, ascending; empty = all. The others are read whole, and
+  // Propose is not called for them.
+  std::vector<uint32_t> layers;
   const PromptHead& head(uint32_t layer, uint32_t kv_head) const {
     return heads[layer * shape.kv_head_count + kv_head];
   }
@@ -92,8 +95,8 @@ struct Cost {
 class Baseline {
  public:
   virtual ~Baseline() = default;
-  // Called for every layer in order, 0 first, then for the next token; the first step has length
-  // prompt length + 1, and each has one more than the one before. positions: [kv_head_count],
+  // Called for every layer of Prompt::layers in order, then for the next token; the first step has
+  // length prompt length + 1, and each has one more than the one before. positions: [kv_head_count],
   // filled with ascending unique positions in [sink, length - local); clears what was there.
   virtual Cost Propose(const Step& step, std::vector<std::vector<uint32_t>>* positions) = 0;
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <limits>
 
 #include "absl/strings/str_cat.h"
@@ -71,6 +72,14 @@ absl::Status CheckPrompt(const Prompt& prompt, bool needs_queries, bool needs_at
   }
   if (prompt.query_count > prompt.length) {
     return absl::InvalidArgumentError("more queries than tokens in the prompt");
+  }
+  if (std::adjacent_find(prompt.layers.begin(), prompt.layers.end(), std::greater_equal<>()) !=
+      prompt.layers.end()) {
+    return absl::InvalidArgumentError("the prompt's layers are not ascending");
+  }
+  if (!prompt.layers.empty() && prompt.layers.back() >= shape.layer_count) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("layer ", prompt.layers.back(), " of ", shape.layer_count));
   }
   for (const PromptHead& head : prompt.heads) {
     const size_t keys = size_t{prompt.length} * shape.head_dim;

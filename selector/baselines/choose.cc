@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cassert>
+#include <numeric>
 
 namespace kvservice::baselines {
 namespace {
@@ -97,6 +98,13 @@ std::vector<double> BinMasses(const WeightRows& rows, absl::Span<const float> or
 }
 
 }  // namespace
+
+std::vector<uint32_t> ChoosingLayers(const Prompt& prompt) {
+  if (!prompt.layers.empty()) return prompt.layers;
+  std::vector<uint32_t> layers(prompt.shape.layer_count);
+  std::iota(layers.begin(), layers.end(), 0U);
+  return layers;
+}
 
 Middle MiddleOf(const TokenBudget& budget, uint32_t length) {
   const uint32_t end = length > budget.local ? length - budget.local : 0;

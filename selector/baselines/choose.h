@@ -21,6 +21,9 @@ struct Middle {
 };
 Middle MiddleOf(const TokenBudget& budget, uint32_t length);
 
+// Prompt::layers, spelt out.
+std::vector<uint32_t> ChoosingLayers(const Prompt& prompt);
+
 // Weights of some tokens for several query heads: row h is data[h * stride ...], `count` finite
 // numbers >= 0 that start at the first of those tokens.
 struct WeightRows {

@@ -35,7 +35,7 @@ constexpr uint32_t kQueryShare = 2;
 constexpr uint32_t kMapQueriesMax = 64;
 
 struct Maps {
-  std::vector<uint32_t> layer_source;              // [layer_count]
+  std::vector<uint32_t> layer_source;              // [layer_count], of the prompt's layers.
   std::vector<std::vector<uint32_t>> head_source;  // [layer_count][kv_head_count]
 };
 
@@ -79,23 +79,28 @@ Choices ChoicesOf(const Prompt& prompt, const LabelIndex<FourBitLabels>& labels,
 
 // The overlaps' common denominators (tokens chosen, queries, heads) are left out: only their order
 // is used.
-Maps LearnMaps(const ModelShape& shape, const std::vector<Choices>& choices) {
+Maps LearnMaps(const ModelShape& shape, const std::vector<uint32_t>& layers,
+               const std::vector<Choices>& choices) {
   const uint32_t heads = shape.kv_head_count;
-  std::vector<std::vector<double>> layers(shape.layer_count,
-                                          std::vector<double>(shape.layer_count, 0.0));
+  std::vector<std::vector<double>> between(layers.size(), std::vector<double>(layers.size(), 0.0));
   Maps maps;
-  for (uint32_t layer = 0; layer < shape.layer_count; ++layer) {
+  maps.layer_source.resize(shape.layer_count);
+  maps.head_source.resize(shape.layer_count);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const size_t first = size_t{layers[i]} * heads;
     std::vector<std::vector<double>> own(heads, std::vector<double>(heads, 0.0));
     for (uint32_t head = 0; head < heads; ++head) {
-      const Choices& here = choices[layer * heads + head];
-      for (uint32_t j = 0; j < head; ++j) own[head][j] = Overlap(here, choices[layer * heads + j]);
-      for (uint32_t j = 0; j < layer; ++j) {
-        layers[layer][j] += Overlap(here, choices[j * heads + head]);
+      const Choices& here = choices[first + head];
+      for (uint32_t j = 0; j < head; ++j) own[head][j] = Overlap(here, choices[first + j]);
+      for (size_t j = 0; j < i; ++j) {
+        between[i][j] += Overlap(here, choices[size_t{layers[j]} * heads + head]);
       }
     }
-    maps.head_source.push_back(ShareGreedily(own, heads / kHeadShare));
+    maps.head_source[layers[i]] = ShareGreedily(own, heads / kHeadShare);
   }
-  maps.layer_source = ShareGreedily(layers, shape.layer_count / kLayerShare);
+  const std::vector<uint32_t> sources =
+      ShareGreedily(between, static_cast<uint32_t>(layers.size()) / kLayerShare);
+  for (size_t i = 0; i < layers.size(); ++i) maps.layer_source[layers[i]] = layers[sources[i]];
   return maps;
 }
 
@@ -182,10 +187,14 @@ class HShareIndex : public PromptIndex {
     const Prompt& prompt = *context.prompt;
     TokenBudget overlap = context.overlap;
     overlap.mass_limit = 0.0F;
+    const std::vector<uint32_t> layers = ChoosingLayers(prompt);
+    const uint32_t heads = prompt.shape.kv_head_count;
     std::vector<Choices> choices(prompt.heads.size());
-    ForEachIndex(static_cast<uint32_t>(choices.size()), context.threads,
-                 [&](uint32_t head) { choices[head] = ChoicesOf(prompt, labels_, head, overlap); });
-    maps_ = LearnMaps(prompt.shape, choices);
+    ForEachIndex(static_cast<uint32_t>(layers.size()) * heads, context.threads, [&](uint32_t i) {
+      const uint32_t head = layers[i / heads] * heads + i % heads;
+      choices[head] = ChoicesOf(prompt, labels_, head, overlap);
+    });
+    maps_ = LearnMaps(prompt.shape, layers, choices);
   }
   std::unique_ptr<Baseline> NewBaseline(const TokenBudget& budget) const override {
     return std::make_unique<HShare>(labels_, maps_, budget);

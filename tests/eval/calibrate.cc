@@ -27,8 +27,8 @@ struct Ladder {
 
 std::vector<uint32_t> SparseLayers(const DecoderShape& shape) {
   std::vector<uint32_t> layers;
-  for (uint32_t layer = kStudyDenseLayers; layer < shape.layer_count; ++layer) {
-    if (shape.windows[layer] == 0) layers.push_back(layer);
+  for (uint32_t layer = 0; layer < shape.layer_count; ++layer) {
+    if (IsSparse(shape, layer)) layers.push_back(layer);
   }
   return layers;
 }
@@ -87,26 +87,6 @@ void AddProfile(const LoopResult& result, const std::vector<double>& scan_errors
   }
 }
 
-// Per layer, the largest share of the ladder that does little damage; 0 where none does.
-std::vector<float> ChooseShares(absl::Span<const HeadProfile> ladder,
-                                const std::vector<double>& scan_errors, size_t heads_per_layer,
-                                double edit_damage) {
-  std::vector<float> chosen(scan_errors.size() / heads_per_layer);
-  for (size_t layer = 0; layer < chosen.size(); ++layer) {
-    for (size_t i = 0; i < ladder.size(); ++i) {
-      double damage = 0.0;
-      double own = 0.0;
-      for (size_t head = layer * heads_per_layer; head < (layer + 1) * heads_per_layer; ++head) {
-        damage += ladder[i].damage[head];
-        own += scan_errors[head];
-      }
-      if (damage > edit_damage * own) break;
-      chosen[layer] = kShares[i];
-    }
-  }
-  return chosen;
-}
-
 // Contender 0 is dense, 1 scans, then the ladders in order.
 std::vector<Contender> Flatten(const Ladder& ladder) {
   Contender dense = Base(SelectorKind::kDense, 512);
@@ -150,6 +130,26 @@ std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, doubl
   return best;
 }
 
+std::vector<float> ChooseShares(absl::Span<const HeadProfile> ladder,
+                                absl::Span<const float> shares,
+                                absl::Span<const double> scan_errors, size_t heads_per_layer,
+                                double edit_damage) {
+  std::vector<float> chosen(scan_errors.size() / heads_per_layer);
+  for (size_t layer = 0; layer < chosen.size(); ++layer) {
+    for (size_t i = 0; i < ladder.size(); ++i) {
+      double damage = 0.0;
+      double own = 0.0;
+      for (size_t head = layer * heads_per_layer; head < (layer + 1) * heads_per_layer; ++head) {
+        damage += ladder[i].damage[head];
+        own += scan_errors[head];
+      }
+      if (damage > edit_damage * own) break;
+      chosen[layer] = shares[i];
+    }
+  }
+  return chosen;
+}
+
 absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const QualityOptions& quality,
                                  absl::Span<const LoopSetup> setups) {
   const DecoderShape& shape = setups.front().decoder->shape();
@@ -179,10 +179,10 @@ absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const Qualit
   const std::vector<size_t> rungs =
       ChooseByLagrange(sharing, options.scans_max * static_cast<double>(heads));
   const std::vector<float> hidden =
-      ChooseShares(part(2 + std::size(kCosines), std::size(kShares)), scan_errors,
+      ChooseShares(part(2 + std::size(kCosines), std::size(kShares)), kShares, scan_errors,
                    shape.kv_head_count, options.edit_damage);
   const std::vector<float> frozen =
-      ChooseShares(part(2 + std::size(kCosines) + std::size(kShares), std::size(kShares)),
+      ChooseShares(part(2 + std::size(kCosines) + std::size(kShares), std::size(kShares)), kShares,
                    scan_errors, shape.kv_head_count, options.edit_damage);
 
   Policy policy = Base(SelectorKind::kCpe, options.budget_tokens).policy;
@@ -193,7 +193,8 @@ absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const Qualit
       entry.kv_head_min_cosines.push_back(kCosines[rungs[i * shape.kv_head_count + head]]);
     }
     if (hidden[i] > 0.0F) entry.hidden_share = hidden[i];
-    if (frozen[i] > 0.0F) entry.frozen_share = frozen[i];
+    // The first has no shallower choice to take.
+    if (frozen[i] > 0.0F && i > 0) entry.frozen_share = frozen[i];
     policy.layers.push_back(std::move(entry));
   }
   return policy;

@@ -9,8 +9,8 @@
 //             little damage as possible while they scan no more than asked for (Lagrange: a head
 //             takes the cosine that minimises damage + lambda * scans).
 //   hiding, freezing
-//             Per layer the largest share of the ladder whose damage is at most a small part of the
-//             error that the budget itself causes.
+//             Per layer the largest share of the ladder up to which damage is at most a small part
+//             of the error that the budget itself causes.
 
 #ifndef KVSERVICE_TESTS_EVAL_CALIBRATE_H_
 #define KVSERVICE_TESTS_EVAL_CALIBRATE_H_
@@ -39,9 +39,19 @@ struct HeadProfile {
   std::vector<double> damage;  // Mean squared relative output error beyond that of scanning.
 };
 
-// Index into `ladder` per head: least damage in all at a sum of scans of at most scans_max. Ties go
-// to the earlier entry. Where no choice keeps to it, the first entry for all.
+// Index into `ladder` per head: the sum of scans is at most scans_max, and no choice that scans as
+// little does less damage. (One that uses up more of what is allowed may: of the choices on the
+// convex hull this is the last that is allowed.) Ties go to the earlier entry. Where no choice
+// keeps to it all heads get the first entry.
 std::vector<size_t> ChooseByLagrange(absl::Span<const HeadProfile> ladder, double scans_max);
+
+// Per layer, of `shares` (ascending, one per entry of the ladder) the one before the first that
+// damages the layer by more than `edit_damage` times the squared errors of scanning, `scan_errors`
+// [layer][kv_head]; 0 if the first does.
+std::vector<float> ChooseShares(absl::Span<const HeadProfile> ladder,
+                                absl::Span<const float> shares,
+                                absl::Span<const double> scan_errors, size_t heads_per_layer,
+                                double edit_damage);
 
 // setups: texts of one model, prefilled.
 absl::StatusOr<Policy> Calibrate(const CalibrationOptions& options, const QualityOptions& quality,

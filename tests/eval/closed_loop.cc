@@ -18,6 +18,8 @@ namespace {
 // (truth, bound) pairs that are kept per contender.
 constexpr size_t kBoundSamplesMax = 400;
 constexpr uint64_t kBoundSampleStride = 997;
+// What a group reports that compared its query with none.
+constexpr float kNoSimilarity = GroupReport().similarity;
 
 struct Runner {
   Contender contender = {};
@@ -55,9 +57,7 @@ class Loop {
   void CountCertificate(const HeadCertificate& certificate, const HeadVerdict& verdict,
                         LoopResult* result) const;
   void JudgeLogits(uint32_t step);
-  bool is_sparse(uint32_t layer) const {
-    return layer >= kStudyDenseLayers && shape_.windows[layer] == 0;
-  }
+  bool is_sparse(uint32_t layer) const { return IsSparse(shape_, layer); }
 
   const LoopSetup& setup_;
   const DecoderShape& shape_;
@@ -137,6 +137,7 @@ absl::StatusOr<std::vector<LoopResult>> Loop::Run() {
     const auto seed_scans = served_->CountSeedScans(runner.sequence);
     if (!seed_scans.ok()) return seed_scans.status();
     runner.result.seed_scans = *seed_scans;
+    if (text_.greedy_tokens > 0) runner.result.greedy.push_back(runner.next_token);
     results.push_back(std::move(runner.result));
   }
   return results;
@@ -296,7 +297,6 @@ void Loop::CountGroup(uint32_t step, uint32_t layer, uint32_t head, const GroupR
   const double sketch_bytes =
       static_cast<double>(SketchLayout(shape_.head_dim).slice_bytes(1)) / kBlockTokens;
   uint32_t* anchors = &runner->anchors[layer * shape_.kv_head_count + head];
-  const bool compares = report.similarity > -2.0F || *anchors > 0;
   ++result.groups;
   result.groups_second_half += is_late ? 1 : 0;
   result.scans += scanned ? 1 : 0;
@@ -315,12 +315,13 @@ void Loop::CountGroup(uint32_t step, uint32_t layer, uint32_t head, const GroupR
     result.bytes += runner->cost.bytes;
     result.flops += runner->cost.flops;
   }
-  if (!is_baseline && compares) {
-    result.bytes += *anchors * group * dim * 4.0;
-    result.flops += *anchors * group * dim * 2.0;
-    const uint32_t anchors_max = runner->contender.policy.cis.anchors_max;
-    *anchors = std::min(anchors_max, *anchors + (scanned ? 1 : 0));
-  }
+  if (is_baseline) return;
+  // Without a similarity there was no anchor, or none any more.
+  if (report.similarity == kNoSimilarity) *anchors = 0;
+  result.bytes += *anchors * group * dim * 4.0;
+  result.flops += *anchors * group * dim * 2.0;
+  const uint32_t anchors_max = runner->contender.policy.cis.anchors_max;
+  *anchors = std::min(anchors_max, *anchors + (scanned ? 1 : 0));
 }
 
 void Loop::CountCertificate(const HeadCertificate& certificate, const HeadVerdict& verdict,
@@ -360,7 +361,6 @@ void Loop::JudgeLogits(uint32_t step) {
     const float* logits = &logits_[i * vocabulary];
     const auto [log_sum, best] = LogSum(logits, vocabulary);
     runners_[i].next_token = best;
-    if (step + 1 == step_count_ && text_.greedy_tokens > 0) result.greedy.push_back(best);
     if (step >= text_.forced.size()) continue;
     double kl = 0.0;
     const auto shift = static_cast<float>(dense_log_sum);

@@ -25,7 +25,7 @@ namespace kvservice::eval {
 enum class Family : uint8_t { kLlama, kGemma3 };
 
 struct DecoderShape {
-  std::string name;  // that of the file, without its folder and suffix
+  std::string name = {};  // that of the file, without its folder and suffix
   Family family = Family::kLlama;
   uint32_t layer_count = 0;
   uint32_t query_head_count = 0;
@@ -37,10 +37,10 @@ struct DecoderShape {
   float scale = 1.0F;  // logit = scale * q.k
   float norm_epsilon = 0.0F;
   // [layer_count]: tokens that a query sees, itself included; 0 = all.
-  std::vector<uint32_t> windows;
+  std::vector<uint32_t> windows = {};
   // [layer_count][head_dim / 2]: rotary angle per position in radians, multiplied in double;
   // channel c pairs with c + head_dim / 2.
-  std::vector<std::vector<float>> inverse_frequencies;
+  std::vector<std::vector<float>> inverse_frequencies = {};
 };
 
 struct ModelWeights;

@@ -21,6 +21,7 @@
 #include "absl/types/span.h"
 #include "attention/float16.h"
 #include "tests/eval/exp.h"
+#include "tests/eval/tiny_model.h"
 
 namespace kvservice::eval {
 namespace {
@@ -54,78 +55,26 @@ float FrequencyOf(uint32_t layer, uint32_t pair) {
   return std::pow(layer == 1 ? 50.0F : 7.0F, -2.0F * static_cast<float>(pair) / kHeadDim);
 }
 
-// A random model as a file, and its tensors by name for the plain loops.
-class TinyModel {
- public:
-  explicit TinyModel(Family family) : family_(family) {
-    Text("KVMODEL1");
-    for (const uint32_t count : {static_cast<uint32_t>(family), kLayers, kQueryHeads, kKvHeads,
-                                 kHeadDim, kHidden, kForward, kVocabulary}) {
-      Put(count);
-    }
-    Put(kScale);
-    Put(kEpsilon);
-    for (uint32_t layer = 0; layer < kLayers; ++layer) Put(WindowOf(family, layer));
-    for (uint32_t layer = 0; layer < kLayers; ++layer) {
-      for (uint32_t pair = 0; pair < kHeadDim / 2; ++pair) Put(FrequencyOf(layer, pair));
-    }
-    Matrix("embedding", kVocabulary, kHidden, 1.0);
-    Norm("output_norm", kHidden);
-    for (uint32_t layer = 0; layer < kLayers; ++layer) AddLayer(std::to_string(layer));
-  }
-
-  Family family() const { return family_; }
-  const Row& operator[](const std::string& name) const { return tensors_.at(name); }
-  std::string& bytes() { return bytes_; }
-
-  std::string Write(const std::string& name) const {
-    const std::string path = ::testing::TempDir() + name + ".kvmodel";
-    std::ofstream(path, std::ios::binary) << bytes_;
-    return path;
-  }
-
- private:
-  void AddLayer(const std::string& layer) {
-    const bool is_gemma = family_ == Family::kGemma3;
-    Norm("attention_norm" + layer, kHidden);
-    Matrix("qkv" + layer, kQueryWidth + 2 * kKvWidth, kHidden, 2.0);
-    if (is_gemma) Norm("q_norm" + layer, kHeadDim);
-    if (is_gemma) Norm("k_norm" + layer, kHeadDim);
-    Matrix("output" + layer, kHidden, kQueryWidth, 1.0);
-    if (is_gemma) Norm("post_attention" + layer, kHidden);
-    Norm("feed_forward_norm" + layer, kHidden);
-    Matrix("gate_up" + layer, 2 * kForward, kHidden, 1.0);
-    Matrix("down" + layer, kHidden, kForward, 1.0);
-    if (is_gemma) Norm("post_feed_forward" + layer, kHidden);
-  }
-
-  void Text(const std::string& text) { bytes_ += text; }
-  template <typename Number>
-  void Put(Number number) {
-    bytes_.append(reinterpret_cast<const char*>(&number), sizeof(number));
-  }
-  void Norm(const std::string& name, size_t count) {
-    for (size_t i = 0; i < count; ++i) {
-      const auto value = static_cast<float>(1.0 + normal_(random_) / 4);
-      Put(value);
-      tensors_[name].push_back(value);
+DecoderShape ShapeOf(Family family) {
+  DecoderShape shape = {.family = family,
+                        .layer_count = kLayers,
+                        .query_head_count = kQueryHeads,
+                        .kv_head_count = kKvHeads,
+                        .head_dim = kHeadDim,
+                        .hidden = kHidden,
+                        .feed_forward = kForward,
+                        .vocabulary = kVocabulary,
+                        .scale = kScale,
+                        .norm_epsilon = kEpsilon};
+  for (uint32_t layer = 0; layer < kLayers; ++layer) {
+    shape.windows.push_back(WindowOf(family, layer));
+    shape.inverse_frequencies.emplace_back();
+    for (uint32_t pair = 0; pair < kHeadDim / 2; ++pair) {
+      shape.inverse_frequencies.back().push_back(FrequencyOf(layer, pair));
     }
   }
-  void Matrix(const std::string& name, size_t rows, size_t columns, double size) {
-    for (size_t i = 0; i < rows * columns; ++i) {
-      const double value = size * normal_(random_) / std::sqrt(static_cast<double>(columns));
-      const uint16_t bits = Float16FromFloat(static_cast<float>(value));
-      Put(bits);
-      tensors_[name].push_back(FloatFromFloat16(bits));
-    }
-  }
-
-  const Family family_;
-  std::string bytes_;
-  std::map<std::string, Row> tensors_;
-  std::mt19937 random_{7};
-  std::normal_distribution<double> normal_;
-};
+  return shape;
+}
 
 // ---- The plain loops: all tokens at once, no cache
 // -----------------------------------------------
@@ -350,8 +299,8 @@ const std::vector<uint32_t> kTokens = RandomTokens();
 
 class DecoderTest : public ::testing::TestWithParam<Family> {
  protected:
-  DecoderTest() : model_(GetParam()) {
-    auto decoder = Decoder::Load(model_.Write(Name()));
+  DecoderTest() : model_(ShapeOf(GetParam())) {
+    auto decoder = Decoder::Load(model_.Write(::testing::TempDir(), Name()));
     EXPECT_TRUE(decoder.ok()) << decoder.status();
     decoder_ = std::move(*decoder);
   }
@@ -499,7 +448,7 @@ TEST_P(DecoderTest, PromptCacheOfOthersIsNotFound) {
   EXPECT_TRUE(absl::IsNotFound(ReadPromptCache(*decoder_, tokens, path).status()));
   EXPECT_TRUE(absl::IsNotFound(ReadPromptCache(*decoder_, kTokens, path + "-none").status()));
   model_.bytes().back() ^= 1;  // One bit of one weight.
-  const auto other = Decoder::Load(model_.Write(Name() + "-other"));
+  const auto other = Decoder::Load(model_.Write(::testing::TempDir(), Name() + "-other"));
   ASSERT_TRUE(other.ok()) << other.status();
   EXPECT_TRUE(absl::IsNotFound(ReadPromptCache(**other, kTokens, path).status()));
   std::filesystem::resize_file(path, std::filesystem::file_size(path) - 1);
@@ -517,7 +466,7 @@ absl::Status LoadStatus(const std::string& bytes) {
 
 TEST(ModelFileTest, DamageIsNamed) {
   EXPECT_TRUE(absl::IsNotFound(Decoder::Load(::testing::TempDir() + "no-such-file").status()));
-  const std::string good = TinyModel(Family::kLlama).bytes();
+  const std::string good = TinyModel(ShapeOf(Family::kLlama)).bytes();
   const auto with = [&](size_t offset, uint32_t value) {
     std::string bytes = good;
     std::memcpy(&bytes[offset], &value, sizeof(value));

@@ -4,16 +4,17 @@
 #include <algorithm>
 #include <fstream>
 #include <iostream>
-#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "kvservice/server/policy_file.h"
+#include "kvservice/server/policy_registry.h"
+#include "nlohmann/json.hpp"
 #include "tests/eval/calibrate.h"
 #include "tests/eval/commands.h"
-#include "tests/eval/policy_file.h"
 #include "tests/eval/quality_study.h"
 
 namespace kvservice::eval {
@@ -98,12 +99,14 @@ std::string RowsText(const std::string& command, const std::vector<nlohmann::ord
 
 absl::StatusOr<std::optional<Policy>> ReadPolicy(const std::string& path) {
   if (path.empty()) return std::optional<Policy>();
+  PolicyRegistry registry;
+  const absl::Status status = AddPolicyFile(path, &registry);
+  if (!status.ok()) return status;
   std::ifstream file(path);
-  if (!file) return absl::NotFoundError("cannot be read");
-  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  auto policy = ParsePolicyFile(text);
-  if (!policy.ok()) return policy.status();
-  return std::optional<Policy>(std::move(*policy));
+  const auto json = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object()) return absl::InvalidArgumentError("is a list, expected one policy");
+  // It has a name, which the registry knows now.
+  return std::optional<Policy>(*registry.Find(json.at("name").get<std::string>()));
 }
 
 // The two halves of the table are one set of results.

@@ -23,7 +23,7 @@ struct QualityOptions {
   // Contenders that run in lockstep: their matrix products share the weights and the prompt's keys.
   uint32_t batch = 16;
   // Folder for prefilled prompts; empty = they are made each time.
-  std::string prompt_folder;
+  std::string prompt_folder = {};
   // Only the first steps of a text (0 = all).
   uint32_t steps_max = 0;
   uint64_t seed = 1;

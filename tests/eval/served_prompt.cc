@@ -73,6 +73,8 @@ absl::StatusOr<std::unique_ptr<ServedPrompt>> ServedPrompt::Make(
   EngineOptions engine_options;
   engine_options.pool_bytes = PoolBytes(shape, prompt.length(), options);
   engine_options.seed_bytes_per_sequence_max = size_t{1} << 30;
+  engine_options.rows_max =
+      std::max(engine_options.rows_max, static_cast<uint32_t>(options.fork_count));
   engine_options.audit_rate = 0.0;
   engine_options.query_bytes_per_sequence_max = 0;
   engine_options.list_bytes_per_sequence_max = size_t{1} << 30;

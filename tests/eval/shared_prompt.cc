@@ -5,6 +5,7 @@
 
 #include "attention/float16.h"
 #include "attention/sketch_learning.h"
+#include "tests/eval/contender.h"
 
 namespace kvservice::eval {
 namespace {
@@ -39,6 +40,10 @@ std::vector<float> GroupQueries(const DecoderShape& shape, const PromptLayer& la
 
 }  // namespace
 
+bool IsSparse(const DecoderShape& shape, uint32_t layer) {
+  return layer >= kStudyDenseLayers && shape.windows[layer] == 0;
+}
+
 KvLayout LayoutOf(const DecoderShape& shape) {
   return {.query_head_count = shape.query_head_count,
           .kv_head_count = shape.kv_head_count,
@@ -54,6 +59,9 @@ SharedPrompt::SharedPrompt(const DecoderShape& shape, PromptCache cache)
   baseline_prompt_.shape = BaselineShape(shape);
   baseline_prompt_.length = static_cast<uint32_t>(length);
   baseline_prompt_.query_count = cache_.query_count;
+  for (uint32_t layer = 0; layer < shape.layer_count; ++layer) {
+    if (IsSparse(shape, layer)) baseline_prompt_.layers.push_back(layer);
+  }
   for (const PromptLayer& layer : cache_.layers) {
     for (uint32_t head = 0; head < kv_head_count_; ++head) {
       keys_.push_back(Widen(&layer.k[head * head_floats], head_floats));

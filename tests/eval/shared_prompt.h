@@ -48,6 +48,10 @@ class SharedPrompt {
 // full pages.
 std::vector<SketchTable> LearnPromptTables(const DecoderShape& shape, const PromptCache& prompt);
 
+// Whether contenders differ in a layer: it is none that all of them read whole, nor one with a
+// window.
+bool IsSparse(const DecoderShape& shape, uint32_t layer);
+
 KvLayout LayoutOf(const DecoderShape& shape);
 
 }  // namespace kvservice::eval

@@ -10,6 +10,10 @@
 namespace kvservice::eval {
 namespace {
 
+// Exp ends at e^-87, and a float32 below 2^-126 has few digits: what a token's share may be off by
+// in absolute terms.
+constexpr double kSmallest = 4e-38;
+
 // Sums of float32 run over stretches of this length before they go on in double.
 constexpr uint32_t kStretch = 512;
 
@@ -65,8 +69,12 @@ bool IsWrong(const GroupStep& step, uint32_t head, double dropped) {
   const double upper = certificate.dropped_mass_upper.value;
   const double lower = certificate.dropped_mass_lower.value;
   if (certificate.level == Level::kNone) return !(upper >= 1.0);
-  const double error = RelativeError(step, head);
-  if (upper >= dropped * (1.0 + error) && lower <= dropped * (1.0 - error)) return false;
+  const double relative = RelativeError(step, head);
+  const bool drops = !step.dense && step.selected.size() < step.length;
+  const double absolute = drops ? kSmallest * step.length : 0.0;
+  const double most = dropped * (1.0 + relative) + absolute;
+  const double least = std::max(0.0, dropped * (1.0 - relative) - absolute);
+  if (upper >= most && lower <= least) return false;
   const long double exact = LongDropped(step, head);
   return !(upper >= exact && lower <= exact);
 }

@@ -630,6 +630,7 @@ TEST(EngineSelectorTest, CisReusesAcrossStepsAndInBlocksForgets) {
     engine.Fill(handle, 0, Counting(0, 256));
     Policy policy = Scanning(SelectorKind::kCis);
     policy.cis.min_cosine = -1.0F;  // Any anchor will do.
+    policy.cis.max_dropped_mass_estimate = 0.0F;
     policy.cis.block_steps = block_steps;
     std::vector<AttendRowResult> results;
     DecodeUnder(&engine, handle, policy, 256, 264, &results);

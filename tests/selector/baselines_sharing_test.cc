@@ -55,6 +55,21 @@ TEST(TidalDecodeTest, TheMiddleLayerIsAtTheSameDepthInOtherModels) {
   }
 }
 
+// Where the first layers that choose are others, those take the places of 2 and the middle one.
+TEST(TidalDecodeTest, OnlyLayersThatChooseCount) {
+  const BaselineCase data(Layers(18), 19, 0);
+  Prompt prompt = *data.prompt();
+  prompt.layers = {5, 11, 17};
+  const auto index = IndexOf("tidal_decode", {.prompt = std::make_shared<const Prompt>(prompt)});
+  const auto baseline = index->NewBaseline(kTwo);
+  const auto propose = [&](uint32_t layer, uint32_t token) {
+    return ProposalOf(baseline.get(), TwoTokens(layer, token).step())[0];
+  };
+  EXPECT_EQ(propose(5, 3), (Positions{3, 4}));
+  EXPECT_EQ(propose(11, 9), (Positions{9, 10}));  // The next after 18 * 13 / 32.
+  EXPECT_EQ(propose(17, 6), (Positions{9, 10}));
+}
+
 TEST(TokenSelectTest, OneSetPerLayerByTheVoteOfAllHeads) {
   const BaselineCase data(Layers(1, 2), 19, 0);
   const auto index = IndexOf("token_select", {.prompt = data.prompt()});
@@ -136,7 +151,8 @@ Positions TokensIn(uint32_t direction) { return {10 + 2 * direction, 11 + 2 * di
 // A prompt of 29 tokens, in which each head's late queries look into one direction.
 class HShareRun {
  public:
-  HShareRun(ModelShape shape, const std::vector<uint32_t>& directions)
+  HShareRun(ModelShape shape, const std::vector<uint32_t>& directions,
+            const std::vector<uint32_t>& layers = {})
       : shape_((shape.head_dim = kChannels, shape)), data_(shape_, 29, 6) {
     for (uint32_t head = 0; head < directions.size(); ++head) {
       for (uint32_t i = 0; i < 8; ++i) {
@@ -149,7 +165,9 @@ class HShareRun {
         std::copy(q.begin(), q.end(), data_.query(head, i, 0).begin());
       }
     }
-    index_ = IndexOf("hshare", {.prompt = data_.prompt(),
+    Prompt prompt = *data_.prompt();
+    prompt.layers = layers;
+    index_ = IndexOf("hshare", {.prompt = std::make_shared<const Prompt>(prompt),
                                 .calibration = data_.prompt(),
                                 .overlap = {.sink = 2, .local = 2, .top_k = 2}});
     baseline_ = index_->NewBaseline(kTwo);
@@ -189,6 +207,17 @@ TEST(HShareTest, LayersThatChooseAlikeShare) {
   EXPECT_EQ(run.cost().bytes, 0.0);
   EXPECT_EQ(run.Next(3, {1})[0], TokensIn(2));
   EXPECT_EQ(run.cost().heads_scanned, 0U);
+}
+
+// Layer 3 is most like layer 0, which is read whole and has no list to copy: of the layers that
+// choose, half copy.
+TEST(HShareTest, NobodyCopiesFromALayerThatDoesNotChoose) {
+  HShareRun run(Layers(4), {0, 1, 1, 0}, {1, 2, 3});
+  EXPECT_EQ(run.Next(1, {3})[0], TokensIn(3));
+  EXPECT_EQ(run.Next(2, {0})[0], TokensIn(3));
+  EXPECT_EQ(run.cost().heads_scanned, 0U);
+  EXPECT_EQ(run.Next(3, {1})[0], TokensIn(1));
+  EXPECT_EQ(run.cost().heads_scanned, 1U);
 }
 
 TEST(HShareTest, HeadsThatChooseAlikeShare) {

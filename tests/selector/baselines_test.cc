@@ -274,6 +274,12 @@ TEST_F(NewPromptIndexTest, RefusesShapesThatDoNotFit) {
             "snapkv: the prompt has no queries");
   EXPECT_EQ(refusal("oracle", [](Prompt* p) { p->query_count = 21; }),
             "oracle: more queries than tokens in the prompt");
+  EXPECT_EQ(refusal("oracle",
+                    [](Prompt* p) {
+                      p->layers = {1, 1};
+                    }),
+            "oracle: the prompt's layers are not ascending");
+  EXPECT_EQ(refusal("oracle", [](Prompt* p) { p->layers = {0, 4}; }), "oracle: layer 4 of 4");
   EXPECT_EQ(refusal("h2o", [](Prompt* p) { p->heads[7].attention_sum = {}; }),
             "h2o: attention sums: expected 20, got 0");
   EXPECT_EQ(refusal("loki",
