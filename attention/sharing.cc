@@ -97,9 +97,8 @@ SharingTerms MakeSharingTerms(const SharingTask& task, ReadKeys read_keys) {
   const KvLayout& layout = task.shape->layout;
   const uint32_t head_dim = layout.head_dim;
   const uint32_t group = layout.group_size();
-  const size_t count = task.read.size();
   assert(task.queries.size() == size_t{group} * head_dim);
-  assert(task.read_logits.size() == group * count && task.log_left.size() == group);
+  assert(task.read_logits.size() == group * task.read.size() && task.log_left.size() == group);
   SharingTerms terms;
   terms.queries.reserve(task.queries.size());
   for (const float q : task.queries) terms.queries.push_back(task.shape->scale * q);
