@@ -91,15 +91,4 @@ HeadCertificate Merge(const HeadCertificate& a, const HeadCertificate& b) {
   return merged;
 }
 
-double MutualInformationBoundNats(MassUpper dropped_mass, uint64_t token_count) {
-  if (token_count == 0) return 0.0;
-  const auto tokens = static_cast<double>(token_count);
-  // g rises up to d = N / (N + 1), where it is ln(N + 1). NaN is taken there as well.
-  const double d = std::max(dropped_mass.value, 0.0);
-  if (!(d < tokens / (tokens + 1.0))) return WidenUp(std::log1p(tokens));
-  if (d == 0.0) return 0.0;
-  return WidenUp(WidenUp(-d * std::log(d)) + WidenUp(-(1.0 - d) * std::log1p(-d)) +
-                 WidenUp(d * std::log(tokens)));
-}
-
 }  // namespace kvservice

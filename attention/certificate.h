@@ -72,12 +72,6 @@ void FinishCertificate(HeadCertificate* certificate);
 // unknown here: MergedOutputError (attention/output_error.h) bounds it.
 HeadCertificate Merge(const HeadCertificate& a, const HeadCertificate& b);
 
-// Upper bound in nats of the mutual information between context and attended index that is lost
-// when a mean share `dropped_mass` of attention over `token_count` tokens is dropped: g(d) = h(d) +
-// d ln N (our derivation, g1). Rounded up; d is clamped to [0, 1] and g is taken at its maximum
-// beyond the point where it starts to fall.
-double MutualInformationBoundNats(MassUpper dropped_mass, uint64_t token_count);
-
 }  // namespace kvservice
 
 #endif  // KVSERVICE_ATTENTION_CERTIFICATE_H_

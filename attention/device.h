@@ -136,6 +136,11 @@ struct GroupReport {
   // Share of mass that the most similar anchor's list was estimated to drop (Plan::
   // reuse_mass_limit), whether it was used or not; negative when not estimated.
   float sharing_estimate = -1.0F;
+  // For what the theory assumes about sharing (selector/assumed.h), with Source::kReuse: at least
+  // the largest norm of the KV head's keys, and the largest distance of the group's queries to
+  // those of the anchor whose list was taken, before rotation. Negative = not known, no list taken.
+  float key_norm_max = -1.0F;
+  float query_distance = -1.0F;
 };
 
 // One row of a call. Inputs are borrowed and outputs are caller's memory.

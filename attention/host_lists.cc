@@ -6,6 +6,9 @@
 #include <cmath>
 #include <utility>
 
+#include "attention/float16.h"
+#include "attention/log_mass.h"
+
 namespace kvservice {
 namespace {
 
@@ -20,8 +23,21 @@ float Dot(const float* a, const float* b, uint32_t count) {
          ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
 
+// At least the norm of a vector of a finite key.
+float NormUpper(DType dtype, const std::byte* vector, uint32_t head_dim) {
+  double squares = 0.0;
+  for (uint32_t c = 0; c < head_dim; ++c) {
+    const double x = LoadElement(dtype, vector, c);
+    squares += x * x;
+  }
+  // Covers the roundings of the sum and the root: 2^-53 each.
+  return RoundUpToFloat(std::sqrt(squares) * (1.0 + 0x1p-40));
+}
+
 // Scales every query of a group to norm 1; one of norm zero (or not finite) becomes zero.
-void Normalize(absl::Span<const float> queries, uint32_t head_dim, float* out) {
+// norms: [group], or nullptr.
+void Normalize(absl::Span<const float> queries, uint32_t head_dim, float* out,
+               float* norms = nullptr) {
   for (size_t begin = 0; begin < queries.size(); begin += head_dim) {
     double squares = 0.0;
     for (uint32_t c = 0; c < head_dim; ++c) {
@@ -30,6 +46,7 @@ void Normalize(absl::Span<const float> queries, uint32_t head_dim, float* out) {
     }
     const double norm = std::sqrt(squares);
     const bool usable = norm > 0.0 && std::isfinite(norm);
+    if (norms != nullptr) norms[begin / head_dim] = usable ? static_cast<float>(norm) : 0.0F;
     for (uint32_t c = 0; c < head_dim; ++c) {
       out[begin + c] = usable ? static_cast<float>(queries[begin + c] / norm) : 0.0F;
     }
@@ -79,6 +96,7 @@ std::unique_ptr<TokenLists> HostLists::Copy() const {
 void HostLists::Truncate(uint32_t length) {
   for (Head& head : heads_) {
     DropFrom(length, &head.selection);
+    head.key_norm_end = std::min(head.key_norm_end, length);
     for (Anchor& anchor : head.anchors) {
       DropFrom(length, &anchor.tokens);
       // What was read and left included tokens that are gone.
@@ -91,7 +109,7 @@ void HostLists::Truncate(uint32_t length) {
 size_t HostLists::bytes() const {
   size_t bytes = sizeof(*this) + heads_.capacity() * sizeof(Head);
   for (const Head& head : heads_) {
-    bytes += head.queries.capacity() * sizeof(float);
+    bytes += (head.queries.capacity() + head.query_norms.capacity()) * sizeof(float);
     bytes += head.selection.capacity() * sizeof(uint32_t);
     bytes += head.anchors.capacity() * sizeof(Anchor);
     for (const Anchor& anchor : head.anchors) {
@@ -135,6 +153,7 @@ void HostLists::Insert(uint32_t kv_head, absl::Span<const float> queries,
   if (index < anchors_max_) {
     head.anchors.emplace_back();
     head.queries.resize(head.anchors.size() * query_floats());
+    head.query_norms.resize(head.anchors.size() * layout_.group_size());
   } else {
     const auto oldest = std::min_element(
         head.anchors.begin(), head.anchors.end(),
@@ -149,7 +168,37 @@ void HostLists::Insert(uint32_t kv_head, absl::Span<const float> queries,
 
 void HostLists::StoreQueries(uint32_t kv_head, uint32_t index, absl::Span<const float> queries) {
   assert(queries.size() == query_floats());
-  Normalize(queries, layout_.head_dim, &heads_[kv_head].queries[index * query_floats()]);
+  Head& head = heads_[kv_head];
+  Normalize(queries, layout_.head_dim, &head.queries[index * query_floats()],
+            &head.query_norms[size_t{index} * layout_.group_size()]);
+}
+
+float HostLists::QueryDistance(uint32_t kv_head, uint32_t index,
+                               absl::Span<const float> queries) const {
+  assert(queries.size() == query_floats());
+  const Head& head = heads_[kv_head];
+  double largest = 0.0;
+  for (uint32_t g = 0; g < layout_.group_size(); ++g) {
+    const double norm = head.query_norms[size_t{index} * layout_.group_size() + g];
+    const float* unit = &head.queries[index * query_floats() + size_t{g} * layout_.head_dim];
+    double squares = 0.0;
+    for (uint32_t c = 0; c < layout_.head_dim; ++c) {
+      const double apart = queries[size_t{g} * layout_.head_dim + c] - norm * unit[c];
+      squares += apart * apart;
+    }
+    largest = std::max(largest, squares);
+  }
+  return static_cast<float>(std::sqrt(largest));
+}
+
+float HostLists::KeyNormMax(uint32_t kv_head, const KvView& view) {
+  Head& head = heads_[kv_head];
+  for (; head.key_norm_end < view.length; ++head.key_norm_end) {
+    const std::byte* key = view.Row(layout_, kv_head, head.key_norm_end);
+    head.key_norm_max =
+        std::max(head.key_norm_max, NormUpper(layout_.dtype, key, layout_.head_dim));
+  }
+  return head.key_norm_max;
 }
 
 void HostLists::Touch(uint32_t kv_head, uint32_t index) {

@@ -27,6 +27,7 @@
 #include "absl/types/span.h"
 #include "attention/device.h"
 #include "attention/kv_layout.h"
+#include "attention/kv_view.h"
 #include "attention/sharing.h"
 
 namespace kvservice {
@@ -70,6 +71,12 @@ class HostLists : public TokenLists {
   // [anchor_count][group][head_dim], un-rotated, each query scaled to norm 1 (or zero).
   absl::Span<const float> queries(uint32_t kv_head) const { return heads_[kv_head].queries; }
 
+  // The largest distance of the group's queries (as above) to those that the anchor was made for.
+  float QueryDistance(uint32_t kv_head, uint32_t index, absl::Span<const float> queries) const;
+  // At least the largest norm of the KV head's keys in the view. Norms are taken once, as tokens
+  // come, and what was seen counts for ever: keys that are gone may leave it too large.
+  float KeyNormMax(uint32_t kv_head, const KvView& view);
+
   // Adds an anchor as the most recently used; the least recently used goes when there are
   // anchors_max.
   void Insert(uint32_t kv_head, absl::Span<const float> queries, std::vector<uint32_t> tokens,
@@ -104,11 +111,15 @@ class HostLists : public TokenLists {
   struct Head {
     std::vector<Anchor> anchors;
     std::vector<float> queries;
+    std::vector<float> query_norms;  // [anchors][group]
     std::vector<uint32_t> selection;
     bool has_selection = false;
     uint32_t dense_begin = 0;
     uint32_t dense_end = 0;
     uint64_t tick = 0;
+    // Of the keys below key_norm_end.
+    float key_norm_max = 0.0F;
+    uint32_t key_norm_end = 0;
   };
 
   size_t query_floats() const {

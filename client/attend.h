@@ -86,6 +86,16 @@ struct GroupReport {
   // Share of mass that the most similar remembered query's list was estimated to drop, used or not
   // (CisPolicy::max_dropped_mass_estimate); negative = not estimated. No bound.
   float sharing_estimate = -1.0F;
+  // What theory says about the method under assumptions that nothing checks; no bound. The excess
+  // over the best set of the same size of a list that was reused, the mass of hidden tokens, the
+  // excess of a shallower layer's choice. Negative = no statement.
+  float assumed_cis_excess_mass = -1.0F;
+  float assumed_psaw_dropped_mass = -1.0F;
+  float assumed_etf_excess_mass = -1.0F;
+  // What the first is made of: an upper bound of the keys' norms, and how far the queries are from
+  // those that the list was made for.
+  float key_norm_max = -1.0F;
+  float query_distance = -1.0F;
 };
 
 // What an earlier row of the sequence and layer has dropped, with every key scored since. Arrays

@@ -81,6 +81,11 @@ struct LayerOverride {
   // Share of the past that kPsaw and kCpe hide, and kEtf and kCpe freeze, in [0, 1).
   std::optional<float> hidden_share = {};
   std::optional<float> frozen_share = {};
+  // Fitted by calibration, for GroupReport::assumed_* alone: attention beyond distance D is
+  // psaw_decay_scale exp(-psaw_decay_rate D), and a shallower layer's logits are this far off.
+  std::optional<float> psaw_decay_scale = {};
+  std::optional<float> psaw_decay_rate = {};
+  std::optional<float> etf_logit_drift = {};
 };
 
 struct Policy {

@@ -163,6 +163,26 @@ absl::Status CertificatesFromProto(const v1::Certificates& from, const RowPlace&
   return absl::OkStatus();
 }
 
+// Columns that are left out when they say nothing of any KV head.
+absl::Status GroupColumnsFromProto(const v1::GroupReports& from, const std::string& field,
+                                   std::vector<GroupReport>* to) {
+  const std::pair<const google::protobuf::RepeatedField<float>*, float GroupReport::*> columns[] = {
+      {&from.sharing_estimate(), &GroupReport::sharing_estimate},
+      {&from.assumed_cis_excess_mass(), &GroupReport::assumed_cis_excess_mass},
+      {&from.assumed_psaw_dropped_mass(), &GroupReport::assumed_psaw_dropped_mass},
+      {&from.assumed_etf_excess_mass(), &GroupReport::assumed_etf_excess_mass},
+      {&from.key_norm_max(), &GroupReport::key_norm_max},
+      {&from.query_distance(), &GroupReport::query_distance}};
+  for (const auto& [column, member] : columns) {
+    if (column->empty()) continue;
+    if (static_cast<size_t>(column->size()) != to->size()) {
+      return MalformedReply(field, "are not one per KV head");
+    }
+    for (int i = 0; i < column->size(); ++i) (*to)[static_cast<size_t>(i)].*member = column->Get(i);
+  }
+  return absl::OkStatus();
+}
+
 absl::Status GroupsFromProto(const v1::GroupReports& from, const RowPlace& place,
                              AttendRowResult* to) {
   const std::string field = place.field + ".groups";
@@ -170,8 +190,7 @@ absl::Status GroupsFromProto(const v1::GroupReports& from, const RowPlace& place
   const bool divides = count > 0 && place.head_count % static_cast<size_t>(count) == 0;
   if (!divides || from.scanned_size() != count || from.tokens_read_size() != count ||
       from.tokens_scanned_size() != count || from.similarity_size() != count ||
-      from.keys_sampled_size() != count || from.rows_sampled_size() != count ||
-      (from.sharing_estimate_size() != 0 && from.sharing_estimate_size() != count)) {
+      from.keys_sampled_size() != count || from.rows_sampled_size() != count) {
     return MalformedReply(field, "are not one per KV head");
   }
   for (int i = 0; i < count; ++i) {
@@ -186,10 +205,8 @@ absl::Status GroupsFromProto(const v1::GroupReports& from, const RowPlace& place
                           .similarity = from.similarity(i),
                           .keys_sampled = from.keys_sampled(i),
                           .rows_sampled = from.rows_sampled(i)});
-    if (from.sharing_estimate_size() == 0) continue;
-    to->groups.back().sharing_estimate = from.sharing_estimate(i);
   }
-  return absl::OkStatus();
+  return GroupColumnsFromProto(from, field, &to->groups);
 }
 
 absl::Status SelectedFromProto(const v1::AttendRowResult& from, bool asked, const RowPlace& place,

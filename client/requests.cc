@@ -129,6 +129,9 @@ void LayersToProto(const std::vector<LayerOverride>& from, v1::LayerOverrides* t
                                               layers.kv_head_min_cosines.end());
     if (layers.hidden_share) entry->set_hidden_share(*layers.hidden_share);
     if (layers.frozen_share) entry->set_frozen_share(*layers.frozen_share);
+    if (layers.psaw_decay_scale) entry->set_psaw_decay_scale(*layers.psaw_decay_scale);
+    if (layers.psaw_decay_rate) entry->set_psaw_decay_rate(*layers.psaw_decay_rate);
+    if (layers.etf_logit_drift) entry->set_etf_logit_drift(*layers.etf_logit_drift);
   }
 }
 

@@ -12,6 +12,7 @@
 #include "kvservice/row_check.h"
 #include "kvservice/store_rows.h"
 #include "kvservice/tensor_check.h"
+#include "selector/assumed.h"
 #include "selector/selector.h"
 
 namespace kvservice {
@@ -285,6 +286,9 @@ void AttendBatch::PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) 
   result.attended_length = asked.position + asked.query_count;
   result.selector = step.selector;
   result.groups.assign(layout.kv_head_count, GroupReport());
+  result.assumed.assign(layout.kv_head_count,
+                        {.psaw_dropped = static_cast<float>(step.assumed_psaw_dropped_mass),
+                         .etf_excess = static_cast<float>(step.assumed_etf_excess_mass)});
   result.certificates.assign(static_cast<size_t>(asked.query_count) * layout.query_head_count,
                              HeadCertificate());
 
@@ -367,6 +371,22 @@ void AttendBatch::RememberQuery(const Row& row, const AttendRow& done) const {
   record->last_query_bytes = others_bytes + last->q.size() * sizeof(float);
 }
 
+// Completes what the plan assumed with what the device has measured. A KV head that was answered
+// densely after all dropped nothing, so there is nothing to say about it.
+void AttendBatch::FinishAssumed(const LayerShape& shape, const AttendRow& done,
+                                AttendRowResult* result) {
+  for (size_t head = 0; head < result->groups.size(); ++head) {
+    const GroupReport& group = result->groups[head];
+    AssumedMasses& assumed = result->assumed[head];
+    const bool answered_densely =
+        group.action == Action::kDense && done.plan.mode == Mode::kEnforce;
+    if (answered_densely) assumed = {};
+    if (answered_densely || group.query_distance < 0.0F) continue;
+    assumed.cis_excess = static_cast<float>(
+        AssumedSharingExcess(group.key_norm_max, group.query_distance, shape.scale));
+  }
+}
+
 void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
   Sequence* cache = row.record->cache.get();
   if (done.plan.lists != nullptr) {
@@ -382,7 +402,9 @@ void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
     return;
   }
   result.status = absl::OkStatus();
-  const uint32_t window = row.record->model->layers[row.call->layer].sliding_window;
+  const LayerShape& shape = row.record->model->layers[row.call->layer];
+  FinishAssumed(shape, done, &result);
+  const uint32_t window = shape.sliding_window;
   const uint32_t seen_by_last = window == 0 ? done.view.length : std::min(window, done.view.length);
   for (AttendStats* stats : {&row.record->stats, parts_.totals}) {
     ++stats->attend_rows;

@@ -83,6 +83,8 @@ class AttendBatch {
   void SeedRow(const Row& row, const AttendRow& planned);
   void KeepRow(const Row& row, const AttendRow& done);
   void RememberQuery(const Row& row, const AttendRow& done) const;
+  static void FinishAssumed(const LayerShape& shape, const AttendRow& done,
+                            AttendRowResult* result);
   void FinishRow(const Row& row, const AttendRow& done);
 
   const Parts parts_;

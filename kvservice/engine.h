@@ -171,11 +171,20 @@ struct AttendCallRow {
   absl::Span<const uint32_t> given_offsets;
 };
 
+// What theory assumes about one KV head (selector/assumed.h): no bound of anything. Negative = no
+// statement.
+struct AssumedMasses {
+  float cis_excess = -1.0F;
+  float psaw_dropped = -1.0F;
+  float etf_excess = -1.0F;
+};
+
 struct AttendRowResult {
   absl::Status status;
   uint32_t attended_length = 0;
   SelectorKind selector = SelectorKind::kDense;
   std::vector<GroupReport> groups;              // [kv_head_count]
+  std::vector<AssumedMasses> assumed;           // [kv_head_count]
   std::vector<HeadCertificate> certificates;    // [query_count][query_head_count]
   std::vector<std::vector<uint32_t>> selected;  // [kv_head_count] if asked for
   // Exact masses of earlier rows of the sequence and layer, oldest first, this one last; empty but

@@ -41,8 +41,8 @@ double QueryDistance(double a, double b, double cosine);
 double AssumedSharingExcess(double key_norm_max, double query_distance, double scale);
 
 // PSAW: mass beyond the latest `visible_tokens` positions, sinks apart: C exp(-lambda distance),
-// at most 1. Assumed: that attention decays like this, with a (C, lambda) that was fitted to a layer
-// on calibration data.
+// at most 1. Assumed: that attention decays like this, with a (C, lambda) that was fitted to a
+// layer on calibration data.
 double AssumedHiddenMass(double decay_scale, double decay_rate, double visible_tokens);
 
 // ETF: excess of a choice that a shallower layer made for the frozen tokens, if that layer's logits

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 
@@ -108,6 +109,24 @@ absl::Status CheckEtf(const EtfParameters& etf, uint32_t layer_count) {
   return status;
 }
 
+// The numbers of one override that only theory reads.
+absl::Status CheckFits(const std::string& field, const LayerOverride& entry) {
+  const std::pair<const char*, const std::optional<float>*> fits[] = {
+      {".psaw_decay_scale", &entry.psaw_decay_scale},
+      {".psaw_decay_rate", &entry.psaw_decay_rate},
+      {".etf_logit_drift", &entry.etf_logit_drift}};
+  for (const auto& [name, fit] : fits) {
+    if (!fit->has_value() || (**fit >= 0.0F && std::isfinite(**fit))) continue;
+    return OutOfRange(field + name, **fit, "finite and at least 0");
+  }
+  if (entry.psaw_decay_scale.has_value() == entry.psaw_decay_rate.has_value()) {
+    return absl::OkStatus();
+  }
+  const char* missing = entry.psaw_decay_rate.has_value() ? "scale" : "rate";
+  return absl::InvalidArgumentError(absl::StrCat("policy.", field, ".psaw_decay_", missing,
+                                                 " is absent, the other of the pair is not"));
+}
+
 // The calibrated numbers of one override.
 absl::Status CheckCalibration(const std::string& field, const LayerOverride& entry,
                               uint32_t kv_head_count) {
@@ -131,7 +150,7 @@ absl::Status CheckCalibration(const std::string& field, const LayerOverride& ent
   };
   check_share(".hidden_share", entry.hidden_share);
   check_share(".frozen_share", entry.frozen_share);
-  return status;
+  return status.ok() ? CheckFits(field, entry) : status;
 }
 
 // An override may reach beyond the last layer (one policy serves models of several depths) but must

@@ -102,6 +102,12 @@ struct LayerOverride {
   // schedule says: floor(share t) positions at length t.
   std::optional<float> hidden_share = {};
   std::optional<float> frozen_share = {};
+  // Fitted by calibration, for what the theory assumes (selector/assumed.h) and for nothing else:
+  // the mass beyond distance D is psaw_decay_scale exp(-psaw_decay_rate D), both or neither; logits
+  // of the shallower layer are within etf_logit_drift of the layer's own. Finite, at least 0.
+  std::optional<float> psaw_decay_scale = {};
+  std::optional<float> psaw_decay_rate = {};
+  std::optional<float> etf_logit_drift = {};
   friend bool operator==(const LayerOverride&, const LayerOverride&) = default;
 };
 

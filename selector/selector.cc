@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cassert>
 
+#include "selector/assumed.h"
+
 namespace kvservice {
 namespace {
 
@@ -70,6 +72,21 @@ void ApplyEdits(SelectorKind selector, const Policy& policy, const StepContext& 
   EditGuarantee(policy, context, plan);
 }
 
+// What calibration has found for theory, about what the plan hides and freezes.
+void Assume(const StepContext& context, PlannedStep* step) {
+  const LayerOverride* ruling = context.ruling;
+  const Plan& plan = step->plan;
+  if (ruling == nullptr) return;
+  if (ruling->psaw_decay_scale.has_value() && plan.visible_begin > plan.sink_end) {
+    step->assumed_psaw_dropped_mass =
+        AssumedHiddenMass(*ruling->psaw_decay_scale, *ruling->psaw_decay_rate,
+                          context.attended_length - plan.visible_begin);
+  }
+  if (ruling->etf_logit_drift.has_value() && plan.frozen_lists != nullptr) {
+    step->assumed_etf_excess_mass = AssumedFreezingExcess(*ruling->etf_logit_drift);
+  }
+}
+
 }  // namespace
 
 void EditGuarantee(const Policy& policy, const StepContext& /*context*/, Plan* plan) {
@@ -108,6 +125,7 @@ PlannedStep MakePlan(const Policy& policy, const StepContext& context) {
   step.selector = ResolveSelector(policy, context);
   step.plan = DensePlan(BudgetOf(policy, ruled), ruled);
   ApplyEdits(step.selector, policy, ruled, &step.plan);
+  Assume(ruled, &step);
   step.drop_lists = step.plan.source == Source::kReuse && StartsCisBlock(policy.cis, context);
   return step;
 }

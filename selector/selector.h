@@ -44,6 +44,10 @@ struct PlannedStep {
   // The sequence's lists of this layer must be dropped before the call (CIS in the paper's form, at
   // a block's first step).
   bool drop_lists = false;
+  // What the theory assumes about the plan's hidden and frozen tokens (selector/assumed.h), where
+  // it has such and the layer was calibrated; negative = nothing.
+  double assumed_psaw_dropped_mass = -1.0;
+  double assumed_etf_excess_mass = -1.0;
 };
 
 // The plan of one row. `policy` is valid (ValidatePolicy) and outlives the plan, which borrows its

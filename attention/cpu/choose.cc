@@ -318,7 +318,12 @@ float Chooser::GuessThreshold() const {
     }
     least = quarter;
   }
-  return std::bit_cast<float>(static_cast<int32_t>(least) << kQuarterBits);
+  const auto threshold = std::bit_cast<float>(static_cast<int32_t>(least) << kQuarterBits);
+  // A token whose share alone is beyond the limit is kept whatever the others are, so no threshold
+  // above the limit suffices. A sample that met none of those knows no threshold at all: then it is
+  // NaN, and must not be taken.
+  const auto highest = static_cast<float>(limit_);
+  return by_mass_ && !(threshold <= highest) ? highest : threshold;
 }
 
 // Makes entries of the candidates that score at least `threshold`. False if the others are too

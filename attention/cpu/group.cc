@@ -63,7 +63,7 @@ void Group::Prepare(const LayerShape& shape, AttendRow* row, uint32_t kv_head,
   anchor_queries_ = anchor_queries;
   has_choice_ = scanned_ = reused_ = everything_ = false;
   similarity_ = -2.0F;
-  sharing_estimate_ = -1.0F;
+  sharing_estimate_ = key_norm_max_ = query_distance_ = -1.0F;
   assert(row->position + row->query_count == row->view.length);
   SetQueries();
   SetRange();
@@ -194,6 +194,7 @@ void Group::StartChoice(absl::Span<const float> anchor_queries) {
   if (plan.source == Source::kReuse) {
     assert(plan.lists != nullptr);
     const int32_t anchor = FindReusable(anchor_queries);
+    key_norm_max_ = lists()->KeyNormMax(kv_head_, row_->view);
     if (anchor >= 0) return StartReuse(static_cast<uint32_t>(anchor));
   }
   has_choice_ = scanned_ = true;
@@ -223,6 +224,7 @@ int32_t Group::FindReusable(absl::Span<const float> anchor_queries) {
 void Group::StartReuse(uint32_t anchor) {
   reused_ = true;
   anchor_ = anchor;
+  query_distance_ = lists()->QueryDistance(kv_head_, anchor, anchor_queries_);
   lists()->Touch(kv_head_, anchor);
   const HostLists::Anchor& list = lists()->anchor(kv_head_, anchor);
   TokenMask chosen(all_.size(), 0);
@@ -615,6 +617,8 @@ void Group::WriteAnswer(const TokenMask& read, Action action, bool compensate) {
   report.tokens_read = CountTokens(read_);
   report.similarity = similarity_;
   report.sharing_estimate = sharing_estimate_;
+  report.key_norm_max = key_norm_max_;
+  report.query_distance = query_distance_;
 }
 
 Group::Verdict Group::Conclude(ProofScratch* scratch) {

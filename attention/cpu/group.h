@@ -144,6 +144,8 @@ class Group {
   uint32_t places_ = 0;  // what a completed list may hold
   float similarity_ = -2.0F;
   float sharing_estimate_ = -1.0F;
+  float key_norm_max_ = -1.0F;
+  float query_distance_ = -1.0F;
 };
 
 }  // namespace kvservice

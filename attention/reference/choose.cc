@@ -298,7 +298,12 @@ Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
     assert(lists != nullptr);
     const int32_t anchor = FindReusable(plan, queries, *row, &choice);
     choice.reused = anchor >= 0;
-    if (choice.reused) choice.middle = Reuse(plan, middle, static_cast<uint32_t>(anchor), row);
+    choice.key_norm_max = lists->KeyNormMax(row->kv_head(), row->view());
+    if (choice.reused) {
+      const auto index = static_cast<uint32_t>(anchor);
+      choice.query_distance = lists->QueryDistance(row->kv_head(), index, queries);
+      choice.middle = Reuse(plan, middle, index, row);
+    }
   }
   choice.scanned = (plan.source == Source::kScan && !remembered) ||
                    (plan.source == Source::kReuse && !choice.reused);

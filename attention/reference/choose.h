@@ -25,6 +25,9 @@ struct Choice {
   float similarity = -2.0F;
   // See GroupReport.
   float sharing_estimate = -1.0F;
+  // See GroupReport.
+  float key_norm_max = -1.0F;
+  float query_distance = -1.0F;
 };
 
 // queries: the last query token's queries of this KV head, un-rotated, [group][head_dim]; read only

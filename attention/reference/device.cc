@@ -140,6 +140,8 @@ bool AttendHead(const LayerShape& shape, uint32_t kv_head, absl::Span<const floa
   report.tokens_scanned = head_row.scanned_count();
   report.similarity = choice.similarity;
   report.sharing_estimate = choice.sharing_estimate;
+  report.key_norm_max = choice.key_norm_max;
+  report.query_distance = choice.query_distance;
   return true;
 }
 

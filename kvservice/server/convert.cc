@@ -6,6 +6,7 @@
 #include "attention/rounding.h"
 #include "kvservice/error.h"
 #include "kvservice/tensor_check.h"
+#include "selector/assumed.h"
 
 namespace kvservice {
 namespace {

@@ -191,6 +191,15 @@ void CertificatesToProto(const std::vector<HeadCertificate>& certificates, v1::C
 
 namespace {
 
+// A column that says nothing of any KV head (all negative) is left out.
+template <typename Report>
+void ColumnToProto(const std::vector<Report>& reports, float Report::*member,
+                   google::protobuf::RepeatedField<float>* to) {
+  const auto says = [member](const Report& report) { return report.*member >= 0.0F; };
+  if (std::none_of(reports.begin(), reports.end(), says)) return;
+  for (const Report& report : reports) to->Add(report.*member);
+}
+
 void GroupsToProto(const std::vector<GroupReport>& groups, v1::GroupReports* to) {
   for (const GroupReport& group : groups) {
     to->add_action(ActionToProto(group.action));
@@ -201,9 +210,15 @@ void GroupsToProto(const std::vector<GroupReport>& groups, v1::GroupReports* to)
     to->add_keys_sampled(group.keys_sampled);
     to->add_rows_sampled(group.rows_sampled);
   }
-  const auto has_estimate = [](const GroupReport& group) { return group.sharing_estimate >= 0.0F; };
-  if (std::none_of(groups.begin(), groups.end(), has_estimate)) return;
-  for (const GroupReport& group : groups) to->add_sharing_estimate(group.sharing_estimate);
+  ColumnToProto(groups, &GroupReport::sharing_estimate, to->mutable_sharing_estimate());
+  ColumnToProto(groups, &GroupReport::key_norm_max, to->mutable_key_norm_max());
+  ColumnToProto(groups, &GroupReport::query_distance, to->mutable_query_distance());
+}
+
+void AssumedToProto(const std::vector<AssumedMasses>& assumed, v1::GroupReports* to) {
+  ColumnToProto(assumed, &AssumedMasses::cis_excess, to->mutable_assumed_cis_excess_mass());
+  ColumnToProto(assumed, &AssumedMasses::psaw_dropped, to->mutable_assumed_psaw_dropped_mass());
+  ColumnToProto(assumed, &AssumedMasses::etf_excess, to->mutable_assumed_etf_excess_mass());
 }
 
 void FailureToProto(const absl::Status& status, v1::AttendRowResult* to) {
@@ -223,6 +238,7 @@ void RowToProto(const AttendCallRow& row, const AttendRowResult& from, v1::Atten
   to->set_attended_tokens(from.attended_length);
   to->set_selector(SelectorToProto(from.selector));
   GroupsToProto(from.groups, to->mutable_groups());
+  AssumedToProto(from.assumed, to->mutable_groups());
   CertificatesToProto(from.certificates, to->mutable_certificates());
   for (const std::vector<uint32_t>& positions : from.selected) {
     to->add_selected()->mutable_positions()->Add(positions.begin(), positions.end());

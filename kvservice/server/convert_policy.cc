@@ -95,6 +95,9 @@ LayerOverride LayersFromProto(const v1::LayerOverride& from) {
                                 from.kv_head_min_cosines().end());
   if (from.has_hidden_share()) to.hidden_share = from.hidden_share();
   if (from.has_frozen_share()) to.frozen_share = from.frozen_share();
+  if (from.has_psaw_decay_scale()) to.psaw_decay_scale = from.psaw_decay_scale();
+  if (from.has_psaw_decay_rate()) to.psaw_decay_rate = from.psaw_decay_rate();
+  if (from.has_etf_logit_drift()) to.etf_logit_drift = from.etf_logit_drift();
   return to;
 }
 
@@ -313,6 +316,9 @@ void LayersToProto(const LayerOverride& from, v1::LayerOverride* to) {
                                          from.kv_head_min_cosines.end());
   if (from.hidden_share.has_value()) to->set_hidden_share(*from.hidden_share);
   if (from.frozen_share.has_value()) to->set_frozen_share(*from.frozen_share);
+  if (from.psaw_decay_scale.has_value()) to->set_psaw_decay_scale(*from.psaw_decay_scale);
+  if (from.psaw_decay_rate.has_value()) to->set_psaw_decay_rate(*from.psaw_decay_rate);
+  if (from.etf_logit_drift.has_value()) to->set_etf_logit_drift(*from.etf_logit_drift);
 }
 
 void EditsToProto(const Policy& from, v1::Policy* to) {

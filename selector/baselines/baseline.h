@@ -96,8 +96,9 @@ class Baseline {
  public:
   virtual ~Baseline() = default;
   // Called for every layer of Prompt::layers in order, then for the next token; the first step has
-  // length prompt length + 1, and each has one more than the one before. positions: [kv_head_count],
-  // filled with ascending unique positions in [sink, length - local); clears what was there.
+  // length prompt length + 1, and each has one more than the one before. positions:
+  // [kv_head_count], filled with ascending unique positions in [sink, length - local); clears what
+  // was there.
   virtual Cost Propose(const Step& step, std::vector<std::vector<uint32_t>>* positions) = 0;
 };
 

@@ -158,27 +158,5 @@ TEST(Certificate, MergeTakesTheWeakerStatement) {
   EXPECT_TRUE(Merge(confident, confident).met);
 }
 
-TEST(Certificate, MutualInformationBoundIsUpperAndMonotone) {
-  for (const uint64_t tokens : {1ULL, 2ULL, 100ULL, 32768ULL, 1ULL << 40}) {
-    double previous = -1.0;
-    for (const double d : {0.0, 1e-300, 1e-12, 1e-3, 0.05, 0.3, 0.5, 0.9, 0.9999, 1.0}) {
-      const auto x = static_cast<long double>(d);
-      const auto n = static_cast<long double>(tokens);
-      long double exact = 0.0L;
-      if (x > 0.0L) exact = -x * std::log(x) + x * std::log(n);
-      if (x < 1.0L) exact -= (1.0L - x) * std::log1p(-x);
-      if (x > n / (n + 1.0L)) exact = std::log1p(n);
-      const double bound = MutualInformationBoundNats({d}, tokens);
-      EXPECT_GE(bound, exact) << d << " " << tokens;
-      EXPECT_NEAR(bound, static_cast<double>(exact), 1e-12);
-      EXPECT_GE(bound, previous);
-      previous = bound;
-    }
-  }
-  EXPECT_EQ(MutualInformationBoundNats({0.0}, 1000), 0.0);
-  EXPECT_EQ(MutualInformationBoundNats({0.5}, 0), 0.0);
-  EXPECT_EQ(MutualInformationBoundNats({kNan}, 9), MutualInformationBoundNats({1.0}, 9));
-}
-
 }  // namespace
 }  // namespace kvservice

@@ -166,6 +166,35 @@ TEST(CpuChoose, BothRulesKeepTheLargerSet) {
   EXPECT_EQ(CountTokens(Choose(task, &scratch)), by_mass);
 }
 
+// One token has all the mass and may lie where no sample looks: a guess that met none of it must
+// not pass for a threshold. (Found by the closed-loop study: needles were lost at 4,096 tokens.)
+TEST(CpuChoose, ATokenWithAllTheMassIsKeptWhereverItLies) {
+  OnEveryTarget([] {
+    constexpr uint32_t kManyBlocks = 64;
+    ChooseScratch scratch;
+    for (const bool proving : {false, true}) {
+      for (uint32_t peak = 0; peak < 2 * kBlockTokens; peak += 7) {
+        Weights from(2, 1, 0.5, proving, kManyBlocks);
+        for (int32_t& reference : from.weights.reference) reference = -60;
+        for (uint32_t head = 0; head < 2; ++head) {
+          const size_t page = from.weights.PageIndex(head, kFirstBlock + peak / kBlockTokens);
+          for (uint32_t t = 0; t < kBlockTokens; ++t) {
+            from.numbers()[page * kBlockTokens + t] = t == peak % kBlockTokens ? 1.0F : 0x1p-60F;
+          }
+          from.weights.reference[page] = 0;
+        }
+        from.SumPages();
+        from.always_lse.assign(2, -40.0);
+        ChooseTask task = from.Task();
+        task.proving = proving;
+        task.mass_limit = 0.05F;
+        const std::vector<uint32_t> kept = PositionsOf(Choose(task, &scratch), kFirstBlock);
+        EXPECT_EQ(kept, std::vector<uint32_t>{kFirstBlock * kBlockTokens + peak});
+      }
+    }
+  });
+}
+
 TEST(CpuChoose, EqualWeightsAreTakenByPosition) {
   OnEveryTarget([] {
     ChooseScratch scratch;

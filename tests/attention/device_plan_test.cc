@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/float16.h"
 #include "tests/attention/kv_case.h"
 #include "tests/attention/oracle.h"
 #include "tests/attention/plan_check.h"
@@ -267,6 +268,52 @@ TEST_P(DevicePlan, EveryKvHeadHasItsOwnCosine) {
       EXPECT_EQ(call->groups[kv_head].scanned, (*cosines)[kv_head] > 1.0F);
     }
   }
+}
+
+// What theory needs: a bound of the key norms, which follows the tokens, and how far the query is
+// from the one whose list it takes.
+TEST_P(DevicePlan, ReusesReportNormsAndDistances) {
+  CaseOptions options;
+  options.length = 420;
+  const auto kv = NewCase(options);
+  const auto lists = device_->NewTokenLists(options.layout, 4);
+  const KvLayout& layout = options.layout;
+  const auto largest_norm = [&](const Call& call, uint32_t kv_head) {
+    double largest = 0.0;
+    for (uint32_t token = 0; token < call.row.view.length; ++token) {
+      const std::byte* key = call.row.view.Row(layout, kv_head, token);
+      double squares = 0.0;
+      for (uint32_t c = 0; c < layout.head_dim; ++c) {
+        const double x = LoadElement(layout.dtype, key, c);
+        squares += x * x;
+      }
+      largest = std::max(largest, std::sqrt(squares));
+    }
+    return largest;
+  };
+  Plan plan = BasePlan(Source::kReuse, 400);
+  plan.keep.top_k = 40;
+  plan.lists = lists.get();
+  const auto anchor = At(*kv, 400, kv->queries(), plan);
+  std::vector<float> near = kv->queries();
+  for (size_t head = 0; head < near.size(); head += 64) near[head] += 0.125F;
+  const auto reused = At(*kv, 420, near, plan);
+  for (uint32_t kv_head = 0; kv_head < 2; ++kv_head) {
+    const auto before = static_cast<double>(anchor->groups[kv_head].key_norm_max);
+    const auto after = static_cast<double>(reused->groups[kv_head].key_norm_max);
+    EXPECT_GE(before, largest_norm(*anchor, kv_head));
+    EXPECT_NEAR(before, largest_norm(*anchor, kv_head), 1e-5 * before);
+    EXPECT_GE(after, largest_norm(*reused, kv_head));
+    EXPECT_NEAR(after, largest_norm(*reused, kv_head), 1e-5 * after);
+    EXPECT_LT(anchor->groups[kv_head].query_distance, 0.0F) << "no list was taken";
+    EXPECT_EQ(reused->groups[kv_head].action, Action::kReused);
+    EXPECT_NEAR(reused->groups[kv_head].query_distance, 0.125F, 1e-4F);
+  }
+  // Other sources know nothing.
+  plan.source = Source::kScan;
+  const auto scanned = At(*kv, 420, near, plan);
+  EXPECT_LT(scanned->groups[0].key_norm_max, 0.0F);
+  EXPECT_LT(scanned->groups[0].query_distance, 0.0F);
 }
 
 // The query of a step is compared before rotation, so moving on by some positions does not make it

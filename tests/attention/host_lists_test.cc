@@ -226,6 +226,32 @@ void ExpectUnrotated(RotaryStyle style, uint32_t rotary_dim, uint32_t position) 
   EXPECT_EQ(out, rotated);
 }
 
+TEST(HostLists, KnowsDistancesToAnchors) {
+  HostLists lists(kLayout, 4);
+  std::vector<float> queries = RandomQueries(1);
+  lists.Insert(1, RandomQueries(9), {1}, 2);
+  lists.Insert(1, queries, {1}, 2);
+  EXPECT_NEAR(lists.QueryDistance(1, 1, queries), 0.0F, 1e-5F);
+  // The largest over the group's two heads counts, and lengths do.
+  for (size_t c = 0; c < 64; ++c) queries[c] *= 3.0F;
+  queries[64] += 0.5F;
+  double first = 0.0;
+  for (size_t c = 0; c < 64; ++c) first += static_cast<double>(queries[c]) * queries[c] / 9.0;
+  EXPECT_NEAR(lists.QueryDistance(1, 1, queries), 2.0 * std::sqrt(first), 1e-4);
+  for (size_t c = 0; c < 64; ++c) queries[c] /= 3.0F;
+  EXPECT_NEAR(lists.QueryDistance(1, 1, queries), 0.5F, 1e-4F);
+  // Norms move with their anchor when it is replaced, and with a copy.
+  const std::vector<float> zero(kGroupFloats, 0.0F);
+  HostLists one(kLayout, 1);
+  one.Insert(0, RandomQueries(2), {1}, 2);
+  one.Insert(0, RandomQueries(3), {1}, 2);
+  const auto copy = one.Copy();
+  const auto* copied = static_cast<const HostLists*>(copy.get());
+  EXPECT_NEAR(copied->QueryDistance(0, 0, RandomQueries(3)), 0.0F, 1e-5F);
+  EXPECT_GT(copied->QueryDistance(0, 0, zero), 5.0F);
+  EXPECT_EQ(copied->QueryDistance(0, 0, zero), one.QueryDistance(0, 0, zero));
+}
+
 // There and back, and back and there: each undoes the other to a few roundings of a float.
 TEST(RotateQueries, IsTheInverse) {
   std::vector<float> frequencies(24);

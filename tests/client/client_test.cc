@@ -284,6 +284,14 @@ TEST_F(ClientTest, LayersAndHeadsHaveNumbersOfTheirOwn) {
   for (const client::GroupReport& group : row->groups) {
     EXPECT_LE(group.tokens_read, 508U);  // 8 sinks and what is not below floor(0.5 * 1000)
   }
+  EXPECT_LT(row->groups[0].assumed_psaw_dropped_mass, 0.0F);
+  policy.layers->front().psaw_decay_scale = 1.0F;
+  policy.layers->front().psaw_decay_rate = 0.01F;
+  row = Read(sequence, 1, 999, policy);
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_NEAR(row->groups[1].assumed_psaw_dropped_mass, std::exp(-5.0), 1e-6);
+  EXPECT_LT(row->groups[1].assumed_cis_excess_mass, 0.0F);
+  EXPECT_LT(row->groups[1].assumed_etf_excess_mass, 0.0F);
   policy.layers->front().kv_head_min_cosines = {0.5F, 0.5F, 0.5F};
   row = Read(sequence, 0, 999, policy);
   EXPECT_EQ(Line(row.status()),
@@ -333,6 +341,9 @@ TEST_F(ClientTest, SampledQueriesOfAPromptBecomeAnchors) {
     row = Read(sequence, 0, word, policy);
     ASSERT_TRUE(row.ok()) << row.status();
     EXPECT_EQ(row->groups[0].action, Action::kReused) << word;
+    EXPECT_GT(row->groups[0].key_norm_max, 1.0F);
+    EXPECT_GE(row->groups[0].query_distance, 0.0F);
+    EXPECT_GE(row->groups[0].assumed_cis_excess_mass, 0.0F);
   }
 }
 

@@ -54,6 +54,7 @@ class Loop {
   void JudgeRow(uint32_t step, uint32_t layer, size_t index, const AttendCall& call);
   void CountGroup(uint32_t step, uint32_t layer, uint32_t head, const GroupReport& report,
                   Runner* runner) const;
+  static void CountAssumed(const AssumedMasses& assumed, LoopResult* result);
   void CountCertificate(const HeadCertificate& certificate, const HeadVerdict& verdict,
                         LoopResult* result) const;
   void JudgeLogits(uint32_t step);
@@ -253,6 +254,7 @@ void Loop::JudgeRow(uint32_t step, uint32_t layer, size_t index, const AttendCal
   const bool is_judged = index > 0 && IsJudged(step, runner);
   for (uint32_t head = 0; head < shape_.kv_head_count; ++head) {
     CountGroup(step, layer, head, answered.groups[head], &runner);
+    CountAssumed(answered.assumed[head], &result);
     if (!is_judged) continue;
     const size_t first = row + size_t{head} * group * shape_.head_dim;
     const GroupStep judged{.group = group,
@@ -322,6 +324,16 @@ void Loop::CountGroup(uint32_t step, uint32_t layer, uint32_t head, const GroupR
   result.flops += *anchors * group * dim * 2.0;
   const uint32_t anchors_max = runner->contender.policy.cis.anchors_max;
   *anchors = std::min(anchors_max, *anchors + (scanned ? 1 : 0));
+}
+
+void Loop::CountAssumed(const AssumedMasses& assumed, LoopResult* result) {
+  const std::array<float, 3> masses = {assumed.cis_excess, assumed.psaw_dropped,
+                                       assumed.etf_excess};
+  for (size_t i = 0; i < masses.size(); ++i) {
+    if (masses[i] < 0.0F) continue;
+    result->assumed_sum[i] += masses[i];
+    ++result->assumed_count[i];
+  }
 }
 
 void Loop::CountCertificate(const HeadCertificate& certificate, const HeadVerdict& verdict,

@@ -100,7 +100,8 @@ struct LoopResult {
   std::vector<float> bounds;  // of proven certificates that dropped something
   // (truth, bound) of a few of them.
   std::vector<std::pair<float, float>> bound_samples;
-  // Sums of what the theory assumes, and of how many groups it was told for.
+  // Sums of what the theory assumes (excess of CIS, dropped mass of PSAW, excess of ETF), and for
+  // how many groups it was told.
   std::array<double, 3> assumed_sum{};
   std::array<uint64_t, 3> assumed_count{};
 };

@@ -73,6 +73,15 @@ void AddAttention(const LoopResult& result, Json* row) {
   (*row)["output_error_max"] = Short(Largest(result.output_errors));
 }
 
+// Means of what the theory assumes, where it says something.
+void AddAssumed(const LoopResult& result, Json* row) {
+  const char* const names[] = {"assumed_cis_excess", "assumed_psaw_dropped", "assumed_etf_excess"};
+  for (size_t i = 0; i < result.assumed_count.size(); ++i) {
+    if (result.assumed_count[i] == 0) continue;
+    (*row)[names[i]] = Ratio(result.assumed_sum[i], static_cast<double>(result.assumed_count[i]));
+  }
+}
+
 void AddModel(const LoopResult& result, const LoopResult& dense, Json* row) {
   if (result.kl.empty()) return;
   (*row)["kl_mean"] = Short(Mean(result.kl));
@@ -141,6 +150,7 @@ Json MakeRow(const StudyText& text, const Contender& contender, const LoopResult
               {"budget", contender.budget}, {"steps", result.steps}};
   AddCosts(result, &row);
   AddAttention(result, &row);
+  AddAssumed(result, &row);
   AddModel(result, dense, &row);
   AddTasks(text, result, dense, &row);
   AddProof(result, &row);

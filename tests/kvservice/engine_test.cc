@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "selector/assumed.h"
 #include "tests/kvservice/engine_client.h"
 
 namespace kvservice::testing {
@@ -520,6 +521,58 @@ TEST(EngineSelectorTest, ScanKeepsTheSmallestSetForAnEstimatedMass) {
     EXPECT_LT(largest, 2 * mass);
     EXPECT_GT(read, read_before) << "a lower limit needs more tokens";
     read_before = read;
+  }
+}
+
+// Statements of theory stand beside the certificates, with the numbers they are made of, and only
+// where something of the kind was done.
+TEST(EngineSelectorTest, AssumedStatementsStandBesideCertificates) {
+  TestEngine engine(TestEngine::SmallOptions(), 2);
+  const Handle handle = engine.NewSequence();
+  engine.Fill(handle, 0, Counting(0, 500));
+  Policy policy = Scanning(SelectorKind::kCpe);
+  policy.cis.min_cosine = -1.0F;
+  policy.layers = {{.layer_begin = 1,
+                    .layer_end = 2,
+                    .hidden_share = 0.25F,
+                    .frozen_share = 0.5F,
+                    .psaw_decay_scale = 1.0F,
+                    .psaw_decay_rate = 0.01F,
+                    .etf_logit_drift = 0.1F}};
+  std::vector<AttendRowResult> results;
+  DecodeUnder(&engine, handle, policy, 500, 502, &results);
+  ASSERT_EQ(results.size(), 4U);
+  for (size_t i = 0; i < results.size(); ++i) {
+    const bool calibrated = i % 2 == 1;
+    const double length = 501.0 + static_cast<double>(i / 2);
+    ASSERT_EQ(results[i].assumed.size(), 2U);
+    for (size_t head = 0; head < 2; ++head) {
+      const AssumedMasses& assumed = results[i].assumed[head];
+      const GroupReport& group = results[i].groups[head];
+      if (i < 2) {
+        EXPECT_LT(assumed.cis_excess, 0.0F) << "the first steps scan";
+      } else {
+        ASSERT_EQ(group.action, Action::kReused);
+        EXPECT_GT(group.query_distance, 0.0F);
+        EXPECT_EQ(assumed.cis_excess,
+                  static_cast<float>(AssumedSharingExcess(group.key_norm_max, group.query_distance,
+                                                          engine.model().scale)));
+      }
+      const double visible = length - std::floor(length / 4);
+      EXPECT_NEAR(assumed.psaw_dropped, calibrated ? std::exp(-0.01 * visible) : -1.0, 1e-6);
+      EXPECT_NEAR(assumed.etf_excess, calibrated ? 2 * std::tanh(0.05) : -1.0, 1e-6);
+    }
+  }
+  // Answered densely nothing is dropped; in shadow mode the selection is what is spoken of.
+  policy.guarantee = Guarantee::kDeterministic;
+  policy.max_dropped_mass = 1e-9F;
+  for (const Mode mode : {Mode::kEnforce, Mode::kShadow}) {
+    policy.mode = mode;
+    results.clear();
+    DecodeUnder(&engine, handle, policy, mode == Mode::kEnforce ? 502 : 503,
+                mode == Mode::kEnforce ? 503 : 504, &results);
+    EXPECT_EQ(results[1].groups[0].action, Action::kDense);
+    EXPECT_EQ(results[1].assumed[0].psaw_dropped < 0.0F, mode == Mode::kEnforce);
   }
 }
 

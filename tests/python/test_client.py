@@ -99,6 +99,11 @@ def test_sampled_queries_become_anchors(sequence):
         sequence.attend(1, random_query(), position=tokens - 1, policy=policy)
     totals = sequence.describe().totals
     assert totals.anchor_seed_scans == 400 * CONFIG.kv_head_count
+    groups = sequence.attend(1, queries[1, 399], position=tokens - 1, policy=policy).groups
+    assert (groups.action == Action.REUSED).all()
+    assert (groups.key_norm_max > 1).all() and (groups.query_distance >= 0).all()
+    assert ((0 <= groups.assumed_cis_excess_mass) & (groups.assumed_cis_excess_mass <= 1)).all()
+    assert (groups.assumed_psaw_dropped_mass == -1).all()
     assert totals.rows == 7 and totals.groups == 7 * CONFIG.kv_head_count
 
 

@@ -52,7 +52,8 @@ def test_calibrated_numbers_arrive():
         layers=[
             layer_override(0, 2, "dense"),
             layer_override(2, 30, min_cosine=0.5, kv_head_min_cosines=[0.5, 1.0],
-                           hidden_share=0.25, frozen_share=0.0, top_k_tokens=9),
+                           hidden_share=0.25, frozen_share=0.0, top_k_tokens=9,
+                           psaw_decay_scale=0.5, psaw_decay_rate=0.25, etf_logit_drift=2.0),
         ],
     )
     assert policy.budget.HasField("top_k_tokens") and policy.budget.top_k_tokens == 0
@@ -66,6 +67,8 @@ def test_calibrated_numbers_arrive():
     assert numbers.min_cosine == 0.5 and list(numbers.kv_head_min_cosines) == [0.5, 1.0]
     assert numbers.hidden_share == 0.25 and numbers.HasField("frozen_share")
     assert numbers.budget.top_k_tokens == 9
+    assert (numbers.psaw_decay_scale, numbers.psaw_decay_rate) == (0.5, 0.25)
+    assert numbers.etf_logit_drift == 2.0 and not dense.HasField("etf_logit_drift")
     assert make_policy("cpe", layers=[]).HasField("layers")
     assert make_policy("cpe", seed=False).cis.HasField("seed")
 

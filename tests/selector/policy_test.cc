@@ -126,6 +126,12 @@ std::vector<BadPolicy> BadLayersAndLimits() {
       {"policy.layers[0].hidden_share", [](Policy* p) { p->layers[0].hidden_share = 1.0F; }},
       {"policy.layers[0].hidden_share", [](Policy* p) { p->layers[0].hidden_share = kNaN; }},
       {"policy.layers[0].frozen_share", [](Policy* p) { p->layers[0].frozen_share = -0.1F; }},
+      {"policy.layers[0].psaw_decay_scale",
+       [](Policy* p) { p->layers[0].psaw_decay_scale = kInfinity; }},
+      {"policy.layers[0].psaw_decay_rate", [](Policy* p) { p->layers[0].psaw_decay_scale = 1.0F; }},
+      {"policy.layers[0].psaw_decay_scale", [](Policy* p) { p->layers[0].psaw_decay_rate = 1.0F; }},
+      {"policy.layers[0].psaw_decay_rate", [](Policy* p) { p->layers[0].psaw_decay_rate = -1.0F; }},
+      {"policy.layers[0].etf_logit_drift", [](Policy* p) { p->layers[0].etf_logit_drift = kNaN; }},
       {"policy.max_dropped_mass", [](Policy* p) { p->max_dropped_mass = 0.0F; }},
       {"policy.max_dropped_mass", [](Policy* p) { p->max_dropped_mass = 1.01F; }},
       {"policy.max_dropped_mass", [](Policy* p) { p->max_dropped_mass = kNaN; }},
@@ -174,7 +180,10 @@ TEST(ValidatePolicyTest, TakesTheEndsOfEveryRange) {
                     .min_cosine = 1.0F,
                     .kv_head_min_cosines = {-1.0F, 1.0F},
                     .hidden_share = 0.0F,
-                    .frozen_share = 0.999F}};
+                    .frozen_share = 0.999F,
+                    .psaw_decay_scale = 0.0F,
+                    .psaw_decay_rate = 1e30F,
+                    .etf_logit_drift = 0.0F}};
   policy.max_dropped_mass = 1e-30F;
   policy.max_output_error = kInfinity;
   policy.failure_probability = 0.5;

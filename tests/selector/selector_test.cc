@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace kvservice {
@@ -332,6 +333,36 @@ TEST(MakePlanTest, CalibratedNumbersReplaceThePolicys) {
   EXPECT_EQ(MinCosine(last, 1), 0.95F);
   EXPECT_EQ(last.visible_begin, 0U);
   EXPECT_EQ(last.frozen_end, EtfFrozenCount(policy.etf, 4, 32, 4001));
+}
+
+// Theory speaks about what a plan hides and freezes, where the layer was calibrated.
+TEST(MakePlanTest, CalibratedLayersCarryWhatTheoryAssumes) {
+  NamedLists shallower;
+  Policy policy = PolicyOf(SelectorKind::kCpe);
+  policy.layers = {{.layer_begin = 3,
+                    .layer_end = 4,
+                    .hidden_share = 0.25F,
+                    .frozen_share = 0.5F,
+                    .psaw_decay_scale = 0.5F,
+                    .psaw_decay_rate = 0.001F,
+                    .etf_logit_drift = 0.2F},
+                   {.layer_begin = 4, .layer_end = 5, .hidden_share = 0.25F, .frozen_share = 0.5F}};
+  StepContext context = Step(3, 4000);
+  context.shallower_lists = &shallower;
+  PlannedStep step = MakePlan(policy, context);
+  EXPECT_EQ(step.plan.visible_begin, 1000U);
+  EXPECT_NEAR(step.assumed_psaw_dropped_mass, 0.5 * std::exp(-3.0), 1e-8);
+  EXPECT_NEAR(step.assumed_etf_excess_mass, 2 * std::tanh(0.1), 1e-8);
+
+  context.shallower_lists = nullptr;
+  EXPECT_LT(MakePlan(policy, context).assumed_etf_excess_mass, 0.0) << "nothing is frozen";
+  context.shallower_lists = &shallower;
+  policy.layers[0].hidden_share = 0.0F;
+  EXPECT_LT(MakePlan(policy, context).assumed_psaw_dropped_mass, 0.0) << "nothing is hidden";
+  context.layer = 4;
+  step = MakePlan(policy, context);
+  EXPECT_LT(step.assumed_psaw_dropped_mass, 0.0) << "nothing was calibrated";
+  EXPECT_LT(step.assumed_etf_excess_mass, 0.0);
 }
 
 TEST(MakePlanTest, GivenPassesPositionsOn) {

@@ -43,7 +43,10 @@ TEST(ConvertPolicyTest, EveryFieldSurvivesTheRoundTrip) {
                       .min_cosine = 0.875F,
                       .kv_head_min_cosines = {0.25F, 1.0F, -0.5F},
                       .hidden_share = 0.125F,
-                      .frozen_share = 0.0F}};
+                      .frozen_share = 0.0F,
+                      .psaw_decay_scale = 1.5F,
+                      .psaw_decay_rate = 0.25F,
+                      .etf_logit_drift = 0.0F}};
     policy.dense_below_tokens = 17;
     policy.max_dropped_mass = 0.125F;
     policy.max_output_error = 0.75F;

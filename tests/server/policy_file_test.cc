@@ -32,7 +32,10 @@ TEST(PolicyFileTest, EveryFieldSurvives) {
                     .min_cosine = 0.9F,
                     .kv_head_min_cosines = {0.71F, 1.0F, -1.0F},
                     .hidden_share = 0.1F,
-                    .frozen_share = 0.0F}};
+                    .frozen_share = 0.0F,
+                    .psaw_decay_scale = 0.3F,
+                    .psaw_decay_rate = 1e-4F,
+                    .etf_logit_drift = 0.7F}};
   policy.failure_probability = 1e-7;
   policy.mode = Mode::kShadow;
   PolicyRegistry registry;

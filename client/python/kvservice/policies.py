@@ -70,6 +70,9 @@ def layer_override(
     kv_head_min_cosines: Sequence[float] = (),
     hidden_share: float | None = None,
     frozen_share: float | None = None,
+    psaw_decay_scale: float | None = None,
+    psaw_decay_rate: float | None = None,
+    etf_logit_drift: float | None = None,
 ) -> types_pb2.LayerOverride:
     """What is different in layers [layer_begin, layer_end); what is left out stays the policy's.
 
@@ -85,6 +88,9 @@ def layer_override(
         kv_head_min_cosines=kv_head_min_cosines,
         hidden_share=hidden_share,
         frozen_share=frozen_share,
+        psaw_decay_scale=psaw_decay_scale,
+        psaw_decay_rate=psaw_decay_rate,
+        etf_logit_drift=etf_logit_drift,
     )
 
 

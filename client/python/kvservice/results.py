@@ -86,6 +86,12 @@ class GroupReports:
     keys_sampled: np.ndarray
     rows_sampled: np.ndarray
     sharing_estimate: np.ndarray  # -1 = not estimated
+    # What theory says under assumptions that nothing checks, no bound; negative = no statement.
+    assumed_cis_excess_mass: np.ndarray
+    assumed_psaw_dropped_mass: np.ndarray
+    assumed_etf_excess_mass: np.ndarray
+    key_norm_max: np.ndarray  # upper bound of the keys' norms; negative = not known
+    query_distance: np.ndarray  # to the query whose list was reused; negative = none was
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,9 @@ def _certificates(message: types_pb2.Certificates, shape: tuple[int, ...]) -> Ce
 
 
 def _groups(message: types_pb2.GroupReports) -> GroupReports:
+    def column(values) -> np.ndarray:
+        return np.array(values or [-1.0] * len(message.action), np.float32)
+
     return GroupReports(
         action=np.array(message.action, np.int8),
         scanned=np.array(message.scanned, np.bool_),
@@ -180,7 +189,10 @@ def _groups(message: types_pb2.GroupReports) -> GroupReports:
         similarity=np.array(message.similarity, np.float32),
         keys_sampled=np.array(message.keys_sampled, np.uint32),
         rows_sampled=np.array(message.rows_sampled, np.uint32),
-        sharing_estimate=np.array(
-            message.sharing_estimate or [-1.0] * len(message.action), np.float32
-        ),
+        sharing_estimate=column(message.sharing_estimate),
+        assumed_cis_excess_mass=column(message.assumed_cis_excess_mass),
+        assumed_psaw_dropped_mass=column(message.assumed_psaw_dropped_mass),
+        assumed_etf_excess_mass=column(message.assumed_etf_excess_mass),
+        key_norm_max=column(message.key_norm_max),
+        query_distance=column(message.query_distance),
     )
