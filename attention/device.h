@@ -1,10 +1,10 @@
 // A device owns memory for KV slices, appends to them, seals them (builds sketches) and executes
-// batches of plans. Implementations: `reference` (scalar, double: the oracle), `cpu` (Highway). All
-// must agree: same table of cases, stated tolerances, bounds with none.
+// batches of plans. Implementations: `reference` (scalar, double: the oracle), `cpu` (Highway),
+// `cuda`. All must agree: same table of cases, stated tolerances, bounds with none.
 //
-// Thread rules: one thread (the engine's executor) calls Append, Seal and Attend, one at a time;
-// Allocate and NewTokenLists may be called from any thread. A device may use threads of its own
-// inside a call; when a call returns all its work is done.
+// Thread rules: one thread (the engine's executor) calls Append, Seal, Copy and Attend, one at a
+// time; Allocate and NewTokenLists may be called from any thread. A device may use threads of its
+// own inside a call; when a call returns all its work is done.
 
 #ifndef KVSERVICE_ATTENTION_DEVICE_H_
 #define KVSERVICE_ATTENTION_DEVICE_H_
@@ -63,7 +63,8 @@ class TokenLists {
   virtual size_t bytes() const = 0;
 };
 
-// Page-aligned memory of a device, released by the destructor. Move-only.
+// Memory of a device, aligned to 256 bytes and released by the destructor. Its bytes may lie where
+// the host cannot read them: Device::Copy moves them. Move-only.
 class DeviceMemory {
  public:
   using Release = void (*)(std::byte* data, size_t bytes);
@@ -87,6 +88,13 @@ class DeviceMemory {
   std::byte* data_ = nullptr;
   size_t bytes_ = 0;
   Release release_ = nullptr;
+};
+
+// Bytes to copy. Either end may be memory of the device or of the host; the two do not overlap.
+struct MemoryCopy {
+  const std::byte* from = nullptr;
+  std::byte* to = nullptr;
+  size_t bytes = 0;
 };
 
 // Copies `token_count` rows into one slice, starting at token `first` of the block.
@@ -166,7 +174,7 @@ struct AttendRow {
 class Device {
  public:
   virtual ~Device() = default;
-  // "reference", "cpu".
+  // "reference", "cpu", "cuda".
   virtual std::string_view name() const = 0;
   // RESOURCE_EXHAUSTED when the memory cannot be had. Contents are zero.
   virtual absl::StatusOr<DeviceMemory> Allocate(size_t bytes) = 0;
@@ -174,6 +182,8 @@ class Device {
   // used goes first.
   virtual std::unique_ptr<TokenLists> NewTokenLists(const KvLayout& layout,
                                                     uint32_t anchors_max) = 0;
+  // In the order of the span; sees what earlier calls wrote.
+  virtual void Copy(absl::Span<const MemoryCopy> copies) = 0;
   virtual void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) = 0;
   virtual void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) = 0;
   // Executes one layer's rows. Row errors go to AttendRow::status; nothing else can fail on a host
@@ -186,8 +196,9 @@ struct DeviceOptions {
   uint32_t thread_count = 0;
 };
 
-// name: "reference", "cpu" or "auto" (the fastest that works here). INVALID_ARGUMENT for other
-// names.
+// name: "reference", "cpu", "cuda" or "auto". INVALID_ARGUMENT for other names; UNAVAILABLE for
+// "cuda" where there is no GPU, or the build is without it. "auto" is the CPU: whole calls were not
+// compared on a GPU yet.
 absl::StatusOr<std::unique_ptr<Device>> NewDevice(std::string_view name,
                                                   const DeviceOptions& options);
 

@@ -20,6 +20,31 @@ constexpr size_t kSpreadPagesMax = 32;
 constexpr double kVarianceOfWidth = 1.0 / 24.0;
 // A box is this many steps wide.
 constexpr double kBoxSteps = 16.0;
+
+struct HeavyTokens {
+  std::vector<uint32_t> positions;
+  std::vector<float> shares;  // [positions][group]; zero where not heavy
+};
+
+HeavyTokens FindHeavy(const SharingTask& task, uint32_t group) {
+  HeavyTokens heavy;
+  const size_t count = task.read.size();
+  for (size_t i = 0; i < count; ++i) {
+    bool known = false;
+    for (uint32_t head = 0; head < group; ++head) {
+      const double share = std::exp(task.read_logits[head * count + i] - task.log_read[head]);
+      if (share < kHeavyShare) continue;
+      if (!known) {
+        heavy.positions.push_back(task.read[i]);
+        heavy.shares.resize(heavy.shares.size() + group, 0.0F);
+      }
+      known = true;
+      heavy.shares[(heavy.positions.size() - 1) * group + head] = static_cast<float>(share);
+    }
+  }
+  return heavy;
+}
+
 }  // namespace
 
 double LogAdd(double a, double b) {
@@ -33,16 +58,23 @@ void SharingTerms::Leave(uint32_t head, double log_ratio) {
   log_odds[head] = static_cast<float>(LogAdd(static_cast<double>(log_odds[head]), log_ratio));
 }
 
+std::vector<size_t> SpreadSample(size_t page_count) {
+  const size_t count = std::min(page_count, kSpreadPagesMax);
+  std::vector<size_t> sample(count);
+  for (size_t i = 0; i < count; ++i) sample[i] = i * page_count / count;
+  return sample;
+}
+
 KeySpread SpreadOfKeys(uint32_t head_dim, absl::Span<const std::byte* const> pages) {
   KeySpread spread;
   spread.mean.assign(head_dim, 0.0);
   spread.variance.assign(head_dim, 0.0);
   if (pages.empty()) return spread;
   const SketchLayout layout(head_dim);
-  const size_t count = std::min(pages.size(), kSpreadPagesMax);
+  const std::vector<size_t> sample = SpreadSample(pages.size());
   std::vector<double> squares(head_dim, 0.0);
-  for (size_t i = 0; i < count; ++i) {
-    const SketchPage page(layout, pages[i * pages.size() / count]);
+  for (const size_t index : sample) {
+    const SketchPage page(layout, pages[index]);
     for (uint32_t c = 0; c < head_dim; ++c) {
       const auto step = static_cast<double>(FloatFromFloat16(page.step[c]));
       const double centre = static_cast<double>(page.lo[c]) + kBoxSteps / 2 * step;
@@ -52,7 +84,7 @@ KeySpread SpreadOfKeys(uint32_t head_dim, absl::Span<const std::byte* const> pag
       spread.variance[c] += kVarianceOfWidth * width * width;
     }
   }
-  const auto number = static_cast<double>(count);
+  const auto number = static_cast<double>(sample.size());
   for (uint32_t c = 0; c < head_dim; ++c) {
     spread.mean[c] /= number;
     const double between = squares[c] / number - spread.mean[c] * spread.mean[c];
@@ -61,13 +93,12 @@ KeySpread SpreadOfKeys(uint32_t head_dim, absl::Span<const std::byte* const> pag
   return spread;
 }
 
-SharingTerms MakeSharingTerms(const SharingTask& task) {
+SharingTerms MakeSharingTerms(const SharingTask& task, ReadKeys read_keys) {
   const KvLayout& layout = task.shape->layout;
   const uint32_t head_dim = layout.head_dim;
   const uint32_t group = layout.group_size();
-  const size_t count = task.read.size();
   assert(task.queries.size() == size_t{group} * head_dim);
-  assert(task.read_logits.size() == group * count && task.log_left.size() == group);
+  assert(task.read_logits.size() == group * task.read.size() && task.log_left.size() == group);
   SharingTerms terms;
   terms.queries.reserve(task.queries.size());
   for (const float q : task.queries) terms.queries.push_back(task.shape->scale * q);
@@ -78,18 +109,17 @@ SharingTerms MakeSharingTerms(const SharingTask& task) {
   terms.shift.resize(size_t{group} * head_dim);
   const std::vector<float> mean(task.spread->mean.begin(), task.spread->mean.end());
   std::vector<float> from_mean(head_dim);
-  for (size_t i = 0; i < count; ++i) {
-    bool known = false;
+  const HeavyTokens heavy = FindHeavy(task, group);
+  const std::vector<const std::byte*> keys = read_keys(heavy.positions);
+  for (size_t i = 0; i < keys.size(); ++i) {
+    for (uint32_t c = 0; c < head_dim; ++c) {
+      from_mean[c] = mean[c] - LoadElement(layout.dtype, keys[i], c);
+    }
     for (uint32_t head = 0; head < group; ++head) {
-      const double share = std::exp(task.read_logits[head * count + i] - task.log_read[head]);
-      if (share < kHeavyShare) continue;
-      const std::byte* k = task.view->Row(layout, task.kv_head, task.read[i]);
-      for (uint32_t c = 0; c < head_dim && !known; ++c) {
-        from_mean[c] = mean[c] - LoadElement(layout.dtype, k, c);
-      }
-      known = true;
+      const float share = heavy.shares[i * group + head];
+      if (share == 0.0F) continue;
       float* shift = &terms.shift[size_t{head} * head_dim];
-      for (uint32_t c = 0; c < head_dim; ++c) shift[c] += static_cast<float>(share) * from_mean[c];
+      for (uint32_t c = 0; c < head_dim; ++c) shift[c] += share * from_mean[c];
     }
   }
   return terms;

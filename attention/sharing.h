@@ -32,9 +32,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/types/span.h"
 #include "attention/device.h"
-#include "attention/kv_view.h"
 
 namespace kvservice {
 
@@ -64,8 +64,11 @@ struct KeySpread {
   std::vector<double> mean;      // [head_dim]
   std::vector<double> variance;  // [head_dim]
 };
-// pages: sketch pages of one KV head (attention/sketch.h). Many are represented by a few of them at
-// even distances. No pages: zeros.
+// Of so many pages, the indices of those whose boxes are read: many are represented by a few, at
+// even distances.
+std::vector<size_t> SpreadSample(size_t page_count);
+// pages: sketch pages of one KV head (attention/sketch.h), of which SpreadSample are read, from
+// SketchLayout::lo on. No pages: zeros.
 KeySpread SpreadOfKeys(uint32_t head_dim, absl::Span<const std::byte* const> pages);
 
 // Share of what is read above which a token is heavy; smaller ones tell no more.
@@ -73,8 +76,6 @@ inline constexpr double kHeavyShare = 0x1p-6;
 
 struct SharingTask {
   const LayerShape* shape = nullptr;
-  const KvView* view = nullptr;
-  uint32_t kv_head = 0;
   // Un-rotated queries of the anchor, [group][head_dim].
   absl::Span<const float> queries;
   // Tokens that were read; those that are heavy for no head may be missing.
@@ -86,9 +87,12 @@ struct SharingTask {
   absl::Span<const double> log_left;
   const KeySpread* spread = nullptr;
 };
-// Reads the keys of heavy tokens, which carry most of what is read. The others count as if they
-// were m.
-SharingTerms MakeSharingTerms(const SharingTask& task);
+// K of each position, [head_dim] in the cache dtype, to be read until MakeSharingTerms returns.
+using ReadKeys =
+    absl::FunctionRef<std::vector<const std::byte*>(absl::Span<const uint32_t> positions)>;
+// Reads the keys of heavy tokens, which carry most of what is read, all at once. The others count
+// as if they were m.
+SharingTerms MakeSharingTerms(const SharingTask& task, ReadKeys read_keys);
 
 // One later query of a KV head, compared with anchors.
 class SharingQuery {

@@ -58,13 +58,12 @@ bool TableLearner::LearnNext(const Sequence& sequence) {
       statistics.AddQuery(query).IgnoreError();
     }
   }
-  ViewArrays arrays;
-  const KvView view = sequence.View(layer, sequence.length_min(), &arrays);
-  const uint32_t page_count = view.length / kBlockTokens;
+  std::vector<std::byte> rows(size_t{kBlockTokens} * layout.row_bytes());
+  const uint32_t page_count = sequence.length_min() / kBlockTokens;
   const uint32_t step = (page_count + kPagesMax - 1) / kPagesMax;
   for (uint32_t page = 0; page < page_count; page += step) {
-    statistics.AddPage(layout, view.slices[page] + layout.RowOffset(kv_head, 0),
-                       page == 0 ? kSinkMask : 0);
+    sequence.ReadRows(layer, page, kv_head, rows.data());
+    statistics.AddPage(layout, rows.data(), page == 0 ? kSinkMask : 0);
   }
   tables_.push_back(LearnSketchTable(statistics));
   if (tables_.size() < size_t{model_->spec.layer_count} * layout.kv_head_count) return false;

@@ -24,7 +24,8 @@ def our_sources():
     found = {}
     for entry in json.loads((BUILD / "compile_commands.json").read_text(encoding="utf-8")):
         path = pathlib.Path(entry["file"])
-        if path.is_relative_to(ROOT):
+        # What nvcc compiles has a language and flags of its own.
+        if path.is_relative_to(ROOT) and path.suffix != ".cu":
             relative = path.relative_to(ROOT)
             if relative.parts[0] in SOURCE_FOLDERS:
                 found[str(relative)] = entry["command"].replace(str(ROOT), "")

@@ -40,7 +40,7 @@ def judge(name, compiler, contraction, flags, arguments):
     steps = [["cmake", "-S", ".", "-B", folder, "-G", "Ninja", "--log-level=WARNING",
               "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CXX_COMPILER={compiler}",
               f"-DCMAKE_CXX_FLAGS_RELEASE=-O3 -g1 -DNDEBUG{flags}",
-              f"-DKVSERVICE_FP_CONTRACT={contraction}"],
+              "-DKVSERVICE_CUDA=OFF", f"-DKVSERVICE_FP_CONTRACT={contraction}"],
              ["cmake", "--build", folder, "-j", str(arguments.jobs), "--target", *TESTS]]
     for step in steps:
         status, output = run(step)

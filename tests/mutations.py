@@ -310,7 +310,7 @@ def prepare():
     if (WORK / "build" / "build.ninja").exists():
         return
     configure = ["cmake", "-S", WORK / "src", "-B", WORK / "build", "-G", "Ninja",
-                 "--log-level=WARNING", "-DCMAKE_BUILD_TYPE=Release",
+                 "--log-level=WARNING", "-DKVSERVICE_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Release",
                  "-DCMAKE_CXX_FLAGS_RELEASE=-O2 -g1 -DNDEBUG"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
 

@@ -8,7 +8,6 @@
 #include "attention/cpu/token_mask.h"
 #include "attention/cpu/weight_sums.h"
 #include "attention/log_mass.h"
-#include "attention/sketch.h"
 
 namespace kvservice {
 namespace {
@@ -44,13 +43,15 @@ void AddMaybeHeavy(const ScanWeights& weights, uint32_t head, double log_read,
 }
 
 KeySpread SpreadOfOpenPages(const AnchorTask& task) {
-  const SketchLayout layout(task.shape->layout.head_dim);
-  std::vector<const std::byte*> pages;
+  std::vector<uint32_t> open;
   for (uint32_t i = 0; i < task.open.size(); ++i) {
-    if (task.open[i] == 0) continue;
-    pages.push_back(task.view->sketches[task.block_begin + i] + task.kv_head * layout.page_bytes);
+    if (task.open[i] != 0) open.push_back(task.block_begin + i);
   }
-  return SpreadOfKeys(task.shape->layout.head_dim, pages);
+  // Memory may have to fetch pages, so it is not asked for more than are read.
+  std::vector<uint32_t> blocks;
+  for (const size_t index : SpreadSample(open.size())) blocks.push_back(open[index]);
+  std::vector<std::byte> storage;
+  return SpreadOfKeys(task.shape->layout.head_dim, task.memory->Boxes(blocks, &storage));
 }
 
 }  // namespace
@@ -86,7 +87,7 @@ SharingTerms MakeSharingTerms(const AnchorTask& task) {
   score.positions = read;
   for (uint32_t i = 0; i < group; ++i) {
     score.head = task.first_head + i;
-    ScoreTokens(score, scores.data());
+    task.memory->Score(score, scores.data(), nullptr);
     for (size_t token = 0; token < read.size(); ++token) {
       const bool seen = read[token] >= task.queries->visible_begin[score.head];
       logits.push_back(seen ? scores[token].logit : kLogZero);
@@ -95,15 +96,16 @@ SharingTerms MakeSharingTerms(const AnchorTask& task) {
   const KeySpread spread = SpreadOfOpenPages(task);
   SharingTask sharing;
   sharing.shape = task.shape;
-  sharing.view = task.view;
-  sharing.kv_head = task.kv_head;
   sharing.queries = task.anchor_queries;
   sharing.read = read;
   sharing.read_logits = logits;
   sharing.log_read = log_read;
   sharing.log_left = log_left;
   sharing.spread = &spread;
-  return MakeSharingTerms(sharing);
+  std::vector<std::byte> storage;
+  return MakeSharingTerms(sharing, [&](absl::Span<const uint32_t> positions) {
+    return task.memory->Keys(positions, &storage);
+  });
 }
 
 }  // namespace kvservice

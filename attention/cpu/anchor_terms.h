@@ -1,4 +1,4 @@
-// What the cpu device tells attention/sharing.h about an anchor that a scan has just made: masses
+// What a group tells attention/sharing.h about an anchor that a scan has just made: masses
 // from the scan's weights, and exact logits of the few tokens that carry most of what is read.
 // Pure; any thread.
 
@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "absl/types/span.h"
+#include "attention/cpu/group_memory.h"
 #include "attention/cpu/head_queries.h"
 #include "attention/cpu/scan_kernel.h"
 #include "attention/device.h"
@@ -19,6 +20,7 @@ namespace kvservice {
 struct AnchorTask {
   const LayerShape* shape = nullptr;
   const KvView* view = nullptr;
+  const GroupMemory* memory = nullptr;
   uint32_t kv_head = 0;
   const HeadQueries* queries = nullptr;
   // First head of the newest query token, and its queries un-rotated, [group][head_dim].

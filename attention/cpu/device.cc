@@ -14,6 +14,7 @@
 #include "attention/cpu/attend_kernel.h"
 #include "attention/cpu/choose.h"
 #include "attention/cpu/group.h"
+#include "attention/cpu/host_memory.h"
 #include "attention/cpu/scan_kernel.h"
 #include "attention/cpu/seal_kernel.h"
 #include "attention/cpu/thread_pool.h"
@@ -77,6 +78,9 @@ class CpuDevice : public Device {
   std::unique_ptr<TokenLists> NewTokenLists(const KvLayout& layout, uint32_t anchors_max) override {
     return std::make_unique<HostLists>(layout, anchors_max);
   }
+  void Copy(absl::Span<const MemoryCopy> copies) override {
+    for (const MemoryCopy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
   void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override;
   void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) override;
   void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override;
@@ -120,6 +124,7 @@ class CpuDevice : public Device {
   std::vector<ProofScratch> proof_scratch_;
   // Memory of the current wave, kept for the next: only the calling thread changes their number.
   std::deque<Group> groups_;
+  std::deque<HostMemory> memory_;
   std::vector<Reading> readings_;
   std::deque<Job> jobs_;
   size_t job_count_ = 0;
@@ -344,6 +349,7 @@ void CpuDevice::ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows,
   const size_t head_floats = size_t{shape.layout.group_size()} * shape.layout.head_dim;
   const auto count = static_cast<uint32_t>(group_count);
   if (groups_.size() < count) groups_.resize(count);
+  if (memory_.size() < count) memory_.resize(count);
   jobs_of_group_.resize(count);
   pool_.ParallelFor(count, [&](uint32_t i, uint32_t) {
     const size_t row = (first_group + i) / kv_heads;
@@ -352,7 +358,8 @@ void CpuDevice::ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows,
     if (rows[row].plan.source == Source::kReuse) {
       anchor = absl::MakeConstSpan(unrotated_[row]).subspan(kv_head * head_floats, head_floats);
     }
-    groups_[i].Prepare(shape, &rows[row], kv_head, anchor);
+    memory_[i].Set(shape, rows[row].view, kv_head);
+    groups_[i].Prepare(shape, &rows[row], kv_head, &memory_[i], anchor);
   });
 
   readings_.clear();

@@ -55,8 +55,9 @@ bool Proves(Guarantee guarantee) {
 }  // namespace
 
 void Group::Prepare(const LayerShape& shape, AttendRow* row, uint32_t kv_head,
-                    absl::Span<const float> anchor_queries) {
+                    const GroupMemory* memory, absl::Span<const float> anchor_queries) {
   shape_ = &shape;
+  memory_ = memory;
   row_ = row;
   kv_head_ = kv_head;
   anchor_queries_ = anchor_queries;
@@ -140,11 +141,6 @@ void Group::SetPlaces() {
   // Reading everything needs no sketch, not even to know that.
   const bool reads_all =
       plan.source == Source::kAll && plan.visible_begin <= std::max(plan.sink_end, begin_);
-  const SketchLayout layout(shape_->layout.head_dim);
-  constexpr uint32_t kAhead = 16;
-  const auto exact_of = [&](uint32_t index) {
-    return row_->view.sketches[block_begin_ + index] + kv_head_ * layout.page_bytes + layout.exact;
-  };
   for (uint32_t i = 0; i < all_.size(); ++i) {
     const uint32_t block = block_begin_ + i;
     const uint64_t outer = all_[i] & (RangeWord(block, 0, plan.sink_end) |
@@ -153,11 +149,8 @@ void Group::SetPlaces() {
     if (outer == all_[i]) continue;
     if (!reads_all) {
       uint64_t exact = ~uint64_t{0};
-      if (i + kAhead < all_.size() && IsSealed(i + kAhead)) {
-        __builtin_prefetch(exact_of(i + kAhead));
-      }
       if (IsSealed(i)) {
-        std::memcpy(&exact, exact_of(i), sizeof(exact));
+        exact = memory_->Exact(block);
       } else {
         const auto first = static_cast<uint32_t>(std::countr_zero(all_[i] & ~outer));
         covered_end_ = std::min(covered_end_, block * kBlockTokens + first);
@@ -390,6 +383,7 @@ SharingTerms Group::TermsOfAnchor(const TokenMask& chosen) const {
   AnchorTask task;
   task.shape = shape_;
   task.view = &row_->view;
+  task.memory = memory_;
   task.kv_head = kv_head_;
   task.queries = &queries_;
   task.first_head = newest_head();
@@ -416,22 +410,19 @@ void Group::SetValueNorms() {
   TokenMask unsketched = all_;
   double lower = 0.0;
   double upper = 0.0;
-  const SketchLayout layout(shape_->layout.head_dim);
   // What a stored norm may be above the largest norm of its page: the roundings of a normal float,
   // and the step between those below the normal range.
   constexpr double kDown = 1.0 - 0x1p-21;
   constexpr double kLeastStep = 0x1p-148;
   for (uint32_t i = 0; i < all_.size(); ++i) {
     if (!IsSealed(i)) continue;
-    const SketchPage page(layout,
-                          row_->view.sketches[block_begin_ + i] + kv_head_ * layout.page_bytes);
-    const auto norm = static_cast<double>(page.vmax);
+    const auto norm = static_cast<double>(memory_->ValueNormMax(block_begin_ + i));
     upper = std::max(upper, norm);
     // The norm may be of a token outside the window.
     if (all_[i] == ~uint64_t{0}) lower = std::max(lower, norm * kDown - kLeastStep);
-    unsketched[i] = all_[i] & page.exact;
+    unsketched[i] = all_[i] & memory_->Exact(block_begin_ + i);
   }
-  value_norms_ = BoundValueNorms(*shape_, row_->view, kv_head_, unsketched, block_begin_);
+  value_norms_ = memory_->BoundValueNorms(unsketched, block_begin_);
   value_norms_.lower = std::max(value_norms_.lower, lower);
   value_norms_.upper = std::max(value_norms_.upper, upper);
 }
@@ -490,12 +481,13 @@ namespace {
 class Dropped : public DroppedTokens {
  public:
   Dropped(const LayerShape& shape, const AttendRow& row, uint32_t kv_head,
-          const HeadQueries& queries, const ScanWeights& weights, const TokenMask& mask,
-          ProofScratch* scratch)
+          const HeadQueries& queries, const GroupMemory& memory, const ScanWeights& weights,
+          const TokenMask& mask, ProofScratch* scratch)
       : shape_(shape),
         row_(row),
         kv_head_(kv_head),
         queries_(queries),
+        memory_(memory),
         weights_(weights),
         mask_(mask),
         scratch_(scratch) {}
@@ -508,18 +500,10 @@ class Dropped : public DroppedTokens {
   }
 
   void BoundValues(const Population& population, std::vector<float>* bounds) override {
-    const SketchLayout layout(shape_.layout.head_dim);
     bounds->assign(population.weights.size(), 0.0F);
     for (uint32_t i = 0; i < mask_.size(); ++i) {
       if (mask_[i] == 0) continue;
-      const SketchPage page(
-          layout, row_.view.sketches[weights_.block_begin + i] + kv_head_ * layout.page_bytes);
-      for (uint32_t t = 0; t < kBlockTokens; ++t) {
-        // The product of two floats is exact in double.
-        const double norm =
-            static_cast<double>(page.vmax) * static_cast<double>(kRadiusScale[page.vn[t]]);
-        (*bounds)[size_t{i} * kBlockTokens + t] = RoundUpToFloat(norm);
-      }
+      memory_.BoundValues(weights_.block_begin + i, &(*bounds)[size_t{i} * kBlockTokens]);
     }
   }
 
@@ -533,18 +517,11 @@ class Dropped : public DroppedTokens {
     task.queries = &queries_;
     task.head = head_;
     task.positions = positions;
-    ScoreTokens(task, scratch_->scores.data());
-    const uint32_t head_dim = shape_.layout.head_dim;
+    memory_.Score(task, scratch_->scores.data(), values);
     for (size_t i = 0; i < positions.size(); ++i) {
       const Score& score = scratch_->scores[i];
       weights[i] = WeightOfLogit(WidenDown(score.logit - score.error), score.logit,
                                  WidenUp(score.logit + score.error), ref);
-      if (values == nullptr) continue;
-      const std::byte* v =
-          row_.view.Row(shape_.layout, kv_head_, positions[i]) + shape_.layout.vector_bytes();
-      for (uint32_t c = 0; c < head_dim; ++c) {
-        values[i * head_dim + c] = LoadElement(shape_.layout.dtype, v, c);
-      }
     }
   }
 
@@ -553,6 +530,7 @@ class Dropped : public DroppedTokens {
   const AttendRow& row_;
   const uint32_t kv_head_;
   const HeadQueries& queries_;
+  const GroupMemory& memory_;
   const ScanWeights& weights_;
   const TokenMask& mask_;
   ProofScratch* const scratch_;
@@ -565,7 +543,7 @@ class Dropped : public DroppedTokens {
 bool Group::ProveAll(ProofScratch* scratch) {
   const TokenMask rest_mask = Rest();
   const bool estimated = Proves(row_->plan.prove) || (has_choice_ && IsSubset(rest_mask, pool_));
-  Dropped dropped(*shape_, *row_, kv_head_, queries_, weights, rest_mask, scratch);
+  Dropped dropped(*shape_, *row_, kv_head_, queries_, *memory_, weights, rest_mask, scratch);
   bool met = true;
   for (uint32_t head = 0; head < head_count(); ++head) {
     const HeadEvidence evidence = EvidenceOf(head, rest_mask, estimated, &scratch->output);

@@ -17,6 +17,7 @@
 #include "absl/types/span.h"
 #include "attention/cpu/attend_kernel.h"
 #include "attention/cpu/choose.h"
+#include "attention/cpu/group_memory.h"
 #include "attention/cpu/head_queries.h"
 #include "attention/cpu/scan_kernel.h"
 #include "attention/cpu/score_kernel.h"
@@ -47,7 +48,7 @@ class Group {
 
   // anchor_queries: the last query token's queries of this KV head, un-rotated, [group][head_dim];
   // read only with Source::kReuse. Borrows everything until Conclude.
-  void Prepare(const LayerShape& shape, AttendRow* row, uint32_t kv_head,
+  void Prepare(const LayerShape& shape, AttendRow* row, uint32_t kv_head, const GroupMemory* memory,
                absl::Span<const float> anchor_queries);
   // True if Decide has to choose by weights: needs the mass of `first` in `kept`.
   bool has_choice() const { return has_choice_; }
@@ -116,6 +117,7 @@ class Group {
   const LayerShape* shape_ = nullptr;
   AttendRow* row_ = nullptr;
   uint32_t kv_head_ = 0;
+  const GroupMemory* memory_ = nullptr;
   absl::Span<const float> anchor_queries_;
   HeadQueries queries_;
   ScanQueries scan_queries_;

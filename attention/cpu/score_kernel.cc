@@ -146,19 +146,22 @@ void ScoreTokens(const ScoreTask& task, Score* scores) {
 
 ValueNorms BoundValueNorms(const LayerShape& shape, const KvView& view, uint32_t kv_head,
                            absl::Span<const uint64_t> tokens, uint32_t block_begin) {
+  return ValueNormsOf(
+      HWY_DYNAMIC_DISPATCH(LargestSquaresTarget)(shape.layout, view, kv_head, tokens, block_begin));
+}
+
+ValueNorms ValueNormsOf(double largest_squares) {
   // What squares and sums of up to 256 floats may be off by, and what may have underflowed.
   constexpr double kRoundoff = 0x1p-14;
   constexpr double kUnderflow = 0x1p-120;
-  const double squares =
-      HWY_DYNAMIC_DISPATCH(LargestSquaresTarget)(shape.layout, view, kv_head, tokens, block_begin);
   ValueNorms norms;
-  if (squares == 0.0) {
+  if (largest_squares == 0.0) {
     norms.upper = std::sqrt(kUnderflow);
-  } else if (!(squares <= std::numeric_limits<double>::max())) {
+  } else if (!(largest_squares <= std::numeric_limits<double>::max())) {
     norms.upper = std::numeric_limits<double>::infinity();
   } else {
-    norms.upper = std::sqrt(squares * (1.0 + kRoundoff) + kUnderflow);
-    norms.lower = std::sqrt(std::max(0.0, squares * (1.0 - kRoundoff) - kUnderflow));
+    norms.upper = std::sqrt(largest_squares * (1.0 + kRoundoff) + kUnderflow);
+    norms.lower = std::sqrt(std::max(0.0, largest_squares * (1.0 - kRoundoff) - kUnderflow));
   }
   return norms;
 }

@@ -37,6 +37,9 @@ struct ValueNorms {
   double lower = 0.0;
   double upper = 0.0;
 };
+// From the largest squared norm, added up in fp32 in any order; one that is not finite counts as
+// largest.
+ValueNorms ValueNormsOf(double largest_squares);
 ValueNorms BoundValueNorms(const LayerShape& shape, const KvView& view, uint32_t kv_head,
                            absl::Span<const uint64_t> tokens, uint32_t block_begin);
 

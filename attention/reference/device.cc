@@ -185,6 +185,9 @@ class ReferenceDevice : public Device {
     return std::make_unique<HostLists>(layout, anchors_max);
   }
 
+  void Copy(absl::Span<const MemoryCopy> copies) override {
+    for (const MemoryCopy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
   void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override {
     const size_t vector_bytes = layout.vector_bytes();
     for (const AppendSlice& append : slices) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <vector>
 
 #include "attention/log_mass.h"
 #include "attention/reference/log_sum.h"
@@ -37,15 +38,19 @@ SharingTerms TermsOfAnchor(absl::Span<const float> queries, const std::vector<ui
   }
   SharingTask task;
   task.shape = &row->shape();
-  task.view = &row->view();
-  task.kv_head = row->kv_head();
   task.queries = queries;
   task.read = read;
   task.read_logits = read_logits;
   task.log_read = log_read;
   task.log_left = log_left;
   task.spread = &spread;
-  return MakeSharingTerms(task);
+  return MakeSharingTerms(task, [row](absl::Span<const uint32_t> positions) {
+    std::vector<const std::byte*> keys;
+    for (const uint32_t position : positions) {
+      keys.push_back(row->view().Row(row->shape().layout, row->kv_head(), position));
+    }
+    return keys;
+  });
 }
 
 }  // namespace kvservice::reference

@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "absl/container/inlined_vector.h"
 
@@ -55,15 +56,32 @@ bool Sequence::EqualsStored(uint32_t layer, uint32_t position, uint32_t count, c
                             const std::byte* v) const {
   const KvLayout& layout = shape_->layout;
   const size_t vector_bytes = layout.vector_bytes();
-  for (uint32_t token = position; token < position + count; ++token) {
-    const std::byte* slice = Slice(layer, token / kBlockTokens);
-    for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
-      const std::byte* row = slice + layout.RowOffset(head, token % kBlockTokens);
-      if (std::memcmp(row, k, vector_bytes) != 0) return false;
-      if (std::memcmp(row + vector_bytes, v, vector_bytes) != 0) return false;
-      k += vector_bytes;
-      v += vector_bytes;
+  const uint32_t heads = layout.kv_head_count;
+  if (count == 0) return true;
+  // Rows may lie where only the device can read them. Those of a block and head are contiguous.
+  std::vector<std::byte> rows(size_t{count} * heads * layout.row_bytes());
+  std::vector<MemoryCopy> copies;
+  std::byte* to = rows.data();
+  for (uint32_t token = 0; token < count;) {
+    const uint32_t first = (position + token) % kBlockTokens;
+    const uint32_t part = std::min(count - token, kBlockTokens - first);
+    const std::byte* slice = Slice(layer, (position + token) / kBlockTokens);
+    for (uint32_t head = 0; head < heads; ++head, to += size_t{part} * layout.row_bytes()) {
+      copies.push_back({slice + layout.RowOffset(head, first), to, part * layout.row_bytes()});
     }
+    token += part;
+  }
+  device_->Copy(copies);
+  uint32_t begin = 0;  // of the block's tokens
+  for (size_t i = 0; i < copies.size(); ++i) {
+    const auto part = static_cast<uint32_t>(copies[i].bytes / layout.row_bytes());
+    for (uint32_t token = 0; token < part; ++token) {
+      const std::byte* row = copies[i].to + size_t{token} * layout.row_bytes();
+      const size_t at = (size_t{begin + token} * heads + i % heads) * vector_bytes;
+      if (std::memcmp(row, k + at, vector_bytes) != 0) return false;
+      if (std::memcmp(row + vector_bytes, v + at, vector_bytes) != 0) return false;
+    }
+    if (i % heads == heads - 1) begin += part;
   }
   return true;
 }
@@ -113,6 +131,13 @@ void Sequence::SealFull(uint32_t layer, uint32_t old_length) {
   if (!slices.empty()) device_->Seal(shape_->layout, slices);
 }
 
+void Sequence::ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::byte* rows) const {
+  const KvLayout& layout = shape_->layout;
+  const MemoryCopy copy{Slice(layer, block) + layout.RowOffset(kv_head, 0), rows,
+                        size_t{kBlockTokens} * layout.row_bytes()};
+  device_->Copy({&copy, 1});
+}
+
 KvView Sequence::View(uint32_t layer, uint32_t length, ViewArrays* arrays) const {
   assert(length <= layers_[layer].length);
   const uint32_t block_count = BlockCount(length);
@@ -134,12 +159,15 @@ BlockRef Sequence::CopyBlock(const BlockRef& block, uint32_t token_count) const 
   if (!copy) return copy;
   const KvLayout& layout = shape_->layout;
   const size_t bytes = static_cast<size_t>(token_count) * layout.row_bytes();
+  std::vector<MemoryCopy> copies;
+  copies.reserve(size_t{shape_->layer_count} * layout.kv_head_count);
   for (uint32_t layer = 0; layer < shape_->layer_count; ++layer) {
     for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
       const size_t offset = shape_->SliceOffset(layer) + layout.RowOffset(head, 0);
-      std::memcpy(copy.data() + offset, block.data() + offset, bytes);
+      copies.push_back({block.data() + offset, copy.data() + offset, bytes});
     }
   }
+  device_->Copy(copies);
   return copy;
 }
 

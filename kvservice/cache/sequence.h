@@ -94,6 +94,9 @@ class Sequence {
   // The first `length` tokens of a layer, at most length(layer). A slice that is cut by `length` is
   // shown unsealed. Valid until the sequence or the arrays change.
   KvView View(uint32_t layer, uint32_t length, ViewArrays* arrays) const;
+  // Copies the 64 rows of one KV head of a full block to the host's `rows`, layout.row_bytes()
+  // each.
+  void ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::byte* rows) const;
 
   // A sequence with the first `length` tokens of every layer, at most length_min(). Full blocks are
   // shared, the partial one is copied, lists are shared until one side uses them. nullptr if the

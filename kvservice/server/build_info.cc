@@ -18,6 +18,7 @@ std::string BuildDescription() {
 }
 
 std::string InstructionSet(std::string_view device_name) {
+  if (device_name == "cuda") return "sm_80";  // the least that its kernels run on
   if (device_name != "cpu") return "scalar";
 #ifdef __x86_64__
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

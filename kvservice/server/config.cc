@@ -154,7 +154,8 @@ void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
 
 void AddEngineFlags(CLI::App* app, Config* config) {
   EngineOptions* const engine = &config->server.engine;
-  AddChoice(app, "--device", "Where attention runs", &config->device, {"auto", "cpu", "reference"});
+  AddChoice(app, "--device", "Where attention runs", &config->device,
+            {"auto", "cpu", "cuda", "reference"});
   AddCount(app, "--threads", "Threads that compute; 0 = one per CPU",
            &config->device_options.thread_count, 0, kThreadsMax);
   AddBytes(app, "--pool-bytes", "Memory for keys, values and sketches, reserved at start",

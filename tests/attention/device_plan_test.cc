@@ -651,8 +651,11 @@ TEST_P(DevicePlan, AllocationIsZeroAndAligned) {
     absl::StatusOr<DeviceMemory> memory = device_->Allocate(bytes);
     ASSERT_TRUE(memory.ok());
     EXPECT_EQ(memory->bytes(), bytes);
-    EXPECT_EQ(reinterpret_cast<uintptr_t>(memory->data()) % 4096, 0U);
-    EXPECT_EQ(std::count(memory->data(), memory->data() + bytes, std::byte{0}),
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(memory->data()) % 256, 0U);
+    std::vector<std::byte> contents(bytes, std::byte{1});
+    const MemoryCopy read{memory->data(), contents.data(), bytes};
+    device_->Copy({&read, 1});
+    EXPECT_EQ(std::count(contents.begin(), contents.end(), std::byte{0}),
               static_cast<ptrdiff_t>(bytes));
   }
   EXPECT_EQ(device_->Allocate(~size_t{0}).status().code(), absl::StatusCode::kResourceExhausted);

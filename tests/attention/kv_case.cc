@@ -216,16 +216,32 @@ void KvCase::Store(const std::vector<float>& keys, const std::vector<float>& val
     device_->Append(layout, appends);
     slices_.push_back(slice);
   }
+  ReadBack(slice_memory_, layout.slice_bytes(), &host_slices_);
+}
+
+void KvCase::ReadBack(const std::vector<DeviceMemory>& memory, size_t bytes,
+                      std::vector<std::vector<std::byte>>* copies) const {
+  copies->resize(memory.size());
+  std::vector<MemoryCopy> reads;
+  for (size_t i = 0; i < memory.size(); ++i) {
+    (*copies)[i].resize(bytes);
+    reads.push_back({memory[i].data(), (*copies)[i].data(), bytes});
+  }
+  device_->Copy(reads);
 }
 
 const std::byte* KvCase::Row(uint32_t kv_head, uint32_t token) const {
-  return slices_[token / kBlockTokens] + options_.layout.RowOffset(kv_head, token % kBlockTokens);
+  return host_slices_[token / kBlockTokens].data() +
+         options_.layout.RowOffset(kv_head, token % kBlockTokens);
 }
 
 void KvCase::SetKey(uint32_t kv_head, uint32_t token, const std::vector<float>& key) {
-  std::byte* row = slice_memory_[token / kBlockTokens].data() +
-                   options_.layout.RowOffset(kv_head, token % kBlockTokens);
+  const size_t offset = options_.layout.RowOffset(kv_head, token % kBlockTokens);
+  std::byte* row = host_slices_[token / kBlockTokens].data() + offset;
   for (size_t c = 0; c < key.size(); ++c) StoreElement(options_.layout.dtype, key[c], row, c);
+  const MemoryCopy write{row, slice_memory_[token / kBlockTokens].data() + offset,
+                         options_.layout.vector_bytes()};
+  device_->Copy({&write, 1});
 }
 
 void KvCase::Seal() {
@@ -236,13 +252,15 @@ void KvCase::Seal() {
     sketches_[block] = sketch_memory_[block].data();
   }
   device_->Seal(options_.layout, seals);
+  const SketchLayout sketch(options_.layout.head_dim);
+  ReadBack(sketch_memory_, sketch.slice_bytes(options_.layout.kv_head_count), &host_sketches_);
 }
 
 bool KvCase::IsExact(uint32_t kv_head, uint32_t token, uint32_t length) const {
   const uint32_t block = token / kBlockTokens;
   if ((block + 1) * kBlockTokens > length) return true;
   const SketchLayout layout(options_.layout.head_dim);
-  const SketchPage page(layout, sketches_[block] + kv_head * layout.page_bytes);
+  const SketchPage page(layout, host_sketches_[block].data() + kv_head * layout.page_bytes);
   return ((page.exact >> (token % kBlockTokens)) & 1) != 0;
 }
 

@@ -65,7 +65,7 @@ class KvCase {
   // [query_count][query_head_count][head_dim]
   const std::vector<float>& queries() const { return queries_; }
 
-  // K of a token as stored; V follows at + vector_bytes().
+  // K of a token as stored, in the host's copy of the slices; V follows at + vector_bytes().
   const std::byte* Row(uint32_t kv_head, uint32_t token) const;
   // Overwrites the key of one token before Seal: [head_dim].
   void SetKey(uint32_t kv_head, uint32_t token, const std::vector<float>& key);
@@ -84,6 +84,9 @@ class KvCase {
   void ShapeKey(uint32_t token, uint32_t kv_head, float* key);
   void SpoilValues(std::vector<float>* keys, std::vector<float>* values) const;
   void Store(const std::vector<float>& keys, const std::vector<float>& values);
+  // Makes the host's copies of slices or sketches.
+  void ReadBack(const std::vector<DeviceMemory>& memory, size_t bytes,
+                std::vector<std::vector<std::byte>>* copies) const;
 
   CaseOptions options_;
   Device* device_;
@@ -93,6 +96,8 @@ class KvCase {
   std::vector<float> queries_;
   std::vector<DeviceMemory> slice_memory_;
   std::vector<DeviceMemory> sketch_memory_;
+  std::vector<std::vector<std::byte>> host_slices_;
+  std::vector<std::vector<std::byte>> host_sketches_;
   std::vector<const std::byte*> slices_;
   std::vector<const std::byte*> sketches_;
   // For every length, the sketches that exist then; made by View and kept alive.

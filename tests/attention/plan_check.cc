@@ -47,7 +47,11 @@ void CheckTokensRead(const KvCase& kv, const Call& call, uint32_t kv_head) {
 
 }  // namespace
 
-std::vector<std::string> DeviceNames() { return {"reference", "cpu"}; }
+std::vector<std::string> DeviceNames() {
+  std::vector<std::string> names = {"reference", "cpu"};
+  if (NewDevice("cuda", {.thread_count = 1}).ok()) names.emplace_back("cuda");
+  return names;
+}
 
 std::unique_ptr<Device> NewDeviceOrDie(const std::string& name) {
   absl::StatusOr<std::unique_ptr<Device>> device = NewDevice(name, {.thread_count = 2});

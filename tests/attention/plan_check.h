@@ -14,7 +14,8 @@
 
 namespace kvservice::testing {
 
-// The devices that conformance tests run. One more device is one more name here.
+// The devices that conformance tests run, "cuda" where there is a GPU. One more device is one more
+// name here.
 std::vector<std::string> DeviceNames();
 std::unique_ptr<Device> NewDeviceOrDie(const std::string& name);
 // Outputs of the reference are double arithmetic rounded to float; those of other devices fp32

@@ -154,9 +154,9 @@ class SharingOfCase : public ::testing::Test {
  protected:
   SharingOfCase() : device_(NewDeviceOrDie("reference")), kv_(device_.get(), {}) {
     const SketchLayout layout(64);
-    view_ = kv_.View(400);
+    const KvView view = kv_.View(400);
     for (uint32_t block = 0; block < 6; ++block) {
-      pages_.push_back(view_.sketches[block] + layout.page_bytes);  // KV head 1
+      pages_.push_back(view.sketches[block] + layout.page_bytes);  // KV head 1
     }
   }
 
@@ -166,7 +166,6 @@ class SharingOfCase : public ::testing::Test {
 
   const std::unique_ptr<Device> device_;
   const KvCase kv_;
-  KvView view_;
   std::vector<const std::byte*> pages_;
 };
 
@@ -234,15 +233,17 @@ TEST_F(SharingOfCase, TermsAreMeansUnderTheWeightsOfWhatWasRead) {
   LayerShape shape = kv_.shape();
   shape.scale = 0.5F;
   task.shape = &shape;
-  task.view = &view_;
-  task.kv_head = 1;
   task.queries = queries;
   task.read = read;
   task.read_logits = logits;
   task.log_read = log_read;
   task.log_left = log_left;
   task.spread = &spread;
-  const SharingTerms terms = MakeSharingTerms(task);
+  const SharingTerms terms = MakeSharingTerms(task, [this](absl::Span<const uint32_t> positions) {
+    std::vector<const std::byte*> keys;
+    for (const uint32_t position : positions) keys.push_back(kv_.Row(1, position));
+    return keys;
+  });
   for (size_t i = 0; i < 128; ++i) EXPECT_EQ(terms.queries[i], 0.5F * queries[i]);
   EXPECT_EQ(terms.log_odds[1], static_cast<float>(kLogZero));
   EXPECT_NEAR(terms.log_odds[0],

@@ -60,6 +60,7 @@ class DeviceWrapper : public Device {
   std::unique_ptr<TokenLists> NewTokenLists(const KvLayout& layout, uint32_t anchors_max) override {
     return inner_->NewTokenLists(layout, anchors_max);
   }
+  void Copy(absl::Span<const MemoryCopy> copies) override { inner_->Copy(copies); }
   void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override {
     inner_->Append(layout, slices);
   }

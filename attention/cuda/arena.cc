@@ -1,0 +1,86 @@
+#include "attention/cuda/arena.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+
+namespace kvservice::cuda {
+namespace {
+
+constexpr size_t kAlignment = 256;
+constexpr size_t kChunkBytesMin = size_t{1} << 20;
+
+}  // namespace
+
+void Check(cudaError_t code, std::string_view what) {
+  if (code == cudaSuccess) return;
+  std::fprintf(stderr, "CUDA device failed in %.*s: %s (%s)\n", static_cast<int>(what.size()),
+               what.data(), cudaGetErrorString(code), cudaGetErrorName(code));
+  std::fflush(stderr);
+  std::_Exit(kDeviceFaultExitCode);
+}
+
+Arena::~Arena() { Free(); }
+
+void Arena::Free() {
+  // Codes are not checked: at the end of a process there may be no device any more.
+  for (const Chunk& chunk : chunks_) {
+    cudaFreeHost(chunk.host);
+    cudaFree(chunk.device);
+  }
+  chunks_.clear();
+}
+
+void Arena::AddChunk(size_t bytes) {
+  Chunk chunk;
+  chunk.bytes = bytes;
+  Check(cudaMalloc(reinterpret_cast<void**>(&chunk.device), bytes), "cudaMalloc");
+  if (sides_ == Sides::kBoth) {
+    Check(cudaMallocHost(reinterpret_cast<void**>(&chunk.host), bytes), "cudaMallocHost");
+  }
+  chunks_.push_back(chunk);
+}
+
+Slot<std::byte> Arena::TakeBytes(size_t bytes) {
+  const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+  if (chunks_.empty() || chunks_.back().bytes - chunks_.back().used < rounded) {
+    // Twice as much as before, so that a growing need ends in few chunks.
+    size_t total = kChunkBytesMin;
+    for (const Chunk& chunk : chunks_) total += chunk.bytes;
+    AddChunk(std::max(total, rounded));
+  }
+  Chunk& chunk = chunks_.back();
+  Slot<std::byte> slot;
+  slot.device = chunk.device + chunk.used;
+  if (chunk.host != nullptr) slot.host = chunk.host + chunk.used;
+  chunk.used += rounded;
+  return slot;
+}
+
+void Arena::Upload(cudaStream_t stream) {
+  for (const Chunk& chunk : chunks_) {
+    if (chunk.used == 0) continue;
+    Check(cudaMemcpyAsync(chunk.device, chunk.host, chunk.used, cudaMemcpyHostToDevice, stream),
+          "upload");
+  }
+}
+
+void Arena::Download(cudaStream_t stream) {
+  for (const Chunk& chunk : chunks_) {
+    if (chunk.used == 0) continue;
+    Check(cudaMemcpyAsync(chunk.host, chunk.device, chunk.used, cudaMemcpyDeviceToHost, stream),
+          "download");
+  }
+}
+
+void Arena::Reset() {
+  if (chunks_.size() > 1) {
+    size_t total = 0;
+    for (const Chunk& chunk : chunks_) total += chunk.bytes;
+    Free();
+    AddChunk(total);
+  }
+  for (Chunk& chunk : chunks_) chunk.used = 0;
+}
+
+}  // namespace kvservice::cuda

@@ -1,0 +1,7 @@
+#include "attention/cuda/attend-inl.h"
+
+namespace kvservice::cuda {
+
+template cudaError_t AttendTyped<kFloat16>(const AttendCall& call, cudaStream_t stream);
+
+}  // namespace kvservice::cuda

@@ -1,0 +1,490 @@
+#include "attention/cuda/device.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "attention/cpu/choose.h"
+#include "attention/cpu/group.h"
+#include "attention/cpu/thread_pool.h"
+#include "attention/cuda/arena.h"
+#include "attention/cuda/kernels.h"
+#include "attention/cuda/readings.h"
+#include "attention/host_lists.h"
+#include "attention/sketch.h"
+
+namespace kvservice {
+namespace {
+
+using cuda::Arena;
+using cuda::Check;
+using cuda::Slot;
+
+// The oldest GPUs that this build has code for.
+constexpr int kComputeMajorMin = 8;
+// Groups are executed in waves, so that the weights which their scans leave stay below this, or in
+// a wave of their own.
+constexpr size_t kWaveBytesMax = size_t{256} << 20;
+constexpr size_t kWaveGroupsMax = 4096;
+
+uint32_t AvailableCpus() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+  return static_cast<uint32_t>(std::max(1, CPU_COUNT(&set)));
+}
+
+// First token that the row's first query token sees.
+uint32_t BeginOf(const LayerShape& shape, const AttendRow& row) {
+  const uint32_t window = shape.sliding_window;
+  if (window == 0 || row.position + 1 <= window) return 0;
+  return row.position + 1 - window;
+}
+
+// True if planning or proving the row reads its sketches, as Group does.
+bool ReadsPageHeads(const LayerShape& shape, const AttendRow& row) {
+  const Plan& plan = row.plan;
+  return plan.prove != Guarantee::kNone || plan.source != Source::kAll ||
+         plan.visible_begin > std::max(plan.sink_end, BeginOf(shape, row));
+}
+
+bool MayCompensate(const Plan& plan) {
+  return plan.prove == Guarantee::kConfidence && std::isfinite(plan.max_output_error);
+}
+
+void ReleaseMemory(std::byte* data, size_t /*bytes*/) {
+  // At the end of a process the driver may be gone already.
+  cudaFree(data);
+}
+
+class CudaDevice : public Device {
+ public:
+  CudaDevice(uint32_t thread_count, uint32_t multiprocessors);
+  ~CudaDevice() override;
+
+  std::string_view name() const override { return "cuda"; }
+  absl::StatusOr<DeviceMemory> Allocate(size_t bytes) override;
+  std::unique_ptr<TokenLists> NewTokenLists(const KvLayout& layout, uint32_t anchors_max) override {
+    return std::make_unique<HostLists>(layout, anchors_max);
+  }
+  void Copy(absl::Span<const MemoryCopy> copies) override;
+  void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override;
+  void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) override;
+  void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override;
+
+ private:
+  // A row of a wave, as the device sees it.
+  struct RowData {
+    cuda::RowTables tables;
+    uint32_t block_begin = 0;
+    uint32_t block_count = 0;
+    // [kv_head_count][block_count], and [..][64]; null where the row reads none.
+    Slot<cuda::PageHead> heads;
+    Slot<uint8_t> value_codes;
+  };
+
+  void Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows);
+  void LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows);
+  void LoadRow(const LayerShape& shape, const AttendRow& row, RowData* data);
+  void Prepare(const LayerShape& shape, absl::Span<AttendRow> rows, size_t first, uint32_t count);
+  void ReadFirst(const LayerShape& shape);
+  void Decide(const LayerShape& shape);
+  void ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows, size_t first_group,
+                   uint32_t group_count);
+  void Conclude(const LayerShape& shape);
+  void ReadRests(const LayerShape& shape);
+  // The row of the wave's group, and what is read for it.
+  const cuda::RowTables& TablesOf(uint32_t group) const { return row_data_[row_of_[group]].tables; }
+  void Want(uint32_t group, const TokenMask& tokens, bool read_values, Partial* to) {
+    readings_.Attend(TablesOf(group), groups_[group], tokens, read_values, to);
+  }
+  const TokenMask& Keep(TokenMask tokens) {
+    kept_masks_.push_back(std::move(tokens));
+    return kept_masks_.back();
+  }
+
+  ThreadPool pool_;
+  std::vector<ChooseScratch> choose_scratch_;  // per thread of the pool
+  std::vector<ProofScratch> proof_scratch_;    // likewise
+  cuda::ScoreMemory score_memory_;
+  cuda::Context context_;
+  // Of one call.
+  Arena to_device_{Arena::Sides::kBoth};
+  Arena to_host_{Arena::Sides::kBoth};
+  std::vector<RowData> row_data_;
+  std::vector<std::vector<float>> unrotated_;  // [row][query_head_count][head_dim]
+  // Of one wave.
+  cuda::Readings readings_;
+  std::deque<Group> groups_;
+  std::deque<cuda::GroupReader> readers_;
+  std::vector<uint32_t> row_of_;
+  std::vector<Group::Verdict> verdicts_;
+  std::deque<TokenMask> kept_masks_;  // sets that readings borrow
+  uint32_t count_ = 0;                // groups
+};
+
+cuda::Context NewContext(uint32_t multiprocessors, cuda::ScoreMemory* score_memory) {
+  cuda::Context context;
+  Check(cudaStreamCreateWithFlags(&context.stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  context.multiprocessors = multiprocessors;
+  context.score_memory = score_memory;
+  float* scale = nullptr;
+  const size_t bytes = kRadiusScale.size() * sizeof(float);
+  Check(cudaMalloc(reinterpret_cast<void**>(&scale), bytes), "cudaMalloc");
+  Check(cudaMemcpy(scale, kRadiusScale.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+  context.radius_scale = scale;
+  return context;
+}
+
+CudaDevice::CudaDevice(uint32_t thread_count, uint32_t multiprocessors)
+    : pool_(thread_count),
+      choose_scratch_(thread_count),
+      proof_scratch_(thread_count),
+      context_(NewContext(multiprocessors, &score_memory_)),
+      readings_(context_) {}
+
+CudaDevice::~CudaDevice() {
+  cudaFree(const_cast<float*>(context_.radius_scale));
+  cudaStreamDestroy(context_.stream);
+}
+
+absl::StatusOr<DeviceMemory> CudaDevice::Allocate(size_t bytes) {
+  void* data = nullptr;
+  const size_t least = std::max<size_t>(bytes, 1);
+  if (const cudaError_t code = cudaMalloc(&data, least); code != cudaSuccess) {
+    // The error does not stick, but would be the next one to be seen.
+    static_cast<void>(cudaGetLastError());
+    return absl::ResourceExhaustedError(
+        absl::StrCat("cannot allocate ", bytes, " bytes on the GPU: ", cudaGetErrorString(code)));
+  }
+  // Not in the stream: Allocate may be called by any thread.
+  Check(cudaMemset(data, 0, least), "cudaMemset");
+  Check(cudaStreamSynchronize(nullptr), "cudaMemset");
+  return DeviceMemory(static_cast<std::byte*>(data), least, ReleaseMemory);
+}
+
+void CudaDevice::Copy(absl::Span<const MemoryCopy> copies) {
+  for (const MemoryCopy& copy : copies) {
+    Check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyDefault, context_.stream),
+          "copy");
+  }
+  Check(cudaStreamSynchronize(context_.stream), "copy");
+}
+
+void CudaDevice::Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) {
+  to_device_.Reset();
+  const size_t token_bytes = size_t{layout.kv_head_count} * layout.vector_bytes();
+  const Slot<cuda::AppendItem> items = to_device_.Take<cuda::AppendItem>(slices.size());
+  uint32_t count = 0;
+  for (const AppendSlice& slice : slices) {
+    assert(slice.first + slice.token_count <= kBlockTokens);
+    if (slice.token_count == 0) continue;
+    const size_t bytes = slice.token_count * token_bytes;
+    const Slot<std::byte> k = to_device_.Take<std::byte>(bytes);
+    const Slot<std::byte> v = to_device_.Take<std::byte>(bytes);
+    std::memcpy(k.host, slice.k, bytes);
+    std::memcpy(v.host, slice.v, bytes);
+    items.host[count++] = {.slice = slice.slice,
+                           .k = k.device,
+                           .v = v.device,
+                           .first = slice.first,
+                           .token_count = slice.token_count};
+  }
+  to_device_.Upload(context_.stream);
+  Check(cuda::Append(cuda::ShapeOf(layout), items.device, count, context_.stream), "append");
+  Check(cudaStreamSynchronize(context_.stream), "append");
+}
+
+void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) {
+  to_device_.Reset();
+  const SketchLayout sketch(layout.head_dim);
+  const uint32_t heads = layout.kv_head_count;
+  // Tables are the same for all slices of a sequence.
+  struct DeviceTable {
+    const float* metric = nullptr;
+    const float* weights = nullptr;
+  };
+  std::map<const SketchTable*, DeviceTable> tables;
+  const auto upload = [&](const std::vector<float>& numbers) {
+    const Slot<float> slot = to_device_.Take<float>(numbers.size());
+    std::copy(numbers.begin(), numbers.end(), slot.host);
+    return slot.device;
+  };
+  const Slot<cuda::SealItem> items = to_device_.Take<cuda::SealItem>(slices.size() * heads);
+  uint32_t count = 0;
+  for (const SealSlice& slice : slices) {
+    for (uint32_t head = 0; head < heads; ++head) {
+      const SketchTable& table = slice.tables[head];
+      const auto [known, inserted] = tables.try_emplace(&table);
+      if (inserted) known->second = {upload(table.metric), upload(table.weights)};
+      items.host[count++] = {.rows = slice.slice + layout.RowOffset(head, 0),
+                             .page = slice.sketch + head * sketch.page_bytes,
+                             .metric = known->second.metric,
+                             .weights = known->second.weights,
+                             .radius_scale = context_.radius_scale,
+                             .block_index = slice.block_index};
+    }
+  }
+  to_device_.Upload(context_.stream);
+  Check(cuda::Seal(cuda::ShapeOf(layout), items.device, count, context_.stream), "seal");
+  Check(cudaStreamSynchronize(context_.stream), "seal");
+}
+
+// An anchor is found by, and made for, the newest query.
+void CudaDevice::Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows) {
+  const size_t token_floats = size_t{shape.layout.query_head_count} * shape.layout.head_dim;
+  if (unrotated_.size() < rows.size()) unrotated_.resize(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const AttendRow& row = rows[i];
+    if (row.plan.source != Source::kReuse) continue;
+    unrotated_[i].resize(token_floats);
+    UnrotateQueries(shape, row.view.length - 1, row.q + (row.query_count - 1) * token_floats,
+                    unrotated_[i].data());
+  }
+}
+
+// Uploads where a row lies and asks for what its plan reads of its sketches.
+void CudaDevice::LoadRow(const LayerShape& shape, const AttendRow& row, RowData* data) {
+  const uint32_t blocks = BlockCount(row.view.length);
+  const Slot<const std::byte*> slices = to_device_.Take<const std::byte*>(blocks);
+  const Slot<const std::byte*> sketches = to_device_.Take<const std::byte*>(blocks);
+  std::copy_n(row.view.slices.begin(), blocks, slices.host);
+  std::copy_n(row.view.sketches.begin(), blocks, sketches.host);
+  *data = RowData();
+  data->tables = {.view = row.view, .slices = slices.device, .sketches = sketches.device};
+  data->block_begin = BeginOf(shape, row) / kBlockTokens;
+  data->block_count = blocks - data->block_begin;
+  if (!ReadsPageHeads(shape, row)) return;
+  const size_t pages = size_t{shape.layout.kv_head_count} * data->block_count;
+  data->heads = to_host_.Take<cuda::PageHead>(pages);
+  if (MayCompensate(row.plan)) {
+    data->value_codes = to_host_.Take<uint8_t>(pages * kBlockTokens);
+  }
+}
+
+void CudaDevice::LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows) {
+  to_device_.Reset();
+  to_host_.Reset();
+  row_data_.resize(rows.size());
+  std::vector<cuda::PageHeadTask> tasks;
+  uint32_t blocks_max = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    RowData& data = row_data_[i];
+    LoadRow(shape, rows[i], &data);
+    if (data.heads.host == nullptr) continue;
+    const uint32_t base = data.block_begin * kBlockTokens;
+    for (uint32_t kv_head = 0; kv_head < shape.layout.kv_head_count; ++kv_head) {
+      const size_t at = size_t{kv_head} * data.block_count;
+      cuda::PageHeadTask task;
+      task.slices = data.tables.slices + data.block_begin;
+      task.sketches = data.tables.sketches + data.block_begin;
+      task.heads = data.heads.device + at;
+      if (data.value_codes.device != nullptr) {
+        task.value_codes = data.value_codes.device + at * kBlockTokens;
+      }
+      task.kv_head = kv_head;
+      task.block_count = data.block_count;
+      task.begin = BeginOf(shape, rows[i]) - base;
+      task.end = rows[i].view.length - base;
+      task.bounds_values = rows[i].plan.prove != Guarantee::kNone;
+      tasks.push_back(task);
+    }
+    blocks_max = std::max(blocks_max, data.block_count);
+  }
+  const Slot<cuda::PageHeadTask> slot = to_device_.Take<cuda::PageHeadTask>(tasks.size());
+  std::copy(tasks.begin(), tasks.end(), slot.host);
+  to_device_.Upload(context_.stream);
+  if (tasks.empty()) return;
+  Check(cuda::ReadPageHeads(cuda::ShapeOf(shape.layout), slot.device,
+                            static_cast<uint32_t>(tasks.size()), blocks_max, context_.stream),
+        "page heads");
+  to_host_.Download(context_.stream);
+  Check(cudaStreamSynchronize(context_.stream), "page heads");
+}
+
+void CudaDevice::Prepare(const LayerShape& shape, absl::Span<AttendRow> rows, size_t first,
+                         uint32_t count) {
+  const uint32_t kv_heads = shape.layout.kv_head_count;
+  const size_t head_floats = size_t{shape.layout.group_size()} * shape.layout.head_dim;
+  count_ = count;
+  if (groups_.size() < count) groups_.resize(count);
+  if (readers_.size() < count) readers_.resize(count);
+  row_of_.resize(count);
+  verdicts_.resize(count);
+  pool_.ParallelFor(count, [&](uint32_t i, uint32_t) {
+    const auto row = static_cast<uint32_t>((first + i) / kv_heads);
+    const auto kv_head = static_cast<uint32_t>((first + i) % kv_heads);
+    row_of_[i] = row;
+    const RowData& data = row_data_[row];
+    const size_t at = size_t{kv_head} * data.block_count;
+    readers_[i].Set(
+        context_, shape, kv_head, data.tables, data.block_begin,
+        data.heads.host == nullptr ? nullptr : data.heads.host + at,
+        data.value_codes.host == nullptr ? nullptr : data.value_codes.host + at * kBlockTokens);
+    absl::Span<const float> anchor;
+    if (rows[row].plan.source == Source::kReuse) {
+      anchor = absl::MakeConstSpan(unrotated_[row]).subspan(kv_head * head_floats, head_floats);
+    }
+    groups_[i].Prepare(shape, &rows[row], kv_head, &readers_[i], anchor);
+  });
+}
+
+// What is read whatever is chosen, and the scans to choose by.
+void CudaDevice::ReadFirst(const LayerShape& shape) {
+  readings_.Begin(shape);
+  kept_masks_.clear();
+  for (uint32_t i = 0; i < count_; ++i) {
+    Group& group = groups_[i];
+    readings_.Scan(TablesOf(i), group, group.to_scan(), &group.weights);
+    Want(i, group.first(), /*read_values=*/true, &group.kept);
+    if (!group.has_choice() && group.wants_rest()) {
+      Want(i, Keep(group.Rest()), group.wants_rest_values(), &group.rest);
+    }
+  }
+  readings_.Run();
+}
+
+void CudaDevice::Decide(const LayerShape& shape) {
+  bool choose = false;
+  for (uint32_t i = 0; i < count_; ++i) choose |= groups_[i].has_choice();
+  if (!choose) return;
+  pool_.ParallelFor(
+      count_, [&](uint32_t i, uint32_t thread) { groups_[i].Decide(&choose_scratch_[thread]); });
+  readings_.Begin(shape);
+  kept_masks_.clear();
+  for (uint32_t i = 0; i < count_; ++i) {
+    Group& group = groups_[i];
+    if (!group.has_choice()) continue;
+    Want(i, Keep(group.Unread()), /*read_values=*/true, &group.kept);
+    if (group.wants_rest()) {
+      Want(i, Keep(group.Rest()), group.wants_rest_values(), &group.rest);
+    }
+  }
+  readings_.Run();
+}
+
+// Concludes all groups, reading more for those that grow, in rounds. A group grows a bounded number
+// of times.
+void CudaDevice::Conclude(const LayerShape& shape) {
+  const auto grows = [](Group::Verdict verdict) { return verdict == Group::Verdict::kReadMore; };
+  pool_.ParallelFor(count_, [&](uint32_t i, uint32_t thread) {
+    verdicts_[i] = groups_[i].Conclude(&proof_scratch_[thread]);
+  });
+  while (std::any_of(verdicts_.begin(), verdicts_.end(), grows)) {
+    readings_.Begin(shape);
+    for (uint32_t i = 0; i < count_; ++i) {
+      if (!grows(verdicts_[i])) continue;
+      groups_[i].grown.Resize(groups_[i].head_count(), shape.layout.head_dim);
+      Want(i, groups_[i].more(), /*read_values=*/true, &groups_[i].grown);
+    }
+    readings_.Run();
+    pool_.ParallelFor(count_, [&](uint32_t i, uint32_t thread) {
+      if (!grows(verdicts_[i])) return;
+      verdicts_[i] = groups_[i].Conclude(&proof_scratch_[thread]);
+    });
+  }
+}
+
+// Answers densely where a verdict asks for it.
+void CudaDevice::ReadRests(const LayerShape& shape) {
+  const auto asks = [](Group::Verdict verdict) { return verdict == Group::Verdict::kReadRest; };
+  if (std::none_of(verdicts_.begin(), verdicts_.end(), asks)) return;
+  readings_.Begin(shape);
+  kept_masks_.clear();
+  for (uint32_t i = 0; i < count_; ++i) {
+    if (!asks(verdicts_[i])) continue;
+    // Keys alone were read for an exact proof; their masses would count twice.
+    groups_[i].rest.Resize(groups_[i].head_count(), shape.layout.head_dim);
+    Want(i, Keep(groups_[i].Rest()), /*read_values=*/true, &groups_[i].rest);
+  }
+  readings_.Run();
+  pool_.ParallelFor(count_, [&](uint32_t i, uint32_t thread) {
+    if (asks(verdicts_[i])) groups_[i].ConcludeDense(&proof_scratch_[thread]);
+  });
+}
+
+void CudaDevice::ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows,
+                             size_t first_group, uint32_t group_count) {
+  Prepare(shape, rows, first_group, group_count);
+  ReadFirst(shape);
+  Decide(shape);
+  Conclude(shape);
+  ReadRests(shape);
+  for (uint32_t i = 0; i < count_; ++i) {
+    if (verdicts_[i] != Group::Verdict::kFailed) continue;
+    rows[row_of_[i]].status = absl::FailedPreconditionError(
+        absl::StrCat("BOUND_NOT_MET: KV head ", groups_[i].kv_head(), " cannot prove its limits"));
+  }
+}
+
+void CudaDevice::Attend(const LayerShape& shape, absl::Span<AttendRow> rows) {
+  const KvLayout& layout = shape.layout;
+  for (AttendRow& row : rows) {
+    assert(row.query_count >= 1 && row.query_count <= kQueryTokensMax);
+    row.status = absl::OkStatus();
+  }
+  Unrotate(shape, rows);
+  LoadRows(shape, rows);
+  const size_t total = rows.size() * layout.kv_head_count;
+  for (size_t first = 0; first < total;) {
+    size_t bytes = 0;
+    size_t end = first;
+    while (end < total && end - first < kWaveGroupsMax && bytes <= kWaveBytesMax) {
+      const AttendRow& row = rows[end / layout.kv_head_count];
+      // A weight of every token and head, at most; rows that read everything have none.
+      if (ReadsPageHeads(shape, row)) {
+        bytes += size_t{row.view.length} * row.query_count * layout.group_size() * sizeof(float);
+      }
+      ++end;
+    }
+    ExecuteWave(shape, rows, first, static_cast<uint32_t>(end - first));
+    first = end;
+  }
+  for (AttendRow& row : rows) {
+    if (row.status.ok()) continue;
+    std::fill_n(row.out, size_t{row.query_count} * layout.query_head_count * layout.head_dim, 0.0F);
+    std::fill_n(row.lse, size_t{row.query_count} * layout.query_head_count, 0.0F);
+  }
+}
+
+}  // namespace
+
+namespace {
+
+// Number of multiprocessors of the GPU that would be used.
+absl::StatusOr<uint32_t> FindGpu() {
+  int count = 0;
+  cudaError_t code = cudaGetDeviceCount(&count);
+  cudaDeviceProp properties;
+  if (code == cudaSuccess && count > 0) code = cudaGetDeviceProperties(&properties, 0);
+  if (code != cudaSuccess || count == 0) {
+    // The error does not stick, but would be the next one to be seen.
+    static_cast<void>(cudaGetLastError());
+    return absl::UnavailableError(absl::StrCat(
+        "no GPU: ", code == cudaSuccess ? "the driver sees none" : cudaGetErrorString(code)));
+  }
+  if (properties.major < kComputeMajorMin) {
+    return absl::UnavailableError(absl::StrCat("the GPU has compute capability ", properties.major,
+                                               ".", properties.minor, ", expected 8.0 or more"));
+  }
+  return static_cast<uint32_t>(properties.multiProcessorCount);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Device>> NewCudaDevice(const DeviceOptions& options) {
+  absl::StatusOr<uint32_t> multiprocessors = FindGpu();
+  if (!multiprocessors.ok()) return multiprocessors.status();
+  const uint32_t threads = options.thread_count == 0 ? AvailableCpus() : options.thread_count;
+  return std::make_unique<CudaDevice>(threads, *multiprocessors);
+}
+
+}  // namespace kvservice
