@@ -20,6 +20,8 @@ struct BenchOptions {
   bool quick = false;
   uint32_t thread_count = 0;  // 0 = one per CPU
   std::string device = "cpu";
+  // Files of tests/eval/trace.py, for the workloads that replay real models.
+  std::vector<std::string> traces = {};
 };
 
 // One measured figure.

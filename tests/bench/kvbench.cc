@@ -35,6 +35,9 @@ void Parse(CLI::App* app, Arguments* arguments) {
   app->add_option("--machine", arguments->machine, "Name of the machine (default: its CPU)");
   app->add_option("--threads", arguments->options.thread_count, "Threads (default: all CPUs)");
   app->add_option("--device", arguments->options.device, "Device to measure (default: cpu)");
+  app->add_option("--trace", arguments->options.traces,
+                  "Traces of real models (tests/eval/trace.py) that decode_e2e replays")
+      ->delimiter(',');
   app->add_flag("--quick", arguments->options.quick, "Small sizes: checks results, not speed");
   app->add_flag("--list", arguments->list, "List the workloads");
 }
@@ -51,10 +54,10 @@ std::string MachineName() {
 }
 
 void PrintTable(const std::vector<Row>& rows) {
-  absl::PrintF("%-12s %-24s %12s %-6s %8s  %-16s %9s\n", "workload", "case", "value", "unit",
+  absl::PrintF("%-12s %-44s %12s %-6s %8s  %-16s %9s\n", "workload", "case", "value", "unit",
                "ratio", "baseline", "error");
   for (const Row& row : rows) {
-    absl::PrintF("%-12s %-24s %12.1f %-6s %7.2fx  %-16s %9.1e\n", row.workload, row.case_name,
+    absl::PrintF("%-12s %-44s %12.1f %-6s %7.2fx  %-16s %9.1e\n", row.workload, row.case_name,
                  row.value, row.unit, row.ratio, row.baseline, row.error);
   }
 }

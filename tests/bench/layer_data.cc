@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <random>
 
 #include "attention/float16.h"
 #include "attention/sketch.h"
@@ -23,51 +22,45 @@ std::vector<float> UnitVector(uint32_t head_dim, std::mt19937_64* random) {
   return unit;
 }
 
+}  // namespace
+
 // Keys of unit deviation per channel. Queries of norm 1 / scale give them logits of deviation 1;
 // hot keys lie hot_nats further along their head's direction.
-struct Generator {
-  Generator(const LayerOptions& options, float scale)
-      : layout(options.layout), random(options.seed), query_norm(1.0F / scale) {
-    for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
-      directions.push_back(UnitVector(layout.head_dim, &random));
-      hot.emplace_back(options.length, false);
-      for (uint32_t i = 0; i < options.hot_tokens; ++i) hot[head][random() % options.length] = true;
+LayerSource::LayerSource(const LayerOptions& options, float scale)
+    : options_(options), query_norm_(1.0F / scale), random_(options.seed) {
+  for (uint32_t head = 0; head < options.layout.kv_head_count; ++head) {
+    directions_.push_back(UnitVector(options.layout.head_dim, &random_));
+    hot_.emplace_back(options.length, false);
+    for (uint32_t i = 0; i < options.hot_tokens; ++i) {
+      hot_[head][random_() % options.length] = true;
     }
   }
+}
 
-  void Token(uint32_t token, float hot_nats, std::byte* k, std::byte* v) {
-    for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
-      for (uint32_t c = 0; c < layout.head_dim; ++c) {
-        const size_t index = static_cast<size_t>(head) * layout.head_dim + c;
-        const float along = hot[head][token] ? hot_nats * directions[head][c] : 0.0F;
-        StoreElement(layout.dtype, normal(random) + along, k, index);
-        StoreElement(layout.dtype, normal(random), v, index);
-      }
+void LayerSource::Token(uint32_t token, std::byte* k, std::byte* v) {
+  const KvLayout& layout = options_.layout;
+  for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
+    for (uint32_t c = 0; c < layout.head_dim; ++c) {
+      const size_t index = static_cast<size_t>(head) * layout.head_dim + c;
+      const float along = hot_[head][token] ? options_.hot_nats * directions_[head][c] : 0.0F;
+      StoreElement(layout.dtype, normal_(random_) + along, k, index);
+      StoreElement(layout.dtype, normal_(random_), v, index);
     }
   }
+}
 
-  // Query heads of a group look the same way, each with a deviation of its own.
-  std::vector<float> Queries() {
-    std::vector<float> queries;
-    for (uint32_t head = 0; head < layout.query_head_count; ++head) {
-      const std::vector<float>& direction = directions[head / layout.group_size()];
-      const std::vector<float> own = UnitVector(layout.head_dim, &random);
-      for (uint32_t c = 0; c < layout.head_dim; ++c) {
-        queries.push_back(query_norm * (direction[c] + 0.2F * own[c]));
-      }
+std::vector<float> LayerSource::Queries() {
+  const KvLayout& layout = options_.layout;
+  std::vector<float> queries;
+  for (uint32_t head = 0; head < layout.query_head_count; ++head) {
+    const std::vector<float>& direction = directions_[head / layout.group_size()];
+    const std::vector<float> own = UnitVector(layout.head_dim, &random_);
+    for (uint32_t c = 0; c < layout.head_dim; ++c) {
+      queries.push_back(query_norm_ * (direction[c] + 0.2F * own[c]));
     }
-    return queries;
   }
-
-  const KvLayout layout;
-  std::mt19937_64 random;
-  std::normal_distribution<float> normal;
-  const float query_norm;
-  std::vector<std::vector<float>> directions;
-  std::vector<std::vector<bool>> hot;
-};
-
-}  // namespace
+  return queries;
+}
 
 absl::Status LayerData::Make(const LayerOptions& options, Device* device, LayerData* data) {
   const KvLayout& layout = options.layout;
@@ -84,15 +77,14 @@ absl::Status LayerData::Make(const LayerOptions& options, Device* device, LayerD
   if (!sketches.ok()) return sketches.status();
   data->sketch_memory_ = std::move(*sketches);
 
-  Generator generator(options, data->shape_.scale);
+  LayerSource source(options, data->shape_.scale);
   const size_t token_bytes = static_cast<size_t>(layout.kv_head_count) * layout.vector_bytes();
   std::vector<std::byte> k(kBlockTokens * token_bytes);
   std::vector<std::byte> v(k.size());
   for (uint32_t block = 0; block < block_count; ++block) {
     const uint32_t count = std::min(kBlockTokens, options.length - block * kBlockTokens);
     for (uint32_t t = 0; t < count; ++t) {
-      generator.Token(block * kBlockTokens + t, options.hot_nats, &k[t * token_bytes],
-                      &v[t * token_bytes]);
+      source.Token(block * kBlockTokens + t, &k[t * token_bytes], &v[t * token_bytes]);
     }
     std::byte* slice = data->slice_memory_.data() + block * layout.slice_bytes();
     const AppendSlice append{.slice = slice, .token_count = count, .k = k.data(), .v = v.data()};
@@ -107,7 +99,7 @@ absl::Status LayerData::Make(const LayerOptions& options, Device* device, LayerD
         {.slice = slice, .sketch = bytes, .block_index = block, .tables = data->tables_});
   }
   device->Seal(layout, data->seal_calls_);
-  data->queries_ = generator.Queries();
+  data->queries_ = source.Queries();
   return absl::OkStatus();
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <random>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -21,6 +22,25 @@ struct LayerOptions {
   // How far the hot tokens' logits lie above the mean of the others, in nats.
   float hot_nats = 10.0F;
   uint64_t seed = 1;
+};
+
+// Makes tokens and queries of such a layer, in order.
+class LayerSource {
+ public:
+  LayerSource(const LayerOptions& options, float scale);
+  // Keys and values of token `token` < options.length: [kv_head_count][head_dim] in the cache type.
+  void Token(uint32_t token, std::byte* k, std::byte* v);
+  // [query_head_count][head_dim]. Query heads of a group look the same way, each with a deviation
+  // of its own, a new one every time.
+  std::vector<float> Queries();
+
+ private:
+  const LayerOptions options_;
+  const float query_norm_;
+  std::mt19937_64 random_;
+  std::normal_distribution<float> normal_;
+  std::vector<std::vector<float>> directions_;  // where each KV head's queries look
+  std::vector<std::vector<bool>> hot_;          // [kv_head][token]
 };
 
 // Owns the memory; the device outlives it.

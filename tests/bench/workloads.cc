@@ -8,6 +8,8 @@ namespace kvservice::bench {
 const std::vector<Workload>& Workloads() {
   static const auto* const kWorkloads = new std::vector<Workload>{
       {"attend_cpu", "one layer, 32k tokens, 32 query / 8 KV heads, d=128, bf16", RunAttendCpu},
+      {"decode_e2e", "decode steps of one layer through gRPC against local dense attention",
+       RunDecodeE2e},
   };
   return *kWorkloads;
 }

@@ -14,6 +14,10 @@ namespace kvservice::bench {
 // sealing.
 absl::Status RunAttendCpu(const BenchOptions& options, std::vector<Row>* rows);
 
+// Decode steps of one layer through gRPC, between two processes, against dense attention in the
+// caller's own.
+absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows);
+
 }  // namespace kvservice::bench
 
 #endif  // KVSERVICE_TESTS_BENCH_WORKLOADS_H_

@@ -1,0 +1,431 @@
+// Decode steps through gRPC: a server in a process of its own, a client that sends q, k and v of
+// one new token per sequence and layer and gets outputs and certificates back. The baseline is what
+// the service has to beat: dense attention over the same keys in the caller's own process, on the
+// same kind of device, with nothing sent anywhere.
+//
+// Times are those of one call (one layer of one step) as the caller sees it: the median over steps
+// of the mean over layers. Cases take turns. Nothing is found in a cache: with one layer the caller
+// reads a buffer larger than the CPU's caches before every call, as the rest of a model would.
+//
+// Checks before measuring, at the prompt's last token: dense outputs against the local ones (the
+// row's error is the normalised squared error), and for every certificate that the mass which local
+// dense attention says was dropped lies under the bound (the error is the largest excess, as far as
+// float32 log-sum-exps can tell; proofs are tested elsewhere).
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+#include "attention/device.h"
+#include "client/client.h"
+#include "tests/bench/decode_data.h"
+#include "tests/bench/server_process.h"
+#include "tests/bench/sum_words.h"
+#include "tests/bench/workloads.h"
+
+namespace kvservice::bench {
+namespace {
+
+constexpr char kWorkload[] = "decode_e2e";
+constexpr double kOutputErrorMax = 1e-9;
+// Of a difference of two float32 logarithms of sums.
+constexpr double kMassErrorMax = 1e-5;
+constexpr float kMassLimit = 0.05F;
+constexpr double kFailureProbability = 1e-6;
+constexpr uint32_t kAppendTokens = 1024;
+constexpr size_t kFlushBytes = size_t{256} << 20;
+
+// Dense attention over the prompts in this process.
+class LocalDense {
+ public:
+  static absl::StatusOr<LocalDense> Make(DecodeData* data, Device* device) {
+    LocalDense local(data, device);
+    const KvLayout& layout = data->layout();
+    const uint32_t blocks = BlockCount(data->prompt_tokens());
+    std::vector<std::byte> k(kBlockTokens * data->token_bytes());
+    std::vector<std::byte> v(k.size());
+    for (uint32_t i = 0; i < data->layer_count() * data->batch(); ++i) {
+      auto memory = device->Allocate(blocks * layout.slice_bytes());
+      if (!memory.ok()) return memory.status();
+      local.slices_.emplace_back();
+      for (uint32_t block = 0; block < blocks; ++block) {
+        const uint32_t first = block * kBlockTokens;
+        const uint32_t count = std::min(kBlockTokens, data->prompt_tokens() - first);
+        data->Tokens(i / data->batch(), i % data->batch(), first, count, k.data(), v.data());
+        std::byte* slice = memory->data() + block * layout.slice_bytes();
+        const AppendSlice append{
+            .slice = slice, .token_count = count, .k = k.data(), .v = v.data()};
+        device->Append(layout, {&append, 1});
+        local.slices_.back().push_back(slice);
+      }
+      local.memory_.push_back(std::move(*memory));
+    }
+    return local;
+  }
+
+  // q: [batch][query_head_count][head_dim], of the prompts' last token.
+  absl::Status Run(uint32_t layer, const std::vector<float>& q) {
+    const KvLayout& layout = shape_.layout;
+    const size_t floats = size_t{layout.query_head_count} * layout.head_dim;
+    std::vector<AttendRow> rows(data_->batch());
+    for (size_t b = 0; b < rows.size(); ++b) {
+      AttendRow& row = rows[b];
+      row.view = {.slices = slices_[layer * rows.size() + b],
+                  .sketches = sketches_,
+                  .length = data_->prompt_tokens()};
+      row.position = row.view.length - 1;
+      row.q = &q[b * floats];
+      row.tables = tables_;
+      row.out = &out[b * floats];
+      row.lse = &lse[b * layout.query_head_count];
+      row.certificates = &certificates_[b * layout.query_head_count];
+      row.groups = &groups_[b * layout.kv_head_count];
+    }
+    device_->Attend(shape_, absl::MakeSpan(rows));
+    for (const AttendRow& row : rows) {
+      if (!row.status.ok()) return row.status;
+    }
+    return absl::OkStatus();
+  }
+
+  std::vector<float> out;  // [batch][query_head_count][head_dim]
+  std::vector<float> lse;  // [batch][query_head_count]
+
+ private:
+  LocalDense(DecodeData* data, Device* device) : data_(data), device_(device) {
+    shape_.layout = data->layout();
+    shape_.scale = data->model().scale;
+    const KvLayout& layout = shape_.layout;
+    sketches_.assign(BlockCount(data->prompt_tokens()), nullptr);
+    tables_.assign(layout.kv_head_count, IdentitySketchTable(layout.head_dim));
+    lse.resize(size_t{data->batch()} * layout.query_head_count);
+    out.resize(lse.size() * layout.head_dim);
+    certificates_.resize(lse.size());
+    groups_.resize(size_t{data->batch()} * layout.kv_head_count);
+  }
+
+  DecodeData* data_;
+  Device* device_;
+  LayerShape shape_;
+  std::vector<DeviceMemory> memory_;
+  std::vector<std::vector<const std::byte*>> slices_;  // [layer][sequence]
+  std::vector<const std::byte*> sketches_;             // none: dense attention reads none
+  std::vector<SketchTable> tables_;
+  std::vector<HeadCertificate> certificates_;
+  std::vector<GroupReport> groups_;
+};
+
+// The client's side.
+class RemoteDecode {
+ public:
+  RemoteDecode(DecodeData* data, client::Client* client) : data_(data), client_(client) {}
+
+  absl::Status Prefill() {
+    const auto registered = client_->RegisterModel(data_->model());
+    if (!registered.ok()) return registered.status();
+    k_.resize(kAppendTokens * data_->token_bytes());
+    v_.resize(k_.size());
+    for (uint32_t b = 0; b < data_->batch(); ++b) {
+      auto sequence = client_->CreateSequence({.model = data_->model().name});
+      if (!sequence.ok()) return sequence.status();
+      client::AppendWriter writer = sequence->Append();
+      for (uint32_t first = 0; first < data_->prompt_tokens(); first += kAppendTokens) {
+        const uint32_t count = std::min(kAppendTokens, data_->prompt_tokens() - first);
+        for (uint32_t layer = 0; layer < data_->layer_count(); ++layer) {
+          data_->Tokens(layer, b, first, count, k_.data(), v_.data());
+          const absl::Status status = writer.Write(layer, first, View(k_, count), View(v_, count));
+          if (!status.ok()) return status;
+        }
+      }
+      const auto receipt = writer.Commit();
+      if (!receipt.ok()) return receipt.status();
+      sequences_.push_back(std::move(*sequence));
+    }
+    return absl::OkStatus();
+  }
+
+  // One layer of one step. Positions behind the prompt append the token there; doing so again is
+  // harmless, so all cases can take the same steps.
+  absl::StatusOr<client::AttendResult> Attend(const client::Policy& policy, uint32_t layer,
+                                              uint32_t position, const std::vector<float>& q) {
+    const uint32_t batch = data_->batch();
+    const size_t bytes = data_->token_bytes();
+    std::vector<client::AttendRow> rows(batch);
+    for (uint32_t b = 0; b < batch; ++b) {
+      rows[b].sequence = &sequences_[b];
+      rows[b].position = position;
+      data_->Tokens(layer, b, position, 1, &k_[b * bytes], &v_[b * bytes]);
+    }
+    client::AttendStep step{.layer = layer, .rows = rows, .policy = policy};
+    const KvLayout& layout = data_->layout();
+    step.q = client::Float32View(q, batch, layout.query_head_count, layout.head_dim);
+    if (position >= data_->prompt_tokens()) {
+      step.k = View(k_, batch);
+      step.v = View(v_, batch);
+    }
+    auto result = client_->Attend(step);
+    if (!result.ok()) return result.status();
+    for (const client::AttendRowResult& row : result->rows) {
+      if (!row.status.ok()) return row.status;
+    }
+    return result;
+  }
+
+ private:
+  client::TensorView View(const std::vector<std::byte>& bytes, uint32_t tokens) const {
+    return {.dtype = client::DType::kBfloat16,
+            .token_count = tokens,
+            .head_count = data_->layout().kv_head_count,
+            .head_dim = data_->layout().head_dim,
+            .bytes = absl::MakeConstSpan(bytes).first(tokens * data_->token_bytes())};
+  }
+
+  DecodeData* const data_;
+  client::Client* const client_;
+  std::vector<client::Sequence> sequences_;
+  std::vector<std::byte> k_, v_;
+};
+
+struct Case {
+  Case(std::string case_name, client::Selector selector, const DecodeData& data)
+      : name(std::move(case_name)) {
+    policy.selector = selector;
+    // A lone layer is no model's first one.
+    if (data.layer_count() == 1) policy.layers = std::vector<client::LayerOverride>();
+  }
+
+  std::string name;
+  client::Policy policy;
+  bool certifies = false;
+  double error = 0.0;
+  std::vector<double> step_seconds, call_seconds, service_seconds;
+  double tokens_read = 0.0;  // over all calls, sequences and KV heads
+  double scans = 0.0;
+  double groups = 0.0;
+};
+
+std::vector<Case> MakeCases(const DecodeData& data) {
+  std::vector<Case> cases;
+  cases.emplace_back("dense", client::Selector::kDense, data);
+  for (const bool samples : {true, false}) {
+    Case& made = cases.emplace_back(samples ? "certified" : "certified_deterministic",
+                                    client::Selector::kCertified, data);
+    made.certifies = true;
+    made.policy.max_dropped_mass = kMassLimit;
+    made.policy.failure_probability = kFailureProbability;
+    made.policy.guarantee =
+        samples ? client::Guarantee::kConfidence : client::Guarantee::kDeterministic;
+  }
+  for (const auto& [name, selector] :
+       {std::pair("scan_", client::Selector::kScan), std::pair("cpe_", client::Selector::kCpe)}) {
+    Case& made = cases.emplace_back(absl::StrCat(name, data.list_tokens()), selector, data);
+    made.policy.budget = client::Budget{.top_k_tokens = data.list_tokens()};
+  }
+  return cases;
+}
+
+// Compares a case with local dense attention at the prompt's last token.
+absl::Status Check(DecodeData* data, RemoteDecode* remote, LocalDense* local, uint32_t layer,
+                   Case* measured) {
+  const uint32_t position = data->prompt_tokens() - 1;
+  const std::vector<float> q = data->Queries(layer, position);
+  const absl::Status status = local->Run(layer, q);
+  if (!status.ok()) return status;
+  const auto result = remote->Attend(measured->policy, layer, position, q);
+  if (!result.ok()) return result.status();
+  double difference = 0.0;
+  double size = 0.0;
+  size_t at = 0;
+  size_t head = 0;
+  for (const client::AttendRowResult& row : result->rows) {
+    for (const float x : row.out) {
+      const double truth = local->out[at++];
+      difference += (static_cast<double>(x) - truth) * (static_cast<double>(x) - truth);
+      size += truth * truth;
+    }
+    for (size_t h = 0; h < row.lse.size() && measured->certifies; ++h) {
+      const double kept = static_cast<double>(row.lse[h]) - static_cast<double>(local->lse[head++]);
+      const double bound = row.certificates[h].dropped_mass_upper.value;
+      measured->error = std::max(measured->error, -std::expm1(kept) - bound);
+      if (bound > kMassLimit) return absl::InternalError("the limit does not hold");
+    }
+  }
+  if (measured->error > kMassErrorMax) return absl::InternalError("a bound is violated");
+  if (measured->name != "dense") return absl::OkStatus();
+  measured->error = std::max(measured->error, difference / size);
+  if (measured->error <= kOutputErrorMax) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("normalised squared error ", measured->error));
+}
+
+double Percentile(std::vector<double> samples, double share) {
+  std::sort(samples.begin(), samples.end());
+  return samples[static_cast<size_t>(share * static_cast<double>(samples.size() - 1))];
+}
+
+// Steps of all cases and of the baseline, in turns.
+class Loop {
+ public:
+  Loop(const BenchOptions& options, DecodeData* data, RemoteDecode* remote, LocalDense* local)
+      : data_(data),
+        remote_(remote),
+        local_(local),
+        // Several layers push each other out of the caches.
+        flush_(options.quick || data->layer_count() > 1 ? 0 : kFlushBytes / sizeof(uint64_t), 1) {}
+
+  absl::Status Step(uint32_t position, std::vector<Case>* cases) {
+    double seconds = 0.0;
+    for (uint32_t layer = 0; layer < data_->layer_count(); ++layer) {
+      const std::vector<float> q = data_->Queries(layer, position);
+      Flush();
+      absl::Status status;
+      seconds += Seconds([&] { status = local_->Run(layer, q); });
+      if (!status.ok()) return status;
+    }
+    local_seconds.push_back(seconds / data_->layer_count());
+    for (Case& measured : *cases) {
+      const absl::Status status = Take(position, &measured);
+      if (!status.ok()) {
+        return absl::Status(status.code(), absl::StrCat(measured.name, ": ", status.message()));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  std::vector<double> local_seconds;
+
+ private:
+  void Flush() { sink_ += SumWords(flush_.data(), flush_.size()); }
+
+  absl::Status Take(uint32_t position, Case* measured) {
+    double step_seconds = 0.0;
+    for (uint32_t layer = 0; layer < data_->layer_count(); ++layer) {
+      const std::vector<float> q = data_->Queries(layer, position);
+      Flush();
+      absl::StatusOr<client::AttendResult> result;
+      const double seconds =
+          Seconds([&] { result = remote_->Attend(measured->policy, layer, position, q); });
+      if (!result.ok()) return result.status();
+      step_seconds += seconds;
+      measured->call_seconds.push_back(seconds);
+      measured->service_seconds.push_back(static_cast<double>(result->service_ns) * 1e-9);
+      for (const client::AttendRowResult& row : result->rows) {
+        for (const client::GroupReport& group : row.groups) {
+          measured->tokens_read += group.tokens_read;
+          measured->scans += group.scanned ? 1.0 : 0.0;
+          measured->groups += 1.0;
+        }
+      }
+    }
+    measured->step_seconds.push_back(step_seconds / data_->layer_count());
+    return absl::OkStatus();
+  }
+
+  DecodeData* const data_;
+  RemoteDecode* const remote_;
+  LocalDense* const local_;
+  const std::vector<uint64_t> flush_;
+  std::atomic<uint64_t> sink_{0};
+};
+
+void AddRows(const DecodeData& data, const std::vector<double>& local_seconds,
+             const std::vector<Case>& cases, std::vector<Row>* rows) {
+  const double local = Percentile(local_seconds, 0.5);
+  const auto add = [&](const std::string& name, double value, const char* unit,
+                       const char* baseline, double ratio, double error) {
+    rows->push_back({.workload = kWorkload,
+                     .case_name = absl::StrCat(data.name(), "_", name),
+                     .value = value,
+                     .unit = unit,
+                     .baseline = baseline,
+                     .ratio = ratio,
+                     .error = error});
+  };
+  const auto add_time = [&](const std::string& name, double seconds, double error) {
+    add(name, seconds * 1e6, "us", "local_dense", local / seconds, error);
+  };
+  add_time("local_dense", local, 0.0);
+  for (const Case& measured : cases) {
+    add_time(measured.name, Percentile(measured.step_seconds, 0.5), measured.error);
+    add_time(measured.name + "_p99", Percentile(measured.call_seconds, 0.99), 0.0);
+    add_time(measured.name + "_in_server", Percentile(measured.service_seconds, 0.5), 0.0);
+    const double tokens = measured.tokens_read / measured.groups;
+    add(measured.name + "_tokens", tokens, "tokens", "length", tokens / data.prompt_tokens(), 0.0);
+    const double scans = measured.scans / measured.groups;
+    add(measured.name + "_scans", 100.0 * scans, "%", "every_call", scans, 0.0);
+  }
+}
+
+absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* data,
+                     std::vector<Row>* rows) {
+  auto local = LocalDense::Make(data, device);
+  if (!local.ok()) return local.status();
+  // Keys, values and sketches, and room for the tokens of the steps.
+  const uint64_t slices = uint64_t{data->batch()} * data->layer_count() *
+                          BlockCount(data->prompt_tokens() + data->step_count() + kBlockTokens);
+  const auto server = ServerProcess::Start(
+      {"--device=" + options.device, absl::StrCat("--threads=", options.thread_count),
+       absl::StrCat("--pool-bytes=", slices * data->layout().slice_bytes() * 5 / 4)});
+  if (!server.ok()) return server.status();
+  client::ClientOptions client_options{.endpoint = (*server)->endpoint()};
+  client_options.deadlines = {.connect = std::chrono::seconds(10),
+                              .data = std::chrono::seconds(60),
+                              .admin = std::chrono::seconds(600)};
+  auto client = client::Client::Connect(client_options);
+  if (!client.ok()) return client.status();
+  RemoteDecode remote(data, client->get());
+  absl::Status status = remote.Prefill();
+  if (!status.ok()) return status;
+
+  std::vector<Case> cases = MakeCases(*data);
+  for (Case& measured : cases) {
+    for (uint32_t layer = 0; layer < data->layer_count(); ++layer) {
+      status = Check(data, &remote, &*local, layer, &measured);
+      if (!status.ok()) {
+        return absl::Status(status.code(),
+                            absl::StrCat(measured.name, ", layer ", layer, ": ", status.message()));
+      }
+    }
+  }
+  Loop loop(options, data, &remote, &*local);
+  for (uint32_t i = 0; i < data->step_count(); ++i) {
+    status = loop.Step(data->prompt_tokens() + i, &cases);
+    if (!status.ok()) return status;
+  }
+  AddRows(*data, loop.local_seconds, cases, rows);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows) {
+  auto device = NewDevice(options.device, {.thread_count = options.thread_count});
+  if (!device.ok()) return device.status();
+  const auto run = [&](DecodeData* data) {
+    const absl::Status status = RunData(options, device->get(), data, rows);
+    return absl::Status(status.code(), absl::StrCat(data->name(), ": ", status.message()));
+  };
+  for (const std::string& path : options.traces) {
+    for (const uint32_t batch :
+         options.device == "cuda" ? std::vector<uint32_t>{1, 8, 32} : std::vector<uint32_t>{1}) {
+      auto data = MakeTraceData(path, batch, options.quick ? 1 : 63);
+      if (!data.ok()) return data.status();
+      const absl::Status status = run(data->get());
+      if (!status.ok()) return status;
+    }
+  }
+  std::vector<std::pair<uint32_t, uint32_t>> sizes = {{1, 8192}, {1, 32768}, {2, 32768}};
+  if (options.device == "cuda") sizes = {{1, 32768}, {1, 131072}, {8, 32768}, {8, 131072}};
+  if (options.quick) sizes = {{2, 3000}};
+  for (const auto& [batch, prompt_tokens] : sizes) {
+    const auto data = MakePlantedData(batch, prompt_tokens, options.quick ? 2 : 41);
+    const absl::Status status = run(data.get());
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace kvservice::bench
