@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -18,7 +19,7 @@ namespace kvservice::bench {
 class ServerProcess {
  public:
   // arguments: further flags. Waits until the server is ready; UNAVAILABLE when it ends before that
-  // or takes more than a minute.
+  // or is silent for a minute.
   static absl::StatusOr<std::unique_ptr<ServerProcess>> Start(std::vector<std::string> arguments);
   ~ServerProcess();
   ServerProcess(const ServerProcess&) = delete;
@@ -28,9 +29,13 @@ class ServerProcess {
   std::string endpoint() const { return "unix:" + folder_ + "/kvservice.sock"; }
 
  private:
-  ServerProcess(pid_t pid, std::string folder) : pid_(pid), folder_(std::move(folder)) {}
+  ServerProcess(pid_t pid, int output, std::string folder)
+      : pid_(pid), output_(output), folder_(std::move(folder)) {}
+  // Waits for the line that says so.
+  bool IsReady() const;
 
   const pid_t pid_;
+  const int output_;  // what the server prints
   const std::string folder_;
 };
 
