@@ -98,6 +98,7 @@ class TraceData : public DecodeData {
     if (!header.ok()) return header.status();
     data->first_judged_ = header->judged.front();
     data->layout_ = header->layout;
+    data->begins_at_first_layer_ = header->layers.front() == 0;
     data->batch_ = batch;
     data->prompt_tokens_ = data->first_judged_ + 1;
     data->step_count_ = std::min(step_count, static_cast<uint32_t>(header->judged.size()) - 1);

@@ -23,6 +23,8 @@ class DecodeData {
   const client::ModelDescription& model() const { return model_; }
   const KvLayout& layout() const { return layout_; }
   uint32_t layer_count() const { return model_.layer_count; }
+  // False if layer 0 is not a model's first one, which policies treat differently.
+  bool begins_at_first_layer() const { return begins_at_first_layer_; }
   uint32_t batch() const { return batch_; }
   uint32_t prompt_tokens() const { return prompt_tokens_; }
   uint32_t step_count() const { return step_count_; }
@@ -44,6 +46,7 @@ class DecodeData {
  protected:
   client::ModelDescription model_;
   KvLayout layout_;
+  bool begins_at_first_layer_ = false;
   uint32_t batch_ = 1;
   uint32_t prompt_tokens_ = 0;
   uint32_t step_count_ = 0;

@@ -194,8 +194,7 @@ struct Case {
   Case(std::string case_name, client::Selector selector, const DecodeData& data)
       : name(std::move(case_name)) {
     policy.selector = selector;
-    // A lone layer is no model's first one.
-    if (data.layer_count() == 1) policy.layers = std::vector<client::LayerOverride>();
+    if (!data.begins_at_first_layer()) policy.layers = std::vector<client::LayerOverride>();
   }
 
   std::string name;
