@@ -467,8 +467,7 @@ float GroupReader::KeyNormMax(uint32_t begin, uint32_t end) const {
   to_host.Download(context_.stream);
   Check(cudaStreamSynchronize(context_.stream), "key norms");
   // Eight squares per lane and five levels of lanes, a rounding of 2^-24 each.
-  return RoundUpToFloat(
-      std::sqrt(static_cast<double>(*squares.host) * (1.0 + 0x1p-19) + 0x1p-120));
+  return RoundUpToFloat(std::sqrt(static_cast<double>(*squares.host) * (1.0 + 0x1p-19) + 0x1p-120));
 }
 
 std::vector<const std::byte*> GroupReader::Fetch(absl::Span<const std::byte* const> from,
