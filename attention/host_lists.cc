@@ -191,12 +191,11 @@ float HostLists::QueryDistance(uint32_t kv_head, uint32_t index,
   return static_cast<float>(std::sqrt(largest));
 }
 
-float HostLists::KeyNormMax(uint32_t kv_head, const KvView& view) {
+float HostLists::KeyNormMax(uint32_t kv_head, uint32_t length, NormMax norm_max) {
   Head& head = heads_[kv_head];
-  for (; head.key_norm_end < view.length; ++head.key_norm_end) {
-    const std::byte* key = view.Row(layout_, kv_head, head.key_norm_end);
-    head.key_norm_max =
-        std::max(head.key_norm_max, NormUpper(layout_.dtype, key, layout_.head_dim));
+  if (head.key_norm_end < length) {
+    head.key_norm_max = std::max(head.key_norm_max, norm_max(head.key_norm_end, length));
+    head.key_norm_end = length;
   }
   return head.key_norm_max;
 }
@@ -223,6 +222,16 @@ void HostLists::SetSelection(uint32_t kv_head, absl::Span<const uint32_t> tokens
 void HostLists::ClearSelection(uint32_t kv_head) {
   heads_[kv_head].selection.clear();
   heads_[kv_head].has_selection = false;
+}
+
+float KeyNormMax(const KvLayout& layout, const KvView& view, uint32_t kv_head, uint32_t begin,
+                 uint32_t end) {
+  float largest = 0.0F;
+  for (uint32_t position = begin; position < end; ++position) {
+    const std::byte* key = view.Row(layout, kv_head, position);
+    largest = std::max(largest, NormUpper(layout.dtype, key, layout.head_dim));
+  }
+  return largest;
 }
 
 void UnrotateQueries(const LayerShape& shape, uint32_t position, const float* q, float* out) {

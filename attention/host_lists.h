@@ -24,6 +24,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/types/span.h"
 #include "attention/device.h"
 #include "attention/kv_layout.h"
@@ -73,9 +74,11 @@ class HostLists : public TokenLists {
 
   // The largest distance of the group's queries (as above) to those that the anchor was made for.
   float QueryDistance(uint32_t kv_head, uint32_t index, absl::Span<const float> queries) const;
-  // At least the largest norm of the KV head's keys in the view. Norms are taken once, as tokens
-  // come, and what was seen counts for ever: keys that are gone may leave it too large.
-  float KeyNormMax(uint32_t kv_head, const KvView& view);
+  // At least the largest norm of the KV head's keys below `length`. Norms are taken once, as tokens
+  // come, and what was seen counts for ever: keys that are gone may leave it too large. norm_max:
+  // at least the largest norm of the keys in [begin, end), by whoever can read them.
+  using NormMax = absl::FunctionRef<float(uint32_t begin, uint32_t end)>;
+  float KeyNormMax(uint32_t kv_head, uint32_t length, NormMax norm_max);
 
   // Adds an anchor as the most recently used; the least recently used goes when there are
   // anchors_max.
@@ -131,6 +134,11 @@ class HostLists : public TokenLists {
   const uint32_t anchors_max_;
   std::vector<Head> heads_;
 };
+
+// At least the largest norm of the keys of one KV head in [begin, end), in memory that the host can
+// read.
+float KeyNormMax(const KvLayout& layout, const KvView& view, uint32_t kv_head, uint32_t begin,
+                 uint32_t end);
 
 // Undoes the rotary embedding of one query token: q and out are [query_head_count][head_dim] (out
 // may be q). Channels beyond the rotated ones are copied, kNone copies all. Double precision

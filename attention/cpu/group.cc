@@ -194,7 +194,9 @@ void Group::StartChoice(absl::Span<const float> anchor_queries) {
   if (plan.source == Source::kReuse) {
     assert(plan.lists != nullptr);
     const int32_t anchor = FindReusable(anchor_queries);
-    key_norm_max_ = lists()->KeyNormMax(kv_head_, row_->view);
+    key_norm_max_ = lists()->KeyNormMax(
+        kv_head_, row_->view.length,
+        [this](uint32_t begin, uint32_t end) { return memory_->KeyNormMax(begin, end); });
     if (anchor >= 0) return StartReuse(static_cast<uint32_t>(anchor));
   }
   has_choice_ = scanned_ = true;

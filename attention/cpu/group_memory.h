@@ -40,6 +40,8 @@ class GroupMemory {
   // Likewise K of tokens, [head_dim] in the cache dtype each.
   virtual std::vector<const std::byte*> Keys(absl::Span<const uint32_t> positions,
                                              std::vector<std::byte>* storage) const = 0;
+  // At least the largest norm of the keys in [begin, end).
+  virtual float KeyNormMax(uint32_t begin, uint32_t end) const = 0;
 };
 
 }  // namespace kvservice

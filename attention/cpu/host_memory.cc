@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "attention/float16.h"
+#include "attention/host_lists.h"
 #include "attention/log_mass.h"
 
 namespace kvservice {
@@ -70,6 +71,10 @@ std::vector<const std::byte*> HostMemory::Keys(absl::Span<const uint32_t> positi
     keys.push_back(view_.Row(shape_->layout, kv_head_, position));
   }
   return keys;
+}
+
+float HostMemory::KeyNormMax(uint32_t begin, uint32_t end) const {
+  return kvservice::KeyNormMax(shape_->layout, view_, kv_head_, begin, end);
 }
 
 }  // namespace kvservice

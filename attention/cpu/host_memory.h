@@ -29,6 +29,7 @@ class HostMemory : public GroupMemory {
                                       std::vector<std::byte>* storage) const override;
   std::vector<const std::byte*> Keys(absl::Span<const uint32_t> positions,
                                      std::vector<std::byte>* storage) const override;
+  float KeyNormMax(uint32_t begin, uint32_t end) const override;
 
  private:
   const std::byte* Page(uint32_t block) const {

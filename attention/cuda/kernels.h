@@ -194,6 +194,18 @@ struct ScoreCall {
 };
 cudaError_t Score(const ScoreCall& call, cudaStream_t stream);
 
+// The largest squared norm of the keys in [begin, end), summed in fp32; infinity if one is not
+// finite.
+struct KeyNormCall {
+  CacheShape shape;
+  const std::byte* const* slices = nullptr;
+  float* squares_max = nullptr;
+  uint32_t kv_head = 0;
+  uint32_t begin = 0;
+  uint32_t end = 0;
+};
+cudaError_t LargestKey(const KeyNormCall& call, cudaStream_t stream);
+
 }  // namespace kvservice::cuda
 
 #endif  // KVSERVICE_ATTENTION_CUDA_KERNELS_H_

@@ -451,6 +451,25 @@ std::vector<const std::byte*> GroupReader::Keys(absl::Span<const uint32_t> posit
   return Fetch(rows, 0, layout.vector_bytes(), storage);
 }
 
+float GroupReader::KeyNormMax(uint32_t begin, uint32_t end) const {
+  const std::lock_guard<std::mutex> lock(context_.score_memory->mutex);
+  Arena& to_host = context_.score_memory->to_host;
+  to_host.Reset();
+  const Slot<float> squares = to_host.Take<float>(1);
+  KeyNormCall call;
+  call.shape = ShapeOf(shape_->layout);
+  call.slices = row_.slices;
+  call.squares_max = squares.device;
+  call.kv_head = kv_head_;
+  call.begin = begin;
+  call.end = end;
+  Check(cuda::LargestKey(call, context_.stream), "key norms");
+  to_host.Download(context_.stream);
+  Check(cudaStreamSynchronize(context_.stream), "key norms");
+  // Eight squares per lane and five levels of lanes, a rounding of 2^-24 each.
+  return RoundUpToFloat(std::sqrt(static_cast<double>(*squares.host) * (1.0 + 0x1p-19) + 0x1p-120));
+}
+
 std::vector<const std::byte*> GroupReader::Fetch(absl::Span<const std::byte* const> from,
                                                  size_t offset, size_t bytes,
                                                  std::vector<std::byte>* storage) const {

@@ -130,6 +130,7 @@ class GroupReader : public GroupMemory {
                                       std::vector<std::byte>* storage) const override;
   std::vector<const std::byte*> Keys(absl::Span<const uint32_t> positions,
                                      std::vector<std::byte>* storage) const override;
+  float KeyNormMax(uint32_t begin, uint32_t end) const override;
 
  private:
   // Copies [offset, bytes) of what lies at each of `from` and answers where copies begin.

@@ -108,6 +108,23 @@ __global__ void ScoreKernel(const ScoreCall call) {
   if (lane == 0) call.scores[index] = {.logit = logit, .key_squares = squares};
 }
 
+// Norms are not negative, so they are ordered as integers are.
+template <int kType>
+__global__ void LargestKeyKernel(const KeyNormCall call) {
+  float largest = 0.0F;
+  for (uint32_t position = call.begin + blockIdx.x * kWarps + threadIdx.x / kWarp;
+       position < call.end; position += gridDim.x * kWarps) {
+    const std::byte* row =
+        call.slices[position / kTokens] + RowOffset(call.shape, call.kv_head, position % kTokens);
+    const float squares = SquaresOf<kType>(row, call.shape.head_dim);
+    largest = squares <= 0x1.fffffep+127F ? fmaxf(largest, squares) : __int_as_float(0x7f800000);
+    if (!(squares <= 0x1.fffffep+127F)) break;
+  }
+  if (threadIdx.x % kWarp == 0) {
+    atomicMax(reinterpret_cast<int32_t*>(call.squares_max), __float_as_int(largest));
+  }
+}
+
 }  // namespace
 
 cudaError_t Append(const CacheShape& shape, const AppendItem* items, uint32_t item_count,
@@ -141,6 +158,22 @@ cudaError_t Score(const ScoreCall& call, cudaStream_t stream) {
     ScoreKernel<kFloat16><<<grid, kThreads, 0, stream>>>(call);
   } else {
     ScoreKernel<kBfloat16><<<grid, kThreads, 0, stream>>>(call);
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t LargestKey(const KeyNormCall& call, cudaStream_t stream) {
+  const cudaError_t code = cudaMemsetAsync(call.squares_max, 0, sizeof(float), stream);
+  if (code != cudaSuccess || call.begin >= call.end) return code;
+  constexpr uint32_t kGridMax = 1024;
+  const uint32_t needed = (call.end - call.begin + kWarps - 1) / kWarps;
+  const uint32_t grid = needed < kGridMax ? needed : kGridMax;
+  if (call.shape.dtype == kFloat32) {
+    LargestKeyKernel<kFloat32><<<grid, kThreads, 0, stream>>>(call);
+  } else if (call.shape.dtype == kFloat16) {
+    LargestKeyKernel<kFloat16><<<grid, kThreads, 0, stream>>>(call);
+  } else {
+    LargestKeyKernel<kBfloat16><<<grid, kThreads, 0, stream>>>(call);
   }
   return cudaGetLastError();
 }

@@ -298,7 +298,10 @@ Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
     assert(lists != nullptr);
     const int32_t anchor = FindReusable(plan, queries, *row, &choice);
     choice.reused = anchor >= 0;
-    choice.key_norm_max = lists->KeyNormMax(row->kv_head(), row->view());
+    choice.key_norm_max =
+        lists->KeyNormMax(row->kv_head(), row->view().length, [row](uint32_t begin, uint32_t end) {
+          return KeyNormMax(row->shape().layout, row->view(), row->kv_head(), begin, end);
+        });
     if (choice.reused) {
       const auto index = static_cast<uint32_t>(anchor);
       choice.query_distance = lists->QueryDistance(row->kv_head(), index, queries);

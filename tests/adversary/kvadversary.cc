@@ -46,8 +46,8 @@ void Parse(CLI::App* app, Arguments* arguments) {
   app->add_option("--cases", arguments->certificates, "Head-certificates to judge, at least");
   app->add_option("--seed", arguments->seed, "Seed of the whole run");
   app->add_option("--case-seed", arguments->case_seed, "Run the case of this seed alone");
-  app->add_option("--device", arguments->device, "reference, cpu, auto or all")
-      ->check(CLI::IsMember({"reference", "cpu", "auto", "all"}));
+  app->add_option("--device", arguments->device, "reference, cpu, cuda, auto or all")
+      ->check(CLI::IsMember({"reference", "cpu", "cuda", "auto", "all"}));
   app->add_option("--endpoint", arguments->endpoint, "Attack this server, not a device");
   app->add_option("--threads", arguments->thread_count, "Threads (default: one per CPU)");
   app->add_option("--json", arguments->json_path, "Write the counts here");
