@@ -22,6 +22,7 @@ absl::Status CallQueue::PushAttend(AttendCall* call) {
     const absl::Status status = Admit();
     if (!status.ok()) return status;
     attends_.push_back(call);
+    Signal();
   }
   changed_.notify_one();
   return absl::OkStatus();
@@ -33,6 +34,7 @@ absl::Status CallQueue::Push(std::deque<Task>* queue, Task* task) {
     const absl::Status status = Admit();
     if (!status.ok()) return status;
     queue->push_back(std::move(*task));
+    Signal();
   }
   changed_.notify_one();
   return absl::OkStatus();
@@ -65,12 +67,16 @@ void CallQueue::TakeAttends(std::vector<AttendCall*>* taken) {
 bool CallQueue::Take(std::chrono::milliseconds timeout, Work* work) {
   work->attends.clear();
   work->task = nullptr;
+  while (timeout.count() > 0 && signal_.load(std::memory_order_acquire) == 0 && spin_.Wait()) {
+  }
   std::unique_lock<std::mutex> lock(mutex_);
   changed_.wait_for(lock, timeout, [this] { return closed_ || waiting() > 0; });
+  if (waiting() > 0) spin_.Open();
   const bool others_wait = !controls_.empty() || !appends_.empty();
   if (!attends_.empty() && !(others_wait && attend_streak_ >= kAttendStreakMax)) {
     ++attend_streak_;
     TakeAttends(&work->attends);
+    Signal();
     return true;
   }
   attend_streak_ = 0;
@@ -78,6 +84,7 @@ bool CallQueue::Take(std::chrono::milliseconds timeout, Work* work) {
   if (next.empty()) return !closed_;
   work->task = std::move(next.front());
   next.pop_front();
+  Signal();
   return true;
 }
 
@@ -85,6 +92,7 @@ void CallQueue::Close() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     closed_ = true;
+    Signal();
   }
   changed_.notify_all();
 }

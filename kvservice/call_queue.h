@@ -10,6 +10,7 @@
 #ifndef KVSERVICE_KVSERVICE_CALL_QUEUE_H_
 #define KVSERVICE_KVSERVICE_CALL_QUEUE_H_
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -19,7 +20,9 @@
 
 #include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
+#include "kvservice/clock.h"
 #include "kvservice/engine.h"
+#include "kvservice/spin.h"
 
 namespace kvservice {
 
@@ -36,7 +39,10 @@ class CallQueue {
  public:
   static constexpr uint32_t kAttendStreakMax = 32;
 
-  CallQueue(uint32_t calls_max, uint32_t rows_max) : calls_max_(calls_max), rows_max_(rows_max) {}
+  // The taking thread looks for calls for spin_us after each one before it sleeps; clock may be
+  // null with 0.
+  CallQueue(uint32_t calls_max, uint32_t rows_max, Clock* clock = nullptr, uint32_t spin_us = 0)
+      : calls_max_(calls_max), rows_max_(rows_max), spin_(clock, spin_us) {}
 
   // OVERLOADED or DRAINING: the call was not taken.
   absl::Status PushAttend(AttendCall* call);
@@ -63,10 +69,15 @@ class CallQueue {
   // These need mutex_ held.
   absl::Status Admit();
   size_t waiting() const { return attends_.size() + controls_.size() + appends_.size(); }
+  void Signal() { signal_.store(waiting() + (closed_ ? 1 : 0), std::memory_order_release); }
   void TakeAttends(std::vector<AttendCall*>* taken);
 
   const uint32_t calls_max_;
   const uint32_t rows_max_;
+  // Of the taking thread.
+  SpinWindow spin_;
+  // Not zero when there is something to take or to know, readable without the lock.
+  std::atomic<size_t> signal_{0};
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;

@@ -45,7 +45,7 @@ class ThreadedEngine : public Engine {
                  Random* random)
       : device_name_(device->name()),
         registry_(options.models_max, pool->bytes()),
-        queue_(options.queue_calls_max, options.rows_max),
+        queue_(options.queue_calls_max, options.rows_max, clock, options.spin_us),
         executor_(options, secrets, std::move(device), std::move(pool), clock, random, &registry_) {
     executor_.FillStats(&stats_);
     thread_ = std::thread([this] { RunExecutor(); });

@@ -77,6 +77,9 @@ struct EngineOptions {
   uint32_t queue_calls_max = 1024;
   // Rows of one Attend call, and rows of one device batch.
   uint32_t rows_max = 256;
+  // Time for which the executor looks for calls after each one before it sleeps; costs a CPU while
+  // calls come.
+  uint32_t spin_us = 0;
   uint32_t lease_default_ms = 10 * 60 * 1000;
   uint32_t lease_max_ms = 24 * 60 * 60 * 1000;
   // Most bytes that all lists and anchors of one sequence may use; beyond it its lists are dropped

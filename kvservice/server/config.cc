@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,13 @@ constexpr char kSocketName[] = "kvservice.sock";
 constexpr char kAdminSuffix[] = ".admin";
 constexpr char kNoAdmin[] = "none";
 constexpr uint32_t kThreadsMax = 1024;
+constexpr uint32_t kSpinUsMax = 1'000'000;
+
+// Only where the threads that spin leave enough CPUs to the others.
+uint32_t DefaultSpinUs() {
+  constexpr uint32_t kCpusMin = 8;
+  return std::thread::hardware_concurrency() < kCpusMin ? 0 : 500;
+}
 
 // What the flags hold before it is put together.
 struct Flags {
@@ -167,6 +175,11 @@ void AddEngineFlags(CLI::App* app, Config* config) {
   AddCount(app, "--models-max", "Registered models", &engine->models_max);
   AddCount(app, "--queue-calls-max", "Calls waiting for the engine", &engine->queue_calls_max);
   AddCount(app, "--rows-max", "Rows of one attend call", &engine->rows_max);
+  engine->spin_us = DefaultSpinUs();
+  AddCount(app, "--spin-us",
+           "Microseconds for which idle threads look for more calls before they sleep; costs two "
+           "CPUs while calls come",
+           &engine->spin_us, 0, kSpinUsMax);
   AddTime(app, "--lease-default", "Time after which an unused sequence expires",
           &engine->lease_default_ms);
   AddTime(app, "--lease-max", "Longest lease a caller may ask for", &engine->lease_max_ms);

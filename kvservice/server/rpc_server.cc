@@ -18,6 +18,7 @@
 
 #include "kvservice/server/accept_loop.h"
 #include "kvservice/server/tenancy.h"
+#include "kvservice/spin.h"
 
 namespace kvservice {
 namespace {
@@ -89,7 +90,7 @@ class GrpcServer final : public RpcServer {
 
  private:
   void Configure(const RpcServerOptions& options, grpc::ServerBuilder* builder);
-  static void ServeQueue(grpc::ServerCompletionQueue* queue);
+  void ServeQueue(grpc::ServerCompletionQueue* queue, uint32_t spin_us) const;
   void Deliver(size_t listener, FileDescriptor connection);
 
   const std::vector<std::unique_ptr<RpcService>> services_;
@@ -161,7 +162,8 @@ absl::Status GrpcServer::Start(const RpcServerOptions& options, Transport* trans
   for (const std::unique_ptr<grpc::ServerCompletionQueue>& queue : queues_) {
     for (const std::unique_ptr<RpcService>& service : services_) service->Listen(queue.get());
     ListenForOtherMethods(&other_methods_, &host_, queue.get());
-    threads_.emplace_back([queue = queue.get()] { ServeQueue(queue); });
+    threads_.emplace_back(
+        [this, queue = queue.get(), spin_us = options.spin_us] { ServeQueue(queue, spin_us); });
   }
   accept_loop_ =
       std::make_unique<AcceptLoop>(std::move(listeners), ConnectionsMax(options.connections_max),
@@ -171,10 +173,21 @@ absl::Status GrpcServer::Start(const RpcServerOptions& options, Transport* trans
   return absl::OkStatus();
 }
 
-void GrpcServer::ServeQueue(grpc::ServerCompletionQueue* queue) {
+void GrpcServer::ServeQueue(grpc::ServerCompletionQueue* queue, uint32_t spin_us) const {
+  using NextStatus = grpc::CompletionQueue::NextStatus;
+  SpinWindow spin(host_.clock, spin_us);
   void* tag = nullptr;
   bool ok = false;
-  while (queue->Next(&tag, &ok)) static_cast<CompletionTag*>(tag)->Complete(ok);
+  for (;;) {
+    NextStatus status = NextStatus::TIMEOUT;
+    while (status == NextStatus::TIMEOUT && spin.Wait()) {
+      status = queue->AsyncNext(&tag, &ok, gpr_inf_past(GPR_CLOCK_MONOTONIC));
+    }
+    if (status == NextStatus::TIMEOUT && queue->Next(&tag, &ok)) status = NextStatus::GOT_EVENT;
+    if (status != NextStatus::GOT_EVENT) return;
+    static_cast<CompletionTag*>(tag)->Complete(ok);
+    spin.Open();
+  }
 }
 
 void GrpcServer::Deliver(size_t listener, FileDescriptor connection) {

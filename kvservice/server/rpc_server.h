@@ -30,6 +30,8 @@ struct RpcServerOptions {
   // All local: there is no TLS here.
   std::vector<ListenAddress> listen;
   uint32_t io_threads = 1;
+  // Time for which an I/O thread looks for events after each one before it sleeps.
+  uint32_t spin_us = 0;
   // Largest message; gRPC refuses more with RESOURCE_EXHAUSTED before it is received.
   size_t message_bytes_max = 0;
   // What gRPC may use for receiving.

@@ -143,6 +143,7 @@ absl::Status ServerOnEngine::StartData() {
   absl::StatusOr<std::unique_ptr<RpcServer>> server =
       StartRpcServer({.listen = options_.listen,
                       .io_threads = options_.io_threads,
+                      .spin_us = options_.engine.spin_us,
                       .message_bytes_max = options_.message_bytes_max,
                       .transport_bytes_max = options_.transport_bytes_max,
                       .connections_max = options_.connections_max,

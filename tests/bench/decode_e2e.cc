@@ -416,8 +416,8 @@ absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows) {
       if (!status.ok()) return status;
     }
   }
-  std::vector<std::pair<uint32_t, uint32_t>> sizes = {{1, 8192}, {1, 32768}, {2, 32768}};
-  if (options.device == "cuda") sizes = {{1, 32768}, {1, 131072}, {8, 32768}, {8, 131072}};
+  std::vector<std::pair<uint32_t, uint32_t>> sizes = {{1, 64}, {1, 8192}, {1, 32768}, {2, 32768}};
+  if (options.device == "cuda") sizes = {{1, 64}, {1, 32768}, {1, 131072}, {8, 32768}, {8, 131072}};
   if (options.quick) sizes = {{2, 3000}};
   for (const auto& [batch, prompt_tokens] : sizes) {
     const auto data = MakePlantedData(batch, prompt_tokens, options.quick ? 2 : 41);

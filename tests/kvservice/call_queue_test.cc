@@ -3,9 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kvservice/error.h"
+#include "kvservice/spin.h"
+#include "tests/kvservice/fakes.h"
 
 namespace kvservice {
 namespace {
@@ -123,6 +126,41 @@ TEST_F(CallQueueTest, CloseRefusesTheNewAndHandsOutTheOld) {
   EXPECT_EQ(log_, "append ");
   Work work;
   EXPECT_FALSE(queue_.Take(kNoWait, &work));
+}
+
+TEST_F(CallQueueTest, ATakerThatHasWorkedLooksForMore) {
+  constexpr uint32_t kSpinUs = 5'000;
+  testing::FakeClock clock;
+  CallQueue queue(6, 8, &clock, kSpinUs);
+  ASSERT_TRUE(queue.PushAttend(Attend(0, 1)).ok());
+  Work work;
+  ASSERT_TRUE(queue.Take(std::chrono::hours(1), &work));
+  // The window is open and the clock stands still: without a sleep or a wake-up the next call is
+  // found, and then the end.
+  std::thread caller([&] {
+    ASSERT_TRUE(queue.PushAttend(Attend(1, 1)).ok());
+    queue.Close();
+  });
+  ASSERT_TRUE(queue.Take(std::chrono::hours(1), &work));
+  EXPECT_EQ(work.attends.size(), 1U);
+  caller.join();
+  EXPECT_FALSE(queue.Take(std::chrono::hours(1), &work));
+}
+
+TEST(SpinWindow, OpensWithWorkAndClosesWithTime) {
+  testing::FakeClock clock;
+  SpinWindow window(&clock, 2'000);
+  EXPECT_FALSE(window.Wait());
+  window.Open();
+  EXPECT_TRUE(window.Wait());
+  clock.AdvanceMs(1);
+  EXPECT_TRUE(window.Wait());
+  clock.AdvanceMs(1);
+  EXPECT_FALSE(window.Wait());
+  EXPECT_FALSE(window.Wait());
+  SpinWindow never(nullptr, 0);
+  never.Open();
+  EXPECT_FALSE(never.Wait());
 }
 
 TEST_F(CallQueueTest, ATimeoutIsNoWork) {
