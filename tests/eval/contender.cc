@@ -13,6 +13,8 @@ namespace {
 // enough for its anchor has no room for the next query.
 constexpr uint32_t kListTokensMin = 512 - kStudySinks - kStudyLocal;
 
+constexpr float kFewScansTau = 0.65F;
+
 constexpr const char* kBaselines[] = {
     "oracle",       "hshare",          "h2o",       "streaming_llm", "snapkv",
     "quest",        "double_sparsity", "loki",      "twilight",      "tidal_decode",
@@ -122,6 +124,10 @@ std::vector<Contender> Ours(const Policy* calibrated) {
   for (const StudyBudget& budget : TableBudgets()) {
     set.push_back(Product("cis", "", SelectorKind::kCis, budget));
     set.push_back(Seeded(Product("cis", "", SelectorKind::kCis, budget)));
+    // The few scans that published sharing makes; quality is given up for them.
+    if (budget.tokens > 0) {
+      set.push_back(WithTau(Product("cis", "", SelectorKind::kCis, budget), kFewScansTau));
+    }
     set.push_back(Product("psaw", "", SelectorKind::kPsaw, budget));
     set.push_back(Product("etf", "", SelectorKind::kEtf, budget));
     Contender cpe = Product("cpe", "phi = psi = 0.85", SelectorKind::kCpe, budget);

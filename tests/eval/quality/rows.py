@@ -24,6 +24,8 @@ HSHARE: Contender = ("hshare", "")
 SCAN: Contender = ("scan", "")
 CALIBRATED: Contender = ("cpe", "calibrated")
 SEEDED: Contender = ("cpe", "calibrated, seeded")
+# A loose cosine, for as few scans as published sharing makes; no row of the table.
+FEW_SCANS: Contender = ("cis", "tau 0.65")
 SHIPPED: Contender = ("auto", "as shipped")
 
 # Published methods, in the order of tables.
