@@ -87,7 +87,6 @@ class Group {
  private:
   void SetRange();
   void SetPlaces();
-  void SetQueries();
   void SplitMiddle();
   void StartChoice(absl::Span<const float> anchor_queries);
   int32_t FindReusable(absl::Span<const float> anchor_queries);

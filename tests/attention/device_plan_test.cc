@@ -281,7 +281,7 @@ TEST_P(DevicePlan, ReusesReportNormsAndDistances) {
   const auto largest_norm = [&](const Call& call, uint32_t kv_head) {
     double largest = 0.0;
     for (uint32_t token = 0; token < call.row.view.length; ++token) {
-      const std::byte* key = call.row.view.Row(layout, kv_head, token);
+      const std::byte* key = kv->Row(kv_head, token);
       double squares = 0.0;
       for (uint32_t c = 0; c < layout.head_dim; ++c) {
         const double x = LoadElement(layout.dtype, key, c);
