@@ -107,35 +107,20 @@ KVSERVICE_HOST_DEVICE double ShareOfUnits(uint32_t units, uint32_t bin) {
          static_cast<double>(kShareUnits);
 }
 
-// What bins [first, first + count) of one head hold together.
-KVSERVICE_HOST_DEVICE double MassOfBins(const uint32_t* sums, uint32_t first, uint32_t count) {
-  double mass = 0.0;
-  for (uint32_t bin = first; bin < first + count; ++bin) mass += ShareOfUnits(sums[bin], bin);
-  return mass;
-}
-
 // Of so many tokens of a bin it is assumed that they are spread evenly in it.
 inline constexpr uint32_t kEvenTokens = 64;
 
-// The score below which tokens may be dropped, given that the bins below `first` hold `below` and
-// that it lies in [first, first + count): the edge of a bin or, where that holds many tokens,
-// within it. Returns the edge of the first bin behind them if all of them may be dropped.
-KVSERVICE_HOST_DEVICE float ThresholdWithin(const uint32_t* sums, const uint32_t* counts,
-                                            uint32_t first, uint32_t count, double below,
-                                            double scale, double limit) {
-  for (uint32_t bin = first; bin < first + count; ++bin) {
-    const double mass = scale * ShareOfUnits(sums[bin], bin);
-    if (below + mass <= limit) {
-      below += mass;
-      continue;
-    }
-    // Nothing is known of what lies beyond the last edge.
-    const bool even = counts[bin] >= kEvenTokens && bin > 0 && bin + 1 < kBins;
-    const double part = even && limit > below ? (limit - below) / mass : 0.0;
-    const auto low = static_cast<double>(BinEdge(bin));
-    return static_cast<float>(low + part * (static_cast<double>(BinEdge(bin + 1)) - low));
-  }
-  return BinEdge(first + count);
+// The score below which tokens may be dropped, in the first bin that may not be dropped as a whole:
+// the bins below hold `below` and it holds `mass`, in `count` tokens.
+KVSERVICE_HOST_DEVICE float ThresholdWithin(uint32_t bin, double mass, uint32_t count, double below,
+                                            double limit) {
+  const auto low = static_cast<double>(BinEdge(bin));
+  // Nothing is known of what lies beyond the edges.
+  const bool even = count >= kEvenTokens && bin > 0 && bin + 1 < kBins;
+  if (!even || !(below < limit) || !(mass > 0.0)) return BinEdge(bin);
+  const double part = (limit - below) / mass;
+  const double high = BinEdge(bin + 1);
+  return static_cast<float>(low + (part < 1.0 ? part : 1.0) * (high - low));
 }
 
 // Jobs of a set of `tokens` tokens, none of more than about `target`.

@@ -153,10 +153,14 @@ __device__ inline float SumOfWord(const ChoiceGroup& group, uint32_t head, uint3
                                   uint64_t word) {
   const size_t page = size_t{head} * group.block_count + block;
   if (word == ~uint64_t{0}) return group.page_sum[page];
-  const float* weights = group.weights + page * kTokens;
+  const auto* weights = reinterpret_cast<const float4*>(group.weights + page * kTokens);
   float sum = 0.0F;
-  for (; word != 0; word &= word - 1) {
-    sum += weights[static_cast<uint32_t>(__ffsll(static_cast<long long>(word))) - 1];
+#pragma unroll 8
+  for (uint32_t i = 0; i < kTokens / 4; ++i) {
+    const float4 four = weights[i];
+    const auto bits = static_cast<uint32_t>(word >> (4 * i)) & 15U;
+    sum += ((bits & 1) != 0 ? four.x : 0.0F) + ((bits & 2) != 0 ? four.y : 0.0F);
+    sum += ((bits & 4) != 0 ? four.z : 0.0F) + ((bits & 8) != 0 ? four.w : 0.0F);
   }
   return sum;
 }
@@ -227,6 +231,7 @@ struct Part {
   uint64_t scanned[kPartBlocksMax];
   uint64_t candidates[kPartBlocksMax];
   float factors[kPartBlocksMax][kHeads];
+  bool passed[kPartBlocksMax];  // of a selection: see PassOver
 
   // All threads of the CTA call it.
   __device__ inline void Load(const ChoiceGroup& group) {
@@ -247,78 +252,77 @@ struct Part {
   }
 };
 
-// Mass of one head by the histogram: the score that all may be dropped below. One warp.
-__device__ inline float MassThreshold(const ChoiceGroup& group, uint32_t head) {
-  constexpr uint32_t kBinsOfLane = kBins / kWarp;
-  const uint32_t lane = threadIdx.x % kWarp;
-  uint32_t sums[kBinsOfLane];
-#pragma unroll
-  for (uint32_t i = 0; i < kBinsOfLane; ++i) {
-    sums[i] = __ldcg(&group.sums[head * kBins + lane * kBinsOfLane + i]);
-  }
-  const double scale = static_cast<double>(kTokens) / group.sampled;
-  double own = 0.0;
-#pragma unroll
-  for (uint32_t i = 0; i < kBinsOfLane; ++i) {
-    own += ShareOfUnits(sums[i], lane * kBinsOfLane + i);
-  }
-  own *= scale;
-  double end = own;
+// Sum of this lane's and all lower lanes' numbers.
+template <typename T>
+__device__ __forceinline__ T SumUpToLane(T x) {
 #pragma unroll
   for (uint32_t offset = 1; offset < kWarp; offset *= 2) {
-    const double other = __shfl_up_sync(kAllLanes, end, offset);
-    if (lane >= offset) end += other;
+    const T other = __shfl_up_sync(kAllLanes, x, offset);
+    if (threadIdx.x % kWarp >= offset) x += other;
   }
-  const double hidden = static_cast<double>(__ldcg(&group.hidden[head])) * (1.0 / kHiddenUnits);
-  const double limit = static_cast<double>(group.mass_limit);
-  const double below = hidden + (end - own);
-  const uint32_t over = __ballot_sync(kAllLanes, !(hidden + end <= limit));
-  float threshold = BinEdge(kBins);
-  if (over != 0) {
-    const int32_t owner = __ffs(static_cast<int32_t>(over)) - 1;
-    if (static_cast<int32_t>(lane) == owner) {
-      threshold = ThresholdWithin(group.sums + head * kBins, group.counts, lane * kBinsOfLane,
-                                  kBinsOfLane, below, scale, limit);
-    }
-    threshold = __shfl_sync(kAllLanes, threshold, owner);
-  }
-  // What is hidden alone is too much: nothing else may be dropped.
-  return hidden <= limit ? threshold : 0.0F;
+  return x;
 }
 
-// The bin that holds the token of rank top_k, and how many of it are kept. One warp.
-__device__ inline void RankThreshold(const ChoiceGroup& group, ChoiceThreshold* threshold) {
-  constexpr uint32_t kBinsOfLane = kBins / kWarp;
+// Bins are looked at in spans of a lane each, then the span with the threshold bin by bin.
+constexpr uint32_t kSpanBins = kBins / kWarp;
+static_assert(kSpanBins <= kWarp);
+
+// Mass of one head by the histogram: the score that all may be dropped below. One warp.
+__device__ inline float MassThreshold(const ChoiceGroup& group, uint32_t head) {
   const uint32_t lane = threadIdx.x % kWarp;
-  // Lanes take bins from the top down.
-  const uint32_t top = kBins - lane * kBinsOfLane;
-  uint32_t own = 0;
+  const uint32_t* sums = group.sums + head * kBins;
+  const double scale = static_cast<double>(kTokens) / group.sampled;
+  const double hidden = static_cast<double>(__ldcg(&group.hidden[head])) * (1.0 / kHiddenUnits);
+  const auto limit = static_cast<double>(group.mass_limit);
+  double span = 0.0;
 #pragma unroll
-  for (uint32_t i = 1; i <= kBinsOfLane; ++i) own += __ldcg(&group.counts[top - i]);
-  uint32_t end = own;
-#pragma unroll
-  for (uint32_t offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, end, offset);
-    if (lane >= offset) end += other;
+  for (uint32_t i = 0; i < kSpanBins; ++i) {
+    const uint32_t bin = lane * kSpanBins + i;
+    span += ShareOfUnits(__ldcg(&sums[bin]), bin);
   }
-  const uint32_t reached = __ballot_sync(kAllLanes, end >= group.top_k);
-  const int32_t owner = reached != 0 ? __ffs(static_cast<int32_t>(reached)) - 1 : -1;
-  if (owner < 0) {
+  double end = hidden + SumUpToLane(scale * span);
+  // What is hidden alone is too much: nothing else may be dropped.
+  if (!(hidden <= limit)) return 0.0F;
+  uint32_t over = __ballot_sync(kAllLanes, !(end <= limit));
+  if (over == 0) return BinEdge(kBins);
+  const auto owner = static_cast<uint32_t>(__ffs(static_cast<int32_t>(over))) - 1;
+  const double below = __shfl_sync(kAllLanes, end - scale * span, owner);
+  const uint32_t bin = owner * kSpanBins + min(lane, kSpanBins - 1);
+  const double mass = lane < kSpanBins ? scale * ShareOfUnits(__ldcg(&sums[bin]), bin) : 0.0;
+  end = below + SumUpToLane(mass);
+  // Sums in another order may end elsewhere; then the last bin of the span is it.
+  over = __ballot_sync(kAllLanes, !(end <= limit)) | uint32_t{1} << (kSpanBins - 1);
+  const auto place = static_cast<uint32_t>(__ffs(static_cast<int32_t>(over))) - 1;
+  const float threshold = ThresholdWithin(bin, mass, __ldcg(&group.counts[bin]), end - mass, limit);
+  return __shfl_sync(kAllLanes, threshold, place);
+}
+
+// The bin that holds the token of rank top_k, and how many of it are kept. One warp; lane 0 writes.
+__device__ inline void RankThreshold(const ChoiceGroup& group, ChoiceThreshold* threshold) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  // From the top down.
+  uint32_t span = 0;
+#pragma unroll
+  for (uint32_t i = 1; i <= kSpanBins; ++i) {
+    span += __ldcg(&group.counts[kBins - lane * kSpanBins - i]);
+  }
+  const uint32_t end = SumUpToLane(span);
+  uint32_t reached = __ballot_sync(kAllLanes, end >= group.top_k);
+  if (reached == 0) {
     // There are not so many: all of them.
     if (lane == 0) threshold->rank_bin = 0, threshold->rank_count = ~0U;
     return;
   }
-  if (static_cast<int32_t>(lane) != owner) return;
-  uint32_t above = end - own;
-  for (uint32_t i = 1; i <= kBinsOfLane; ++i) {
-    const uint32_t count = __ldcg(&group.counts[top - i]);
-    if (above + count >= group.top_k) {
-      threshold->rank_bin = top - i;
-      threshold->rank_count = group.top_k - above;
-      return;
-    }
-    above += count;
-  }
+  const auto owner = static_cast<uint32_t>(__ffs(static_cast<int32_t>(reached))) - 1;
+  const uint32_t above = __shfl_sync(kAllLanes, end - span, owner);
+  const uint32_t bin = kBins - owner * kSpanBins - 1 - min(lane, kSpanBins - 1);
+  const uint32_t count = lane < kSpanBins ? __ldcg(&group.counts[bin]) : 0;
+  const uint32_t bins_end = above + SumUpToLane(count);
+  reached = __ballot_sync(kAllLanes, bins_end >= group.top_k);
+  const auto place = static_cast<uint32_t>(__ffs(static_cast<int32_t>(reached))) - 1;
+  if (lane != place) return;
+  threshold->rank_bin = bin;
+  threshold->rank_count = group.top_k - (bins_end - count);
 }
 
 // The group's thresholds, by its last CTA.
@@ -649,7 +653,6 @@ __device__ __forceinline__ void SelectBlock(const ChoiceGroup& group, const Rule
   const uint32_t lane = threadIdx.x % kWarp;
   const uint64_t scanned = part->scanned[i];
   const uint64_t candidates = part->candidates[i];
-  if (scanned == 0) return;
   uint64_t kept = 0;
   if (candidates != 0) {
     float scores[2];
@@ -713,29 +716,66 @@ struct LaneSums {
   }
 };
 
-// What a part drops of one head, by the threads of a warp. All lanes end with the sum.
+// What a part drops, by head: thread t adds up head t % kHeads of every so many blocks.
 template <int kHeads>
-__device__ inline LaneSums SumPart(const ChoiceGroup& group, const Part<kHeads>& part,
-                                   uint32_t head) {
+__device__ inline void SumPart(const ChoiceGroup& group, const Part<kHeads>& part) {
+  __shared__ LaneSums of_warps[kWarps][kHeads];
+  const uint32_t head = threadIdx.x % kHeads;
+  const bool there = head < group.head_count;
+  const uint32_t visible_begin = there ? group.visible[2 * head] : 0;
+  const uint32_t visible_end = there ? group.visible[2 * head + 1] : 0;
   LaneSums sums;
 #pragma unroll 2
-  for (uint32_t i = threadIdx.x % kWarp; i < part.count; i += kWarp) {
+  for (uint32_t i = threadIdx.x / kHeads; there && i < part.count; i += kThreads / kHeads) {
     const uint32_t block = part.begin + i;
     if (part.scanned[i] != 0) sums.Add(group, head, block, part.factors[i][head]);
     const uint64_t rest = WordOfRange(block, group.ranges.begin, group.ranges.end) &
                           ~group.first[block] & ~part.candidates[i];
-    sums.seen += static_cast<uint32_t>(
-        __popcll(rest & WordOfRange(block, group.visible[2 * head], group.visible[2 * head + 1])));
+    sums.seen +=
+        static_cast<uint32_t>(__popcll(rest & WordOfRange(block, visible_begin, visible_end)));
   }
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+  for (int offset = kWarp / 2; offset >= kHeads; offset /= 2) {
     const LaneSums other{.weight = __shfl_xor_sync(kAllLanes, sums.weight, offset),
                          .lower = __shfl_xor_sync(kAllLanes, sums.lower, offset),
                          .estimate = __shfl_xor_sync(kAllLanes, sums.estimate, offset),
                          .seen = __shfl_xor_sync(kAllLanes, sums.seen, offset)};
     sums.Add(other);
   }
-  return sums;
+  if (threadIdx.x % kWarp < kHeads) of_warps[threadIdx.x / kWarp][head] = sums;
+  __syncthreads();
+  if (threadIdx.x >= group.head_count) return;
+  sums = LaneSums();
+  for (uint32_t warp = 0; warp < kWarps; ++warp) sums.Add(of_warps[warp][threadIdx.x]);
+  group.part_sums[size_t{blockIdx.x} * group.head_count + threadIdx.x] = {.weight = sums.weight,
+                                                                          .lower = sums.lower,
+                                                                          .estimate = sums.estimate,
+                                                                          .reference = 0,
+                                                                          .seen = sums.seen};
+}
+
+// Blocks of which no token can be kept need no look: their sums are known.
+template <int kHeads>
+__device__ inline void PassOver(const ChoiceGroup& group, const Rule& rule, Part<kHeads>* part) {
+  // A page's power of two is the nearest to its largest weight: that is at most 2^0.5, but for
+  // rounding. Weights that are not known have factors that reach anything.
+  constexpr float kWeightMax = 1.5F;
+  for (uint32_t i = threadIdx.x; i < part->count; i += kThreads) {
+    part->passed[i] = part->scanned[i] == 0;
+    if (part->scanned[i] != ~uint64_t{0}) continue;
+    float reach = 0.0F;
+#pragma unroll
+    for (int head = 0; head < kHeads; ++head) {
+      reach = Score(group.largest, reach, part->factors[i][head] * kWeightMax);
+    }
+    if (IsAbove(rule, reach) || IsTie(rule, reach)) continue;
+    part->passed[i] = true;
+    part->candidates[i] = 0;
+    for (uint32_t head = 0; head < group.head_count; ++head) {
+      part->factors[i][head] = group.page_sum[size_t{head} * group.block_count + part->begin + i];
+    }
+  }
+  __syncthreads();
 }
 
 template <int kHeads>
@@ -754,9 +794,11 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(const __grid_constant__
   const Rule rule = shared_rule;
   const bool ranks = rule.ties > 0 && rule.ties < rule.own_ties;
   if (ranks) RankTies<kHeads>(group, part, rule, ties_before);
+  PassOver<kHeads>(group, rule, &part);
   ForBlocks<kHeads>(
-      group, part, [&](uint32_t i) { return part.scanned[i] != 0; },
+      group, part, [&](uint32_t i) { return !part.passed[i]; },
       [&](uint32_t i, const LaneTokens<kHeads>& tokens) {
+        if (part.passed[i]) return;
         SelectBlock<kHeads>(group, rule, i, ranks ? ties_before[i] : 0, tokens, &part);
       });
   __syncthreads();
@@ -767,15 +809,7 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(const __grid_constant__
   }
   chosen = SumOverLanes(chosen);
   if (threadIdx.x % kWarp == 0 && chosen != 0) atomicAdd(&group.stats->chosen, chosen);
-  for (uint32_t head = threadIdx.x / kWarp; head < group.head_count; head += kWarps) {
-    const LaneSums sums = SumPart<kHeads>(group, part, head);
-    if (threadIdx.x % kWarp != 0) continue;
-    group.part_sums[size_t{blockIdx.x} * group.head_count + head] = {.weight = sums.weight,
-                                                                     .lower = sums.lower,
-                                                                     .estimate = sums.estimate,
-                                                                     .reference = 0,
-                                                                     .seen = sums.seen};
-  }
+  SumPart<kHeads>(group, part);
 }
 
 // ---- Jobs ---------------------------------------------------------------------------------------
@@ -792,21 +826,32 @@ __device__ __forceinline__ uint32_t TokensOf(const ChoiceGroup& group) {
   return ReadsEverything(group) ? group.stats->middle : group.stats->chosen;
 }
 
-// What all parts of a group drop.
+// What all parts of a group drop, a warp per head.
 __device__ inline void SumParts(const ChoiceGroup& group, bool everything) {
-  if (threadIdx.x >= group.head_count) return;
-  DroppedSums total;
-  for (uint32_t part = 0; part < group.part_count; ++part) {
-    const DroppedSums& one = group.part_sums[size_t{part} * group.head_count + threadIdx.x];
-    total.weight += one.weight;
-    total.lower += one.lower;
-    total.estimate += one.estimate;
-    total.seen += one.seen;
+  const uint32_t lane = threadIdx.x % kWarp;
+  for (uint32_t head = threadIdx.x / kWarp; head < group.head_count; head += kWarps) {
+    LaneSums sums;
+    for (uint32_t part = lane; part < group.part_count; part += kWarp) {
+      const DroppedSums& one = group.part_sums[size_t{part} * group.head_count + head];
+      sums.Add({one.weight, one.lower, one.estimate, one.seen});
+    }
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      const LaneSums other{.weight = __shfl_xor_sync(kAllLanes, sums.weight, offset),
+                           .lower = __shfl_xor_sync(kAllLanes, sums.lower, offset),
+                           .estimate = __shfl_xor_sync(kAllLanes, sums.estimate, offset),
+                           .seen = __shfl_xor_sync(kAllLanes, sums.seen, offset)};
+      sums.Add(other);
+    }
+    if (lane != 0) continue;
+    // Nothing is left but what is hidden, of which there are no sums then: the host looks itself.
+    if (everything) sums = LaneSums();
+    group.dropped[head] = {.weight = sums.weight,
+                           .lower = sums.lower,
+                           .estimate = sums.estimate,
+                           .reference = group.scales[head].reference,
+                           .seen = sums.seen};
   }
-  // Nothing is left but what is hidden, of which the host has no sums then: it looks itself.
-  if (everything) total = DroppedSums();
-  total.reference = group.scales[threadIdx.x].reference;
-  group.dropped[threadIdx.x] = total;
 }
 
 // All threads end with the sum.

@@ -215,6 +215,7 @@ void CudaDevice::Append(const KvLayout& layout, absl::Span<const AppendSlice> sl
 }
 
 void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) {
+  if (slices.empty()) return;
   to_device_.Reset();
   const SketchLayout sketch(layout.head_dim);
   const uint32_t heads = layout.kv_head_count;

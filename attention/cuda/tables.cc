@@ -1,6 +1,7 @@
 #include "attention/cuda/tables.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace kvservice::cuda {
@@ -35,6 +36,11 @@ void TableCache::Begin() {
 void TableCache::Copy(absl::Span<const std::byte* const> from, std::vector<const std::byte*>* known,
                       const std::byte** to) {
   const size_t shared = std::min(from.size(), known->size());
+  // As a rule nothing has changed, which is known soonest.
+  if (shared == from.size() &&
+      std::memcmp(from.data(), known->data(), shared * sizeof(*known->data())) == 0) {
+    return;
+  }
   const auto differs =
       std::mismatch(from.begin(), from.begin() + static_cast<ptrdiff_t>(shared), known->begin());
   const auto first = static_cast<size_t>(differs.first - from.begin());

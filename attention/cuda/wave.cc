@@ -18,9 +18,10 @@ constexpr uint32_t kDenseWords = 4;
 // CTAs of a choice for each multiprocessor.
 constexpr uint32_t kChoiceCtas = 6;
 constexpr uint32_t kPartBlocksMin = 16;
-// Longer rows are counted by a sample, which leaves a little more of the limit unused.
-constexpr uint32_t kBlocksCounted = 1024;
-constexpr uint32_t kSampledTokens = 16;
+// Longer rows are counted by a sample of at least so many tokens, which leaves a little more of the
+// limit unused.
+constexpr uint32_t kTokensCounted = 16384;
+constexpr uint32_t kRunTokensMin = 8;  // of a block: what is read at once
 constexpr double kSampledShare = 0.97;
 
 uint32_t Relative(uint32_t position, uint32_t base) { return std::max(position, base) - base; }
@@ -174,8 +175,12 @@ void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
   choice->top_k = plan.keep.top_k;
   choice->largest = plan.keep.mass_limit > 0.0F || group.proves();
   // Ranks are counted, not estimated.
-  const bool samples = plan.keep.top_k == 0 && blocks > kBlocksCounted;
-  choice->sampled = samples ? kSampledTokens : kBlockTokens;
+  choice->sampled = kBlockTokens;
+  while (plan.keep.top_k == 0 && choice->sampled > kRunTokensMin &&
+         uint64_t{blocks} * choice->sampled / 2 >= kTokensCounted) {
+    choice->sampled /= 2;
+  }
+  const bool samples = choice->sampled < kBlockTokens;
   choice->mass_limit = static_cast<float>(static_cast<double>(plan.keep.mass_limit) *
                                           kPlannedShare * (samples ? kSampledShare : 1.0));
 }

@@ -73,16 +73,12 @@ TEST(CudaChoice, UnitsAreShares) {
   }
 }
 
-// As the kernel does it: 32 spans of bins, of which the first that is too much has the threshold.
 float ThresholdOf(const std::vector<uint32_t>& sums, const std::vector<uint32_t>& counts,
                   double limit) {
-  constexpr uint32_t kSpan = kBins / 32;
   double below = 0.0;
-  for (uint32_t first = 0; first < kBins; first += kSpan) {
-    const double mass = MassOfBins(sums.data(), first, kSpan);
-    if (!(below + mass <= limit)) {
-      return ThresholdWithin(sums.data(), counts.data(), first, kSpan, below, 1.0, limit);
-    }
+  for (uint32_t bin = 0; bin < kBins; ++bin) {
+    const double mass = ShareOfUnits(sums[bin], bin);
+    if (!(below + mass <= limit)) return ThresholdWithin(bin, mass, counts[bin], below, limit);
     below += mass;
   }
   return BinEdge(kBins);

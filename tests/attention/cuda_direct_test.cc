@@ -92,7 +92,7 @@ TEST_F(CudaDirect, LimitsThatDoNotHoldAreTheHosts) {
   EXPECT_EQ(enough, 2U);
 }
 
-// Rows of more than 64k tokens are counted by a sample.
+// Rows of more than 32k tokens are counted by a sample.
 TEST_F(CudaDirect, LongRowsMeetTheirLimits) {
   CaseOptions options;
   options.length = 70'000;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <string>
@@ -418,10 +419,12 @@ void DirectBench::Run() {
 
 }  // namespace
 
-void MeasureDirect() {
+void MeasureDirect(int only) {
   const Case cases[] = {
       {1, 8192, 32}, {1, 32768, 16}, {1, 131072, 6}, {8, 32768, 3}, {8, 131072, 2}};
-  for (const Case& shape : cases) DirectBench(shape).Run();
+  for (int i = 0; i < static_cast<int>(std::size(cases)); ++i) {
+    if (only < 0 || only == i) DirectBench(cases[i]).Run();
+  }
 }
 
 }  // namespace kvservice::bench

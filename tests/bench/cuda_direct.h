@@ -7,7 +7,8 @@ namespace kvservice::bench {
 
 // Prints lines for all cases: the wave alone as a CUDA graph, whole calls of the device, and what
 // was read and certified, with the truth for some heads.
-void MeasureDirect();
+// only: the number of the one case to run, -1 for all.
+void MeasureDirect(int only);
 
 }  // namespace kvservice::bench
 

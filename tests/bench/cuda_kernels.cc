@@ -352,10 +352,10 @@ std::vector<Case> Cases() {
 }  // namespace
 }  // namespace kvservice::bench
 
-// With an argument: only the case of that number, or "direct" for whole answers.
+// With an argument: only the case of that number; "direct" (and a number) for whole answers.
 int main(int argc, char** argv) {
   if (argc > 1 && std::string(argv[1]) == "direct") {
-    kvservice::bench::MeasureDirect();
+    kvservice::bench::MeasureDirect(argc > 2 ? std::stoi(argv[2]) : -1);
     return 0;
   }
   const std::vector<kvservice::bench::Case> cases = kvservice::bench::Cases();
