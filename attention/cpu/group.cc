@@ -189,8 +189,8 @@ int32_t Group::FindReusable(absl::Span<const float> anchor_queries) {
   return sharing_estimate_ <= plan.reuse_mass_limit ? match.anchor : -1;
 }
 
-// Takes the list of an anchor. Open tokens that the list has not considered are scanned and compete
-// with it for its places.
+// Takes the list of an anchor. Open tokens that the list has not considered are read with it, or,
+// once they are many, scanned, and compete with it for its places.
 void Group::StartReuse(uint32_t anchor) {
   reused_ = true;
   anchor_ = anchor;
@@ -202,7 +202,9 @@ void Group::StartReuse(uint32_t anchor) {
   chosen = And(chosen, open_);
   covered_end_ = std::max(list.covered_end, covered_end_);
   const TokenMask fresh = InRange(open_, block_begin_, list.covered_end, covered_end_);
-  if (CountTokens(fresh) == 0) return Settle(Or(chosen, frozen_chosen_));
+  if (CountTokens(fresh) <= kFreshTokensMax) {
+    return Settle(Or(Or(chosen, fresh), frozen_chosen_));
+  }
   has_choice_ = true;
   places_ = std::max(CountTokens(chosen), OpenTopK());
   candidates_ = Or(chosen, fresh);

@@ -214,8 +214,8 @@ Tokens Scan(const Plan& plan, const Middle& middle, HeadRow* row) {
   return cheapest;
 }
 
-// Takes the list of an anchor. Open tokens that the list has not considered are scanned and compete
-// with it for its places.
+// Takes the list of an anchor. Open tokens that the list has not considered are read with it, or,
+// once they are many, scanned, and compete with it for its places.
 Tokens Reuse(const Plan& plan, const Middle& middle, uint32_t anchor_index, HeadRow* row) {
   auto* lists = static_cast<HostLists*>(plan.lists);
   const HostLists::Anchor& anchor = lists->anchor(row->kv_head(), anchor_index);
@@ -224,7 +224,7 @@ Tokens Reuse(const Plan& plan, const Middle& middle, uint32_t anchor_index, Head
   const uint32_t covered_end = std::max(anchor.covered_end, row->covered_end());
   const Tokens fresh(std::lower_bound(middle.open.begin(), middle.open.end(), anchor.covered_end),
                      std::lower_bound(middle.open.begin(), middle.open.end(), covered_end));
-  if (fresh.empty()) return Union(middle.frozen_chosen, chosen);
+  if (fresh.size() <= kFreshTokensMax) return Union(middle.frozen_chosen, Union(chosen, fresh));
 
   const size_t places = std::max(chosen.size(), OpenTopK(plan, middle));
   const Tokens rivals = Union(chosen, fresh);
