@@ -129,9 +129,11 @@ struct ChoiceCall {
 cudaError_t MarkWords(const ChoiceCall& call, cudaStream_t stream);
 // Value norms that no sketch bounds, after MarkWords.
 cudaError_t BoundOpenValues(const ChoiceCall& call, cudaStream_t stream);
-// After a scan of `to_scan` and attention over `first`: the choice, the sums of what it leaves, and
-// the jobs of attention over `chosen`.
-cudaError_t ChooseTokens(const ChoiceCall& call, cudaStream_t stream);
+// After a scan of `to_scan` and attention over `first`, in this order: thresholds; what is chosen
+// by them, and what parts drop; sums of that, and the jobs of attention over `chosen`.
+cudaError_t FindThresholds(const ChoiceCall& call, cudaStream_t stream);
+cudaError_t SelectTokens(const ChoiceCall& call, cudaStream_t stream);
+cudaError_t CutChosen(const ChoiceCall& call, cudaStream_t stream);
 
 }  // namespace kvservice::cuda
 

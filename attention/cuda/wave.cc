@@ -13,7 +13,7 @@ namespace {
 
 // Words of what is read in any case that one job takes: below the local window, where there are
 // few tokens, and in it.
-constexpr uint32_t kSparseWords = 512;
+constexpr uint32_t kSparseWords = 256;
 constexpr uint32_t kDenseWords = 4;
 // CTAs of a choice for each multiprocessor.
 constexpr uint32_t kChoiceCtas = 6;
@@ -455,8 +455,11 @@ void Wave::Launch(cudaStream_t stream, Stage last) {
   if (chooses_ && scan_.job_count > 0) check(cuda::Scan(scan_, stream), "scan");
   Check(cudaStreamWaitEvent(stream, attended_, 0), "event");
   if (chooses_ && last != Stage::kScan) {
-    check(ChooseTokens(choice_, stream), "choose");
-    launch_count_ += choice_.ranks ? 4 : 3;
+    check(FindThresholds(choice_, stream), "thresholds");
+    check(SelectTokens(choice_, stream), "select");
+    check(CutChosen(choice_, stream), "jobs");
+    // The first two are two kernels, the other with ranks.
+    launch_count_ += choice_.ranks ? 2 : 1;
     if (last == Stage::kAll) check(cuda::Attend(chosen_, stream), "attend");
   }
   Check(cudaStreamWaitEvent(stream, valued_, 0), "event");
