@@ -161,11 +161,14 @@ void Group::StartChoice(absl::Span<const float> anchor_queries) {
   }
   if (plan.source == Source::kReuse) {
     assert(plan.lists != nullptr);
-    const int32_t anchor = FindReusable(anchor_queries);
+    const ReusableAnchor found =
+        FindReusable(*lists(), *shape_, plan, kv_head_, row_->view.length - 1, anchor_queries);
+    similarity_ = found.similarity;
+    sharing_estimate_ = found.estimate;
     key_norm_max_ = lists()->KeyNormMax(
         kv_head_, row_->view.length,
         [this](uint32_t begin, uint32_t end) { return memory_->KeyNormMax(begin, end); });
-    if (anchor >= 0) return StartReuse(static_cast<uint32_t>(anchor));
+    if (found.anchor >= 0) return StartReuse(static_cast<uint32_t>(found.anchor));
   }
   has_choice_ = scanned_ = true;
   candidates_ = open_;
@@ -173,20 +176,6 @@ void Group::StartChoice(absl::Span<const float> anchor_queries) {
   // A proof speaks about all tokens, so it scans them all; without one the scan covers what it
   // chooses from.
   pool_ = Proves(plan.prove) || plan.prove == Guarantee::kExact ? AndNot(all_, always_) : open_;
-}
-
-// The anchor whose list is to be used, -1 for none.
-int32_t Group::FindReusable(absl::Span<const float> anchor_queries) {
-  const Plan& plan = row_->plan;
-  const bool estimates = plan.reuse_mass_limit > 0.0F;
-  const HostLists::Match match = lists()->FindMostSimilar(kv_head_, anchor_queries, estimates);
-  similarity_ = match.similarity;
-  if (match.anchor < 0 || !(match.similarity >= MinCosine(plan, kv_head_))) return -1;
-  if (!estimates) return match.anchor;
-  const SharingQuery query(*shape_, row_->view.length - 1, anchor_queries);
-  const HostLists::Anchor& list = lists()->anchor(kv_head_, static_cast<uint32_t>(match.anchor));
-  sharing_estimate_ = query.EstimateDroppedMass(list.sharing);
-  return sharing_estimate_ <= plan.reuse_mass_limit ? match.anchor : -1;
 }
 
 // Takes the list of an anchor. Open tokens that the list has not considered are read with it, or,

@@ -89,7 +89,6 @@ class Group {
   void SetPlaces();
   void SplitMiddle();
   void StartChoice(absl::Span<const float> anchor_queries);
-  int32_t FindReusable(absl::Span<const float> anchor_queries);
   void StartReuse(uint32_t anchor);
   void CompleteAnchor(const TokenMask& chosen);
   SharingTerms TermsOfAnchor(const TokenMask& chosen) const;

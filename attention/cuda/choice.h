@@ -38,6 +38,7 @@ struct ChoiceStats {
   uint32_t always = 0;  // tokens
   uint32_t middle = 0;
   uint32_t scanned = 0;
+  uint32_t listed = 0;  // of the middle, by ChoiceGroup::listed
   uint32_t chosen = 0;
   uint32_t everything = 0;      // the middle was read as a whole, chosen or not
   uint32_t job_tokens_max = 0;  // of the attention over what was chosen, at most
@@ -47,6 +48,7 @@ struct ChoiceStats {
   float norm_max = 0.0F;
   float whole_norm_max = 0.0F;
   float value_squares = 0.0F;
+  float key_squares = 0.0F;  // the largest squared norm of the keys that were asked for
   ChoiceThreshold threshold;
 };
 
@@ -80,6 +82,12 @@ struct ChoiceGroup {
   uint32_t sampled = kWordTokens;  // tokens of each block that the histogram counts
   uint32_t part_blocks = 0;        // of a CTA
   uint32_t part_count = 0;
+  const uint64_t* listed = nullptr;  // [block_count], tokens of the middle to read at once, or null
+  // Keys whose largest norm is wanted: tokens [norm_begin, norm_end) of the sequence, in its
+  // blocks.
+  const std::byte* const* norm_slices = nullptr;
+  uint32_t norm_begin = 0;
+  uint32_t norm_end = 0;
   // Made here.
   uint64_t* first = nullptr;  // read whatever is chosen
   uint64_t* to_scan = nullptr;
@@ -114,6 +122,7 @@ struct ChoiceCall {
   uint32_t part_count_max = 0;
   uint32_t head_count_max = 0;
   bool ranks = false;  // some group has top_k
+  uint32_t norm_tokens_max = 0;
   // Attention over what is chosen: set i is that of group i, complete but for its jobs; the set
   // behind the last has no heads, so that jobs of it do nothing. Jobs are [job_count], at least
   // twice as many as there are groups, and parts [job_count][head_count_max] each.
@@ -127,6 +136,8 @@ struct ChoiceCall {
 
 // Fills words, counts and bounds of value norms of sealed blocks.
 cudaError_t MarkWords(const ChoiceCall& call, cudaStream_t stream);
+// Largest norms of keys, of groups that want them.
+cudaError_t BoundKeys(const ChoiceCall& call, cudaStream_t stream);
 // Value norms that no sketch bounds, after MarkWords.
 cudaError_t BoundOpenValues(const ChoiceCall& call, cudaStream_t stream);
 // After a scan of `to_scan` and attention over `first`, in this order: thresholds; what is chosen

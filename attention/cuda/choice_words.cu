@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kChoiceThreads)
   float norm = 0.0F;
   bool open = false;
   uint32_t scanned = 0;
+  uint32_t listed = 0;
   if (block < group.block_count) {
     const std::byte* page = PageOf(call, group, block);
     const uint64_t exact = ExactOf(call, group, page);
@@ -50,7 +51,9 @@ __global__ void __launch_bounds__(kChoiceThreads)
     const uint64_t to_scan =
         (group.scans_middle ? words.middle : 0) | (group.scans_hidden ? hidden : 0);
     scanned = static_cast<uint32_t>(__popcll(to_scan));
-    group.first[block] = words.always | (group.reads_middle ? words.middle : 0);
+    const uint64_t list = group.listed != nullptr ? group.listed[block] & words.middle : 0;
+    listed = static_cast<uint32_t>(__popcll(list));
+    group.first[block] = words.always | list | (group.reads_middle ? words.middle : 0);
     group.to_scan[block] = to_scan;
     group.middle[block] = words.middle;
     group.chosen[block] = 0;
@@ -66,10 +69,12 @@ __global__ void __launch_bounds__(kChoiceThreads)
   const auto always = SumOverLanes(static_cast<uint32_t>(__popcll(words.always)));
   const auto middle = SumOverLanes(static_cast<uint32_t>(__popcll(words.middle)));
   scanned = SumOverLanes(scanned);
+  listed = SumOverLanes(listed);
   if (threadIdx.x % kWarp != 0) return;
   if (always != 0) atomicAdd(&group.stats->always, always);
   if (middle != 0) atomicAdd(&group.stats->middle, middle);
   if (scanned != 0) atomicAdd(&group.stats->scanned, scanned);
+  if (listed != 0) atomicAdd(&group.stats->listed, listed);
   if (norm != 0.0F) RaiseTo(&group.stats->norm_max, norm);
   if (whole != 0.0F) RaiseTo(&group.stats->whole_norm_max, whole);
 }
@@ -103,7 +108,44 @@ __global__ void __launch_bounds__(4 * kChoiceThreads)
   if (threadIdx.x % kWarp == 0) RaiseTo(&group.stats->value_squares, most);
 }
 
+// A warp per key.
+template <int kType>
+__global__ void __launch_bounds__(kChoiceThreads)
+    KeyNormsKernel(const __grid_constant__ ChoiceCall call) {
+  const ChoiceGroup& group = call.groups[blockIdx.y];
+  float most = 0.0F;
+  for (uint32_t token = group.norm_begin + blockIdx.x * kChoiceWarps + threadIdx.x / kWarp;
+       token < group.norm_end; token += gridDim.x * kChoiceWarps) {
+    const std::byte* row =
+        group.norm_slices[token / kTokens] +
+        (size_t{group.kv_head} * kTokens + token % kTokens) * call.shape.row_bytes;
+    float squares = 0.0F;
+    for (uint32_t c = threadIdx.x % kWarp; c < call.shape.head_dim; c += kWarp) {
+      const float x = LoadElement<kType>(row, c);
+      squares = fmaf(x, x, squares);
+    }
+    squares = SumOverLanes(squares);
+    most = squares <= kFloatMax ? fmaxf(most, squares) : Infinity();
+  }
+  if (threadIdx.x % kWarp == 0 && most > 0.0F) RaiseTo(&group.stats->key_squares, most);
+}
+
 }  // namespace
+
+cudaError_t BoundKeys(const ChoiceCall& call, cudaStream_t stream) {
+  constexpr uint32_t kTokensOfCta = 64;
+  constexpr uint32_t kCtasMax = 64;
+  const uint32_t ctas = (call.norm_tokens_max + kTokensOfCta - 1) / kTokensOfCta;
+  const dim3 grid(ctas < kCtasMax ? ctas : kCtasMax, call.group_count);
+  if (call.shape.dtype == kFloat32) {
+    KeyNormsKernel<kFloat32><<<grid, kChoiceThreads, 0, stream>>>(call);
+  } else if (call.shape.dtype == kFloat16) {
+    KeyNormsKernel<kFloat16><<<grid, kChoiceThreads, 0, stream>>>(call);
+  } else {
+    KeyNormsKernel<kBfloat16><<<grid, kChoiceThreads, 0, stream>>>(call);
+  }
+  return cudaGetLastError();
+}
 
 cudaError_t MarkWords(const ChoiceCall& call, cudaStream_t stream) {
   const dim3 grid((call.block_count_max + kChoiceThreads - 1) / kChoiceThreads, call.group_count);

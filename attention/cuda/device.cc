@@ -466,7 +466,7 @@ void CudaDevice::Attend(const LayerShape& shape, absl::Span<AttendRow> rows) {
     row_tables_.push_back(tables_.Get(row.view));
   }
   Unrotate(shape, rows);
-  direct_.Answer(shape, rows, row_tables_, &left_);
+  direct_.Answer(shape, rows, row_tables_, unrotated_, &left_);
   for (uint32_t i = 0; i < rows.size(); ++i) {
     if (cuda::Direct::Takes(shape, rows[i])) continue;
     for (uint32_t kv_head = 0; kv_head < layout.kv_head_count; ++kv_head) {

@@ -40,8 +40,10 @@ bool IsRememberedDense(const LayerShape& shape, const AttendRow& row, uint32_t k
 // What a wave says about one group, on its way to an answer.
 class Answerer {
  public:
-  Answerer(const LayerShape& shape, const Wave& wave, const WaveGroup& group)
+  Answerer(const LayerShape& shape, const Wave& wave, const WaveGroup& group,
+           const ReusableAnchor& anchor)
       : shape_(shape),
+        anchor_(anchor),
         group_(group),
         row_(*group.row),
         stats_(*group.stats.host),
@@ -70,6 +72,8 @@ class Answerer {
     evidence.log_kept = kept_.lse[head];
     evidence.kept_lower = kept_.lower[head];
     evidence.kept_upper = kept_.upper[head];
+    // Lists come without a proof, and all heads of their one query token see the same tokens.
+    if (group_.listed && stats_.listed < stats_.middle + hidden_) return evidence;
     const bool drops = chooses_ && group_.dropped.host[head].seen > 0;
     if (!drops) {
       evidence.level = Level::kExact;
@@ -132,7 +136,8 @@ class Answerer {
 
   void Write() {
     const uint32_t dim = shape_.layout.head_dim;
-    const Action action = everything_ && hidden_ == 0 ? Action::kDense : Action::kSelected;
+    Action action = everything_ && hidden_ == 0 ? Action::kDense : Action::kSelected;
+    if (anchor_.anchor >= 0) action = Action::kReused;
     for (uint32_t head = 0; head < head_count(); ++head) {
       const size_t index = OutputIndex(shape_.layout, group_.kv_head, head);
       row_.certificates[index] = certificates_[head];
@@ -145,9 +150,11 @@ class Answerer {
     GroupReport& report = row_.groups[group_.kv_head];
     report = GroupReport();
     report.action = action;
-    report.scanned = !group_.reads_all;
-    report.tokens_read = stats_.always + (everything_ ? stats_.middle : stats_.chosen);
+    report.scanned = !group_.settled();
+    report.tokens_read =
+        stats_.always + stats_.listed + (everything_ ? stats_.middle : stats_.chosen);
     report.tokens_scanned = stats_.scanned;
+    if (row_.plan.source == Source::kReuse) ReportReuse(&report);
     if (row_.selected == nullptr) return;
     const size_t blocks = BlockCount(row_.view.length) - group_.block_begin;
     TokenMask read(group_.first.host, group_.first.host + blocks);
@@ -155,11 +162,24 @@ class Answerer {
     row_.selected[group_.kv_head] = PositionsOf(read, group_.block_begin);
   }
 
+  void ReportReuse(GroupReport* report) {
+    HostLists* const lists = ListsOf(row_);
+    report->similarity = anchor_.similarity;
+    report->sharing_estimate = anchor_.estimate;
+    report->query_distance = group_.query_distance;
+    const auto new_norm_max = [this](uint32_t /*begin*/, uint32_t /*end*/) {
+      return RoundUpToFloat(KeyNormUp(stats_.key_squares));
+    };
+    report->key_norm_max = lists->KeyNormMax(group_.kv_head, row_.view.length, new_norm_max);
+  }
+
   // What the lists keep of the choice, as Group::Settle does it.
   void Remember() {
     HostLists* const lists = ListsOf(row_);
     if (lists == nullptr) return;
     const Plan& plan = row_.plan;
+    if (anchor_.anchor >= 0) lists->Touch(group_.kv_head, static_cast<uint32_t>(anchor_.anchor));
+    if (group_.listed) return lists->SetSelection(group_.kv_head, group_.list);
     if (!everything_) {
       const size_t blocks = BlockCount(row_.view.length) - group_.block_begin;
       lists->SetSelection(
@@ -175,6 +195,7 @@ class Answerer {
   }
 
   const LayerShape& shape_;
+  const ReusableAnchor anchor_;
   const WaveGroup& group_;
   AttendRow& row_;
   const ChoiceStats& stats_;
@@ -195,56 +216,143 @@ bool Direct::Takes(const LayerShape& shape, const AttendRow& row) {
   if (row.query_count * shape.layout.group_size() > kChoiceHeadsMax) return false;
   if (BlockCount(row.view.length) > kBlocksMax) return false;
   if (plan.source == Source::kAll) return true;
+  if (plan.source == Source::kReuse || plan.source == Source::kGiven) {
+    return plan.prove == Guarantee::kNone && row.query_count == 1 && plan.frozen_lists == nullptr;
+  }
   if (plan.source != Source::kScan || plan.frozen_lists != nullptr) return false;
   if (plan.keep.dilate_strongest > 0 && plan.keep.dilate_radius > 0) return false;
   return plan.keep.mass_limit > 0.0F || plan.keep.output_limit == 0.0F;
 }
 
-void Direct::AnswerWave(const LayerShape& shape, absl::Span<AttendRow> rows,
-                        absl::Span<const RowTables> tables, absl::Span<const GroupName> names,
-                        std::vector<GroupName>* left) {
-  std::vector<WaveGroup> groups(names.size());
-  for (size_t i = 0; i < names.size(); ++i) {
-    AttendRow& row = rows[names[i].row];
-    groups[i].row = &row;
-    groups[i].tables = tables[names[i].row];
-    groups[i].kv_head = names[i].kv_head;
-    groups[i].reads_all =
-        row.plan.source == Source::kAll || IsRememberedDense(shape, row, names[i].kv_head);
+namespace {
+
+// The first token of the middle that a choice of this call has not considered (HostLists).
+uint32_t CoveredEnd(const AttendRow& row, uint32_t local_begin) {
+  for (uint32_t block = 0; block * kBlockTokens < local_begin; ++block) {
+    if (row.view.sketches[block] == nullptr) {
+      return std::max(block * kBlockTokens, row.plan.sink_end);
+    }
   }
+  return local_begin;
+}
+
+// Positions of `list` and of [fresh_begin, fresh_end) that lie in [begin, end).
+std::vector<uint32_t> ListOf(absl::Span<const uint32_t> list, uint32_t fresh_begin,
+                             uint32_t fresh_end, uint32_t begin, uint32_t end) {
+  const auto first = std::lower_bound(list.begin(), list.end(), begin);
+  const auto last = std::lower_bound(first, list.end(), end);
+  std::vector<uint32_t> positions(first, last);
+  // Lists hold nothing from where they have looked on.
+  for (uint32_t at = std::max(fresh_begin, begin); at < std::min(fresh_end, end); ++at) {
+    positions.push_back(at);
+  }
+  return positions;
+}
+
+}  // namespace
+
+// What is asked of one group; any thread, one per KV head.
+void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
+                 absl::Span<const RowTables> tables, absl::Span<const std::vector<float>> unrotated,
+                 Asked* asked) const {
+  AttendRow& row = rows[asked->name.row];
+  const Plan& plan = row.plan;
+  const uint32_t kv_head = asked->name.kv_head;
+  WaveGroup& group = asked->group;
+  group.row = &row;
+  group.tables = tables[asked->name.row];
+  group.kv_head = kv_head;
+  if (plan.source == Source::kAll || plan.source == Source::kScan) {
+    group.reads_all = plan.source == Source::kAll || IsRememberedDense(shape, row, kv_head);
+    const bool settled = group.reads_all && !HasHidden(shape, row);
+    asked->kind = plan.prove != Guarantee::kNone ? Kind::kProving
+                  : settled                      ? Kind::kSettled
+                                                 : Kind::kChoosing;
+    return;
+  }
+  const uint32_t local_begin = std::min(plan.local_begin, row.position);
+  const uint32_t begin = std::max(
+      {plan.sink_end, plan.visible_begin, WindowBegin(shape.sliding_window, row.position)});
+  if (plan.source == Source::kReuse) {
+    HostLists* const lists = ListsOf(row);
+    const size_t floats = size_t{shape.layout.group_size()} * shape.layout.head_dim;
+    const auto queries =
+        absl::MakeConstSpan(unrotated[asked->name.row]).subspan(kv_head * floats, floats);
+    asked->anchor = FindReusable(*lists, shape, plan, kv_head, row.view.length - 1, queries);
+    if (asked->anchor.anchor < 0) return;
+    const auto index = static_cast<uint32_t>(asked->anchor.anchor);
+    const HostLists::Anchor& anchor = lists->anchor(kv_head, index);
+    const uint32_t covered_end = std::max(anchor.covered_end, CoveredEnd(row, local_begin));
+    const uint32_t fresh_begin = std::max(anchor.covered_end, begin);
+    // Then they compete, which takes a scan.
+    if (covered_end > fresh_begin && covered_end - fresh_begin > kFreshTokensMax) return;
+    group.list = ListOf(anchor.tokens, fresh_begin, covered_end, begin, local_begin);
+    group.query_distance = lists->QueryDistance(kv_head, index, queries);
+    group.norm_begin = lists->key_norm_end(kv_head);
+  } else {
+    const uint32_t first = plan.given_offsets[kv_head];
+    group.list = ListOf(plan.given.subspan(first, plan.given_offsets[kv_head + 1] - first), 0, 0,
+                        begin, local_begin);
+  }
+  // Whether the set is so large that everything is read instead depends on what sketches mark; the
+  // host knows, where it is near.
+  const double visible = row.view.length - WindowBegin(shape.sliding_window, row.position);
+  const double planned =
+      static_cast<double>(group.list.size()) + plan.sink_end + (row.view.length - local_begin);
+  if (planned > 0.5 * static_cast<double>(plan.dense_share) * visible) return;
+  group.listed = true;
+  asked->kind = Kind::kSettled;
+}
+
+void Direct::AnswerWave(const LayerShape& shape, absl::Span<Asked* const> wave,
+                        std::vector<GroupName>* left) {
+  std::vector<WaveGroup> groups(wave.size());
+  for (size_t i = 0; i < wave.size(); ++i) groups[i] = std::move(wave[i]->group);
   wave_.Build(shape, std::move(groups), pool_);
   wave_.Upload();
   wave_.Launch(wave_.stream());
   wave_.Download();
-  std::vector<uint8_t> answered(names.size());
-  pool_->ParallelFor(static_cast<uint32_t>(names.size()), [&](uint32_t i, uint32_t) {
-    answered[i] = Answerer(shape, wave_, wave_.group(i)).Answer() ? 1 : 0;
+  std::vector<uint8_t> answered(wave.size());
+  pool_->ParallelFor(static_cast<uint32_t>(wave.size()), [&](uint32_t i, uint32_t) {
+    answered[i] = Answerer(shape, wave_, wave_.group(i), wave[i]->anchor).Answer() ? 1 : 0;
   });
-  for (size_t i = 0; i < names.size(); ++i) {
+  for (size_t i = 0; i < wave.size(); ++i) {
     answered_ += answered[i];
-    if (answered[i] == 0) left->push_back(names[i]);
+    if (answered[i] == 0) left->push_back(wave[i]->name);
   }
 }
 
 void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
-                    absl::Span<const RowTables> tables, std::vector<GroupName>* left) {
-  // Kernels that bound masses and kernels that do not are different ones.
-  for (const bool proves : {false, true}) {
-    std::vector<GroupName> names;
+                    absl::Span<const RowTables> tables,
+                    absl::Span<const std::vector<float>> unrotated, std::vector<GroupName>* left) {
+  std::vector<Asked> all;
+  for (uint32_t i = 0; i < rows.size(); ++i) {
+    if (!Takes(shape, rows[i])) continue;
+    for (uint32_t kv_head = 0; kv_head < shape.layout.kv_head_count; ++kv_head) {
+      all.emplace_back();
+      all.back().name = {i, kv_head};
+    }
+  }
+  pool_->ParallelFor(static_cast<uint32_t>(all.size()),
+                     [&](uint32_t i, uint32_t) { Ask(shape, rows, tables, unrotated, &all[i]); });
+  for (const Asked& asked : all) {
+    if (asked.kind == Kind::kLeft) left->push_back(asked.name);
+  }
+  for (const Kind kind : {Kind::kSettled, Kind::kChoosing, Kind::kProving}) {
+    std::vector<Asked*> wave;
     size_t bytes = 0;
     const auto answer = [&] {
-      if (!names.empty()) AnswerWave(shape, rows, tables, names, left);
-      names.clear();
+      if (!wave.empty()) AnswerWave(shape, wave, left);
+      wave.clear();
       bytes = 0;
     };
-    for (uint32_t i = 0; i < rows.size(); ++i) {
-      if ((rows[i].plan.prove != Guarantee::kNone) != proves || !Takes(shape, rows[i])) continue;
-      for (uint32_t kv_head = 0; kv_head < shape.layout.kv_head_count; ++kv_head) {
-        const size_t more = Wave::WeightBytes(shape, rows[i]);
-        if (bytes + more > kWaveBytesMax || names.size() == kWaveGroupsMax) answer();
-        names.push_back({i, kv_head});
-        bytes += more;
-      }
+    for (Asked& asked : all) {
+      if (asked.kind != kind) continue;
+      const size_t more =
+          kind == Kind::kSettled ? 0 : Wave::WeightBytes(shape, rows[asked.name.row]);
+      if (bytes + more > kWaveBytesMax || wave.size() == kWaveGroupsMax) answer();
+      wave.push_back(&asked);
+      bytes += more;
     }
     answer();
   }

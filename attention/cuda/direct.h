@@ -17,6 +17,7 @@
 #include "attention/cuda/readings.h"
 #include "attention/cuda/wave.h"
 #include "attention/device.h"
+#include "attention/host_lists.h"
 
 namespace kvservice::cuda {
 
@@ -33,17 +34,29 @@ class Direct {
   // True if groups of the row may be answered here.
   static bool Takes(const LayerShape& shape, const AttendRow& row);
 
-  // Answers all groups of the rows that are taken. tables: [rows.size()]. Adds to `left` the groups
-  // that are not answered, in order.
+  // Answers all groups of the rows that are taken. tables: [rows.size()]; unrotated: likewise, the
+  // newest query token's queries before rotation, of rows that reuse lists. Adds to `left` the
+  // groups that are not answered.
   void Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
-              absl::Span<const RowTables> tables, std::vector<GroupName>* left);
+              absl::Span<const RowTables> tables, absl::Span<const std::vector<float>> unrotated,
+              std::vector<GroupName>* left);
 
   // Groups that were answered here so far, for tests: a path that is never taken tests nothing.
   uint64_t answered() const { return answered_; }
 
  private:
-  void AnswerWave(const LayerShape& shape, absl::Span<AttendRow> rows,
-                  absl::Span<const RowTables> tables, absl::Span<const GroupName> names,
+  // What may go through the device together: groups that are settled, groups that choose, groups
+  // that choose and prove.
+  enum class Kind : uint8_t { kLeft, kSettled, kChoosing, kProving };
+  struct Asked {
+    GroupName name;
+    Kind kind = Kind::kLeft;
+    WaveGroup group;
+    ReusableAnchor anchor;
+  };
+  void Ask(const LayerShape& shape, absl::Span<AttendRow> rows, absl::Span<const RowTables> tables,
+           absl::Span<const std::vector<float>> unrotated, Asked* asked) const;
+  void AnswerWave(const LayerShape& shape, absl::Span<Asked* const> wave,
                   std::vector<GroupName>* left);
 
   ThreadPool* const pool_;

@@ -20,10 +20,6 @@ constexpr uint32_t kScanCtas = 3;
 // levels of lanes, the scaled query, the product, and one to spare for products of these.
 constexpr double kLogitRoundings = 8 + 5 + 1 + 1 + 1;
 
-double KeyNormUp(float squares) {
-  return std::sqrt(static_cast<double>(squares) * (1.0 + 0x1p-14) + 0x1p-120);
-}
-
 // Bounds of a mass whose nearest log is set; attention/cpu/attend_kernel.cc (BoundMass) says why.
 void BoundMass(const LayerShape& shape, double query_norm, const HeadSums& sums,
                uint32_t chain_tokens, uint32_t head, Partial* part) {
@@ -52,6 +48,10 @@ uint32_t CountPages(const TokenMask& tokens) {
 }
 
 }  // namespace
+
+double KeyNormUp(float squares) {
+  return std::sqrt(static_cast<double>(squares) * (1.0 + 0x1p-14) + 0x1p-120);
+}
 
 uint64_t JobTarget(uint64_t total, size_t set_count, uint64_t places, uint64_t least) {
   const uint64_t full = places > 2 * set_count ? places - set_count : places;

@@ -64,6 +64,8 @@ inline constexpr uint32_t kJobPagesMin = 16;
 // time where sets differ.
 uint32_t AttendPlaces(const Context& context, const AttendCall& call);
 uint32_t ScanPlaces(const Context& context);
+// At least the norm whose square is this, as kernels add it up in fp32.
+double KeyNormUp(float squares);
 
 class Readings {
  public:

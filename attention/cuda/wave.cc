@@ -50,7 +50,7 @@ size_t Wave::WeightBytes(const LayerShape& shape, const AttendRow& row) {
 }
 
 bool Wave::Scans(const WaveGroup& group) const {
-  return !group.reads_all || (group.has_hidden() && group.proves());
+  return !group.settled() || (group.has_hidden() && group.proves());
 }
 uint32_t Wave::BlocksOf(const WaveGroup& group) const {
   return BlockCount(group.row->view.length) - group.block_begin;
@@ -76,7 +76,7 @@ void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadP
     group.block_begin = group.begin / kBlockTokens;
     assert(group.proves() == bounded_);
     head_count_max_ = std::max(head_count_max_, HeadsOf(group));
-    chooses_ |= !group.reads_all || group.has_hidden();
+    chooses_ |= !group.settled() || (group.reads_all && group.has_hidden());
     bounds_values_ |= group.proves();
     TakeInputs(group, &inputs_[i]);
   }
@@ -94,6 +94,8 @@ void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs) {
   const uint32_t heads = HeadsOf(group);
   inputs->qs = to_device_.Take<float>(size_t{heads} * dim);
   inputs->visible = to_device_.Take<uint32_t>(size_t{2} * heads);
+  inputs->listed = {};
+  if (group.listed) inputs->listed = to_device_.Take<uint64_t>(BlocksOf(group));
   if (!Scans(group)) return;
   inputs->qw = to_device_.Take<float>(size_t{SketchDirections(dim)} * heads);
   if (!bounded_) return;
@@ -114,6 +116,13 @@ void Wave::Fill(uint32_t index) {
   for (uint32_t head = 0; head < heads; ++head) {
     inputs.visible.host[2 * head] = Relative(group.queries.visible_begin[head], base);
     inputs.visible.host[2 * head + 1] = Relative(group.queries.visible_end[head], base);
+  }
+  if (group.listed) {
+    std::fill_n(inputs.listed.host, BlocksOf(group), 0);
+    for (const uint32_t position : group.list) {
+      inputs.listed.host[(position - base) / kWordTokens] |= uint64_t{1}
+                                                             << (position % kWordTokens);
+    }
   }
   if (!Scans(group)) return;
   std::array<const float*, kChoiceHeadsMax> q;
@@ -156,9 +165,10 @@ void Wave::SetRanges(const WaveGroup& group, ChoiceGroup* choice) const {
 void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
   const Plan& plan = group.row->plan;
   // Reading everything needs no sketch, not even to know that.
+  // (A list is read beside what sketches mark.)
   choice->reads_sketches = !group.reads_all || group.has_hidden() || group.proves();
   choice->reads_middle = group.reads_all;
-  choice->scans_middle = !group.reads_all;
+  choice->scans_middle = !group.settled();
   choice->scans_hidden = group.proves();
   choice->bounds_values = group.proves();
   choice->bounded = bounded_;
@@ -171,7 +181,7 @@ void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
   const uint32_t parts = std::max({1U, wanted, (blocks + kPartBlocksMax - 1) / kPartBlocksMax});
   choice->part_blocks = (blocks + parts - 1) / parts;
   choice->part_count = (blocks + choice->part_blocks - 1) / choice->part_blocks;
-  if (group.reads_all) return;
+  if (group.settled()) return;
   choice->top_k = plan.keep.top_k;
   choice->largest = plan.keep.mass_limit > 0.0F || group.proves();
   // Ranks are counted, not estimated.
@@ -261,12 +271,20 @@ void Wave::BuildChoices() {
     groups_[i].stats = {stats_.host + i, stats_.device + i};
     choice.stats = stats_.device + i;
     choice.visible = inputs_[i].visible.device;
+    choice.listed = inputs_[i].listed.device;
     choice.first_sums = groups_[i].first_sums.device;
     choice.dropped = groups_[i].dropped.device;
     if (chooses_) TakeScratch(groups_[i], &choice, &zero);
     choice_.block_count_max = std::max(choice_.block_count_max, choice.block_count);
     choice_.part_count_max = std::max(choice_.part_count_max, choice.part_count);
     choice_.ranks |= choice.top_k > 0;
+    if (groups_[i].norm_begin < groups_[i].row->view.length) {
+      choice.norm_slices = groups_[i].tables.slices;
+      choice.norm_begin = groups_[i].norm_begin;
+      choice.norm_end = groups_[i].row->view.length;
+      choice_.norm_tokens_max =
+          std::max(choice_.norm_tokens_max, choice.norm_end - choice.norm_begin);
+    }
   }
   const Slot<ChoiceGroup> slot = to_device_.Take<ChoiceGroup>(count);
   std::copy(choices_.begin(), choices_.end(), slot.host);
@@ -310,6 +328,41 @@ void Wave::CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJo
   groups_[index].first_job_tokens_max = kSparseWords * kWordTokens;
 }
 
+// Jobs of about as many tokens each: those of the list, and of the local window all.
+void Wave::CutListed(uint32_t index, uint64_t tokens_per_job, std::vector<AttendJob>* jobs) {
+  const WaveGroup& group = groups_[index];
+  const ChoiceGroup& choice = choices_[index];
+  const uint32_t base = group.block_begin * kBlockTokens;
+  uint32_t job = 0;
+  uint32_t first = 0;
+  uint64_t tokens = choice.ranges.sink_end;
+  const auto add = [&](uint32_t word, uint64_t count) {
+    if (tokens >= tokens_per_job && word > first) {
+      jobs->push_back(
+          {.set = index, .index = job++, .first_word = first, .word_count = word - first});
+      first = word;
+      tokens = 0;
+    }
+    tokens += count;
+  };
+  uint32_t last = 0;
+  for (const uint32_t position : group.list) {
+    const uint32_t word = (position - base) / kWordTokens;
+    // Tokens of one word stay together.
+    if (word == last) {
+      ++tokens;
+    } else {
+      add(word, 1);
+    }
+    last = word;
+  }
+  for (uint32_t word = choice.ranges.local_begin / kWordTokens; word < choice.block_count; ++word) {
+    add(word, kWordTokens);
+  }
+  jobs->push_back(
+      {.set = index, .index = job, .first_word = first, .word_count = choice.block_count - first});
+}
+
 void Wave::BuildFirst() {
   const auto count = static_cast<uint32_t>(groups_.size());
   first_ = AttendCall();
@@ -317,16 +370,24 @@ void Wave::BuildFirst() {
   first_.softcap = shape_->logit_softcap;
   first_.bound_masses = bounded_;
   first_.head_count_max = head_count_max_;
-  uint64_t words = 0;
-  for (const ChoiceGroup& choice : choices_) words += choice.reads_middle ? choice.block_count : 0;
-  const uint64_t tokens =
-      JobTarget(words * kWordTokens, count, AttendPlaces(context_, first_), kJobTokensMin);
+  uint64_t total = 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    const ChoiceGroup& choice = choices_[i];
+    if (choice.reads_middle) total += uint64_t{choice.block_count} * kWordTokens;
+    if (!groups_[i].listed) continue;
+    total += groups_[i].list.size() + choice.ranges.end - choice.ranges.local_begin;
+  }
+  const uint64_t tokens = JobTarget(total, count, AttendPlaces(context_, first_), kJobTokensMin);
   const auto words_per_job = static_cast<uint32_t>((tokens + kWordTokens - 1) / kWordTokens);
   const Slot<AttendSet> sets = to_device_.Take<AttendSet>(count);
   std::vector<AttendJob> jobs;
   for (uint32_t i = 0; i < count; ++i) {
     const size_t begin = jobs.size();
-    CutFirst(i, words_per_job, &jobs);
+    if (groups_[i].listed) {
+      CutListed(i, tokens, &jobs);
+    } else {
+      CutFirst(i, words_per_job, &jobs);
+    }
     AttendSet set = SetOf(i, choices_[i].first);
     set.out = groups_[i].first_out.device;
     set.sums = groups_[i].first_sums.device;
@@ -451,6 +512,7 @@ void Wave::Launch(cudaStream_t stream, Stage last) {
   if (chooses_) check(cudaMemsetAsync(zero_.device, 0, zero_bytes_, side_), "clear");
   Check(cudaEventRecord(attended_, side_), "event");
   if (bounds_values_) check(BoundOpenValues(choice_, side_), "values");
+  if (choice_.norm_tokens_max > 0) check(BoundKeys(choice_, side_), "keys");
   Check(cudaEventRecord(valued_, side_), "event");
   if (chooses_ && scan_.job_count > 0) check(cuda::Scan(scan_, stream), "scan");
   Check(cudaStreamWaitEvent(stream, attended_, 0), "event");

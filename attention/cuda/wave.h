@@ -32,6 +32,13 @@ struct WaveGroup {
   RowTables tables;
   uint32_t kv_head = 0;
   bool reads_all = false;  // without a choice
+  // A list that is settled, in place of a choice: positions of the middle, ascending. Others count
+  // for nothing. Only without a proof.
+  bool listed = false;
+  std::vector<uint32_t> list;
+  // Keys from this token on have their largest norm reported (ChoiceStats::key_squares).
+  uint32_t norm_begin = ~uint32_t{0};
+  float query_distance = -1.0F;  // for the report
 
   // Set by Build.
   uint32_t begin = 0;  // first token that a query token sees
@@ -45,6 +52,8 @@ struct WaveGroup {
   Slot<DroppedSums> dropped;               // [heads]
   Slot<uint64_t> first, chosen;            // words, where the row or its lists want them
 
+  // What is read is known before a weight is.
+  bool settled() const { return reads_all || listed; }
   bool proves() const { return row->plan.prove != Guarantee::kNone; }
   bool has_hidden() const { return row->plan.visible_begin > std::max(row->plan.sink_end, begin); }
 };
@@ -81,6 +90,7 @@ class Wave {
     Slot<float> qs, x, qw, metric;
     Slot<double> norm;
     Slot<uint32_t> visible;
+    Slot<uint64_t> listed;  // words
     ScanQueries scan;
   };
 
@@ -97,6 +107,7 @@ class Wave {
   void BuildChoices();
   void BuildFirst();
   void CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJob>* jobs);
+  void CutListed(uint32_t index, uint64_t tokens_per_job, std::vector<AttendJob>* jobs);
   void BuildScan();
   void BuildChosen();
   AttendSet SetOf(uint32_t index, const uint64_t* words) const;
