@@ -92,6 +92,62 @@ TEST_F(CudaDirect, LimitsThatDoNotHoldAreTheHosts) {
   EXPECT_EQ(enough, 2U);
 }
 
+// Lists are read as they are; what the CPU device reads is what has to be read.
+TEST_F(CudaDirect, ListsTakeIt) {
+  auto cpu = NewDevice("cpu", {});
+  ASSERT_TRUE(cpu.ok());
+  CaseOptions options;
+  options.length = 3000;
+  const KvCase kv(device_.get(), options);
+  const KvCase same(cpu->get(), options);
+  const auto expect_same = [&](const Call& call, const Call& other) {
+    EXPECT_EQ(call.selected, other.selected);
+    for (uint32_t head = 0; head < 2; ++head) {
+      EXPECT_EQ(call.groups[head].action, other.groups[head].action);
+      EXPECT_EQ(call.groups[head].tokens_read, other.groups[head].tokens_read);
+      EXPECT_EQ(call.groups[head].tokens_scanned, other.groups[head].tokens_scanned);
+      EXPECT_EQ(call.groups[head].similarity, other.groups[head].similarity);
+      EXPECT_GE(call.groups[head].key_norm_max, other.groups[head].key_norm_max * 0.9999F);
+      EXPECT_LE(call.groups[head].key_norm_max, other.groups[head].key_norm_max * 1.0001F);
+    }
+  };
+  const std::vector<uint32_t> given = {3, 70, 71, 500, 1999, 2500, 10, 2990};
+  const std::vector<uint32_t> offsets = {0, 6, 8};
+  Plan plan = BasePlan(Source::kGiven, options.length, 64);
+  plan.given = given;
+  plan.given_offsets = offsets;
+  for (const uint32_t hidden : {0U, 400U}) {
+    plan.visible_begin = hidden;
+    std::unique_ptr<Call> call;
+    EXPECT_EQ(Count([&] { call = RunPlan(kv, plan); }), 2U);
+    expect_same(*call, *RunPlan(same, plan));
+  }
+  plan = BasePlan(Source::kReuse, 2000, 64);
+  plan.keep.top_k = 50;
+  Plan of_cpu = plan;
+  const auto lists = device_->NewTokenLists(options.layout, 4);
+  const auto cpu_lists = (*cpu)->NewTokenLists(options.layout, 4);
+  plan.lists = lists.get();
+  of_cpu.lists = cpu_lists.get();
+  const auto at = [&](const KvCase& which, uint32_t length, const Plan& wanted) {
+    auto call = std::make_unique<Call>(which, length, 1, which.queries(), wanted);
+    call->Run(&which == &kv ? device_.get() : cpu->get(), which.shape());
+    return call;
+  };
+  EXPECT_EQ(Count([&] { at(kv, 2000, plan); }), 0U) << "the first call scans";
+  at(same, 2000, of_cpu);
+  for (const uint32_t length : {2000U, 2030U, 2064U}) {
+    plan.local_begin = of_cpu.local_begin = length - 64;
+    std::unique_ptr<Call> call;
+    EXPECT_EQ(Count([&] { call = at(kv, length, plan); }), 2U) << length;
+    EXPECT_EQ(call->groups[0].tokens_scanned, 0U);
+    expect_same(*call, *at(same, length, of_cpu));
+  }
+  // Too much has come: it competes, which takes a scan.
+  plan.local_begin = of_cpu.local_begin = 2600 - 64;
+  EXPECT_EQ(Count([&] { at(kv, 2600, plan); }), 0U);
+}
+
 // Rows of more than 32k tokens are counted by a sample.
 TEST_F(CudaDirect, LongRowsMeetTheirLimits) {
   CaseOptions options;

@@ -516,6 +516,31 @@ TEST_P(DevicePlan, ReusedListsAreCompleted) {
   EXPECT_EQ(third->selected, second->selected);
 }
 
+// A few of them are read as they are: to let them compete would take a scan of every page that has
+// a token of the list.
+TEST_P(DevicePlan, ReusedListsTakeAFewTokensAsTheyAre) {
+  CaseOptions options;
+  options.length = 512;
+  const auto kv = NewCase(options);
+  const auto lists = device_->NewTokenLists(options.layout, 4);
+  Plan plan = BasePlan(Source::kReuse, 384, 64);
+  plan.keep.top_k = 40;
+  plan.lists = lists.get();
+  const auto first = At(*kv, 384, kv->queries(), plan);
+  std::vector<uint32_t> expected = ChosenOf(*kv, *first, 0);
+  plan.local_begin = 320 + kFreshTokensMax;
+  const auto few = At(*kv, 512, kv->queries(), plan);
+  EXPECT_EQ(few->groups[0].action, Action::kReused);
+  EXPECT_EQ(few->groups[0].tokens_scanned, 0U);
+  for (uint32_t token = 320; token < plan.local_begin; ++token) expected.push_back(token);
+  EXPECT_EQ(ChosenOf(*kv, *few, 0), expected);
+  plan.local_begin += 1;
+  const auto many = At(*kv, 512, kv->queries(), plan);
+  EXPECT_EQ(many->groups[0].action, Action::kReused);
+  EXPECT_GT(many->groups[0].tokens_scanned, 0U);
+  EXPECT_EQ(ChosenOf(*kv, *many, 0).size(), 40U);
+}
+
 TEST_P(DevicePlan, TruncatedListsForget) {
   CaseOptions options;
   options.length = 512;
