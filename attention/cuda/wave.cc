@@ -474,12 +474,15 @@ void Wave::Download() {
 }
 
 Partial Wave::Kept(const WaveGroup& group) const {
-  Partial kept = PartialOf(*shape_, group.queries, bounded_, group.first_job_tokens_max,
+  const ChoiceStats& stats = *group.stats.host;
+  // No job has more tokens than there are.
+  const uint32_t first_tokens = stats.always + (group.reads_all ? stats.middle : 0);
+  Partial kept = PartialOf(*shape_, group.queries, bounded_,
+                           std::min(group.first_job_tokens_max, first_tokens),
                            group.first_sums.host, group.first_out.host);
   if (!chooses_) return kept;
-  const Partial chosen =
-      PartialOf(*shape_, group.queries, bounded_, group.stats.host->job_tokens_max,
-                group.chosen_sums.host, group.chosen_out.host);
+  const Partial chosen = PartialOf(*shape_, group.queries, bounded_, stats.job_tokens_max,
+                                   group.chosen_sums.host, group.chosen_out.host);
   MergePartials(shape_->layout.head_dim, chosen, &kept);
   return kept;
 }
