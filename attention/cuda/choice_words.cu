@@ -38,6 +38,10 @@ __global__ void __launch_bounds__(kChoiceThreads)
   const ChoiceGroup& group = call.groups[blockIdx.y];
   const uint32_t block = blockIdx.x * kChoiceThreads + threadIdx.x;
   if (blockIdx.x * kChoiceThreads >= group.block_count) return;
+  // Of the CTA, so that few meet at the group's.
+  __shared__ ChoiceStats totals;
+  if (threadIdx.x == 0) totals = ChoiceStats();
+  __syncthreads();
   ChoiceWords words;
   float norm = 0.0F;
   bool open = false;
@@ -69,14 +73,22 @@ __global__ void __launch_bounds__(kChoiceThreads)
   const auto always = SumOverLanes(static_cast<uint32_t>(__popcll(words.always)));
   const auto middle = SumOverLanes(static_cast<uint32_t>(__popcll(words.middle)));
   scanned = SumOverLanes(scanned);
-  listed = SumOverLanes(listed);
-  if (threadIdx.x % kWarp != 0) return;
-  if (always != 0) atomicAdd(&group.stats->always, always);
-  if (middle != 0) atomicAdd(&group.stats->middle, middle);
-  if (scanned != 0) atomicAdd(&group.stats->scanned, scanned);
-  if (listed != 0) atomicAdd(&group.stats->listed, listed);
-  if (norm != 0.0F) RaiseTo(&group.stats->norm_max, norm);
-  if (whole != 0.0F) RaiseTo(&group.stats->whole_norm_max, whole);
+  if (threadIdx.x % kWarp == 0) {
+    atomicAdd(&totals.always, always);
+    atomicAdd(&totals.middle, middle);
+    atomicAdd(&totals.scanned, scanned);
+    atomicAdd(&totals.listed, listed);
+    RaiseTo(&totals.norm_max, norm);
+    RaiseTo(&totals.whole_norm_max, whole);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (totals.always != 0) atomicAdd(&group.stats->always, totals.always);
+  if (totals.middle != 0) atomicAdd(&group.stats->middle, totals.middle);
+  if (totals.scanned != 0) atomicAdd(&group.stats->scanned, totals.scanned);
+  if (totals.listed != 0) atomicAdd(&group.stats->listed, totals.listed);
+  if (totals.norm_max != 0.0F) RaiseTo(&group.stats->norm_max, totals.norm_max);
+  if (totals.whole_norm_max != 0.0F) RaiseTo(&group.stats->whole_norm_max, totals.whole_norm_max);
 }
 
 // A warp per token of the open blocks. The order of the blocks is any; a maximum has none.

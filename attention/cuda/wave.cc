@@ -15,9 +15,9 @@ namespace {
 // few tokens, and in it.
 constexpr uint32_t kSparseWords = 256;
 constexpr uint32_t kDenseWords = 4;
-// CTAs of a choice for each multiprocessor.
-constexpr uint32_t kChoiceCtas = 6;
-constexpr uint32_t kPartBlocksMin = 16;
+// CTAs of a choice that run on one multiprocessor side by side, and blocks that are worth one.
+constexpr uint32_t kChoiceCtas = 4;
+constexpr uint32_t kPartBlocksMin = 32;
 // Longer rows are counted by a sample of at least so many tokens, which leaves a little more of the
 // limit unused.
 constexpr uint32_t kTokensCounted = 16384;
@@ -32,14 +32,14 @@ size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 Wave::Wave(const Context& context) : context_(context) {
   Check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "stream");
-  Check(cudaEventCreateWithFlags(&marked_, cudaEventDisableTiming), "event");
+  Check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "event");
   Check(cudaEventCreateWithFlags(&attended_, cudaEventDisableTiming), "event");
   Check(cudaEventCreateWithFlags(&valued_, cudaEventDisableTiming), "event");
 }
 
 Wave::~Wave() {
   // Codes are not checked: at the end of a process there may be no device any more.
-  cudaEventDestroy(marked_);
+  cudaEventDestroy(forked_);
   cudaEventDestroy(attended_);
   cudaEventDestroy(valued_);
   cudaStreamDestroy(side_);
@@ -176,8 +176,7 @@ void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
   const uint32_t blocks = choice->block_count;
   const auto groups = static_cast<uint32_t>(groups_.size());
   const uint32_t ctas = kChoiceCtas * context_.multiprocessors;
-  const uint32_t wanted =
-      std::min((ctas + groups - 1) / groups, (blocks + kPartBlocksMin - 1) / kPartBlocksMin);
+  const uint32_t wanted = std::min(ctas / groups, (blocks + kPartBlocksMin - 1) / kPartBlocksMin);
   const uint32_t parts = std::max({1U, wanted, (blocks + kPartBlocksMax - 1) / kPartBlocksMax});
   choice->part_blocks = (blocks + parts - 1) / parts;
   choice->part_count = (blocks + choice->part_blocks - 1) / choice->part_blocks;
@@ -480,7 +479,7 @@ void Wave::BuildChosen() {
   // Without heads: surplus jobs are its.
   sets.host[count] = AttendSet();
   chosen_.sets = sets.device;
-  chosen_.job_count = std::max(AttendPlaces(context_, chosen_), count) + count;
+  chosen_.job_count = std::max(AttendPlaces(context_, chosen_), 2 * count);
   const Slot<AttendJob> jobs = scratch_.Take<AttendJob>(chosen_.job_count);
   chosen_.jobs = jobs.device;
   choice_.sets = sets.device;
@@ -502,14 +501,18 @@ void Wave::Launch(cudaStream_t stream, Stage last) {
     Check(code, what);
   };
   const size_t ticket_bytes = 2 * count * head_count_max_ * sizeof(uint32_t);
+  const auto fork = [&] {
+    Check(cudaEventRecord(forked_, stream), "event");
+    Check(cudaStreamWaitEvent(side_, forked_, 0), "event");
+  };
+  fork();
+  check(cudaMemsetAsync(tickets_.device, 0, ticket_bytes, side_), "clear");
+  if (chooses_) check(cudaMemsetAsync(zero_.device, 0, zero_bytes_, side_), "clear");
   check(cudaMemsetAsync(stats_.device, 0, count * sizeof(ChoiceStats), stream), "clear");
   check(MarkWords(choice_, stream), "mark");
   // What is read in any case is attended to while the sketches are scanned.
-  Check(cudaEventRecord(marked_, stream), "event");
-  Check(cudaStreamWaitEvent(side_, marked_, 0), "event");
-  check(cudaMemsetAsync(tickets_.device, 0, ticket_bytes, side_), "clear");
+  fork();
   check(cuda::Attend(first_, side_), "attend");
-  if (chooses_) check(cudaMemsetAsync(zero_.device, 0, zero_bytes_, side_), "clear");
   Check(cudaEventRecord(attended_, side_), "event");
   if (bounds_values_) check(BoundOpenValues(choice_, side_), "values");
   if (choice_.norm_tokens_max > 0) check(BoundKeys(choice_, side_), "keys");
@@ -533,12 +536,15 @@ void Wave::Download() {
 }
 
 Partial Wave::Kept(const WaveGroup& group) const {
-  Partial kept = PartialOf(*shape_, group.queries, bounded_, group.first_job_tokens_max,
+  const ChoiceStats& stats = *group.stats.host;
+  // No job has more tokens than there are.
+  const uint32_t first_tokens = stats.always + (group.reads_all ? stats.middle : 0);
+  Partial kept = PartialOf(*shape_, group.queries, bounded_,
+                           std::min(group.first_job_tokens_max, first_tokens),
                            group.first_sums.host, group.first_out.host);
   if (!chooses_) return kept;
-  const Partial chosen =
-      PartialOf(*shape_, group.queries, bounded_, group.stats.host->job_tokens_max,
-                group.chosen_sums.host, group.chosen_out.host);
+  const Partial chosen = PartialOf(*shape_, group.queries, bounded_, stats.job_tokens_max,
+                                   group.chosen_sums.host, group.chosen_out.host);
   MergePartials(shape_->layout.head_dim, chosen, &kept);
   return kept;
 }

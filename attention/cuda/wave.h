@@ -114,7 +114,7 @@ class Wave {
 
   const Context context_;
   cudaStream_t side_ = nullptr;
-  cudaEvent_t marked_ = nullptr;
+  cudaEvent_t forked_ = nullptr;
   cudaEvent_t attended_ = nullptr;
   cudaEvent_t valued_ = nullptr;
   const LayerShape* shape_ = nullptr;

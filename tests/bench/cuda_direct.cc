@@ -27,8 +27,8 @@ namespace {
 using cuda::Check;
 
 constexpr int kReplays = 20;
-// One KV head in three hundred keys stands out by this many nats, with this spread: an oracle needs
-// about 2 % of the tokens for 95 % of the mass.
+// This share of the keys stands out by so many nats, with this spread: an oracle needs about 2 % of
+// the tokens for 95 % of the mass.
 constexpr double kPlantedShare = 0.033;
 constexpr double kPlantedNats = 9.0;
 constexpr double kPlantedSpread = 0.7;
