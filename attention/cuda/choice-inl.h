@@ -99,7 +99,7 @@ KVSERVICE_HOST_DEVICE float BinEdge(uint32_t bin) {
 // per share, at most kShareUnits.
 KVSERVICE_HOST_DEVICE uint32_t UnitsOf(float share, float units_per_share) {
   const float units = share * units_per_share;
-  return units < kShareUnits ? static_cast<uint32_t>(units + 0.5F)
+  return units < kShareUnits ? static_cast<uint32_t>(2.0F * units + 1.0F) / 2
                              : static_cast<uint32_t>(kShareUnits);
 }
 KVSERVICE_HOST_DEVICE double ShareOfUnits(uint32_t units, uint32_t bin) {
