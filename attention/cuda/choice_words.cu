@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kChoiceThreads)
   const auto always = SumOverLanes(static_cast<uint32_t>(__popcll(words.always)));
   const auto middle = SumOverLanes(static_cast<uint32_t>(__popcll(words.middle)));
   scanned = SumOverLanes(scanned);
+  listed = SumOverLanes(listed);
   if (threadIdx.x % kWarp == 0) {
     atomicAdd(&totals.always, always);
     atomicAdd(&totals.middle, middle);
