@@ -145,6 +145,21 @@ HostLists::Match HostLists::FindMostSimilar(uint32_t kv_head, absl::Span<const f
   return best;
 }
 
+ReusableAnchor FindReusable(const HostLists& lists, const LayerShape& shape, const Plan& plan,
+                            uint32_t kv_head, uint32_t position, absl::Span<const float> queries) {
+  const bool estimates = plan.reuse_mass_limit > 0.0F;
+  const HostLists::Match match = lists.FindMostSimilar(kv_head, queries, estimates);
+  ReusableAnchor found{.similarity = match.similarity};
+  if (match.anchor < 0 || !(match.similarity >= MinCosine(plan, kv_head))) return found;
+  if (estimates) {
+    const HostLists::Anchor& anchor = lists.anchor(kv_head, static_cast<uint32_t>(match.anchor));
+    found.estimate = SharingQuery(shape, position, queries).EstimateDroppedMass(anchor.sharing);
+    if (!(found.estimate <= plan.reuse_mass_limit)) return found;
+  }
+  found.anchor = match.anchor;
+  return found;
+}
+
 void HostLists::Insert(uint32_t kv_head, absl::Span<const float> queries,
                        std::vector<uint32_t> tokens, uint32_t covered_end, SharingTerms sharing) {
   if (anchors_max_ == 0) return;

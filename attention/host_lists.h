@@ -11,8 +11,9 @@
 //                follows from the plan and the sketches of the call.
 //   covered_end  every position in [sink_end, covered_end) was considered when the list was made
 //                or last completed: the plan's local_begin, or the begin of the first unsealed
-//                slice if that is lower. A reuse scans [covered_end, that of its own call), and
-//                those tokens compete with the list's for its max(size, top_k) places.
+//                slice if that is lower. A reuse reads [covered_end, that of its own call) as it
+//                is; once these are more than kFreshTokensMax tokens, it scans them, and they
+//                compete with the list's for its max(size, top_k) places.
 //   selection    what the latest call of this layer chose, under whatever source; none after a
 //                call that read everything.
 
@@ -79,6 +80,8 @@ class HostLists : public TokenLists {
   // at least the largest norm of the keys in [begin, end), by whoever can read them.
   using NormMax = absl::FunctionRef<float(uint32_t begin, uint32_t end)>;
   float KeyNormMax(uint32_t kv_head, uint32_t length, NormMax norm_max);
+  // Tokens whose keys that has seen.
+  uint32_t key_norm_end(uint32_t kv_head) const { return heads_[kv_head].key_norm_end; }
 
   // Adds an anchor as the most recently used; the least recently used goes when there are
   // anchors_max.
@@ -139,6 +142,16 @@ class HostLists : public TokenLists {
 // read.
 float KeyNormMax(const KvLayout& layout, const KvView& view, uint32_t kv_head, uint32_t begin,
                  uint32_t end);
+
+// The anchor whose list a plan with Source::kReuse takes for `queries` (as above, of a query token
+// at `position`), and what was found out on the way.
+struct ReusableAnchor {
+  int32_t anchor = -1;       // -1: none may be used
+  float similarity = -2.0F;  // of the most similar anchor; -2 when there is none
+  float estimate = -1.0F;    // of the mass that its list would drop; negative when none was made
+};
+ReusableAnchor FindReusable(const HostLists& lists, const LayerShape& shape, const Plan& plan,
+                            uint32_t kv_head, uint32_t position, absl::Span<const float> queries);
 
 // Undoes the rotary embedding of one query token: q and out are [query_head_count][head_dim] (out
 // may be q). Channels beyond the rotated ones are copied, kNone copies all. Double precision

@@ -26,6 +26,11 @@ class TokenLists;  // attention/device.h
 
 inline constexpr uint32_t kDrawsPerRoundMax = 4096;
 
+// Tokens that a reused list has not considered are read as they are, until they are more than this;
+// then they compete with the list for its places. To let them compete is to scan every page that
+// has a token of the list, which costs more than to read a few more tokens.
+inline constexpr uint32_t kFreshTokensMax = 64;
+
 // Where the middle's tokens come from.
 enum class Source : uint8_t {
   kAll,    // Read every visible token: dense attention.
@@ -33,7 +38,7 @@ enum class Source : uint8_t {
   kReuse,  // Take the list of the most similar anchor if its cosine reaches min_cosine and the
            // mass it is estimated to drop stays within reuse_mass_limit, else scan and become an
            // anchor. A reused list is completed by scanning only what was appended since it was
-           // made or last completed.
+           // made or last completed, once that is more than kFreshTokensMax tokens.
   kGiven,  // Take the caller's own positions.
 };
 

@@ -18,12 +18,6 @@
 namespace kvservice {
 namespace {
 
-// First token that a query at `position` sees.
-uint32_t WindowBegin(uint32_t sliding_window, uint32_t position) {
-  if (sliding_window == 0 || position + 1 <= sliding_window) return 0;
-  return position + 1 - sliding_window;
-}
-
 TokenMask And(const TokenMask& a, const TokenMask& b) {
   TokenMask result(a);
   for (size_t i = 0; i < result.size(); ++i) result[i] &= b[i];
@@ -65,7 +59,7 @@ void Group::Prepare(const LayerShape& shape, AttendRow* row, uint32_t kv_head,
   similarity_ = -2.0F;
   sharing_estimate_ = key_norm_max_ = query_distance_ = -1.0F;
   assert(row->position + row->query_count == row->view.length);
-  SetQueries();
+  FillHeadQueries(shape, *row, kv_head, &queries_);
   SetRange();
   SetPlaces();
   SplitMiddle();
@@ -88,33 +82,7 @@ void Group::Prepare(const LayerShape& shape, AttendRow* row, uint32_t kv_head,
 }
 
 uint32_t Group::OutputIndex(uint32_t head) const {
-  const uint32_t group = shape_->layout.group_size();
-  return head / group * shape_->layout.query_head_count + kv_head_ * group + head % group;
-}
-
-void Group::SetQueries() {
-  const uint32_t head_dim = shape_->layout.head_dim;
-  const uint32_t group = shape_->layout.group_size();
-  queries_.head_count = row_->query_count * group;
-  queries_.qs.resize(size_t{queries_.head_count} * head_dim);
-  queries_.norm.resize(queries_.head_count);
-  queries_.visible_begin.resize(queries_.head_count);
-  queries_.visible_end.resize(queries_.head_count);
-  for (uint32_t head = 0; head < queries_.head_count; ++head) {
-    const float* q = row_->q + size_t{OutputIndex(head)} * head_dim;
-    double squares = 0.0;
-    for (uint32_t c = 0; c < head_dim; ++c) {
-      const float qs = shape_->scale * q[c];
-      queries_.qs[size_t{head} * head_dim + c] = qs;
-      squares += static_cast<double>(qs) * static_cast<double>(qs);
-    }
-    // Covers the rounding of scale * q to fp32 (2^-24, or 2^-150 below the normal range) and of
-    // this sum.
-    queries_.norm[head] = std::sqrt(squares) * (1.0 + 0x1p-23) + 0x1p-120;
-    const uint32_t position = row_->position + head / group;
-    queries_.visible_begin[head] = WindowBegin(shape_->sliding_window, position);
-    queries_.visible_end[head] = position + 1;
-  }
+  return kvservice::OutputIndex(shape_->layout, kv_head_, head);
 }
 
 void Group::SetRange() {
@@ -193,11 +161,14 @@ void Group::StartChoice(absl::Span<const float> anchor_queries) {
   }
   if (plan.source == Source::kReuse) {
     assert(plan.lists != nullptr);
-    const int32_t anchor = FindReusable(anchor_queries);
+    const ReusableAnchor found =
+        FindReusable(*lists(), *shape_, plan, kv_head_, row_->view.length - 1, anchor_queries);
+    similarity_ = found.similarity;
+    sharing_estimate_ = found.estimate;
     key_norm_max_ = lists()->KeyNormMax(
         kv_head_, row_->view.length,
         [this](uint32_t begin, uint32_t end) { return memory_->KeyNormMax(begin, end); });
-    if (anchor >= 0) return StartReuse(static_cast<uint32_t>(anchor));
+    if (found.anchor >= 0) return StartReuse(static_cast<uint32_t>(found.anchor));
   }
   has_choice_ = scanned_ = true;
   candidates_ = open_;
@@ -207,22 +178,8 @@ void Group::StartChoice(absl::Span<const float> anchor_queries) {
   pool_ = Proves(plan.prove) || plan.prove == Guarantee::kExact ? AndNot(all_, always_) : open_;
 }
 
-// The anchor whose list is to be used, -1 for none.
-int32_t Group::FindReusable(absl::Span<const float> anchor_queries) {
-  const Plan& plan = row_->plan;
-  const bool estimates = plan.reuse_mass_limit > 0.0F;
-  const HostLists::Match match = lists()->FindMostSimilar(kv_head_, anchor_queries, estimates);
-  similarity_ = match.similarity;
-  if (match.anchor < 0 || !(match.similarity >= MinCosine(plan, kv_head_))) return -1;
-  if (!estimates) return match.anchor;
-  const SharingQuery query(*shape_, row_->view.length - 1, anchor_queries);
-  const HostLists::Anchor& list = lists()->anchor(kv_head_, static_cast<uint32_t>(match.anchor));
-  sharing_estimate_ = query.EstimateDroppedMass(list.sharing);
-  return sharing_estimate_ <= plan.reuse_mass_limit ? match.anchor : -1;
-}
-
-// Takes the list of an anchor. Open tokens that the list has not considered are scanned and compete
-// with it for its places.
+// Takes the list of an anchor. Open tokens that the list has not considered are read with it, or,
+// once they are many, scanned, and compete with it for its places.
 void Group::StartReuse(uint32_t anchor) {
   reused_ = true;
   anchor_ = anchor;
@@ -234,7 +191,9 @@ void Group::StartReuse(uint32_t anchor) {
   chosen = And(chosen, open_);
   covered_end_ = std::max(list.covered_end, covered_end_);
   const TokenMask fresh = InRange(open_, block_begin_, list.covered_end, covered_end_);
-  if (CountTokens(fresh) == 0) return Settle(Or(chosen, frozen_chosen_));
+  if (CountTokens(fresh) <= kFreshTokensMax) {
+    return Settle(Or(Or(chosen, fresh), frozen_chosen_));
+  }
   has_choice_ = true;
   places_ = std::max(CountTokens(chosen), OpenTopK());
   candidates_ = Or(chosen, fresh);
@@ -410,23 +369,16 @@ bool Group::wants_rest() const {
 void Group::SetValueNorms() {
   // Tokens whose norms no sketch bounds, and the largest norm of those that one does.
   TokenMask unsketched = all_;
-  double lower = 0.0;
-  double upper = 0.0;
-  // What a stored norm may be above the largest norm of its page: the roundings of a normal float,
-  // and the step between those below the normal range.
-  constexpr double kDown = 1.0 - 0x1p-21;
-  constexpr double kLeastStep = 0x1p-148;
+  double whole = 0.0;
+  double sealed = 0.0;
   for (uint32_t i = 0; i < all_.size(); ++i) {
     if (!IsSealed(i)) continue;
     const auto norm = static_cast<double>(memory_->ValueNormMax(block_begin_ + i));
-    upper = std::max(upper, norm);
-    // The norm may be of a token outside the window.
-    if (all_[i] == ~uint64_t{0}) lower = std::max(lower, norm * kDown - kLeastStep);
+    sealed = std::max(sealed, norm);
+    if (all_[i] == ~uint64_t{0}) whole = std::max(whole, norm);
     unsketched[i] = all_[i] & memory_->Exact(block_begin_ + i);
   }
-  value_norms_ = memory_->BoundValueNorms(unsketched, block_begin_);
-  value_norms_.lower = std::max(value_norms_.lower, lower);
-  value_norms_.upper = std::max(value_norms_.upper, upper);
+  value_norms_ = JoinValueNorms(memory_->BoundValueNorms(unsketched, block_begin_), sealed, whole);
 }
 
 HeadEvidence Group::EvidenceOf(uint32_t head, const TokenMask& dropped, bool estimated,
@@ -465,8 +417,7 @@ HeadEvidence Group::EvidenceOf(uint32_t head, const TokenMask& dropped, bool est
   evidence.output = output->data();
   evidence.value_norm_lower = value_norms_.lower;
   evidence.value_norm_upper = value_norms_.upper;
-  // The kernel's own, and the rounding of the output to float.
-  evidence.arithmetic_error = value_norms_.upper * (kept.arithmetic[head] + 0x1p-23) + 0x1p-119;
+  evidence.arithmetic_error = OutputArithmeticError(value_norms_, kept.arithmetic[head]);
   return evidence;
 }
 

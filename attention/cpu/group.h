@@ -87,10 +87,8 @@ class Group {
  private:
   void SetRange();
   void SetPlaces();
-  void SetQueries();
   void SplitMiddle();
   void StartChoice(absl::Span<const float> anchor_queries);
-  int32_t FindReusable(absl::Span<const float> anchor_queries);
   void StartReuse(uint32_t anchor);
   void CompleteAnchor(const TokenMask& chosen);
   SharingTerms TermsOfAnchor(const TokenMask& chosen) const;

@@ -150,6 +150,15 @@ ValueNorms BoundValueNorms(const LayerShape& shape, const KvView& view, uint32_t
       HWY_DYNAMIC_DISPATCH(LargestSquaresTarget)(shape.layout, view, kv_head, tokens, block_begin));
 }
 
+ValueNorms JoinValueNorms(ValueNorms unsketched, double sealed_max, double whole_max) {
+  // What a stored norm may be above the largest norm of its page: the roundings of a normal float,
+  // and the step between those below the normal range.
+  constexpr double kDown = 1.0 - 0x1p-21;
+  constexpr double kLeastStep = 0x1p-148;
+  return {.lower = std::max(unsketched.lower, whole_max * kDown - kLeastStep),
+          .upper = std::max(unsketched.upper, sealed_max)};
+}
+
 ValueNorms ValueNormsOf(double largest_squares) {
   // What squares and sums of up to 256 floats may be off by, and what may have underflowed.
   constexpr double kRoundoff = 0x1p-14;

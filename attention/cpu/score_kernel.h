@@ -40,6 +40,14 @@ struct ValueNorms {
 // From the largest squared norm, added up in fp32 in any order; one that is not finite counts as
 // largest.
 ValueNorms ValueNormsOf(double largest_squares);
+// With what sketches say of the others: the largest norm of a sealed block (SketchPage::vmax), and
+// of one that the row sees as a whole; of others it may be that of a token outside the window.
+ValueNorms JoinValueNorms(ValueNorms unsketched, double sealed_max, double whole_max);
+// How far an output may be from the exact one, that of a kernel in units of the largest norm given:
+// the kernel's own error, and the rounding of the output to float.
+inline double OutputArithmeticError(const ValueNorms& norms, double arithmetic) {
+  return norms.upper * (arithmetic + 0x1p-23) + 0x1p-119;
+}
 ValueNorms BoundValueNorms(const LayerShape& shape, const KvView& view, uint32_t kv_head,
                            absl::Span<const uint64_t> tokens, uint32_t block_begin);
 

@@ -179,7 +179,10 @@ ScaledSum SumEstimates(const ScanWeights& weights, uint32_t head, absl::Span<con
 
 WeightSums SumWeights(const ScanWeights& weights, uint32_t head, absl::Span<const uint64_t> mask) {
   assert(weights.bounded);
-  const MaskSums sums = SumMask(weights, head, mask);
+  return WeightSumsOf(SumMask(weights, head, mask));
+}
+
+WeightSums WeightSumsOf(const MaskSums& sums) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const double upper = sums.weight.Log();
   const double lower = sums.lower.sum > 0.0 ? sums.lower.Log() : kLogZero;

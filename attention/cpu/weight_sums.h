@@ -55,6 +55,9 @@ struct WeightSums {
   double log_estimate = kLogZero;  // as SumEstimates
 };
 WeightSums SumWeights(const ScanWeights& weights, uint32_t head, absl::Span<const uint64_t> mask);
+// The same from sums that were added up elsewhere, pages in fp32 by at most 18 additions each and
+// pages in double.
+WeightSums WeightSumsOf(const MaskSums& sums);
 inline LogMassUpper SumUpperWeights(const ScanWeights& weights, uint32_t head,
                                     absl::Span<const uint64_t> mask) {
   return SumWeights(weights, head, mask).upper;

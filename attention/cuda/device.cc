@@ -14,10 +14,13 @@
 #include "absl/strings/str_cat.h"
 #include "attention/cpu/choose.h"
 #include "attention/cpu/group.h"
+#include "attention/cpu/head_queries.h"
 #include "attention/cpu/thread_pool.h"
 #include "attention/cuda/arena.h"
+#include "attention/cuda/direct.h"
 #include "attention/cuda/kernels.h"
 #include "attention/cuda/readings.h"
+#include "attention/cuda/tables.h"
 #include "attention/host_lists.h"
 #include "attention/sketch.h"
 
@@ -26,6 +29,7 @@ namespace {
 
 using cuda::Arena;
 using cuda::Check;
+using cuda::GroupName;
 using cuda::Slot;
 
 // The oldest GPUs that this build has code for.
@@ -44,9 +48,7 @@ uint32_t AvailableCpus() {
 
 // First token that the row's first query token sees.
 uint32_t BeginOf(const LayerShape& shape, const AttendRow& row) {
-  const uint32_t window = shape.sliding_window;
-  if (window == 0 || row.position + 1 <= window) return 0;
-  return row.position + 1 - window;
+  return WindowBegin(shape.sliding_window, row.position);
 }
 
 // True if planning or proving the row reads its sketches, as Group does.
@@ -79,6 +81,7 @@ class CudaDevice : public Device {
   void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override;
   void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) override;
   void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override;
+  uint64_t groups_answered_directly() const { return direct_.answered(); }
 
  private:
   // A row of a wave, as the device sees it.
@@ -94,11 +97,13 @@ class CudaDevice : public Device {
   void Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows);
   void LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows);
   void LoadRow(const LayerShape& shape, const AttendRow& row, RowData* data);
-  void Prepare(const LayerShape& shape, absl::Span<AttendRow> rows, size_t first, uint32_t count);
+  void Prepare(const LayerShape& shape, absl::Span<AttendRow> rows,
+               absl::Span<const GroupName> names);
   void ReadFirst(const LayerShape& shape);
   void Decide(const LayerShape& shape);
-  void ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows, size_t first_group,
-                   uint32_t group_count);
+  void ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows,
+                   absl::Span<const GroupName> names);
+  void DecideOnHost(const LayerShape& shape, absl::Span<AttendRow> rows);
   void Conclude(const LayerShape& shape);
   void ReadRests(const LayerShape& shape);
   // The row of the wave's group, and what is read for it.
@@ -119,6 +124,10 @@ class CudaDevice : public Device {
   // Of one call.
   Arena to_device_{Arena::Sides::kBoth};
   Arena to_host_{Arena::Sides::kBoth};
+  cuda::TableCache tables_;
+  std::vector<cuda::RowTables> row_tables_;
+  cuda::Direct direct_;
+  std::vector<GroupName> left_;  // what the host decides
   std::vector<RowData> row_data_;
   std::vector<std::vector<float>> unrotated_;  // [row][query_head_count][head_dim]
   // Of one wave.
@@ -149,6 +158,8 @@ CudaDevice::CudaDevice(uint32_t thread_count, uint32_t multiprocessors)
       choose_scratch_(thread_count),
       proof_scratch_(thread_count),
       context_(NewContext(multiprocessors, &score_memory_)),
+      tables_(context_.stream),
+      direct_(context_, &pool_),
       readings_(context_) {}
 
 CudaDevice::~CudaDevice() {
@@ -204,6 +215,7 @@ void CudaDevice::Append(const KvLayout& layout, absl::Span<const AppendSlice> sl
 }
 
 void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) {
+  if (slices.empty()) return;
   to_device_.Reset();
   const SketchLayout sketch(layout.head_dim);
   const uint32_t heads = layout.kv_head_count;
@@ -251,17 +263,10 @@ void CudaDevice::Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows) {
   }
 }
 
-// Uploads where a row lies and asks for what its plan reads of its sketches.
+// Asks for what a row's plan reads of its sketches.
 void CudaDevice::LoadRow(const LayerShape& shape, const AttendRow& row, RowData* data) {
-  const uint32_t blocks = BlockCount(row.view.length);
-  const Slot<const std::byte*> slices = to_device_.Take<const std::byte*>(blocks);
-  const Slot<const std::byte*> sketches = to_device_.Take<const std::byte*>(blocks);
-  std::copy_n(row.view.slices.begin(), blocks, slices.host);
-  std::copy_n(row.view.sketches.begin(), blocks, sketches.host);
-  *data = RowData();
-  data->tables = {.view = row.view, .slices = slices.device, .sketches = sketches.device};
   data->block_begin = BeginOf(shape, row) / kBlockTokens;
-  data->block_count = blocks - data->block_begin;
+  data->block_count = BlockCount(row.view.length) - data->block_begin;
   if (!ReadsPageHeads(shape, row)) return;
   const size_t pages = size_t{shape.layout.kv_head_count} * data->block_count;
   data->heads = to_host_.Take<cuda::PageHead>(pages);
@@ -273,11 +278,15 @@ void CudaDevice::LoadRow(const LayerShape& shape, const AttendRow& row, RowData*
 void CudaDevice::LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows) {
   to_device_.Reset();
   to_host_.Reset();
-  row_data_.resize(rows.size());
+  row_data_.assign(rows.size(), RowData());
+  std::vector<uint8_t> wanted(rows.size());
+  for (const GroupName& name : left_) wanted[name.row] = 1;
   std::vector<cuda::PageHeadTask> tasks;
   uint32_t blocks_max = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
+    if (wanted[i] == 0) continue;
     RowData& data = row_data_[i];
+    data.tables = row_tables_[i];
     LoadRow(shape, rows[i], &data);
     if (data.heads.host == nullptr) continue;
     const uint32_t base = data.block_begin * kBlockTokens;
@@ -310,18 +319,18 @@ void CudaDevice::LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows) {
   Check(cudaStreamSynchronize(context_.stream), "page heads");
 }
 
-void CudaDevice::Prepare(const LayerShape& shape, absl::Span<AttendRow> rows, size_t first,
-                         uint32_t count) {
-  const uint32_t kv_heads = shape.layout.kv_head_count;
+void CudaDevice::Prepare(const LayerShape& shape, absl::Span<AttendRow> rows,
+                         absl::Span<const GroupName> names) {
   const size_t head_floats = size_t{shape.layout.group_size()} * shape.layout.head_dim;
+  const auto count = static_cast<uint32_t>(names.size());
   count_ = count;
   if (groups_.size() < count) groups_.resize(count);
   if (readers_.size() < count) readers_.resize(count);
   row_of_.resize(count);
   verdicts_.resize(count);
   pool_.ParallelFor(count, [&](uint32_t i, uint32_t) {
-    const auto row = static_cast<uint32_t>((first + i) / kv_heads);
-    const auto kv_head = static_cast<uint32_t>((first + i) % kv_heads);
+    const uint32_t row = names[i].row;
+    const uint32_t kv_head = names[i].kv_head;
     row_of_[i] = row;
     const RowData& data = row_data_[row];
     const size_t at = size_t{kv_head} * data.block_count;
@@ -412,8 +421,8 @@ void CudaDevice::ReadRests(const LayerShape& shape) {
 }
 
 void CudaDevice::ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows,
-                             size_t first_group, uint32_t group_count) {
-  Prepare(shape, rows, first_group, group_count);
+                             absl::Span<const GroupName> names) {
+  Prepare(shape, rows, names);
   ReadFirst(shape);
   Decide(shape);
   Conclude(shape);
@@ -425,29 +434,46 @@ void CudaDevice::ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows
   }
 }
 
-void CudaDevice::Attend(const LayerShape& shape, absl::Span<AttendRow> rows) {
-  const KvLayout& layout = shape.layout;
-  for (AttendRow& row : rows) {
-    assert(row.query_count >= 1 && row.query_count <= kQueryTokensMax);
-    row.status = absl::OkStatus();
-  }
-  Unrotate(shape, rows);
+// Answers the groups in `left_`.
+void CudaDevice::DecideOnHost(const LayerShape& shape, absl::Span<AttendRow> rows) {
+  if (left_.empty()) return;
   LoadRows(shape, rows);
-  const size_t total = rows.size() * layout.kv_head_count;
-  for (size_t first = 0; first < total;) {
+  for (size_t first = 0; first < left_.size();) {
     size_t bytes = 0;
     size_t end = first;
-    while (end < total && end - first < kWaveGroupsMax && bytes <= kWaveBytesMax) {
-      const AttendRow& row = rows[end / layout.kv_head_count];
+    while (end < left_.size() && end - first < kWaveGroupsMax && bytes <= kWaveBytesMax) {
+      const AttendRow& row = rows[left_[end].row];
       // A weight of every token and head, at most; rows that read everything have none.
       if (ReadsPageHeads(shape, row)) {
-        bytes += size_t{row.view.length} * row.query_count * layout.group_size() * sizeof(float);
+        bytes +=
+            size_t{row.view.length} * row.query_count * shape.layout.group_size() * sizeof(float);
       }
       ++end;
     }
-    ExecuteWave(shape, rows, first, static_cast<uint32_t>(end - first));
+    ExecuteWave(shape, rows, absl::MakeConstSpan(left_).subspan(first, end - first));
     first = end;
   }
+}
+
+void CudaDevice::Attend(const LayerShape& shape, absl::Span<AttendRow> rows) {
+  const KvLayout& layout = shape.layout;
+  tables_.Begin();
+  row_tables_.clear();
+  left_.clear();
+  for (AttendRow& row : rows) {
+    assert(row.query_count >= 1 && row.query_count <= kQueryTokensMax);
+    row.status = absl::OkStatus();
+    row_tables_.push_back(tables_.Get(row.view));
+  }
+  Unrotate(shape, rows);
+  direct_.Answer(shape, rows, row_tables_, unrotated_, &left_);
+  for (uint32_t i = 0; i < rows.size(); ++i) {
+    if (cuda::Direct::Takes(shape, rows[i])) continue;
+    for (uint32_t kv_head = 0; kv_head < layout.kv_head_count; ++kv_head) {
+      left_.push_back({i, kv_head});
+    }
+  }
+  DecideOnHost(shape, rows);
   for (AttendRow& row : rows) {
     if (row.status.ok()) continue;
     std::fill_n(row.out, size_t{row.query_count} * layout.query_head_count * layout.head_dim, 0.0F);
@@ -485,6 +511,10 @@ absl::StatusOr<std::unique_ptr<Device>> NewCudaDevice(const DeviceOptions& optio
   if (!multiprocessors.ok()) return multiprocessors.status();
   const uint32_t threads = options.thread_count == 0 ? AvailableCpus() : options.thread_count;
   return std::make_unique<CudaDevice>(threads, *multiprocessors);
+}
+
+uint64_t GroupsAnsweredDirectly(const Device& cuda_device) {
+  return static_cast<const CudaDevice&>(cuda_device).groups_answered_directly();
 }
 
 }  // namespace kvservice

@@ -92,6 +92,13 @@ __device__ __forceinline__ float SoftcapOf(float x, float cap) {
   return x == x ? capped : x;
 }
 
+// 2^x by the hardware, 0 where that is below 2^-126; see kExp2Error.
+__device__ __forceinline__ float Exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 // 2^exponent as a float, 0 below the normal range; exponent <= 0.
 __device__ __forceinline__ float PowerOfTwo(int32_t exponent) {
   return exponent < -126 ? 0.0F : __int_as_float((exponent + 127) << 23);

@@ -15,17 +15,10 @@ namespace {
 
 // CTAs of a scan that run on one multiprocessor at the same time.
 constexpr uint32_t kScanCtas = 3;
-// Less than this is not worth a CTA: its warps would not fill their queues.
-constexpr uint64_t kJobTokensMin = 128;
-constexpr uint64_t kJobPagesMin = 16;
 
 // Roundings of a logit, in units of 2^-24 ||qs|| ||k||: eight channels in a chain, at most five
 // levels of lanes, the scaled query, the product, and one to spare for products of these.
 constexpr double kLogitRoundings = 8 + 5 + 1 + 1 + 1;
-
-double KeyNormUp(float squares) {
-  return std::sqrt(static_cast<double>(squares) * (1.0 + 0x1p-14) + 0x1p-120);
-}
 
 // Bounds of a mass whose nearest log is set; attention/cpu/attend_kernel.cc (BoundMass) says why.
 void BoundMass(const LayerShape& shape, double query_norm, const HeadSums& sums,
@@ -54,14 +47,24 @@ uint32_t CountPages(const TokenMask& tokens) {
       std::count_if(tokens.begin(), tokens.end(), [](uint64_t word) { return word != 0; }));
 }
 
-// What a job should hold so that all jobs run at once: `total` things in `set_count` sets, each of
-// which may have one job that is not full.
+}  // namespace
+
+double KeyNormUp(float squares) {
+  return std::sqrt(static_cast<double>(squares) * (1.0 + 0x1p-14) + 0x1p-120);
+}
+
 uint64_t JobTarget(uint64_t total, size_t set_count, uint64_t places, uint64_t least) {
   const uint64_t full = places > 2 * set_count ? places - set_count : places;
   return std::max(least, (total + full - 1) / std::max<uint64_t>(full, 1));
 }
 
-}  // namespace
+uint32_t AttendPlaces(const Context& context, const AttendCall& call) {
+  const AttendTiling tiling = AttendTilingOf(call);
+  const uint32_t tiles = (call.head_count_max + tiling.heads - 1) / tiling.heads;
+  return std::max<uint32_t>(1, tiling.ctas * context.multiprocessors / tiles);
+}
+
+uint32_t ScanPlaces(const Context& context) { return 4 * kScanCtas * context.multiprocessors; }
 
 CacheShape ShapeOf(const KvLayout& layout) {
   const SketchLayout sketch(layout.head_dim);
@@ -84,6 +87,25 @@ CacheShape ShapeOf(const KvLayout& layout) {
   shape.version = number(sketch.version);
   shape.page_bytes = number(sketch.page_bytes);
   return shape;
+}
+
+Partial PartialOf(const LayerShape& shape, const HeadQueries& queries, bool bounded,
+                  uint32_t chain_tokens, const HeadSums* sums, const double* out) {
+  const uint32_t dim = shape.layout.head_dim;
+  Partial part;
+  part.Resize(queries.head_count, dim);
+  if (out != nullptr) std::copy_n(out, size_t{queries.head_count} * dim, part.out.begin());
+  for (uint32_t head = 0; head < queries.head_count; ++head) {
+    part.lse[head] =
+        sums[head].sum == 0.0 ? kLogZero : sums[head].reference * kLn2 + std::log(sums[head].sum);
+    if (bounded) {
+      BoundMass(shape, queries.norm[head], sums[head], chain_tokens, head, &part);
+    } else {
+      part.upper[head] = {std::numeric_limits<double>::infinity()};
+      part.arithmetic[head] = std::numeric_limits<double>::infinity();
+    }
+  }
+  return part;
 }
 
 void Readings::Begin(const LayerShape& shape) {
@@ -240,8 +262,7 @@ void Readings::StartAttends(bool bounded) {
   if (set_count == 0) return;
   const AttendTiling tiling = AttendTilingOf(call);
   const uint32_t tiles = (call.head_count_max + tiling.heads - 1) / tiling.heads;
-  const uint64_t places =
-      std::max<uint64_t>(1, uint64_t{tiling.ctas} * context_.multiprocessors / tiles);
+  const uint64_t places = AttendPlaces(context_, call);
   const uint64_t target = JobTarget(total, set_count, places, kJobTokensMin);
   std::vector<AttendJob> jobs;
   const Slot<AttendSet> sets = to_device_.Take<AttendSet>(set_count);
@@ -284,8 +305,7 @@ void Readings::StartScans(bool bounded) {
     call.head_count_max = std::max(call.head_count_max, reading.set.head_count);
   }
   if (set_count == 0) return;
-  // Several jobs for each place: pages take unequal time where sets differ.
-  const uint64_t places = uint64_t{4} * kScanCtas * context_.multiprocessors;
+  const uint64_t places = ScanPlaces(context_);
   const uint64_t target = JobTarget(total, set_count, places, kJobPagesMin);
   std::vector<ScanSet> sets;
   std::vector<ScanJob> jobs;
@@ -332,23 +352,10 @@ void Readings::Run() {
 }
 
 void Readings::FinishAttend(const AttendReading& reading) const {
-  const uint32_t dim = shape_->layout.head_dim;
-  const uint32_t heads = reading.set.head_count;
-  Partial part;
-  part.Resize(heads, dim);
-  if (reading.set.read_values) std::copy_n(reading.out.host, size_t{heads} * dim, part.out.begin());
-  for (uint32_t head = 0; head < heads; ++head) {
-    const HeadSums& sums = reading.sums.host[head];
-    part.lse[head] = sums.sum == 0.0 ? kLogZero : sums.reference * kLn2 + std::log(sums.sum);
-    if (reading.bound_masses) {
-      BoundMass(*shape_, reading.group->queries().norm[head], sums, reading.job_tokens_max, head,
-                &part);
-    } else {
-      part.upper[head] = {std::numeric_limits<double>::infinity()};
-      part.arithmetic[head] = std::numeric_limits<double>::infinity();
-    }
-  }
-  MergePartials(dim, part, reading.to);
+  const Partial part =
+      PartialOf(*shape_, reading.group->queries(), reading.bound_masses, reading.job_tokens_max,
+                reading.sums.host, reading.set.read_values ? reading.out.host : nullptr);
+  MergePartials(shape_->layout.head_dim, part, reading.to);
 }
 
 void Readings::FinishScan(const ScanReading& reading) const {

@@ -26,6 +26,11 @@ namespace kvservice::cuda {
 
 CacheShape ShapeOf(const KvLayout& layout);
 
+// What attention over a set came to, from what the kernel left: [head_count] sums and with values
+// [head_count][head_dim] outputs. chain_tokens: tokens of a job, at most.
+Partial PartialOf(const LayerShape& shape, const HeadQueries& queries, bool bounded,
+                  uint32_t chain_tokens, const HeadSums* sums, const double* out);
+
 // Memory of single reads, which several threads may make: the mutex is held during each.
 struct ScoreMemory {
   std::mutex mutex;
@@ -48,6 +53,19 @@ struct RowTables {
   const std::byte* const* slices = nullptr;
   const std::byte* const* sketches = nullptr;
 };
+
+// What a job should hold so that all jobs run at once: `total` things in `set_count` sets, each of
+// which may have one job that is not full, and at least `least`.
+uint64_t JobTarget(uint64_t total, size_t set_count, uint64_t places, uint64_t least);
+// Tokens below which a job of attention does not fill its queues, and pages of a scan.
+inline constexpr uint32_t kJobTokensMin = 128;
+inline constexpr uint32_t kJobPagesMin = 16;
+// Jobs of a call that run side by side; of a scan several for each place, since pages take unequal
+// time where sets differ.
+uint32_t AttendPlaces(const Context& context, const AttendCall& call);
+uint32_t ScanPlaces(const Context& context);
+// At least the norm whose square is this, as kernels add it up in fp32.
+double KeyNormUp(float squares);
 
 class Readings {
  public:

@@ -214,8 +214,8 @@ Tokens Scan(const Plan& plan, const Middle& middle, HeadRow* row) {
   return cheapest;
 }
 
-// Takes the list of an anchor. Open tokens that the list has not considered are scanned and compete
-// with it for its places.
+// Takes the list of an anchor. Open tokens that the list has not considered are read with it, or,
+// once they are many, scanned, and compete with it for its places.
 Tokens Reuse(const Plan& plan, const Middle& middle, uint32_t anchor_index, HeadRow* row) {
   auto* lists = static_cast<HostLists*>(plan.lists);
   const HostLists::Anchor& anchor = lists->anchor(row->kv_head(), anchor_index);
@@ -224,7 +224,7 @@ Tokens Reuse(const Plan& plan, const Middle& middle, uint32_t anchor_index, Head
   const uint32_t covered_end = std::max(anchor.covered_end, row->covered_end());
   const Tokens fresh(std::lower_bound(middle.open.begin(), middle.open.end(), anchor.covered_end),
                      std::lower_bound(middle.open.begin(), middle.open.end(), covered_end));
-  if (fresh.empty()) return Union(middle.frozen_chosen, chosen);
+  if (fresh.size() <= kFreshTokensMax) return Union(middle.frozen_chosen, Union(chosen, fresh));
 
   const size_t places = std::max(chosen.size(), OpenTopK(plan, middle));
   const Tokens rivals = Union(chosen, fresh);
@@ -241,22 +241,6 @@ Tokens Reuse(const Plan& plan, const Middle& middle, uint32_t anchor_index, Head
   chosen = Union(middle.frozen_chosen, chosen);
   lists->Complete(row->kv_head(), anchor_index, chosen, covered_end);
   return chosen;
-}
-
-// The anchor whose list is to be used, -1 for none; tells the choice what was found out about it.
-int32_t FindReusable(const Plan& plan, absl::Span<const float> queries, const HeadRow& row,
-                     Choice* choice) {
-  const auto* lists = static_cast<const HostLists*>(plan.lists);
-  const bool estimates = plan.reuse_mass_limit > 0.0F;
-  const HostLists::Match match = lists->FindMostSimilar(row.kv_head(), queries, estimates);
-  choice->similarity = match.similarity;
-  if (match.anchor < 0 || !(match.similarity >= MinCosine(plan, row.kv_head()))) return -1;
-  if (!estimates) return match.anchor;
-  const HostLists::Anchor& anchor =
-      lists->anchor(row.kv_head(), static_cast<uint32_t>(match.anchor));
-  const SharingQuery query(row.shape(), row.end() - 1, queries);
-  choice->sharing_estimate = query.EstimateDroppedMass(anchor.sharing);
-  return choice->sharing_estimate <= plan.reuse_mass_limit ? match.anchor : -1;
 }
 
 Tokens Given(const Plan& plan, const Middle& middle, uint32_t kv_head) {
@@ -296,14 +280,17 @@ Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
   const bool remembered = IsRememberedDense(plan, *row);
   if (plan.source == Source::kReuse) {
     assert(lists != nullptr);
-    const int32_t anchor = FindReusable(plan, queries, *row, &choice);
-    choice.reused = anchor >= 0;
+    const ReusableAnchor found =
+        FindReusable(*lists, row->shape(), plan, row->kv_head(), row->end() - 1, queries);
+    choice.similarity = found.similarity;
+    choice.sharing_estimate = found.estimate;
+    choice.reused = found.anchor >= 0;
     choice.key_norm_max =
         lists->KeyNormMax(row->kv_head(), row->view().length, [row](uint32_t begin, uint32_t end) {
           return KeyNormMax(row->shape().layout, row->view(), row->kv_head(), begin, end);
         });
     if (choice.reused) {
-      const auto index = static_cast<uint32_t>(anchor);
+      const auto index = static_cast<uint32_t>(found.anchor);
       choice.query_distance = lists->QueryDistance(row->kv_head(), index, queries);
       choice.middle = Reuse(plan, middle, index, row);
     }

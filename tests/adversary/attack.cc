@@ -43,7 +43,7 @@ bool HoldsWhatWasAppended(const StoredCase& stored) {
   const size_t bytes = layout.vector_bytes();
   for (uint32_t token = 0; token < from.length; ++token) {
     for (uint32_t kv_head = 0; kv_head < layout.kv_head_count; ++kv_head) {
-      const std::byte* row = stored.view().Row(layout, kv_head, token);
+      const std::byte* row = stored.Row(kv_head, token);
       const size_t at = (size_t{token} * layout.kv_head_count + kv_head) * bytes;
       if (std::memcmp(row, &from.k[at], bytes) != 0) return false;
       if (std::memcmp(row + bytes, &from.v[at], bytes) != 0) return false;

@@ -38,7 +38,8 @@ StoredCase::StoredCase(Arena* arena, const LayerCase& layer_case)
   const KvLayout& layout = case_.shape.layout;
   const size_t sketch_bytes = SketchLayout(layout.head_dim).slice_bytes(layout.kv_head_count);
   const uint32_t blocks = BlockCount(case_.length);
-  arena_.Reset(blocks * (Aligned(layout.slice_bytes()) + Aligned(sketch_bytes)));
+  copy_.resize(blocks * (Aligned(layout.slice_bytes()) + Aligned(sketch_bytes)));
+  arena_.Reset(copy_.size());
   for (uint32_t block = 0; block < blocks; ++block) {
     slices_.push_back(arena_.Take(layout.slice_bytes()));
     sketches_.push_back(arena_.Take(sketch_bytes));
@@ -72,20 +73,26 @@ void StoredCase::Store() {
     }
   }
   device()->Seal(layout, seals);
+  // The slices and sketches lie side by side.
+  const MemoryCopy read{slices_[0], copy_.data(), copy_.size()};
+  device()->Copy({&read, 1});
+}
+
+const std::byte* StoredCase::CopyOf(const std::byte* stored) const {
+  return copy_.data() + (stored - slices_[0]);
 }
 
 bool StoredCase::IsExact(uint32_t kv_head, uint32_t token) const {
   const std::byte* sketch = view_sketches_[token / kBlockTokens];
   if (sketch == nullptr) return true;
   const SketchLayout layout(case_.shape.layout.head_dim);
-  const SketchPage page(layout, sketch + kv_head * layout.page_bytes);
+  const SketchPage page(layout, CopyOf(sketch) + kv_head * layout.page_bytes);
   return ((page.exact >> (token % kBlockTokens)) & 1) != 0;
 }
 
 WidenedHead StoredCase::Widened(uint32_t kv_head) const {
   const KvLayout& layout = case_.shape.layout;
-  return Widen(layout, case_.length,
-               [&](uint32_t token) { return view_.Row(layout, kv_head, token); });
+  return Widen(layout, case_.length, [&](uint32_t token) { return Row(kv_head, token); });
 }
 
 DeviceCall::DeviceCall(const StoredCase& stored_case, uint32_t set, const Plan& plan,

@@ -43,14 +43,22 @@ class StoredCase {
   const KvView& view() const { return view_; }
   // The token must be read exactly: it has no sketch, or the sketch says so.
   bool IsExact(uint32_t kv_head, uint32_t token) const;
+  // K of a token, V behind it, as stored by the device: a copy.
+  const std::byte* Row(uint32_t kv_head, uint32_t token) const {
+    return CopyOf(view_.Row(case_.shape.layout, kv_head, token));
+  }
   // As stored by the device.
   WidenedHead Widened(uint32_t kv_head) const;
   // Stores and seals again, after the case's bytes changed.
   void Store();
 
  private:
+  // Where the host has a copy of what the device stores.
+  const std::byte* CopyOf(const std::byte* stored) const;
+
   const LayerCase& case_;
   Arena& arena_;
+  std::vector<std::byte> copy_;
   std::vector<std::byte*> slices_, sketches_;
   std::vector<const std::byte*> view_slices_, view_sketches_;
   KvView view_;

@@ -281,7 +281,7 @@ TEST_P(DevicePlan, ReusesReportNormsAndDistances) {
   const auto largest_norm = [&](const Call& call, uint32_t kv_head) {
     double largest = 0.0;
     for (uint32_t token = 0; token < call.row.view.length; ++token) {
-      const std::byte* key = call.row.view.Row(layout, kv_head, token);
+      const std::byte* key = kv->Row(kv_head, token);
       double squares = 0.0;
       for (uint32_t c = 0; c < layout.head_dim; ++c) {
         const double x = LoadElement(layout.dtype, key, c);
@@ -514,6 +514,31 @@ TEST_P(DevicePlan, ReusedListsAreCompleted) {
   const auto third = At(*kv, 512, kv->queries(), plan);
   EXPECT_EQ(third->groups[0].tokens_scanned, 0U);
   EXPECT_EQ(third->selected, second->selected);
+}
+
+// A few of them are read as they are: to let them compete would take a scan of every page that has
+// a token of the list.
+TEST_P(DevicePlan, ReusedListsTakeAFewTokensAsTheyAre) {
+  CaseOptions options;
+  options.length = 512;
+  const auto kv = NewCase(options);
+  const auto lists = device_->NewTokenLists(options.layout, 4);
+  Plan plan = BasePlan(Source::kReuse, 384, 64);
+  plan.keep.top_k = 40;
+  plan.lists = lists.get();
+  const auto first = At(*kv, 384, kv->queries(), plan);
+  std::vector<uint32_t> expected = ChosenOf(*kv, *first, 0);
+  plan.local_begin = 320 + kFreshTokensMax;
+  const auto few = At(*kv, 512, kv->queries(), plan);
+  EXPECT_EQ(few->groups[0].action, Action::kReused);
+  EXPECT_EQ(few->groups[0].tokens_scanned, 0U);
+  for (uint32_t token = 320; token < plan.local_begin; ++token) expected.push_back(token);
+  EXPECT_EQ(ChosenOf(*kv, *few, 0), expected);
+  plan.local_begin += 1;
+  const auto many = At(*kv, 512, kv->queries(), plan);
+  EXPECT_EQ(many->groups[0].action, Action::kReused);
+  EXPECT_GT(many->groups[0].tokens_scanned, 0U);
+  EXPECT_EQ(ChosenOf(*kv, *many, 0).size(), 40U);
 }
 
 TEST_P(DevicePlan, TruncatedListsForget) {

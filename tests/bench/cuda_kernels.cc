@@ -20,6 +20,7 @@
 #include "attention/float16.h"
 #include "attention/kv_layout.h"
 #include "attention/sketch.h"
+#include "tests/bench/cuda_direct.h"
 
 namespace kvservice::bench {
 namespace {
@@ -351,8 +352,12 @@ std::vector<Case> Cases() {
 }  // namespace
 }  // namespace kvservice::bench
 
-// With an argument: only the case of that number.
+// With an argument: only the case of that number; "direct" (and a number) for whole answers.
 int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "direct") {
+    kvservice::bench::MeasureDirect(argc > 2 ? std::stoi(argv[2]) : -1);
+    return 0;
+  }
   const std::vector<kvservice::bench::Case> cases = kvservice::bench::Cases();
   for (size_t i = 0; i < cases.size(); ++i) {
     if (argc > 1 && std::to_string(i) != argv[1]) continue;

@@ -1,0 +1,151 @@
+// Choosing on the device: from the ranges of a plan and the weights of a scan to the words of
+// what is read, sums of what is not, and jobs of attention. As kernels.h: plain structs of device
+// pointers, launchers that enqueue. Everything is the same for the same input, however it is spread
+// over CTAs: counts are integers, and other sums are added up in a fixed order.
+
+#ifndef KVSERVICE_ATTENTION_CUDA_CHOICE_H_
+#define KVSERVICE_ATTENTION_CUDA_CHOICE_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/cuda/choice-inl.h"
+#include "attention/cuda/kernels.h"
+
+namespace kvservice::cuda {
+
+// Heads that a group may have here.
+inline constexpr uint32_t kChoiceHeadsMax = 16;
+// Blocks that one CTA may take.
+inline constexpr uint32_t kPartBlocksMax = 256;
+
+// Shares of a head are weight * 2^(reference of the page - reference) * inverse.
+struct HeadScale {
+  double inverse = 1.0;
+  int32_t reference = 0;
+};
+
+// Where a group's choice has its thresholds. A token is kept if its score is at least `mass`, or by
+// its rank: all above bin `rank_bin` and `rank_count` of those in it.
+struct ChoiceThreshold {
+  float mass = 0.0F;  // NaN: none
+  uint32_t rank_bin = kBins;
+  uint32_t rank_count = 0;
+};
+
+// What a group came to. Zero before.
+struct ChoiceStats {
+  uint32_t always = 0;  // tokens
+  uint32_t middle = 0;
+  uint32_t scanned = 0;
+  uint32_t listed = 0;  // of the middle, by ChoiceGroup::listed
+  uint32_t chosen = 0;
+  uint32_t everything = 0;      // the middle was read as a whole, chosen or not
+  uint32_t job_tokens_max = 0;  // of the attention over what was chosen, at most
+  uint32_t open_blocks = 0;     // blocks with values whose norms no sketch bounds
+  // Largest norm of a value of a sealed block, of those that the row sees as a whole, and the
+  // largest squared norm of a value that no sketch bounds.
+  float norm_max = 0.0F;
+  float whole_norm_max = 0.0F;
+  float value_squares = 0.0F;
+  float key_squares = 0.0F;  // the largest squared norm of the keys that were asked for
+  ChoiceThreshold threshold;
+};
+
+// Weights of one head over what is not read, in units of 2^reference.
+struct DroppedSums {
+  double weight = 0.0;
+  double lower = 0.0;
+  double estimate = 0.0;
+  int32_t reference = 0;
+  uint32_t seen = 0;  // tokens that the head sees, scanned or not
+};
+
+// One KV head of one row. Words are [block_count]; what is said to be zero is so before each call.
+struct ChoiceGroup {
+  const std::byte* const* slices = nullptr;    // [block_count]
+  const std::byte* const* sketches = nullptr;  // [block_count], null where not sealed
+  ChoiceRanges ranges;
+  uint32_t block_count = 0;
+  uint32_t kv_head = 0;
+  uint32_t head_count = 0;
+  bool reads_sketches = false;
+  bool reads_middle = false;  // at once
+  bool scans_middle = false;
+  bool scans_hidden = false;
+  bool bounds_values = false;
+  bool bounded = false;
+  bool largest = false;     // scores are the largest share, else the sum
+  float mass_limit = 0.0F;  // what is aimed at; 0 = off
+  float dense_share = 1.0F;
+  uint32_t top_k = 0;
+  uint32_t sampled = kWordTokens;  // tokens of each block that the histogram counts
+  uint32_t part_blocks = 0;        // of a CTA
+  uint32_t part_count = 0;
+  const uint64_t* listed = nullptr;  // [block_count], tokens of the middle to read at once, or null
+  // Keys whose largest norm is wanted: tokens [norm_begin, norm_end) of the sequence, in its
+  // blocks.
+  const std::byte* const* norm_slices = nullptr;
+  uint32_t norm_begin = 0;
+  uint32_t norm_end = 0;
+  // Made here.
+  uint64_t* first = nullptr;  // read whatever is chosen
+  uint64_t* to_scan = nullptr;
+  uint64_t* middle = nullptr;
+  uint64_t* chosen = nullptr;
+  uint32_t* open_blocks = nullptr;  // [block_count]
+  ChoiceStats* stats = nullptr;     // zero
+  // Of the scan and of the attention over `first`.
+  const float* weights = nullptr;  // as ScanSet
+  const int32_t* reference = nullptr;
+  const float* page_sum = nullptr;
+  const float* lower_share = nullptr;
+  const float* estimate_share = nullptr;
+  const uint32_t* visible = nullptr;     // [head_count][2]
+  const HeadSums* first_sums = nullptr;  // [head_count]
+  // Scratch.
+  HeadScale* scales = nullptr;           // [head_count]
+  uint32_t* counts = nullptr;            // [kBins], zero
+  uint32_t* sums = nullptr;              // [head_count][kBins], zero
+  unsigned long long* hidden = nullptr;  // [head_count], shares in units of 2^-40, zero
+  uint32_t* ticket = nullptr;            // zero
+  uint32_t* ties = nullptr;              // [part_count][kStepsOfBin], with top_k
+  DroppedSums* part_sums = nullptr;      // [part_count][head_count]
+  DroppedSums* dropped = nullptr;        // [head_count]
+};
+
+struct ChoiceCall {
+  CacheShape shape;
+  const ChoiceGroup* groups = nullptr;
+  uint32_t group_count = 0;
+  uint32_t block_count_max = 0;
+  uint32_t part_count_max = 0;
+  uint32_t head_count_max = 0;
+  bool ranks = false;  // some group has top_k
+  uint32_t norm_tokens_max = 0;
+  // Attention over what is chosen: set i is that of group i, complete but for its jobs; the set
+  // behind the last has no heads, so that jobs of it do nothing. Jobs are [job_count], at least
+  // twice as many as there are groups, and parts [job_count][head_count_max] each.
+  AttendSet* sets = nullptr;
+  AttendJob* jobs = nullptr;
+  uint32_t job_count = 0;
+  uint32_t job_tokens_min = 0;
+  float* parts = nullptr;
+  HeadSums* part_sums = nullptr;
+};
+
+// Fills words, counts and bounds of value norms of sealed blocks.
+cudaError_t MarkWords(const ChoiceCall& call, cudaStream_t stream);
+// Largest norms of keys, of groups that want them.
+cudaError_t BoundKeys(const ChoiceCall& call, cudaStream_t stream);
+// Value norms that no sketch bounds, after MarkWords.
+cudaError_t BoundOpenValues(const ChoiceCall& call, cudaStream_t stream);
+// After a scan of `to_scan` and attention over `first`, in this order: thresholds; what is chosen
+// by them, and what parts drop; sums of that, and the jobs of attention over `chosen`.
+cudaError_t FindThresholds(const ChoiceCall& call, cudaStream_t stream);
+cudaError_t SelectTokens(const ChoiceCall& call, cudaStream_t stream);
+cudaError_t CutChosen(const ChoiceCall& call, cudaStream_t stream);
+
+}  // namespace kvservice::cuda
+
+#endif  // KVSERVICE_ATTENTION_CUDA_CHOICE_H_

@@ -1,0 +1,361 @@
+#include "attention/cuda/direct.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "attention/cpu/score_kernel.h"
+#include "attention/cpu/token_mask.h"
+#include "attention/cpu/weight_sums.h"
+#include "attention/head_proof.h"
+#include "attention/host_lists.h"
+
+namespace kvservice::cuda {
+namespace {
+
+// Groups are answered in waves, so that the weights of their scans stay below this, or in a wave of
+// their own.
+constexpr size_t kWaveBytesMax = size_t{1} << 30;
+constexpr size_t kWaveGroupsMax = 4096;
+// Of a part's blocks, times as many parts as sums of a histogram can count.
+constexpr uint32_t kBlocksMax = 16384;
+
+HostLists* ListsOf(const AttendRow& row) { return static_cast<HostLists*>(row.plan.lists); }
+
+bool HasLimit(const Plan& plan) {
+  return plan.max_dropped_mass < 1.0F || std::isfinite(plan.max_output_error);
+}
+
+bool HasHidden(const LayerShape& shape, const AttendRow& row) {
+  const uint32_t begin = WindowBegin(shape.sliding_window, row.position);
+  return row.plan.visible_begin > std::max(row.plan.sink_end, begin);
+}
+
+bool IsRememberedDense(const LayerShape& shape, const AttendRow& row, uint32_t kv_head) {
+  return row.plan.source == Source::kScan && row.plan.dense_positions > 0 &&
+         row.plan.lists != nullptr && !HasHidden(shape, row) &&
+         ListsOf(row)->IsDense(kv_head, row.position);
+}
+
+// What a wave says about one group, on its way to an answer.
+class Answerer {
+ public:
+  Answerer(const LayerShape& shape, const Wave& wave, const WaveGroup& group,
+           const ReusableAnchor& anchor)
+      : shape_(shape),
+        anchor_(anchor),
+        group_(group),
+        row_(*group.row),
+        stats_(*group.stats.host),
+        chooses_(wave.chooses()),
+        everything_(group.reads_all || stats_.everything != 0),
+        hidden_(row_.view.length - group.begin - stats_.always - stats_.middle),
+        kept_(wave.Kept(group)) {}
+
+  // False if the host has to decide.
+  bool Answer() {
+    // Sums of what is hidden go with those of the choice.
+    if (everything_ && !group_.reads_all && hidden_ > 0) return false;
+    if (!Prove()) return false;
+    Write();
+    Remember();
+    return true;
+  }
+
+ private:
+  uint32_t head_count() const { return group_.queries.head_count; }
+
+  HeadEvidence EvidenceOf(uint32_t head, const ValueNorms& norms, std::vector<float>* output) {
+    const uint32_t dim = shape_.layout.head_dim;
+    const Guarantee prove = row_.plan.prove;
+    HeadEvidence evidence;
+    evidence.log_kept = kept_.lse[head];
+    evidence.kept_lower = kept_.lower[head];
+    evidence.kept_upper = kept_.upper[head];
+    // Lists come without a proof, and all heads of their one query token see the same tokens.
+    if (group_.listed && stats_.listed < stats_.middle + hidden_) return evidence;
+    const bool drops = chooses_ && group_.dropped.host[head].seen > 0;
+    if (!drops) {
+      evidence.level = Level::kExact;
+      evidence.log_dropped_estimate = kLogZero;
+    } else {
+      const DroppedSums& dropped = group_.dropped.host[head];
+      const MaskSums sums{.weight = {dropped.weight, dropped.reference},
+                          .lower = {dropped.lower, dropped.reference},
+                          .estimate = {dropped.estimate, dropped.reference}};
+      if (prove != Guarantee::kNone) {
+        evidence.level = Level::kDeterministic;
+        const WeightSums bounds = WeightSumsOf(sums);
+        evidence.dropped_upper = bounds.upper;
+        evidence.dropped_lower = bounds.lower;
+        evidence.log_dropped_estimate = bounds.log_estimate;
+      } else if (!group_.reads_all && hidden_ == 0) {
+        evidence.log_dropped_estimate = sums.weight.Log();
+      }
+    }
+    if (prove == Guarantee::kNone) return evidence;
+    output->resize(dim);
+    for (uint32_t c = 0; c < dim; ++c) {
+      (*output)[c] = static_cast<float>(kept_.out[size_t{head} * dim + c]);
+    }
+    evidence.output = output->data();
+    evidence.value_norm_lower = norms.lower;
+    evidence.value_norm_upper = norms.upper;
+    evidence.arithmetic_error = OutputArithmeticError(norms, kept_.arithmetic[head]);
+    return evidence;
+  }
+
+  // Certificates; false if a limit does not hold and the plan does not leave it at that.
+  bool Prove() {
+    const uint32_t group_size = shape_.layout.group_size();
+    Plan plan = row_.plan;
+    // Samples are the host's to draw, where this is not enough.
+    if (plan.prove == Guarantee::kConfidence) plan.prove = Guarantee::kDeterministic;
+    ValueNorms norms;
+    if (plan.prove != Guarantee::kNone) {
+      norms = JoinValueNorms(ValueNormsOf(static_cast<double>(stats_.value_squares)),
+                             static_cast<double>(stats_.norm_max),
+                             static_cast<double>(stats_.whole_norm_max));
+    }
+    const bool insists =
+        row_.plan.prove == Guarantee::kConfidence || row_.plan.on_violation != OnViolation::kReport;
+    std::vector<float> output;
+    HeadProof proof;
+    certificates_.clear();
+    for (uint32_t head = 0; head < head_count(); ++head) {
+      const DrawStream stream{.kv_head = static_cast<uint16_t>(group_.kv_head),
+                              .query_head = static_cast<uint16_t>(head % group_size),
+                              .query_token = head / group_size};
+      proof.Begin(plan, shape_.layout.head_dim, row_.draw_key, stream);
+      proof.Prove(EvidenceOf(head, norms, &output), LogMassLower(), 0, nullptr);
+      if (insists && !proof.met()) return false;
+      certificates_.push_back(proof.certificate());
+    }
+    return true;
+  }
+
+  void Write() {
+    const uint32_t dim = shape_.layout.head_dim;
+    Action action = everything_ && hidden_ == 0 ? Action::kDense : Action::kSelected;
+    if (anchor_.anchor >= 0) action = Action::kReused;
+    for (uint32_t head = 0; head < head_count(); ++head) {
+      const size_t index = OutputIndex(shape_.layout, group_.kv_head, head);
+      row_.certificates[index] = certificates_[head];
+      row_.certificates[index].action = action;
+      row_.lse[index] = static_cast<float>(kept_.lse[head]);
+      for (uint32_t c = 0; c < dim; ++c) {
+        row_.out[index * dim + c] = static_cast<float>(kept_.out[size_t{head} * dim + c]);
+      }
+    }
+    GroupReport& report = row_.groups[group_.kv_head];
+    report = GroupReport();
+    report.action = action;
+    report.scanned = !group_.settled();
+    report.tokens_read =
+        stats_.always + stats_.listed + (everything_ ? stats_.middle : stats_.chosen);
+    report.tokens_scanned = stats_.scanned;
+    if (row_.plan.source == Source::kReuse) ReportReuse(&report);
+    if (row_.selected == nullptr) return;
+    const size_t blocks = BlockCount(row_.view.length) - group_.block_begin;
+    TokenMask read(group_.first.host, group_.first.host + blocks);
+    for (size_t i = 0; chooses_ && i < blocks; ++i) read[i] |= group_.chosen.host[i];
+    row_.selected[group_.kv_head] = PositionsOf(read, group_.block_begin);
+  }
+
+  void ReportReuse(GroupReport* report) {
+    HostLists* const lists = ListsOf(row_);
+    report->similarity = anchor_.similarity;
+    report->sharing_estimate = anchor_.estimate;
+    report->query_distance = group_.query_distance;
+    const auto new_norm_max = [this](uint32_t /*begin*/, uint32_t /*end*/) {
+      return RoundUpToFloat(KeyNormUp(stats_.key_squares));
+    };
+    report->key_norm_max = lists->KeyNormMax(group_.kv_head, row_.view.length, new_norm_max);
+  }
+
+  // What the lists keep of the choice, as Group::Settle does it.
+  void Remember() {
+    HostLists* const lists = ListsOf(row_);
+    if (lists == nullptr) return;
+    const Plan& plan = row_.plan;
+    if (anchor_.anchor >= 0) lists->Touch(group_.kv_head, static_cast<uint32_t>(anchor_.anchor));
+    if (group_.listed) return lists->SetSelection(group_.kv_head, group_.list);
+    if (!everything_) {
+      const size_t blocks = BlockCount(row_.view.length) - group_.block_begin;
+      lists->SetSelection(
+          group_.kv_head,
+          PositionsOf(absl::MakeConstSpan(group_.chosen.host, blocks), group_.block_begin));
+      return;
+    }
+    lists->ClearSelection(group_.kv_head);
+    if (plan.dense_positions == 0 || plan.source != Source::kScan || group_.reads_all) return;
+    // From the next position on: this one, if it is asked for again, is tried again.
+    const uint32_t begin = row_.position + 1;
+    lists->SetDense(group_.kv_head, begin, begin + plan.dense_positions);
+  }
+
+  const LayerShape& shape_;
+  const ReusableAnchor anchor_;
+  const WaveGroup& group_;
+  AttendRow& row_;
+  const ChoiceStats& stats_;
+  const bool chooses_;
+  const bool everything_;
+  const uint32_t hidden_;
+  const Partial kept_;
+  std::vector<HeadCertificate> certificates_;
+};
+
+}  // namespace
+
+bool Direct::Takes(const LayerShape& shape, const AttendRow& row) {
+  const Plan& plan = row.plan;
+  if (plan.mode != Mode::kEnforce || plan.prove == Guarantee::kExact) return false;
+  // Samples without a limit to stop at are always drawn.
+  if (plan.prove == Guarantee::kConfidence && !HasLimit(plan)) return false;
+  if (row.query_count * shape.layout.group_size() > kChoiceHeadsMax) return false;
+  if (BlockCount(row.view.length) > kBlocksMax) return false;
+  if (plan.source == Source::kAll) return true;
+  if (plan.source == Source::kReuse || plan.source == Source::kGiven) {
+    return plan.prove == Guarantee::kNone && row.query_count == 1 && plan.frozen_lists == nullptr;
+  }
+  if (plan.source != Source::kScan || plan.frozen_lists != nullptr) return false;
+  if (plan.keep.dilate_strongest > 0 && plan.keep.dilate_radius > 0) return false;
+  return plan.keep.mass_limit > 0.0F || plan.keep.output_limit == 0.0F;
+}
+
+namespace {
+
+// The first token of the middle that a choice of this call has not considered (HostLists).
+uint32_t CoveredEnd(const AttendRow& row, uint32_t local_begin) {
+  for (uint32_t block = 0; block * kBlockTokens < local_begin; ++block) {
+    if (row.view.sketches[block] == nullptr) {
+      return std::max(block * kBlockTokens, row.plan.sink_end);
+    }
+  }
+  return local_begin;
+}
+
+// Positions of `list` and of [fresh_begin, fresh_end) that lie in [begin, end).
+std::vector<uint32_t> ListOf(absl::Span<const uint32_t> list, uint32_t fresh_begin,
+                             uint32_t fresh_end, uint32_t begin, uint32_t end) {
+  const auto first = std::lower_bound(list.begin(), list.end(), begin);
+  const auto last = std::lower_bound(first, list.end(), end);
+  std::vector<uint32_t> positions(first, last);
+  // Lists hold nothing from where they have looked on.
+  for (uint32_t at = std::max(fresh_begin, begin); at < std::min(fresh_end, end); ++at) {
+    positions.push_back(at);
+  }
+  return positions;
+}
+
+}  // namespace
+
+// What is asked of one group; any thread, one per KV head.
+void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
+                 absl::Span<const RowTables> tables, absl::Span<const std::vector<float>> unrotated,
+                 Asked* asked) const {
+  AttendRow& row = rows[asked->name.row];
+  const Plan& plan = row.plan;
+  const uint32_t kv_head = asked->name.kv_head;
+  WaveGroup& group = asked->group;
+  group.row = &row;
+  group.tables = tables[asked->name.row];
+  group.kv_head = kv_head;
+  if (plan.source == Source::kAll || plan.source == Source::kScan) {
+    group.reads_all = plan.source == Source::kAll || IsRememberedDense(shape, row, kv_head);
+    const bool settled = group.reads_all && !HasHidden(shape, row);
+    asked->kind = plan.prove != Guarantee::kNone ? Kind::kProving
+                  : settled                      ? Kind::kSettled
+                                                 : Kind::kChoosing;
+    return;
+  }
+  const uint32_t local_begin = std::min(plan.local_begin, row.position);
+  const uint32_t begin = std::max(
+      {plan.sink_end, plan.visible_begin, WindowBegin(shape.sliding_window, row.position)});
+  if (plan.source == Source::kReuse) {
+    HostLists* const lists = ListsOf(row);
+    const size_t floats = size_t{shape.layout.group_size()} * shape.layout.head_dim;
+    const auto queries =
+        absl::MakeConstSpan(unrotated[asked->name.row]).subspan(kv_head * floats, floats);
+    asked->anchor = FindReusable(*lists, shape, plan, kv_head, row.view.length - 1, queries);
+    if (asked->anchor.anchor < 0) return;
+    const auto index = static_cast<uint32_t>(asked->anchor.anchor);
+    const HostLists::Anchor& anchor = lists->anchor(kv_head, index);
+    const uint32_t covered_end = std::max(anchor.covered_end, CoveredEnd(row, local_begin));
+    const uint32_t fresh_begin = std::max(anchor.covered_end, begin);
+    // Then they compete, which takes a scan.
+    if (covered_end > fresh_begin && covered_end - fresh_begin > kFreshTokensMax) return;
+    group.list = ListOf(anchor.tokens, fresh_begin, covered_end, begin, local_begin);
+    group.query_distance = lists->QueryDistance(kv_head, index, queries);
+    group.norm_begin = lists->key_norm_end(kv_head);
+  } else {
+    const uint32_t first = plan.given_offsets[kv_head];
+    group.list = ListOf(plan.given.subspan(first, plan.given_offsets[kv_head + 1] - first), 0, 0,
+                        begin, local_begin);
+  }
+  // Whether the set is so large that everything is read instead depends on what sketches mark; the
+  // host knows, where it is near.
+  const double visible = row.view.length - WindowBegin(shape.sliding_window, row.position);
+  const double planned =
+      static_cast<double>(group.list.size()) + plan.sink_end + (row.view.length - local_begin);
+  if (planned > 0.5 * static_cast<double>(plan.dense_share) * visible) return;
+  group.listed = true;
+  asked->kind = Kind::kSettled;
+}
+
+void Direct::AnswerWave(const LayerShape& shape, absl::Span<Asked* const> wave,
+                        std::vector<GroupName>* left) {
+  std::vector<WaveGroup> groups(wave.size());
+  for (size_t i = 0; i < wave.size(); ++i) groups[i] = std::move(wave[i]->group);
+  wave_.Build(shape, std::move(groups), pool_);
+  wave_.Upload();
+  wave_.Launch(wave_.stream());
+  wave_.Download();
+  std::vector<uint8_t> answered(wave.size());
+  pool_->ParallelFor(static_cast<uint32_t>(wave.size()), [&](uint32_t i, uint32_t) {
+    answered[i] = Answerer(shape, wave_, wave_.group(i), wave[i]->anchor).Answer() ? 1 : 0;
+  });
+  for (size_t i = 0; i < wave.size(); ++i) {
+    answered_ += answered[i];
+    if (answered[i] == 0) left->push_back(wave[i]->name);
+  }
+}
+
+void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
+                    absl::Span<const RowTables> tables,
+                    absl::Span<const std::vector<float>> unrotated, std::vector<GroupName>* left) {
+  std::vector<Asked> all;
+  for (uint32_t i = 0; i < rows.size(); ++i) {
+    if (!Takes(shape, rows[i])) continue;
+    for (uint32_t kv_head = 0; kv_head < shape.layout.kv_head_count; ++kv_head) {
+      all.emplace_back();
+      all.back().name = {i, kv_head};
+    }
+  }
+  pool_->ParallelFor(static_cast<uint32_t>(all.size()),
+                     [&](uint32_t i, uint32_t) { Ask(shape, rows, tables, unrotated, &all[i]); });
+  for (const Asked& asked : all) {
+    if (asked.kind == Kind::kLeft) left->push_back(asked.name);
+  }
+  for (const Kind kind : {Kind::kSettled, Kind::kChoosing, Kind::kProving}) {
+    std::vector<Asked*> wave;
+    size_t bytes = 0;
+    const auto answer = [&] {
+      if (!wave.empty()) AnswerWave(shape, wave, left);
+      wave.clear();
+      bytes = 0;
+    };
+    for (Asked& asked : all) {
+      if (asked.kind != kind) continue;
+      const size_t more =
+          kind == Kind::kSettled ? 0 : Wave::WeightBytes(shape, rows[asked.name.row]);
+      if (bytes + more > kWaveBytesMax || wave.size() == kWaveGroupsMax) answer();
+      wave.push_back(&asked);
+      bytes += more;
+    }
+    answer();
+  }
+}
+
+}  // namespace kvservice::cuda

@@ -1,0 +1,69 @@
+// Decides what the device can decide alone: groups whose plans need no round trip between scan,
+// choice, attention and certificate. Each is answered in one wave (wave.h); the certificate follows
+// from the few sums that come back, by the same functions as elsewhere (attention/head_proof.h).
+// What is not proven that way although its plan says to go on (sample, grow, read everything, fail)
+// is left to the host's decisions, from the start.
+//
+// One thread; a pool helps where groups are independent.
+
+#ifndef KVSERVICE_ATTENTION_CUDA_DIRECT_H_
+#define KVSERVICE_ATTENTION_CUDA_DIRECT_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "attention/cpu/thread_pool.h"
+#include "attention/cuda/readings.h"
+#include "attention/cuda/wave.h"
+#include "attention/device.h"
+#include "attention/host_lists.h"
+
+namespace kvservice::cuda {
+
+// One KV head of one row of a call.
+struct GroupName {
+  uint32_t row = 0;
+  uint32_t kv_head = 0;
+};
+
+class Direct {
+ public:
+  Direct(const Context& context, ThreadPool* pool) : pool_(pool), wave_(context) {}
+
+  // True if groups of the row may be answered here.
+  static bool Takes(const LayerShape& shape, const AttendRow& row);
+
+  // Answers all groups of the rows that are taken. tables: [rows.size()]; unrotated: likewise, the
+  // newest query token's queries before rotation, of rows that reuse lists. Adds to `left` the
+  // groups that are not answered.
+  void Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
+              absl::Span<const RowTables> tables, absl::Span<const std::vector<float>> unrotated,
+              std::vector<GroupName>* left);
+
+  // Groups that were answered here so far, for tests: a path that is never taken tests nothing.
+  uint64_t answered() const { return answered_; }
+
+ private:
+  // What may go through the device together: groups that are settled, groups that choose, groups
+  // that choose and prove.
+  enum class Kind : uint8_t { kLeft, kSettled, kChoosing, kProving };
+  struct Asked {
+    GroupName name;
+    Kind kind = Kind::kLeft;
+    WaveGroup group;
+    ReusableAnchor anchor;
+  };
+  void Ask(const LayerShape& shape, absl::Span<AttendRow> rows, absl::Span<const RowTables> tables,
+           absl::Span<const std::vector<float>> unrotated, Asked* asked) const;
+  void AnswerWave(const LayerShape& shape, absl::Span<Asked* const> wave,
+                  std::vector<GroupName>* left);
+
+  ThreadPool* const pool_;
+  Wave wave_;
+  uint64_t answered_ = 0;
+};
+
+}  // namespace kvservice::cuda
+
+#endif  // KVSERVICE_ATTENTION_CUDA_DIRECT_H_

@@ -1,0 +1,552 @@
+#include "attention/cuda/wave.h"
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <utility>
+
+#include "attention/sample_plan.h"
+#include "attention/sketch.h"
+
+namespace kvservice::cuda {
+namespace {
+
+// Words of what is read in any case that one job takes: below the local window, where there are
+// few tokens, and in it.
+constexpr uint32_t kSparseWords = 256;
+constexpr uint32_t kDenseWords = 4;
+// CTAs of a choice that run on one multiprocessor side by side, and blocks that are worth one.
+constexpr uint32_t kChoiceCtas = 4;
+constexpr uint32_t kPartBlocksMin = 32;
+// Longer rows are counted by a sample of at least so many tokens, which leaves a little more of the
+// limit unused.
+constexpr uint32_t kTokensCounted = 16384;
+constexpr uint32_t kRunTokensMin = 8;  // of a block: what is read at once
+constexpr double kSampledShare = 0.97;
+
+uint32_t Relative(uint32_t position, uint32_t base) { return std::max(position, base) - base; }
+
+size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+}  // namespace
+
+Wave::Wave(const Context& context) : context_(context) {
+  Check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "stream");
+  Check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "event");
+  Check(cudaEventCreateWithFlags(&attended_, cudaEventDisableTiming), "event");
+  Check(cudaEventCreateWithFlags(&valued_, cudaEventDisableTiming), "event");
+}
+
+Wave::~Wave() {
+  // Codes are not checked: at the end of a process there may be no device any more.
+  cudaEventDestroy(forked_);
+  cudaEventDestroy(attended_);
+  cudaEventDestroy(valued_);
+  cudaStreamDestroy(side_);
+}
+
+size_t Wave::WeightBytes(const LayerShape& shape, const AttendRow& row) {
+  return size_t{row.view.length} * row.query_count * shape.layout.group_size() * sizeof(float);
+}
+
+bool Wave::Scans(const WaveGroup& group) const {
+  return !group.settled() || (group.has_hidden() && group.proves());
+}
+uint32_t Wave::BlocksOf(const WaveGroup& group) const {
+  return BlockCount(group.row->view.length) - group.block_begin;
+}
+uint32_t Wave::HeadsOf(const WaveGroup& group) const {
+  return group.row->query_count * shape_->layout.group_size();
+}
+
+void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool) {
+  shape_ = &shape;
+  groups_ = std::move(groups);
+  to_device_.Reset();
+  to_host_.Reset();
+  scratch_.Reset();
+  bounded_ = groups_[0].proves();
+  chooses_ = bounds_values_ = false;
+  head_count_max_ = 0;
+  while (inputs_.size() < groups_.size()) inputs_.emplace_back();
+  choices_.assign(groups_.size(), {});
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    WaveGroup& group = groups_[i];
+    group.begin = WindowBegin(shape.sliding_window, group.row->position);
+    group.block_begin = group.begin / kBlockTokens;
+    assert(group.proves() == bounded_);
+    head_count_max_ = std::max(head_count_max_, HeadsOf(group));
+    chooses_ |= !group.settled() || (group.reads_all && group.has_hidden());
+    bounds_values_ |= group.proves();
+    TakeInputs(group, &inputs_[i]);
+  }
+  pool->ParallelFor(static_cast<uint32_t>(groups_.size()),
+                    [this](uint32_t i, uint32_t) { Fill(i); });
+  BuildChoices();
+  BuildFirst();
+  if (!chooses_) return;
+  BuildScan();
+  BuildChosen();
+}
+
+void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs) {
+  const uint32_t dim = shape_->layout.head_dim;
+  const uint32_t heads = HeadsOf(group);
+  inputs->qs = to_device_.Take<float>(size_t{heads} * dim);
+  inputs->visible = to_device_.Take<uint32_t>(size_t{2} * heads);
+  inputs->listed = {};
+  if (group.listed) inputs->listed = to_device_.Take<uint64_t>(BlocksOf(group));
+  if (!Scans(group)) return;
+  inputs->qw = to_device_.Take<float>(size_t{SketchDirections(dim)} * heads);
+  if (!bounded_) return;
+  inputs->metric = to_device_.Take<float>(dim);
+  inputs->x = to_device_.Take<float>(size_t{heads} * dim);
+  inputs->norm = to_device_.Take<double>(size_t{4} * heads);
+}
+
+// Any thread, one per group.
+void Wave::Fill(uint32_t index) {
+  WaveGroup& group = groups_[index];
+  Inputs& inputs = inputs_[index];
+  const uint32_t dim = shape_->layout.head_dim;
+  const uint32_t heads = HeadsOf(group);
+  FillHeadQueries(*shape_, *group.row, group.kv_head, &group.queries);
+  std::copy_n(group.queries.qs.begin(), size_t{heads} * dim, inputs.qs.host);
+  const uint32_t base = group.block_begin * kBlockTokens;
+  for (uint32_t head = 0; head < heads; ++head) {
+    inputs.visible.host[2 * head] = Relative(group.queries.visible_begin[head], base);
+    inputs.visible.host[2 * head + 1] = Relative(group.queries.visible_end[head], base);
+  }
+  if (group.listed) {
+    std::fill_n(inputs.listed.host, BlocksOf(group), 0);
+    for (const uint32_t position : group.list) {
+      inputs.listed.host[(position - base) / kWordTokens] |= uint64_t{1}
+                                                             << (position % kWordTokens);
+    }
+  }
+  if (!Scans(group)) return;
+  std::array<const float*, kChoiceHeadsMax> q;
+  for (uint32_t head = 0; head < heads; ++head) {
+    q[head] = group.row->q + size_t{OutputIndex(shape_->layout, group.kv_head, head)} * dim;
+  }
+  const SketchTable& table = group.row->tables[group.kv_head];
+  ScanQueries& scan = inputs.scan;
+  PrepareScan(*shape_, absl::MakeConstSpan(q.data(), heads), table, bounded_, &scan);
+  for (uint32_t j = 0; j < SketchDirections(dim); ++j) {
+    std::copy_n(scan.qw[j].begin(), heads, inputs.qw.host + size_t{j} * heads);
+  }
+  if (!bounded_) return;
+  std::copy_n(table.metric.begin(), dim, inputs.metric.host);
+  std::copy_n(scan.x.begin(), size_t{heads} * dim, inputs.x.host);
+  for (uint32_t head = 0; head < heads; ++head) {
+    inputs.norm.host[4 * head] = scan.norm[head];
+    inputs.norm.host[4 * head + 1] = scan.weight[head];
+    inputs.norm.host[4 * head + 2] = scan.used[head];
+    inputs.norm.host[4 * head + 3] = scan.x_norm[head];
+  }
+}
+
+void Wave::SetRanges(const WaveGroup& group, ChoiceGroup* choice) const {
+  const AttendRow& row = *group.row;
+  const uint32_t base = group.block_begin * kBlockTokens;
+  choice->slices = group.tables.slices + group.block_begin;
+  choice->sketches = group.tables.sketches + group.block_begin;
+  choice->ranges.begin = group.begin - base;
+  choice->ranges.end = row.view.length - base;
+  choice->ranges.sink_end = Relative(row.plan.sink_end, base);
+  choice->ranges.visible_begin = Relative(row.plan.visible_begin, base);
+  // The query tokens' own keys are never sketched away from them.
+  choice->ranges.local_begin = Relative(std::min(row.plan.local_begin, row.position), base);
+  choice->block_count = BlocksOf(group);
+  choice->kv_head = group.kv_head;
+  choice->head_count = HeadsOf(group);
+}
+
+void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
+  const Plan& plan = group.row->plan;
+  // Reading everything needs no sketch, not even to know that.
+  // (A list is read beside what sketches mark.)
+  choice->reads_sketches = !group.reads_all || group.has_hidden() || group.proves();
+  choice->reads_middle = group.reads_all;
+  choice->scans_middle = !group.settled();
+  choice->scans_hidden = group.proves();
+  choice->bounds_values = group.proves();
+  choice->bounded = bounded_;
+  choice->dense_share = plan.dense_share;
+  const uint32_t blocks = choice->block_count;
+  const auto groups = static_cast<uint32_t>(groups_.size());
+  const uint32_t ctas = kChoiceCtas * context_.multiprocessors;
+  const uint32_t wanted = std::min(ctas / groups, (blocks + kPartBlocksMin - 1) / kPartBlocksMin);
+  const uint32_t parts = std::max({1U, wanted, (blocks + kPartBlocksMax - 1) / kPartBlocksMax});
+  choice->part_blocks = (blocks + parts - 1) / parts;
+  choice->part_count = (blocks + choice->part_blocks - 1) / choice->part_blocks;
+  if (group.settled()) return;
+  choice->top_k = plan.keep.top_k;
+  choice->largest = plan.keep.mass_limit > 0.0F || group.proves();
+  // Ranks are counted, not estimated.
+  choice->sampled = kBlockTokens;
+  while (plan.keep.top_k == 0 && choice->sampled > kRunTokensMin &&
+         uint64_t{blocks} * choice->sampled / 2 >= kTokensCounted) {
+    choice->sampled /= 2;
+  }
+  const bool samples = choice->sampled < kBlockTokens;
+  choice->mass_limit = static_cast<float>(static_cast<double>(plan.keep.mass_limit) *
+                                          kPlannedShare * (samples ? kSampledShare : 1.0));
+}
+
+void Wave::TakeWords(WaveGroup* group, ChoiceGroup* choice) {
+  const uint32_t blocks = choice->block_count;
+  const AttendRow& row = *group->row;
+  const bool wants_read = row.selected != nullptr;
+  Arena& first = wants_read ? to_host_ : scratch_;
+  Arena& chosen = wants_read || row.plan.lists != nullptr ? to_host_ : scratch_;
+  group->first = first.Take<uint64_t>(blocks);
+  group->chosen = chosen.Take<uint64_t>(blocks);
+  choice->first = group->first.device;
+  choice->chosen = group->chosen.device;
+  choice->to_scan = scratch_.Take<uint64_t>(blocks).device;
+  choice->middle = scratch_.Take<uint64_t>(blocks).device;
+  if (choice->bounds_values) choice->open_blocks = scratch_.Take<uint32_t>(blocks).device;
+}
+
+// `zero` walks over memory that is zero before a launch.
+void Wave::TakeScratch(const WaveGroup& group, ChoiceGroup* choice, std::byte** zero) {
+  const uint32_t heads = choice->head_count;
+  const auto take = [zero](auto** to, size_t count) {
+    *to = reinterpret_cast<std::remove_pointer_t<decltype(to)>>(*zero);
+    *zero += Aligned(count * sizeof(**to));
+  };
+  take(&choice->counts, kBins);
+  take(&choice->sums, size_t{heads} * kBins);
+  take(&choice->hidden, heads);
+  take(&choice->ticket, 1);
+  choice->scales = scratch_.Take<HeadScale>(heads).device;
+  choice->part_sums = scratch_.Take<DroppedSums>(size_t{choice->part_count} * heads).device;
+  if (choice->top_k > 0) {
+    choice->ties = scratch_.Take<uint32_t>(size_t{choice->part_count} * kStepsOfBin).device;
+  }
+  if (!Scans(group)) return;
+  const size_t pages = size_t{heads} * choice->block_count;
+  choice->weights = scratch_.Take<float>(pages * kBlockTokens).device;
+  choice->reference = scratch_.Take<int32_t>(pages).device;
+  choice->page_sum = scratch_.Take<float>(pages).device;
+  if (!bounded_) return;
+  choice->lower_share = scratch_.Take<float>(pages).device;
+  choice->estimate_share = scratch_.Take<float>(pages).device;
+}
+
+void Wave::TakeResults(WaveGroup* group) {
+  const uint32_t heads = HeadsOf(*group);
+  const size_t channels = size_t{heads} * shape_->layout.head_dim;
+  group->first_sums = to_host_.Take<HeadSums>(heads);
+  group->first_out = to_host_.Take<double>(channels);
+  if (!chooses_) return;
+  group->chosen_sums = to_host_.Take<HeadSums>(heads);
+  group->chosen_out = to_host_.Take<double>(channels);
+  group->dropped = to_host_.Take<DroppedSums>(heads);
+}
+
+void Wave::BuildChoices() {
+  const size_t count = groups_.size();
+  stats_ = to_host_.Take<ChoiceStats>(count);
+  zero_bytes_ = 0;
+  for (size_t i = 0; i < count; ++i) {
+    SetRanges(groups_[i], &choices_[i]);
+    SetRules(groups_[i], &choices_[i]);
+    const size_t heads = choices_[i].head_count;
+    zero_bytes_ += Aligned(kBins * sizeof(uint32_t)) + Aligned(heads * kBins * sizeof(uint32_t)) +
+                   Aligned(heads * sizeof(unsigned long long)) + Aligned(sizeof(uint32_t));
+  }
+  // Of both attentions: a tile may be as small as one head.
+  const size_t ticket_count = 2 * count * head_count_max_;
+  tickets_ = scratch_.Take<uint32_t>(ticket_count);
+  zero_ = scratch_.Take<std::byte>(zero_bytes_);
+  std::byte* zero = zero_.device;
+  choice_ = ChoiceCall();
+  for (size_t i = 0; i < count; ++i) {
+    ChoiceGroup& choice = choices_[i];
+    TakeWords(&groups_[i], &choice);
+    TakeResults(&groups_[i]);
+    groups_[i].stats = {stats_.host + i, stats_.device + i};
+    choice.stats = stats_.device + i;
+    choice.visible = inputs_[i].visible.device;
+    choice.listed = inputs_[i].listed.device;
+    choice.first_sums = groups_[i].first_sums.device;
+    choice.dropped = groups_[i].dropped.device;
+    if (chooses_) TakeScratch(groups_[i], &choice, &zero);
+    choice_.block_count_max = std::max(choice_.block_count_max, choice.block_count);
+    choice_.part_count_max = std::max(choice_.part_count_max, choice.part_count);
+    choice_.ranks |= choice.top_k > 0;
+    if (groups_[i].norm_begin < groups_[i].row->view.length) {
+      choice.norm_slices = groups_[i].tables.slices;
+      choice.norm_begin = groups_[i].norm_begin;
+      choice.norm_end = groups_[i].row->view.length;
+      choice_.norm_tokens_max =
+          std::max(choice_.norm_tokens_max, choice.norm_end - choice.norm_begin);
+    }
+  }
+  const Slot<ChoiceGroup> slot = to_device_.Take<ChoiceGroup>(count);
+  std::copy(choices_.begin(), choices_.end(), slot.host);
+  choice_.shape = ShapeOf(shape_->layout);
+  choice_.groups = slot.device;
+  choice_.group_count = static_cast<uint32_t>(count);
+  choice_.head_count_max = head_count_max_;
+}
+
+AttendSet Wave::SetOf(uint32_t index, const uint64_t* words) const {
+  AttendSet set;
+  set.slices = choices_[index].slices;
+  set.tokens = words;
+  set.qs = inputs_[index].qs.device;
+  set.visible = inputs_[index].visible.device;
+  set.head_count = choices_[index].head_count;
+  set.kv_head = groups_[index].kv_head;
+  return set;
+}
+
+// What is read in any case lies in known places, so its jobs are cut here, at even distances.
+void Wave::CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJob>* jobs) {
+  const ChoiceGroup& choice = choices_[index];
+  const uint32_t local = std::min(choice.ranges.local_begin / kWordTokens, choice.block_count);
+  uint32_t job = 0;
+  const auto cut = [&](uint32_t begin, uint32_t end, uint32_t step) {
+    for (uint32_t word = begin; word < end; word += step) {
+      jobs->push_back({.set = index,
+                       .index = job++,
+                       .first_word = word,
+                       .word_count = std::min(step, end - word)});
+    }
+  };
+  if (choice.reads_middle) {
+    cut(0, choice.block_count, words_per_job);
+    groups_[index].first_job_tokens_max = words_per_job * kWordTokens;
+    return;
+  }
+  cut(0, local, kSparseWords);
+  cut(local, choice.block_count, kDenseWords);
+  groups_[index].first_job_tokens_max = kSparseWords * kWordTokens;
+}
+
+// Jobs of about as many tokens each: those of the list, and of the local window all.
+void Wave::CutListed(uint32_t index, uint64_t tokens_per_job, std::vector<AttendJob>* jobs) {
+  const WaveGroup& group = groups_[index];
+  const ChoiceGroup& choice = choices_[index];
+  const uint32_t base = group.block_begin * kBlockTokens;
+  uint32_t job = 0;
+  uint32_t first = 0;
+  uint64_t tokens = choice.ranges.sink_end;
+  const auto add = [&](uint32_t word, uint64_t count) {
+    if (tokens >= tokens_per_job && word > first) {
+      jobs->push_back(
+          {.set = index, .index = job++, .first_word = first, .word_count = word - first});
+      first = word;
+      tokens = 0;
+    }
+    tokens += count;
+  };
+  uint32_t last = 0;
+  for (const uint32_t position : group.list) {
+    const uint32_t word = (position - base) / kWordTokens;
+    // Tokens of one word stay together.
+    if (word == last) {
+      ++tokens;
+    } else {
+      add(word, 1);
+    }
+    last = word;
+  }
+  for (uint32_t word = choice.ranges.local_begin / kWordTokens; word < choice.block_count; ++word) {
+    add(word, kWordTokens);
+  }
+  jobs->push_back(
+      {.set = index, .index = job, .first_word = first, .word_count = choice.block_count - first});
+}
+
+void Wave::BuildFirst() {
+  const auto count = static_cast<uint32_t>(groups_.size());
+  first_ = AttendCall();
+  first_.shape = choice_.shape;
+  first_.softcap = shape_->logit_softcap;
+  first_.bound_masses = bounded_;
+  first_.head_count_max = head_count_max_;
+  uint64_t total = 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    const ChoiceGroup& choice = choices_[i];
+    if (choice.reads_middle) total += uint64_t{choice.block_count} * kWordTokens;
+    if (!groups_[i].listed) continue;
+    total += groups_[i].list.size() + choice.ranges.end - choice.ranges.local_begin;
+  }
+  const uint64_t tokens = JobTarget(total, count, AttendPlaces(context_, first_), kJobTokensMin);
+  const auto words_per_job = static_cast<uint32_t>((tokens + kWordTokens - 1) / kWordTokens);
+  const Slot<AttendSet> sets = to_device_.Take<AttendSet>(count);
+  std::vector<AttendJob> jobs;
+  for (uint32_t i = 0; i < count; ++i) {
+    const size_t begin = jobs.size();
+    if (groups_[i].listed) {
+      CutListed(i, tokens, &jobs);
+    } else {
+      CutFirst(i, words_per_job, &jobs);
+    }
+    AttendSet set = SetOf(i, choices_[i].first);
+    set.out = groups_[i].first_out.device;
+    set.sums = groups_[i].first_sums.device;
+    set.job_count = static_cast<uint32_t>(jobs.size() - begin);
+    set.tickets = tickets_.device + size_t{i} * head_count_max_;
+    if (set.job_count > 1) {
+      const size_t parts = size_t{set.job_count} * set.head_count;
+      set.part_sums = scratch_.Take<HeadSums>(parts).device;
+      set.parts = scratch_.Take<float>(parts * shape_->layout.head_dim).device;
+    }
+    sets.host[i] = set;
+  }
+  const Slot<AttendJob> slot = to_device_.Take<AttendJob>(jobs.size());
+  std::copy(jobs.begin(), jobs.end(), slot.host);
+  first_.sets = sets.device;
+  first_.jobs = slot.device;
+  first_.job_count = static_cast<uint32_t>(jobs.size());
+}
+
+void Wave::BuildScan() {
+  scan_ = ScanCall();
+  scan_.shape = choice_.shape;
+  scan_.softcap = shape_->logit_softcap;
+  scan_.bounded = bounded_;
+  scan_.radius_scale = context_.radius_scale;
+  scan_.head_count_max = head_count_max_;
+  // Nothing is scanned from the local window on.
+  const auto blocks_of = [](const ChoiceGroup& choice) {
+    return std::min(choice.block_count, choice.ranges.local_begin / kWordTokens + 1);
+  };
+  std::vector<ScanSet> sets;
+  std::vector<uint32_t> scanned;
+  uint64_t pages = 0;
+  for (uint32_t i = 0; i < groups_.size(); ++i) {
+    if (!Scans(groups_[i])) continue;
+    const ChoiceGroup& choice = choices_[i];
+    const Inputs& inputs = inputs_[i];
+    ScanSet set;
+    set.sketches = choice.sketches;
+    set.tokens = choice.to_scan;
+    set.metric = inputs.metric.device;
+    set.qs = inputs.qs.device;
+    set.x = inputs.x.device;
+    set.qw = inputs.qw.device;
+    set.norm = inputs.norm.device;
+    set.visible = inputs.visible.device;
+    // The choice only reads what is written here.
+    set.weights = const_cast<float*>(choice.weights);
+    set.reference = const_cast<int32_t*>(choice.reference);
+    set.page_sum = const_cast<float*>(choice.page_sum);
+    set.lower_share = const_cast<float*>(choice.lower_share);
+    set.estimate_share = const_cast<float*>(choice.estimate_share);
+    set.head_count = choice.head_count;
+    set.kv_head = choice.kv_head;
+    set.block_count = choice.block_count;
+    sets.push_back(set);
+    scanned.push_back(blocks_of(choice));
+    pages += blocks_of(choice);
+  }
+  if (sets.empty()) return;
+  const auto target =
+      static_cast<uint32_t>(JobTarget(pages, sets.size(), ScanPlaces(context_), kJobPagesMin));
+  std::vector<ScanJob> jobs;
+  for (uint32_t i = 0; i < sets.size(); ++i) {
+    for (uint32_t block = 0; block < scanned[i]; block += target) {
+      jobs.push_back(
+          {.set = i, .first_block = block, .block_count = std::min(target, scanned[i] - block)});
+    }
+  }
+  const Slot<ScanSet> set_slot = to_device_.Take<ScanSet>(sets.size());
+  std::copy(sets.begin(), sets.end(), set_slot.host);
+  const Slot<ScanJob> job_slot = to_device_.Take<ScanJob>(jobs.size());
+  std::copy(jobs.begin(), jobs.end(), job_slot.host);
+  scan_.sets = set_slot.device;
+  scan_.jobs = job_slot.device;
+  scan_.job_count = static_cast<uint32_t>(jobs.size());
+}
+
+void Wave::BuildChosen() {
+  const auto count = static_cast<uint32_t>(groups_.size());
+  chosen_ = first_;
+  const Slot<AttendSet> sets = to_device_.Take<AttendSet>(count + 1);
+  for (uint32_t i = 0; i < count; ++i) {
+    AttendSet set = SetOf(i, choices_[i].chosen);
+    set.out = groups_[i].chosen_out.device;
+    set.sums = groups_[i].chosen_sums.device;
+    set.tickets = tickets_.device + size_t{count + i} * head_count_max_;
+    sets.host[i] = set;
+  }
+  // Without heads: surplus jobs are its.
+  sets.host[count] = AttendSet();
+  chosen_.sets = sets.device;
+  chosen_.job_count = std::max(AttendPlaces(context_, chosen_), 2 * count);
+  const Slot<AttendJob> jobs = scratch_.Take<AttendJob>(chosen_.job_count);
+  chosen_.jobs = jobs.device;
+  choice_.sets = sets.device;
+  choice_.jobs = jobs.device;
+  choice_.job_count = chosen_.job_count;
+  choice_.job_tokens_min = kJobTokensMin;
+  const size_t parts = size_t{chosen_.job_count} * head_count_max_;
+  choice_.parts = scratch_.Take<float>(parts * shape_->layout.head_dim).device;
+  choice_.part_sums = scratch_.Take<HeadSums>(parts).device;
+}
+
+void Wave::Upload() { to_device_.Upload(context_.stream); }
+
+void Wave::Launch(cudaStream_t stream, Stage last) {
+  const size_t count = groups_.size();
+  launch_count_ = 0;
+  const auto check = [this](cudaError_t code, const char* what) {
+    ++launch_count_;
+    Check(code, what);
+  };
+  const size_t ticket_bytes = 2 * count * head_count_max_ * sizeof(uint32_t);
+  const auto fork = [&] {
+    Check(cudaEventRecord(forked_, stream), "event");
+    Check(cudaStreamWaitEvent(side_, forked_, 0), "event");
+  };
+  fork();
+  check(cudaMemsetAsync(tickets_.device, 0, ticket_bytes, side_), "clear");
+  if (chooses_) check(cudaMemsetAsync(zero_.device, 0, zero_bytes_, side_), "clear");
+  check(cudaMemsetAsync(stats_.device, 0, count * sizeof(ChoiceStats), stream), "clear");
+  check(MarkWords(choice_, stream), "mark");
+  // What is read in any case is attended to while the sketches are scanned.
+  fork();
+  check(cuda::Attend(first_, side_), "attend");
+  Check(cudaEventRecord(attended_, side_), "event");
+  if (bounds_values_) check(BoundOpenValues(choice_, side_), "values");
+  if (choice_.norm_tokens_max > 0) check(BoundKeys(choice_, side_), "keys");
+  Check(cudaEventRecord(valued_, side_), "event");
+  if (chooses_ && scan_.job_count > 0) check(cuda::Scan(scan_, stream), "scan");
+  Check(cudaStreamWaitEvent(stream, attended_, 0), "event");
+  if (chooses_ && last != Stage::kScan) {
+    check(FindThresholds(choice_, stream), "thresholds");
+    check(SelectTokens(choice_, stream), "select");
+    check(CutChosen(choice_, stream), "jobs");
+    // The first two are two kernels, the other with ranks.
+    launch_count_ += choice_.ranks ? 2 : 1;
+    if (last == Stage::kAll) check(cuda::Attend(chosen_, stream), "attend");
+  }
+  Check(cudaStreamWaitEvent(stream, valued_, 0), "event");
+}
+
+void Wave::Download() {
+  to_host_.Download(context_.stream);
+  Check(cudaStreamSynchronize(context_.stream), "wave");
+}
+
+Partial Wave::Kept(const WaveGroup& group) const {
+  const ChoiceStats& stats = *group.stats.host;
+  // No job has more tokens than there are.
+  const uint32_t first_tokens = stats.always + (group.reads_all ? stats.middle : 0);
+  Partial kept = PartialOf(*shape_, group.queries, bounded_,
+                           std::min(group.first_job_tokens_max, first_tokens),
+                           group.first_sums.host, group.first_out.host);
+  if (!chooses_) return kept;
+  const Partial chosen = PartialOf(*shape_, group.queries, bounded_, stats.job_tokens_max,
+                                   group.chosen_sums.host, group.chosen_out.host);
+  MergePartials(shape_->layout.head_dim, chosen, &kept);
+  return kept;
+}
+
+}  // namespace kvservice::cuda

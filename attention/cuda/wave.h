@@ -1,0 +1,143 @@
+// Groups (one KV head of one row each) whose plans are simple, on their way through the device in
+// one go: mark what is read in any case, scan, attend to the first part, choose, attend to what was
+// chosen. Nothing in between waits for the host, and what comes back is a few numbers per head.
+//
+// Built, launched and looked at by one thread, but for Fill.
+
+#ifndef KVSERVICE_ATTENTION_CUDA_WAVE_H_
+#define KVSERVICE_ATTENTION_CUDA_WAVE_H_
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "attention/cpu/attend_kernel.h"
+#include "attention/cpu/head_queries.h"
+#include "attention/cpu/scan_kernel.h"
+#include "attention/cpu/thread_pool.h"
+#include "attention/cuda/arena.h"
+#include "attention/cuda/choice.h"
+#include "attention/cuda/kernels.h"
+#include "attention/cuda/readings.h"
+#include "attention/device.h"
+
+namespace kvservice::cuda {
+
+// One group and what its plan asks for, as far as that is known before anything is read.
+struct WaveGroup {
+  AttendRow* row = nullptr;
+  RowTables tables;
+  uint32_t kv_head = 0;
+  bool reads_all = false;  // without a choice
+  // A list that is settled, in place of a choice: positions of the middle, ascending. Others count
+  // for nothing. Only without a proof.
+  bool listed = false;
+  std::vector<uint32_t> list;
+  // Keys from this token on have their largest norm reported (ChoiceStats::key_squares).
+  uint32_t norm_begin = ~uint32_t{0};
+  float query_distance = -1.0F;  // for the report
+
+  // Set by Build.
+  uint32_t begin = 0;  // first token that a query token sees
+  uint32_t block_begin = 0;
+  HeadQueries queries;
+  uint32_t first_job_tokens_max = 0;
+  // What came back.
+  Slot<ChoiceStats> stats;
+  Slot<HeadSums> first_sums, chosen_sums;  // [heads]
+  Slot<double> first_out, chosen_out;      // [heads][head_dim]
+  Slot<DroppedSums> dropped;               // [heads]
+  Slot<uint64_t> first, chosen;            // words, where the row or its lists want them
+
+  // What is read is known before a weight is.
+  bool settled() const { return reads_all || listed; }
+  bool proves() const { return row->plan.prove != Guarantee::kNone; }
+  bool has_hidden() const { return row->plan.visible_begin > std::max(row->plan.sink_end, begin); }
+};
+
+class Wave {
+ public:
+  explicit Wave(const Context& context);
+  ~Wave();
+  Wave(const Wave&) = delete;
+  Wave& operator=(const Wave&) = delete;
+
+  // Tokens of weights that a group of this row takes room for, times heads.
+  static size_t WeightBytes(const LayerShape& shape, const AttendRow& row);
+
+  // Takes groups that are all proven or all not. The shape and rows are borrowed.
+  void Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool);
+  // To the device; what happens there, up to a stage that is to be timed; back. Launch alone may be
+  // captured in a graph.
+  void Upload();
+  enum class Stage : uint8_t { kScan, kChoose, kAll };
+  void Launch(cudaStream_t stream, Stage last = Stage::kAll);
+  void Download();
+
+  cudaStream_t stream() const { return context_.stream; }
+  size_t size() const { return groups_.size(); }
+  const WaveGroup& group(size_t i) const { return groups_[i]; }
+  // Attention of all heads over what was read, and whether something was left to be chosen from.
+  Partial Kept(const WaveGroup& group) const;
+  bool chooses() const { return chooses_; }
+  uint32_t launch_count() const { return launch_count_; }
+
+ private:
+  struct Inputs {
+    Slot<float> qs, x, qw, metric;
+    Slot<double> norm;
+    Slot<uint32_t> visible;
+    Slot<uint64_t> listed;  // words
+    ScanQueries scan;
+  };
+
+  bool Scans(const WaveGroup& group) const;
+  uint32_t BlocksOf(const WaveGroup& group) const;
+  uint32_t HeadsOf(const WaveGroup& group) const;
+  void TakeInputs(const WaveGroup& group, Inputs* inputs);
+  void Fill(uint32_t index);
+  void SetRanges(const WaveGroup& group, ChoiceGroup* choice) const;
+  void SetRules(const WaveGroup& group, ChoiceGroup* choice) const;
+  void TakeWords(WaveGroup* group, ChoiceGroup* choice);
+  void TakeScratch(const WaveGroup& group, ChoiceGroup* choice, std::byte** zero);
+  void TakeResults(WaveGroup* group);
+  void BuildChoices();
+  void BuildFirst();
+  void CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJob>* jobs);
+  void CutListed(uint32_t index, uint64_t tokens_per_job, std::vector<AttendJob>* jobs);
+  void BuildScan();
+  void BuildChosen();
+  AttendSet SetOf(uint32_t index, const uint64_t* words) const;
+
+  const Context context_;
+  cudaStream_t side_ = nullptr;
+  cudaEvent_t forked_ = nullptr;
+  cudaEvent_t attended_ = nullptr;
+  cudaEvent_t valued_ = nullptr;
+  const LayerShape* shape_ = nullptr;
+  std::vector<WaveGroup> groups_;
+  std::deque<Inputs> inputs_;
+  std::vector<ChoiceGroup> choices_;
+  bool bounded_ = false;
+  bool chooses_ = false;
+  bool bounds_values_ = false;
+  uint32_t head_count_max_ = 0;
+  uint32_t launch_count_ = 0;
+  Arena to_device_{Arena::Sides::kBoth};
+  Arena to_host_{Arena::Sides::kBoth};
+  Arena scratch_{Arena::Sides::kDevice};
+  Slot<ChoiceStats> stats_;
+  Slot<std::byte> zero_;
+  size_t zero_bytes_ = 0;
+  Slot<uint32_t> tickets_;
+  ChoiceCall choice_;
+  ScanCall scan_;
+  AttendCall first_, chosen_;
+};
+
+}  // namespace kvservice::cuda
+
+#endif  // KVSERVICE_ATTENTION_CUDA_WAVE_H_

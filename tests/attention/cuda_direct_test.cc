@@ -1,0 +1,198 @@
+// The CUDA device's direct path (attention/cuda/direct.h): that it is taken where it should be, and
+// that what it answers is right. The tests of all devices run through it too; here it is counted.
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "attention/cuda/device.h"
+#include "tests/attention/kv_case.h"
+#include "tests/attention/oracle.h"
+#include "tests/attention/plan_check.h"
+
+namespace kvservice::testing {
+namespace {
+
+class CudaDirect : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    absl::StatusOr<std::unique_ptr<Device>> device = NewCudaDevice({.thread_count = 2});
+    if (!device.ok()) GTEST_SKIP() << device.status();
+    device_ = std::move(device).value();
+  }
+
+  // KV heads that were answered directly by what `run` does.
+  template <typename Run>
+  uint64_t Count(Run run) {
+    const uint64_t before = GroupsAnsweredDirectly(*device_);
+    run();
+    return GroupsAnsweredDirectly(*device_) - before;
+  }
+
+  std::unique_ptr<Device> device_;
+};
+
+TEST_F(CudaDirect, SimplePlansTakeIt) {
+  for (const Keys keys : {Keys::kNormal, Keys::kWideLogits, Keys::kIdentical, Keys::kNotFinite}) {
+    CaseOptions options;
+    options.length = 700;
+    options.keys = keys;
+    const KvCase kv(device_.get(), options);
+    for (const Guarantee prove : {Guarantee::kNone, Guarantee::kDeterministic}) {
+      for (const uint32_t hidden : {0U, 200U}) {
+        Plan plan = BasePlan(Source::kAll, options.length);
+        plan.prove = prove;
+        plan.visible_begin = hidden;
+        EXPECT_EQ(Count([&] { RunPlan(kv, plan); }), 2U);
+        plan.source = Source::kScan;
+        plan.dense_share = 1.0F;
+        plan.keep.top_k = 40;
+        const uint64_t ranked = Count([&] {
+          const auto call = RunPlan(kv, plan);
+          for (uint32_t head = 0; head < 2; ++head) {
+            EXPECT_EQ(ChosenOf(kv, *call, head).size(), 40U);
+          }
+        });
+        EXPECT_EQ(ranked, 2U);
+        plan.keep.top_k = 0;
+        plan.keep.mass_limit = 0.1F;
+        plan.max_dropped_mass = 0.1F;
+        // With everything read and something hidden the host adds up what is hidden.
+        const uint64_t by_mass = Count([&] { RunPlan(kv, plan); });
+        EXPECT_TRUE(hidden > 0 || by_mass == 2U) << by_mass;
+      }
+    }
+  }
+}
+
+TEST_F(CudaDirect, LimitsThatDoNotHoldAreTheHosts) {
+  CaseOptions options;
+  options.length = 700;
+  const KvCase kv(device_.get(), options);
+  Plan plan = BasePlan(Source::kScan, options.length);
+  plan.keep.top_k = 4;
+  plan.max_dropped_mass = 1e-6F;
+  plan.prove = Guarantee::kDeterministic;
+  EXPECT_EQ(Count([&] { RunPlan(kv, plan); }), 2U) << "only reported";
+  plan.on_violation = OnViolation::kDense;
+  EXPECT_EQ(Count([&] { RunPlan(kv, plan); }), 0U);
+  plan.on_violation = OnViolation::kGrow;
+  EXPECT_EQ(Count([&] { RunPlan(kv, plan); }), 0U);
+  plan.prove = Guarantee::kConfidence;
+  EXPECT_EQ(Count([&] { RunPlan(kv, plan); }), 0U);
+  // Without samples where the bound that always holds is enough.
+  plan.max_dropped_mass = 0.3F;
+  plan.keep.mass_limit = 0.3F;
+  const uint64_t enough = Count([&] {
+    const auto call = RunPlan(kv, plan);
+    for (const HeadCertificate& c : call->certificates) EXPECT_TRUE(c.met);
+  });
+  EXPECT_EQ(enough, 2U);
+}
+
+// Lists are read as they are; what the CPU device reads is what has to be read.
+TEST_F(CudaDirect, ListsTakeIt) {
+  auto cpu = NewDevice("cpu", {});
+  ASSERT_TRUE(cpu.ok());
+  CaseOptions options;
+  options.length = 3000;
+  const KvCase kv(device_.get(), options);
+  const KvCase same(cpu->get(), options);
+  const auto expect_same = [&](const Call& call, const Call& other) {
+    EXPECT_EQ(call.selected, other.selected);
+    for (uint32_t head = 0; head < 2; ++head) {
+      EXPECT_EQ(call.groups[head].action, other.groups[head].action);
+      EXPECT_EQ(call.groups[head].tokens_read, other.groups[head].tokens_read);
+      EXPECT_EQ(call.groups[head].tokens_scanned, other.groups[head].tokens_scanned);
+      EXPECT_EQ(call.groups[head].similarity, other.groups[head].similarity);
+      EXPECT_EQ(call.groups[head].key_norm_max, other.groups[head].key_norm_max);
+    }
+  };
+  const std::vector<uint32_t> given = {3, 70, 71, 500, 1999, 2500, 10, 2990};
+  const std::vector<uint32_t> offsets = {0, 6, 8};
+  Plan plan = BasePlan(Source::kGiven, options.length, 64);
+  plan.given = given;
+  plan.given_offsets = offsets;
+  for (const uint32_t hidden : {0U, 400U}) {
+    plan.visible_begin = hidden;
+    std::unique_ptr<Call> call;
+    EXPECT_EQ(Count([&] { call = RunPlan(kv, plan); }), 2U);
+    expect_same(*call, *RunPlan(same, plan));
+  }
+  plan = BasePlan(Source::kReuse, 2000, 64);
+  plan.keep.top_k = 50;
+  const auto lists = device_->NewTokenLists(options.layout, 4);
+  plan.lists = lists.get();
+  const auto at = [&](uint32_t length) {
+    auto call = std::make_unique<Call>(kv, length, 1, kv.queries(), plan);
+    call->Run(device_.get(), kv.shape());
+    return call;
+  };
+  std::unique_ptr<Call> first;
+  EXPECT_EQ(Count([&] { first = at(2000); }), 0U) << "the first call scans";
+  for (const uint32_t length : {2000U, 2030U, 2064U}) {
+    plan.local_begin = length - 64;
+    std::unique_ptr<Call> call;
+    EXPECT_EQ(Count([&] { call = at(length); }), 2U) << length;
+    for (uint32_t head = 0; head < 2; ++head) {
+      std::vector<uint32_t> expected = ChosenOf(kv, *first, head);
+      for (uint32_t token = 2000 - 64; token < plan.local_begin; ++token) expected.push_back(token);
+      EXPECT_EQ(ChosenOf(kv, *call, head), expected) << length;
+      EXPECT_EQ(call->groups[head].action, Action::kReused);
+      EXPECT_EQ(call->groups[head].tokens_scanned, 0U);
+    }
+  }
+  // Too much has come: it competes, which takes a scan.
+  plan.local_begin = 2600 - 64;
+  EXPECT_EQ(Count([&] { at(2600); }), 0U);
+}
+
+// Rows of more than 32k tokens are counted by a sample.
+TEST_F(CudaDirect, LongRowsMeetTheirLimits) {
+  CaseOptions options;
+  options.length = 70'000;
+  const KvCase kv(device_.get(), options);
+  Plan plan = BasePlan(Source::kScan, options.length);
+  plan.keep.mass_limit = 0.1F;
+  plan.max_dropped_mass = 0.1F;
+  plan.prove = Guarantee::kDeterministic;
+  plan.on_violation = OnViolation::kDense;
+  std::unique_ptr<Call> call;
+  EXPECT_EQ(Count([&] { call = RunPlan(kv, plan); }), 2U);
+  for (const HeadCertificate& c : call->certificates) EXPECT_TRUE(c.met);
+  EXPECT_LT(call->groups[0].tokens_read, options.length);
+}
+
+TEST_F(CudaDirect, TheSameBytesEveryTime) {
+  CaseOptions options;
+  options.length = 5000;
+  const KvCase kv(device_.get(), options);
+  for (const uint32_t top_k : {0U, 100U}) {
+    Plan plan = BasePlan(Source::kScan, options.length);
+    plan.keep.top_k = top_k;
+    plan.keep.mass_limit = top_k == 0 ? 0.2F : 0.0F;
+    plan.prove = Guarantee::kDeterministic;
+    const auto once = [&] {
+      auto call = std::make_unique<Call>(kv, options.length, 1, kv.queries(), plan);
+      call->Run(device_.get(), kv.shape());
+      return call;
+    };
+    const auto first = once();
+    for (int i = 0; i < 50; ++i) {
+      const auto next = once();
+      EXPECT_EQ(next->out, first->out);
+      EXPECT_EQ(next->selected, first->selected);
+      for (size_t head = 0; head < first->certificates.size(); ++head) {
+        EXPECT_EQ(next->certificates[head].log_dropped_upper.value,
+                  first->certificates[head].log_dropped_upper.value);
+        EXPECT_EQ(next->certificates[head].log_kept_lower.value,
+                  first->certificates[head].log_kept_lower.value);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvservice::testing
