@@ -397,7 +397,7 @@ absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows) {
   };
   for (const std::string& path : options.traces) {
     for (const uint32_t batch :
-         options.device == "cuda" ? std::vector<uint32_t>{1, 8, 32} : std::vector<uint32_t>{1}) {
+         options.device == "cuda" ? std::vector<uint32_t>{1, 8, 32} : std::vector<uint32_t>{1, 8}) {
       auto data = MakeTraceData(path, batch, options.quick ? 1 : 63);
       if (!data.ok()) return data.status();
       const absl::Status status = run(data->get());
