@@ -197,8 +197,8 @@ struct DeviceOptions {
 };
 
 // name: "reference", "cpu", "cuda" or "auto". INVALID_ARGUMENT for other names; UNAVAILABLE for
-// "cuda" where there is no GPU, or the build is without it. "auto" is the CPU: whole calls were not
-// compared on a GPU yet.
+// "cuda" where there is no GPU, or the build is without it. "auto" is the CPU: hostile
+// caches (tests/adversary) have not been run on a GPU yet.
 absl::StatusOr<std::unique_ptr<Device>> NewDevice(std::string_view name,
                                                   const DeviceOptions& options);
 

@@ -296,7 +296,7 @@ void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
   }
   // Whether the set is so large that everything is read instead depends on what sketches mark; the
   // host knows, where it is near.
-  const double visible = row.view.length - WindowBegin(shape.sliding_window, row.position);
+  const double visible = static_cast<double>(row.view.length) - begin;  // at least
   const double planned =
       static_cast<double>(group.list.size()) + plan.sink_end + (row.view.length - local_begin);
   if (planned > 0.5 * static_cast<double>(plan.dense_share) * visible) return;
