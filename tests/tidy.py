@@ -80,6 +80,7 @@ SOURCE_FOLDERS = ["attention", "selector", "kvservice", "client", "tests", "prot
 CODE_SUFFIXES = (".h", ".cc", ".cu")
 TEXT_SUFFIXES = CODE_SUFFIXES + (".py", ".proto", ".sh", ".md", ".txt", ".json", ".yml", ".yaml",
                                  ".toml", "")
+PICTURE_SUFFIXES = (".svg", ".png")
 COLUMN_SUFFIXES = CODE_SUFFIXES + (".py", ".proto", ".sh")
 
 BANNED_WORD = re.compile(r"\b(TODO|FIXME|HACK|XXX)\b")
@@ -333,8 +334,16 @@ def read_tree(root):
     return files
 
 
+def check_kinds(root):
+    """Downloads and build products are not for the repository: it holds text and pictures."""
+    for path in sorted(root.iterdir()):
+        if path.is_file() and path.suffix not in TEXT_SUFFIXES + PICTURE_SUFFIXES:
+            yield path.name, 1, "no source, text or picture: not for the repository"
+
+
 def findings(root):
     files = read_tree(root)
+    yield from check_kinds(root)
     for path, text in files.items():
         if path.startswith(tuple(folder + "/" for folder in SOURCE_FOLDERS)):
             for line, message in check_file(path, text):

@@ -238,6 +238,13 @@ def test_sources_are_known_to_cmake(tmp_path, path):
         assert found == [f"{path}:1: CMakeLists.txt does not list it, so it is never built"]
 
 
+def test_downloads_are_not_for_the_repository(tmp_path):
+    assert messages(tmp_path, {"notes.md": "\n", "a.svg": "<svg/>\n"}) == []
+    found = messages(tmp_path, {"tool-1.0-py3-none-any.whl": "PK\n"})
+    assert found == ["tool-1.0-py3-none-any.whl:1: no source, text or picture: "
+                     "not for the repository"]
+
+
 def test_headers_are_used(tmp_path):
     path = "selector/a.h"
     found = messages(tmp_path, {path: guarded(path)}, cmake="")
