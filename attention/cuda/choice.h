@@ -87,6 +87,7 @@ struct alignas(16) ChoiceGroup {
   uint32_t part_count = 0;
   uint32_t batch_blocks = 0;         // of a warp that selects
   uint32_t select_count = 0;         // CTAs that do
+  uint32_t span_blocks = 1;          // of a span, whose chosen tokens are counted
   const uint64_t* listed = nullptr;  // [block_count], tokens of the middle to read at once, or null
   // Keys whose largest norm is wanted: tokens [norm_begin, norm_end) of the sequence, in its
   // blocks.
@@ -105,16 +106,15 @@ struct alignas(16) ChoiceGroup {
   const float* page_sum = nullptr;
   const float* lower_share = nullptr;
   const float* estimate_share = nullptr;
-  const ScanTotal* totals = nullptr;  // [total_count][head_count]
-  uint32_t total_count = 0;
   const uint32_t* visible = nullptr;     // [head_count][2]
   const HeadSums* first_sums = nullptr;  // [head_count]
   // Scratch.
   HeadScale* scales = nullptr;       // [head_count]
   uint32_t* ties = nullptr;          // [select_count][kStepsOfBin], with top_k
+  uint32_t* span_counts = nullptr;   // [spans]
   DroppedSums* part_sums = nullptr;  // [select_count][head_count]
   DroppedSums* dropped = nullptr;    // [head_count]
-  // Of this, MarkWords makes zeros. The first three are of calls with ranks.
+  // Of this, MarkWords makes zeros; all but tickets are of calls with ranks.
   uint4* zero = nullptr;
   uint32_t zero_count = 0;
   uint32_t* counts = nullptr;            // [kBins]

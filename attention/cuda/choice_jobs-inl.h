@@ -11,12 +11,12 @@ namespace kvservice::cuda {
 inline constexpr uint32_t kSelectThreads = kSelectWarps * kWarp;
 // Jobs of one group, at most.
 inline constexpr uint32_t kGroupJobsMax = 1024;
-// Words of one group, at most.
-inline constexpr uint32_t kGroupWordsMax = 16384;
+// Spans of one group, at most.
+inline constexpr uint32_t kGroupSpansMax = 2048;
 
 // What the last CTA of a group needs.
 struct JobsMemory {
-  uint8_t counts[kGroupWordsMax];  // tokens of a word
+  uint16_t counts[kGroupSpansMax];  // tokens of a span
   uint32_t first_words[kGroupJobsMax];
   uint32_t of_warps[kSelectWarps];
 };
@@ -62,19 +62,15 @@ struct LaneSums {
     estimate += other.estimate;
     seen += other.seen;
   }
-
-  // Of all lanes, in all lanes.
-  __device__ __forceinline__ void AddLanes() {
-#pragma unroll 1
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      const LaneSums other{.weight = __shfl_xor_sync(kAllLanes, weight, offset),
-                           .lower = __shfl_xor_sync(kAllLanes, lower, offset),
-                           .estimate = __shfl_xor_sync(kAllLanes, estimate, offset),
-                           .seen = __shfl_xor_sync(kAllLanes, seen, offset)};
-      Add(other);
-    }
-  }
 };
+
+// The sums of the lane whose number differs in one bit.
+__device__ __forceinline__ LaneSums FromLane(const LaneSums& sums, int offset) {
+  return {.weight = __shfl_xor_sync(kAllLanes, sums.weight, offset),
+          .lower = __shfl_xor_sync(kAllLanes, sums.lower, offset),
+          .estimate = __shfl_xor_sync(kAllLanes, sums.estimate, offset),
+          .seen = __shfl_xor_sync(kAllLanes, sums.seen, offset)};
+}
 
 // True if so much is planned that everything is read.
 __device__ __forceinline__ bool ReadsEverything(const ChoiceGroup& group, uint32_t chosen) {
@@ -94,7 +90,8 @@ __device__ inline void SumParts(const ChoiceGroup& group, bool everything) {
       const DroppedSums& one = group.part_sums[size_t{part} * group.head_count + head];
       sums.Add({__ldcg(&one.weight), __ldcg(&one.lower), __ldcg(&one.estimate), __ldcg(&one.seen)});
     }
-    sums.AddLanes();
+#pragma unroll 1
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) sums.Add(FromLane(sums, offset));
     if (lane != 0) continue;
     // Nothing is left but what is hidden, of which there are no sums then: the host looks itself.
     if (everything) sums = LaneSums();
@@ -117,47 +114,57 @@ __device__ inline uint32_t SumOfCta(uint32_t x, uint32_t* shared) {
   return total;
 }
 
-// First words of the jobs of a group's set. A warp takes neighbouring words.
-__device__ inline void CutWords(const ChoiceGroup& group, bool everything, uint32_t tokens,
+// Tokens of a span of a group's set. If everything is read, that is what is chosen.
+__device__ __forceinline__ uint32_t CountSpan(const ChoiceGroup& group, bool everything,
+                                              uint32_t span) {
+  if (!everything) return __ldcg(&group.span_counts[span]);
+  uint32_t count = 0;
+  const uint32_t end = min((span + 1) * group.span_blocks, group.block_count);
+#pragma unroll 1
+  for (uint32_t word = span * group.span_blocks; word < end; ++word) {
+    const uint64_t set = CandidatesOf(group, word, group.to_scan[word]);
+    group.chosen[word] = set;
+    count += static_cast<uint32_t>(__popcll(set));
+  }
+  return count;
+}
+
+// First words of the jobs of a group's set. A warp takes neighbouring spans.
+__device__ inline void CutSpans(const ChoiceGroup& group, bool everything, uint32_t tokens,
                                 uint32_t jobs, JobsMemory* memory) {
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t warp = threadIdx.x / kWarp;
-  const uint32_t count = group.block_count;
-  const uint32_t span = (count + kSelectThreads - 1) / kSelectThreads * kWarp;
-  const uint32_t begin = min(warp * span, count);
-  const uint32_t end = min(begin + span, count);
+  const uint32_t count = (group.block_count + group.span_blocks - 1) / group.span_blocks;
+  const uint32_t of_warp = (count + kSelectThreads - 1) / kSelectThreads * kWarp;
+  const uint32_t begin = min(warp * of_warp, count);
+  const uint32_t end = min(begin + of_warp, count);
   uint32_t sum = 0;
-#pragma unroll 4
-  for (uint32_t word = begin + lane; word < end; word += kWarp) {
-    uint64_t set = __ldcg(&group.chosen[word]);
-    if (everything) {
-      set = CandidatesOf(group, word, group.to_scan[word]);
-      group.chosen[word] = set;
-    }
-    const auto own = static_cast<uint32_t>(__popcll(set));
-    memory->counts[word] = static_cast<uint8_t>(own);
+#pragma unroll 2
+  for (uint32_t span = begin + lane; span < end; span += kWarp) {
+    const uint32_t own = CountSpan(group, everything, span);
+    memory->counts[span] = static_cast<uint16_t>(own);
     sum += own;
   }
   sum = __reduce_add_sync(kAllLanes, sum);
   if (lane == 0) memory->of_warps[warp] = sum;
   for (uint32_t job = threadIdx.x; job < jobs; job += kSelectThreads) {
-    memory->first_words[job] = job == 0 ? 0 : count;
+    memory->first_words[job] = job == 0 ? 0 : group.block_count;
   }
   __syncthreads();
   uint32_t before = 0;
   for (uint32_t other = 0; other < warp; ++other) before += memory->of_warps[other];
-  // The job of the word before this warp's.
+  // The job of the span before this warp's.
   uint32_t last = 0;
   if (begin > 0 && begin < end) last = JobOfWord(before - memory->counts[begin - 1], tokens, jobs);
 #pragma unroll 1
   for (uint32_t first = begin; first < end; first += kWarp) {
-    const uint32_t word = first + lane;
-    const uint32_t own = word < end ? memory->counts[word] : 0;
+    const uint32_t span = first + lane;
+    const uint32_t own = span < end ? memory->counts[span] : 0;
     const uint32_t up_to = SumUpToLane(own);
     const uint32_t job = JobOfWord(before + up_to - own, tokens, jobs);
     const uint32_t left = __shfl_up_sync(kAllLanes, job, 1);
-    for (uint32_t i = (lane == 0 ? last : left) + 1; word < end && i <= job; ++i) {
-      memory->first_words[i] = word;
+    for (uint32_t i = (lane == 0 ? last : left) + 1; span < end && i <= job; ++i) {
+      memory->first_words[i] = span * group.span_blocks;
     }
     last = __shfl_sync(kAllLanes, job, kWarp - 1);
     before += __shfl_sync(kAllLanes, up_to, kWarp - 1);
@@ -166,7 +173,7 @@ __device__ inline void CutWords(const ChoiceGroup& group, bool everything, uint3
 }
 
 // Sums and jobs of a group, by its last CTA. How many jobs there are follows from what thresholds
-// let expect, which all groups know of each other; words are shared out among them as they are.
+// let expect, which all groups know of each other; spans are shared out among them as they are.
 __device__ inline void CutChosen(const ChoiceCall& call, const ChoiceGroup& group, uint32_t own,
                                  JobsMemory* memory) {
   uint32_t* of_warps = memory->of_warps;
@@ -203,7 +210,7 @@ __device__ inline void CutChosen(const ChoiceCall& call, const ChoiceGroup& grou
   const uint32_t jobs = jobs_of(own);
   const uint32_t tokens = group.reads_middle ? 0 : everything ? group.stats->middle : chosen;
   __syncthreads();
-  CutWords(group, everything, tokens, jobs, memory);
+  CutSpans(group, everything, tokens, jobs, memory);
 #pragma unroll 1
   for (uint32_t job = threadIdx.x; job < jobs; job += kSelectThreads) {
     const uint32_t next = job + 1 < jobs ? first_words[job + 1] : group.block_count;
@@ -214,7 +221,7 @@ __device__ inline void CutChosen(const ChoiceCall& call, const ChoiceGroup& grou
   }
   if (threadIdx.x != 0) return;
   group.stats->everything = everything || group.reads_middle ? 1 : 0;
-  group.stats->job_tokens_max = tokens / jobs + 1 + kTokens;
+  group.stats->job_tokens_max = tokens / jobs + 1 + group.span_blocks * kTokens;
   AttendSet& set = call.sets[own];
   set.job_count = jobs;
   set.parts = call.parts + size_t{before} * call.head_count_max * call.shape.head_dim;

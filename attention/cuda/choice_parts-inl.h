@@ -64,42 +64,6 @@ __device__ __forceinline__ float Score(bool largest, float score, float share) {
   return largest ? fmaxf(score, share) : score + share;
 }
 
-// What all weights of one head come to: estimates of what was scanned, and the mass of what is read
-// in any case. It scales scores and is part of no bound. One warp, complete in all lanes.
-__device__ inline HeadScale ScaleOfHead(const ChoiceGroup& group, uint32_t head) {
-  const HeadSums always = group.first_sums[head];
-  ScanTotal total{.sum = 0.0F, .reference = kReferenceMin};
-  const auto join = [&total](const ScanTotal& other) {
-    const int32_t reference = max(total.reference, other.reference);
-    total.sum = total.sum * PowerOfTwo(total.reference - reference) +
-                other.sum * PowerOfTwo(other.reference - reference);
-    total.reference = reference;
-  };
-  for (uint32_t i = threadIdx.x % kWarp; i < group.total_count; i += kWarp) {
-    join(group.totals[size_t{i} * group.head_count + head]);
-  }
-#pragma unroll 1
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    join({__shfl_xor_sync(kAllLanes, total.sum, offset),
-          __shfl_xor_sync(kAllLanes, total.reference, offset)});
-  }
-  // As a number near 1 and a power of two; what is not a normal number counts for nothing.
-  const int32_t high = __double2hiint(always.sum);
-  const int32_t field = high >> 20;
-  if (field > 0 && field < 2047) {
-    const double near_one =
-        __hiloint2double((high & 0xfffff) | 0x3ff00000, __double2loint(always.sum));
-    join({static_cast<float>(near_one), always.reference + field - 1023});
-  }
-  if (!(total.sum > 0.0F)) return {.inverse = 1.0F, .reference = total.reference};
-  const int32_t bits = __float_as_int(total.sum);
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;"
-      : "=f"(inverse)
-      : "f"(__int_as_float((bits & 0x7fffff) | 0x3f800000)));
-  return {.inverse = inverse, .reference = total.reference + (bits >> 23) - 127};
-}
-
 // The sum of the block's weights in `word` of one head. One thread.
 __device__ inline float SumOfWord(const ChoiceGroup& group, uint32_t head, uint32_t block,
                                   uint64_t word) {
@@ -115,6 +79,82 @@ __device__ inline float SumOfWord(const ChoiceGroup& group, uint32_t head, uint3
     sum += ((bits & 4) != 0 ? four.z : 0.0F) + ((bits & 8) != 0 ? four.w : 0.0F);
   }
   return sum;
+}
+
+// About sum * 2^reference; what is 2^-126 of the rest and less is left out.
+struct RoughTotal {
+  float sum = 0.0F;
+  int32_t reference = kReferenceMin;
+
+  __device__ __forceinline__ void Add(float other, int32_t other_reference) {
+    const int32_t top = max(reference, other_reference);
+    sum = sum * PowerOfTwo(reference - top) + other * PowerOfTwo(other_reference - top);
+    reference = top;
+  }
+};
+
+inline constexpr uint32_t kScaleThreads = 512;
+inline constexpr uint32_t kScaleWarps = kScaleThreads / kWarp;
+static_assert(kScaleWarps >= kChoiceHeadsMax);
+
+// What all weights of the heads come to: estimates of what was scanned, and the mass of what is
+// read in any case. It scales scores and is part of no bound. All kScaleThreads threads of a CTA
+// call it, warps take heads in turn; `scales` is complete after a barrier.
+template <int kHeads>
+__device__ inline void FindScales(const ChoiceGroup& group, RoughTotal (&of_warps)[kScaleWarps],
+                                  HeadScale* scales) {
+  const uint32_t warp = threadIdx.x / kWarp;
+  const uint32_t own = warp % kHeads;
+  RoughTotal total;
+  if (own < group.head_count) {
+    const size_t first_page = size_t{own} * group.block_count;
+#pragma unroll(kHeads <= 4 ? 4 : 2)
+    for (uint32_t block = warp / kHeads * kWarp + threadIdx.x % kWarp; block < group.block_count;
+         block += kScaleThreads / kHeads) {
+      const uint64_t word = group.to_scan[block];
+      float sum = word != 0 ? group.page_sum[first_page + block] : 0.0F;
+      const int32_t reference = word != 0 ? group.reference[first_page + block] : kReferenceMin;
+      const float share = word != 0 && group.bounded ? group.estimate_share[first_page + block] : 1;
+      if (word != 0 && word != ~uint64_t{0}) sum = SumOfWord(group, own, block, word);
+      sum *= share;
+      // What is not known counts for nothing.
+      if (sum > 0.0F && sum <= kFloatMax) total.Add(sum, reference);
+    }
+#pragma unroll 1
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      total.Add(__shfl_xor_sync(kAllLanes, total.sum, offset),
+                __shfl_xor_sync(kAllLanes, total.reference, offset));
+    }
+  }
+  if (threadIdx.x % kWarp == 0) of_warps[warp] = total;
+  __syncthreads();
+  const uint32_t head = threadIdx.x;
+  if (head >= group.head_count) return;
+  total = RoughTotal();
+#pragma unroll 1
+  for (uint32_t i = head; i < kScaleWarps; i += kHeads) {
+    total.Add(of_warps[i].sum, of_warps[i].reference);
+  }
+  // As a number near 1 and a power of two; what is not a normal number counts for nothing.
+  const HeadSums always = group.first_sums[head];
+  const int32_t high = __double2hiint(always.sum);
+  const int32_t field = high >> 20;
+  if (field > 0 && field < 2047) {
+    const double near_one =
+        __hiloint2double((high & 0xfffff) | 0x3ff00000, __double2loint(always.sum));
+    total.Add(static_cast<float>(near_one), always.reference + field - 1023);
+  }
+  HeadScale scale{.inverse = 1.0F, .reference = total.reference};
+  if (total.sum > 0.0F) {
+    const int32_t bits = __float_as_int(total.sum);
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;"
+        : "=f"(inverse)
+        : "f"(__int_as_float((bits & 0x7fffff) | 0x3f800000)));
+    scale = {.inverse = inverse, .reference = total.reference + (bits >> 23) - 127};
+  }
+  group.scales[head] = scale;
+  if (scales != nullptr) scales[head] = scale;
 }
 
 // Counts what is hidden of a block, whole: shares in units of 1 / kHiddenUnits.

@@ -1,6 +1,6 @@
 // Thresholds of a choice by mass alone, from a sample of the scores that one CTA per group holds in
-// registers: of all tokens where there are no more than fit. The largest threshold is looked for
-// below which no head drops more than its limit, step by step; sums are integers, so that nothing
+// registers: of all tokens where there are no more than fit. A threshold is looked for below which
+// no head drops more than its limit and one nearly as much; sums are integers, so that nothing
 // depends on who adds first.
 
 #include "attention/cuda/choice_parts-inl.h"
@@ -8,9 +8,16 @@
 namespace kvservice::cuda {
 namespace {
 
-// Of a search; more than 2^this steps there are not.
-constexpr uint32_t kTurnsMax = 13;
-static_assert(kSearchSteps <= 1U << kTurnsMax);
+// Turns of a search: guesses from what the last one came to, and if they lead nowhere the middle of
+// what is left; more than 2^13 steps there are not.
+constexpr uint32_t kGuesses = 6;
+constexpr uint32_t kTurnsMax = kGuesses + 13;
+static_assert(kSearchSteps <= 1U << 13);
+// What is dropped grows by about so many octaves per step; a search ends where a head drops this
+// share of its limit, and guesses aim above it.
+constexpr float kSlope = 1.25F / kStepsOfOctave;
+constexpr float kNear = 0.98F;
+constexpr float kAimOctaves = -0.0145F;  // of 0.99
 // Units of a limit. One thread's sums count as twice the limit at most, so that those of all
 // threads stay below 2^32.
 constexpr float kLimitUnits = 0x1p20F;
@@ -18,6 +25,7 @@ constexpr float kUnitsMax = 0x1p21F;
 
 template <int kHeads>
 struct SampleMemory {
+  RoughTotal of_warps[kScaleWarps];
   HeadScale scales[kHeads];
   unsigned long long hidden[kHeads];
   uint32_t left[kHeads];  // of the limit, in units, for what a sample stands for
@@ -26,12 +34,13 @@ struct SampleMemory {
   float left_min;
 };
 
-// What one thread holds: shares of tokens of a few quads. Scores are the largest share.
+// What one thread holds: shares of tokens of a few quads, half a run each. Scores are the largest
+// share.
 template <int kHeads>
 struct Sample {
-  static constexpr int kThreads = 512;
-  static constexpr int kQuads = static_cast<int>(SampledQuads(kHeads)) / kThreads;
+  static constexpr int kQuads = static_cast<int>(2 * SampledRuns(kHeads) / kScaleThreads);
   static constexpr int kOwn = 4 * kQuads;
+  static_assert(kQuads > 0);
 
   float shares[kHeads][kOwn];
   float scores[kOwn];  // NaN: no candidate
@@ -39,15 +48,17 @@ struct Sample {
   uint32_t candidates;  // bits
 
   __device__ __forceinline__ void Load(const ChoiceGroup& group, uint32_t stride) {
+    constexpr uint32_t kQuadsOfBlock = kTokens / 4;
     candidates = 0;
 #pragma unroll
     for (int k = 0; k < kQuads; ++k) {
-      const uint32_t quad = SampledQuad(threadIdx.x + k * kThreads, stride);
-      const uint32_t block = quad / (kTokens / 4);
+      const uint32_t i = threadIdx.x + k * kScaleThreads;
+      const uint32_t quad = 2 * SampledRun(i / 2, stride) + i % 2;
+      const uint32_t block = quad / kQuadsOfBlock;
       uint32_t bits = 0;
       if (block < group.block_count) {
         const uint64_t word = CandidatesOf(group, block, group.to_scan[block]);
-        bits = static_cast<uint32_t>(word >> (4 * (quad % (kTokens / 4)))) & 15U;
+        bits = static_cast<uint32_t>(word >> (4 * (quad % kQuadsOfBlock))) & 15U;
       }
       candidates |= bits << (4 * k);
 #pragma unroll
@@ -57,7 +68,8 @@ struct Sample {
         if (bits != 0 && head < static_cast<int>(group.head_count)) {
           const size_t page = size_t{static_cast<uint32_t>(head)} * group.block_count + block;
           references[head][k] = group.reference[page];
-          four = reinterpret_cast<const float4*>(group.weights + page * kTokens)[quad % 16];
+          four = reinterpret_cast<const float4*>(
+              group.weights)[page * kQuadsOfBlock + quad % kQuadsOfBlock];
         }
         shares[head][4 * k] = four.x;
         shares[head][4 * k + 1] = four.y;
@@ -145,24 +157,46 @@ __device__ inline float Search(const ChoiceGroup& group, const Sample<kHeads>& s
   const float units = kLimitUnits / group.mass_limit;
   // So little is no more than the limit over all tokens.
   const float least = left_min / static_cast<float>(group.block_count * kTokens);
-  uint32_t feasible = SearchStepOf(least);
-  uint32_t end = kSearchSteps;
+  uint32_t low = 0;
+  uint32_t high = kSearchSteps;
+  uint32_t step = min(SearchStepOf(least) + 3 * kStepsOfOctave, high - 1);
+  float pace = kSlope;
+  float last_step = 0.0F;
+  float last_octaves = -1e9F;
 #pragma unroll 1
-  for (uint32_t turn = 0; end - feasible > 1; ++turn) {
-    const uint32_t step = (feasible + end) / 2;
+  for (uint32_t turn = 0; turn < kTurnsMax && high - low > 1; ++turn) {
     const uint32_t own = sample.Below(SearchEdge(step), units);
     uint32_t* dropped = memory->dropped[turn];
     if (lane < kHeads && own != 0) atomicAdd(&dropped[lane], own);
     __syncthreads();
-    const bool fits = lane >= group.head_count || dropped[lane] <= memory->left[lane];
-    (__all_sync(kAllLanes, fits) ? feasible : end) = step;
+    float part = 0.0F;
+    if (lane < group.head_count && dropped[lane] != 0) {
+      part = static_cast<float>(dropped[lane]) / static_cast<float>(memory->left[lane]);
+    }
+    // Numbers that are not negative are ordered as their bits are.
+    part = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(part)));
+    const bool fits = part <= 1.0F;
+    (fits ? low : high) = step;
+    if (fits && part >= kNear) break;
+    const float octaves = __log2f(part);
+    const float moved = static_cast<float>(step) - last_step;
+    // As steep as between the last two, within reason.
+    const float slope = (octaves - last_octaves) / moved;
+    if (slope > 0.25F * kSlope && slope < 4.0F * kSlope) pace = slope;
+    last_step = static_cast<float>(step);
+    last_octaves = octaves;
+    const float guess = rintf(last_step + (kAimOctaves - octaves) / pace);
+    step = (low + high) / 2;
+    // Not where nothing is dropped, or there is no end to it.
+    const bool within = guess > static_cast<float>(low) && guess < static_cast<float>(high);
+    if (turn < kGuesses && within) step = static_cast<uint32_t>(guess);
   }
-  return SearchEdge(feasible);
+  return low == 0 ? 0.0F : SearchEdge(low);
 }
 
 // A CTA per group, and behind them one for norms of values where they are wanted.
 template <int kHeads>
-__global__ void __launch_bounds__(Sample<kHeads>::kThreads)
+__global__ void __launch_bounds__(kScaleThreads, 1)
     SampleKernel(const __grid_constant__ ChoiceCall call) {
   LetNextStart();
   __shared__ GroupMemory group_memory;
@@ -181,10 +215,7 @@ __global__ void __launch_bounds__(Sample<kHeads>::kThreads)
   const bool by_mass = group.mass_limit > 0.0F;
   Sample<kHeads> sample;
   if (by_mass) sample.Load(group, stride);
-  if (const uint32_t head = threadIdx.x / kWarp; head < group.head_count) {
-    const HeadScale scale = ScaleOfHead(group, head);
-    if (threadIdx.x % kWarp == 0) memory.scales[head] = group.scales[head] = scale;
-  }
+  FindScales<kHeads>(group, memory.of_warps, memory.scales);
   __syncthreads();
   ChoiceThreshold threshold{.mass = __int_as_float(0x7fffffff)};
   if (by_mass) {
@@ -207,7 +238,7 @@ cudaError_t SampleHeads(const ChoiceCall& call, cudaStream_t stream) {
   const cudaError_t code = ReserveShared(SampleKernel<kHeads>, 0);
   if (code != cudaSuccess) return code;
   const dim3 groups(call.group_count, call.bounds_values ? 2 : 1);
-  SampleKernel<kHeads><<<groups, Sample<kHeads>::kThreads, 0, stream>>>(call);
+  SampleKernel<kHeads><<<groups, kScaleThreads, 0, stream>>>(call);
   return cudaGetLastError();
 }
 

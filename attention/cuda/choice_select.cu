@@ -1,6 +1,6 @@
 // Selects tokens by the thresholds of their group, and adds up what is dropped. A warp takes a
 // batch of neighbouring blocks: first a lane each, to see which need a look at their weights, then
-// one block after the other. The last CTA of a group makes its jobs (choice_jobs-inl.h).
+// two blocks at a time. The last CTA of a group makes its jobs (choice_jobs-inl.h).
 
 #include "attention/cuda/choice_jobs-inl.h"
 
@@ -16,22 +16,25 @@ constexpr uint32_t kSelectCtas = 5;
 constexpr uint32_t kSelectCtas = 8;
 #endif
 
-// What lanes know of their blocks, and then all of one block; weights of blocks on their way. Lane
-// 16 h + j has tokens 4 j .. 4 j + 3 of heads h, h + 2, ...
+// What lanes know of their blocks, and then all of two blocks; weights of blocks on their way. Lane
+// 16 b + j has tokens 4 j .. 4 j + 3 of block b of the two.
 template <int kHeads>
 struct BatchMemory {
-  static constexpr int kOwn = kHeads / 2;
-  static constexpr uint32_t kStages = kHeads <= 4 ? 4 : kHeads <= 8 ? 3 : 2;
+  static constexpr uint32_t kStages = 2;
   struct Words {
     uint64_t scanned;
-    uint64_t candidates;
+    uint64_t candidates;  // then what is kept
   };
-  float4 weights[kStages][kOwn][kWarp];
+  float4 weights[kStages][kHeads][kWarp];
   Words words[kWarp];
-  alignas(16) float factors[kWarp][kHeads];  // then sums of what is dropped
+  float4 factors[kWarp][kHeads / 4];  // then sums of what is dropped
   int32_t references[kHeads][kWarp];
   float lower[kHeads][kWarp];
   float estimate[kHeads][kWarp];
+
+  __device__ __forceinline__ float& Factor(uint32_t i, uint32_t head) {
+    return reinterpret_cast<float*>(factors[i])[head];
+  }
 };
 
 // The last CTA of a group has other uses for the batches.
@@ -96,55 +99,64 @@ __device__ inline Rule RuleOf(const ChoiceGroup& group) {
   return rule;
 }
 
-// Weights of a block, those of the lane.
-template <int kHeads>
+// Weights of the lane's tokens.
+template <int kHeads, bool kRanks>
 struct LaneTokens {
-  static constexpr int kOwn = kHeads / 2;
-  float4 weights[kOwn];
+  float4 weights[kHeads];
 
-  __device__ __forceinline__ explicit LaneTokens(const float4 (&from)[kOwn][kWarp]) {
+  __device__ __forceinline__ explicit LaneTokens(const float4 (&from)[kHeads][kWarp]) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) weights[i] = from[i][threadIdx.x % kWarp];
+    for (int head = 0; head < kHeads; ++head) weights[head] = from[head][threadIdx.x % kWarp];
   }
 
-  // factors: of the block. Scores are those of all heads.
-  __device__ __forceinline__ void Scores(bool largest, const float (&factors)[kHeads],
+  // factors: of the block. Where a weight is not a number nothing of it is: see ScanPage.
+  __device__ __forceinline__ void Scores(const ChoiceGroup& group,
+                                         const float4 (&factors)[kHeads / 4],
                                          float (&scores)[4]) const {
-    const uint32_t half = threadIdx.x / 16 % 2;
+    // Without ranks a choice is by mass.
+    const bool largest = !kRanks || group.largest;
+    float odd[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) scores[k] = 0.0F;
+    for (int k = 0; k < 4; ++k) scores[k] = odd[k] = 0.0F;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const float factor = factors[2 * i + half];
-      scores[0] = Score(largest, scores[0], ShareOf(weights[i].x, factor));
-      scores[1] = Score(largest, scores[1], ShareOf(weights[i].y, factor));
-      scores[2] = Score(largest, scores[2], ShareOf(weights[i].z, factor));
-      scores[3] = Score(largest, scores[3], ShareOf(weights[i].w, factor));
+    for (int i = 0; i < kHeads / 4; ++i) {
+      const float4 four = factors[i];
+      Join(largest, weights[4 * i], four.x, scores);
+      Join(largest, weights[4 * i + 1], four.y, odd);
+      Join(largest, weights[4 * i + 2], four.z, scores);
+      Join(largest, weights[4 * i + 3], four.w, odd);
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      scores[k] = Score(largest, scores[k], __shfl_xor_sync(kAllLanes, scores[k], 16));
-    }
+    for (int k = 0; k < 4; ++k) scores[k] = Score(largest, scores[k], odd[k]);
+  }
+
+ private:
+  __device__ __forceinline__ static void Join(bool largest, const float4& of_head, float factor,
+                                              float (&scores)[4]) {
+    scores[0] = Score(largest, scores[0], of_head.x * factor);
+    scores[1] = Score(largest, scores[1], of_head.y * factor);
+    scores[2] = Score(largest, scores[2], of_head.z * factor);
+    scores[3] = Score(largest, scores[3], of_head.w * factor);
   }
 };
 
-// The tokens of whose scores `test` holds, as a word, in all lanes.
+// The lane's tokens of whose scores `test` holds, as bits.
 template <typename Test>
-__device__ __forceinline__ uint64_t WordOf(const float (&scores)[4], Test test) {
+__device__ __forceinline__ uint32_t BitsOfScores(const float (&scores)[4], Test test) {
   uint32_t bits = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) bits |= test(scores[k]) ? 1U << k : 0;
-  bits <<= 4 * (threadIdx.x % 8);
-  const bool is_high = (threadIdx.x & 8) != 0;
-  const uint32_t low = __reduce_or_sync(kAllLanes, is_high ? 0 : bits);
-  const uint32_t high = __reduce_or_sync(kAllLanes, is_high ? bits : 0);
-  return low | uint64_t{high} << 32;
+  return bits;
+}
+// The lane's bits of a word.
+__device__ __forceinline__ uint32_t BitsOfWord(uint64_t word) {
+  return static_cast<uint32_t>(word >> (4 * (threadIdx.x % 16))) & 15U;
 }
 
-// The lowest `count` of a word's tokens.
-__device__ __forceinline__ uint64_t LowestOf(uint64_t word, uint32_t count) {
-  uint64_t kept = 0;
-  for (; word != 0 && count > 0; word &= word - 1, --count) kept |= word & (~word + 1);
+// The lowest `count` of a few bits.
+__device__ __forceinline__ uint32_t LowestOf(uint32_t bits, uint32_t count) {
+  uint32_t kept = 0;
+  for (; bits != 0 && count > 0; bits &= bits - 1, --count) kept |= bits & (~bits + 1);
   return kept;
 }
 
@@ -176,8 +188,11 @@ __device__ __forceinline__ float SumValues(float (&values)[kCount]) {
 template <int kHeads, bool kRanks>
 class Batch {
  public:
+  using Memory = BatchMemory<kHeads>;
+  using Tokens = LaneTokens<kHeads, kRanks>;
+
   // Reads nothing that the search for thresholds writes.
-  __device__ __forceinline__ Batch(const ChoiceGroup& group, BatchMemory<kHeads>* memory)
+  __device__ __forceinline__ Batch(const ChoiceGroup& group, Memory* memory)
       : group_(group), memory_(*memory) {
     begin_ = (blockIdx.x * kSelectWarps + threadIdx.x / kWarp) * group.batch_blocks;
     there_ = lane() < group.batch_blocks && block() < group.block_count;
@@ -193,17 +208,22 @@ class Batch {
       memory_.lower[head][lane()] = reads && group.bounded ? group.lower_share[page] : 0.0F;
       memory_.estimate[head][lane()] = reads && group.bounded ? group.estimate_share[page] : 0.0F;
     }
+    // Where there is no head, weights are zero and stay so.
+#pragma unroll 1
+    for (uint32_t head = group.head_count; head < kHeads; ++head) {
+      for (auto& stage : memory_.weights) stage[head][lane()] = make_float4(0, 0, 0, 0);
+    }
   }
 
   __device__ __forceinline__ uint32_t block() const { return begin_ + lane(); }
   __device__ __forceinline__ bool there() const { return there_; }
-  __device__ __forceinline__ uint64_t kept() const { return kept_; }
+  __device__ __forceinline__ uint64_t kept() const { return memory_.words[lane()].candidates; }
 
   __device__ __forceinline__ void MakeFactors() {
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
       const bool has = head < static_cast<int>(group_.head_count);
-      memory_.factors[lane()][head] =
+      memory_.Factor(lane(), head) =
           has ? FactorOf(group_.scales[head], memory_.references[head][lane()], page_sums_[head])
               : 0.0F;
     }
@@ -213,16 +233,14 @@ class Batch {
   // Counts the steps of the scores in the bin of the rank.
   __device__ inline void CountTies(uint32_t bin, uint32_t* counts) const {
     ForBlocks(__ballot_sync(kAllLanes, candidates_ != 0),
-              [&](uint32_t i, const LaneTokens<kHeads>& tokens) {
+              [&](uint32_t i, bool there, const Tokens& tokens) {
                 float scores[4];
-                tokens.Scores(group_.largest, memory_.factors[i], scores);
-                const uint32_t own = memory_.words[i].candidates >> (4 * (threadIdx.x % 16)) & 15;
+                tokens.Scores(group_, memory_.factors[i], scores);
+                const uint32_t own = there ? BitsOfWord(memory_.words[i].candidates) : 0;
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                   const uint32_t step = StepOf(scores[k]);
-                  // Both halves of the warp have the scores.
-                  const bool there = (own >> k & 1) != 0 && lane() < 16;
-                  if (there && step / kStepsOfBin == bin) {
+                  if ((own >> k & 1) != 0 && step / kStepsOfBin == bin) {
                     atomicAdd(&counts[step % kStepsOfBin], 1);
                   }
                 }
@@ -234,66 +252,92 @@ class Batch {
     if (ranks) RankTies(rule);
     const uint32_t look = PassOver(rule);
     __syncwarp();
-    ForBlocks(look, [&](uint32_t i, const LaneTokens<kHeads>& tokens) {
-      SelectBlock(rule, ranks, i, tokens);
+    ForBlocks(look, [&](uint32_t i, bool there, const Tokens& tokens) {
+      SelectBlock(rule, ranks, i, there, tokens);
     });
     __syncwarp();
   }
 
-  // What one head drops, in all lanes. `visible`: what the head sees, begin and end.
-  __device__ __forceinline__ LaneSums Dropped(uint32_t head, const uint32_t* visible) const {
-    LaneSums sums;
-    const int32_t change = memory_.references[head][lane()] - group_.scales[head].reference;
-    sums.Add(memory_.factors[lane()][head], change, memory_.lower[head][lane()],
-             memory_.estimate[head][lane()]);
-    if (there_) {
-      const uint64_t rest = WordOfRange(block(), group_.ranges.begin, group_.ranges.end) &
-                            ~group_.first[block()] & ~kept_;
-      sums.seen =
-          static_cast<uint32_t>(__popcll(rest & WordOfRange(block(), visible[0], visible[1])));
+  // What heads first .. first + 3 drop: lane 8 h has that of head first + h. Weights are needed no
+  // more, so their memory serves to bring lanes together.
+  __device__ __forceinline__ LaneSums Dropped(uint32_t first) const {
+    constexpr uint32_t kFour = 4;
+    static_assert(sizeof(memory_.weights) >= kFour * kWarp * sizeof(LaneSums));
+    auto* of_lanes = reinterpret_cast<LaneSums*>(memory_.weights);
+    const uint64_t rest = there_ ? WordOfRange(block(), group_.ranges.begin, group_.ranges.end) &
+                                       ~group_.first[block()] & ~kept()
+                                 : 0;
+#pragma unroll 1
+    for (uint32_t k = 0; k < kFour; ++k) {
+      const uint32_t head = first + k;
+      LaneSums sums;
+      if (head < group_.head_count) {
+        const int32_t change = memory_.references[head][lane()] - group_.scales[head].reference;
+        sums.Add(memory_.Factor(lane(), head), change, memory_.lower[head][lane()],
+                 memory_.estimate[head][lane()]);
+        const uint64_t seen =
+            WordOfRange(block(), group_.visible[2 * head], group_.visible[2 * head + 1]);
+        sums.seen = static_cast<uint32_t>(__popcll(rest & seen));
+      }
+      of_lanes[k * kWarp + lane()] = sums;
     }
-    sums.AddLanes();
+    __syncwarp();
+    const LaneSums* of_head = of_lanes + lane() / 8 * kWarp + lane() % 8;
+    LaneSums sums = of_head[0];
+#pragma unroll 1
+    for (uint32_t i = 8; i < kWarp; i += 8) sums.Add(of_head[i]);
+#pragma unroll 1
+    for (int offset = 4; offset > 0; offset /= 2) sums.Add(FromLane(sums, offset));
+    __syncwarp();
     return sums;
   }
 
  private:
-  using Memory = BatchMemory<kHeads>;
-
   __device__ __forceinline__ static uint32_t lane() { return threadIdx.x % kWarp; }
 
-  // Starts copying the weights of the first of these blocks. Lanes read what they have copied.
-  __device__ __forceinline__ void Fetch(uint32_t* blocks, uint32_t stage) const {
-    if (*blocks != 0) {
-      const uint32_t block = begin_ + static_cast<uint32_t>(__ffs(static_cast<int>(*blocks))) - 1;
-      const auto* from = reinterpret_cast<const float4*>(group_.weights) + lane() % 16;
+  // Of two blocks the lane's: the first of `blocks` or the second, kWarp or more if there is none.
+  __device__ __forceinline__ static uint32_t OwnOf(uint32_t blocks) {
+    const uint32_t own = lane() < 16 ? blocks : blocks & (blocks - 1);
+    return static_cast<uint32_t>(__ffs(static_cast<int>(own))) - 1;
+  }
+  __device__ __forceinline__ static uint32_t WithoutTwo(uint32_t blocks) {
+    blocks &= blocks - 1;
+    return blocks & (blocks - 1);
+  }
+
+  // Starts copying the weights of the first two of these blocks. Lanes read what they have copied.
+  __device__ __forceinline__ void Fetch(uint32_t blocks, uint32_t stage) const {
+    const uint32_t own = OwnOf(blocks);
+    if (own < kWarp) {
+      constexpr uint32_t kQuads = kTokens / 4;
+      const float4* from = reinterpret_cast<const float4*>(group_.weights) +
+                           size_t{begin_ + own} * kQuads + lane() % 16;
+      const size_t stride = size_t{group_.block_count} * kQuads;
 #pragma unroll
-      for (int i = 0; i < Memory::kOwn; ++i) {
-        const uint32_t head = 2 * i + lane() / 16;
-        const bool there = head < group_.head_count;
-        const size_t page = size_t{there ? head : 0} * group_.block_count + block;
-        // Zeros where there is no head.
-        __pipeline_memcpy_async(&memory_.weights[stage][i][lane()], from + page * (kTokens / 4),
-                                sizeof(float4), there ? 0 : sizeof(float4));
+      for (uint32_t head = 0; head < kHeads; ++head, from += stride) {
+        if (head >= group_.head_count) break;
+        __pipeline_memcpy_async(&memory_.weights[stage][head][lane()], from, sizeof(float4));
       }
-      *blocks &= *blocks - 1;
     }
     __pipeline_commit();
   }
 
-  // Calls visit(i, tokens) for the blocks, with the weights of others on their way.
+  // Calls visit(i, there, tokens) for the lane's block of two, with the weights of the next two on
+  // their way. Where there is none of two, i is any.
   template <typename Visit>
   __device__ __forceinline__ void ForBlocks(uint32_t blocks, Visit visit) const {
+    static_assert(Memory::kStages == 2);
     uint32_t to_fetch = blocks;
 #pragma unroll 1
-    for (uint32_t stage = 0; stage + 1 < Memory::kStages; ++stage) Fetch(&to_fetch, stage);
-    uint32_t stage = 0;
-#pragma unroll 1
-    for (; blocks != 0; blocks &= blocks - 1) {
-      Fetch(&to_fetch, (stage + Memory::kStages - 1) % Memory::kStages);
-      __pipeline_wait_prior(Memory::kStages - 1);
-      const LaneTokens<kHeads> tokens(memory_.weights[stage]);
-      visit(static_cast<uint32_t>(__ffs(static_cast<int>(blocks))) - 1, tokens);
-      stage = (stage + 1) % Memory::kStages;
+    for (uint32_t turn = 0; blocks != 0; ++turn) {
+      Fetch(to_fetch, turn % 2);
+      to_fetch = WithoutTwo(to_fetch);
+      if (turn == 0) continue;
+      __pipeline_wait_prior(1);
+      const uint32_t own = OwnOf(blocks);
+      blocks = WithoutTwo(blocks);
+      const Tokens tokens(memory_.weights[(turn - 1) % 2]);
+      visit(own % kWarp, own < kWarp, tokens);
     }
   }
 
@@ -302,12 +346,23 @@ class Batch {
     __shared__ uint32_t of_warps[kSelectWarps];
     uint32_t count = 0;
     ForBlocks(__ballot_sync(kAllLanes, candidates_ != 0),
-              [&](uint32_t i, const LaneTokens<kHeads>& tokens) {
+              [&](uint32_t i, bool there, const Tokens& tokens) {
                 float scores[4];
-                tokens.Scores(group_.largest, memory_.factors[i], scores);
-                const uint64_t ties = memory_.words[i].candidates &
-                                      WordOf(scores, [&](float x) { return IsTie(rule, x); });
-                if (lane() == i) count = static_cast<uint32_t>(__popcll(ties));
+                tokens.Scores(group_, memory_.factors[i], scores);
+                uint32_t ties = BitsOfWord(memory_.words[i].candidates) &
+                                BitsOfScores(scores, [&](float x) { return IsTie(rule, x); });
+                ties = there ? static_cast<uint32_t>(__popc(ties)) : 0;
+#pragma unroll
+                for (int offset = 8; offset > 0; offset /= 2) {
+                  ties += __shfl_xor_sync(kAllLanes, ties, offset);
+                }
+#pragma unroll
+                for (uint32_t from = 0; from < kWarp; from += 16) {
+                  const uint32_t of_block = __shfl_sync(kAllLanes, i, from);
+                  const uint32_t counted = __shfl_sync(kAllLanes, ties, from);
+                  const bool has = (__ballot_sync(kAllLanes, there) >> from & 1) != 0;
+                  if (has && lane() == of_block) count = counted;
+                }
               });
     const uint32_t up_to = SumUpToLane(count);
     if (lane() == kWarp - 1) of_warps[threadIdx.x / kWarp] = up_to;
@@ -321,71 +376,87 @@ class Batch {
     // A page's power of two is the nearest to its largest weight: that is at most 2^0.5, but for
     // rounding. Weights that are not known have factors that reach anything.
     constexpr float kWeightMax = 1.5F;
-    float(&factors)[kHeads] = memory_.factors[lane()];
+    const bool largest = !kRanks || group_.largest;
     float even = 0.0F;
     float odd = 0.0F;
 #pragma unroll
     for (int head = 0; head < kHeads; head += 2) {
-      even = Score(group_.largest, even, factors[head] * kWeightMax);
-      odd = Score(group_.largest, odd, factors[head + 1] * kWeightMax);
+      even = Score(largest, even, memory_.Factor(lane(), head) * kWeightMax);
+      odd = Score(largest, odd, memory_.Factor(lane(), head + 1) * kWeightMax);
     }
-    const float reach = Score(group_.largest, even, odd);
+    const float reach = Score(largest, even, odd);
     const bool reaches =
         candidates_ != 0 && (IsAbove<kRanks>(rule, reach) || (kRanks && IsTie(rule, reach)));
     const bool looks = scanned_ != 0 && (reaches || scanned_ != ~uint64_t{0});
     const uint32_t look = __ballot_sync(kAllLanes, looks);
     if (looks) return look;
+    memory_.words[lane()].candidates = 0;
 #pragma unroll
-    for (int head = 0; head < kHeads; ++head) factors[head] = page_sums_[head];
+    for (int head = 0; head < kHeads; ++head) memory_.Factor(lane(), head) = page_sums_[head];
     return look;
   }
 
-  // Selects a block's tokens, and adds up what it drops in fp32: at most six additions in a row.
-  // The sums take the place of the block's factors.
-  __device__ __forceinline__ void SelectBlock(const Rule& rule, bool ranks, uint32_t i,
-                                              const LaneTokens<kHeads>& tokens) {
-    const typename Memory::Words words = memory_.words[i];
-    float scores[4];
-    tokens.Scores(group_.largest, memory_.factors[i], scores);
-    uint64_t kept =
-        words.candidates & WordOf(scores, [&](float x) { return IsAbove<kRanks>(rule, x); });
-    if (kRanks && rule.ties > 0) {
-      const uint64_t ties =
-          words.candidates & WordOf(scores, [&](float x) { return IsTie(rule, x); });
-      const uint32_t before = __shfl_sync(kAllLanes, ties_before_, i);
-      kept |= ranks ? LowestOf(ties, rule.ties > before ? rule.ties - before : 0) : ties;
-    }
-    if (lane() == i) kept_ = kept;
-    const uint32_t dropped = (words.scanned & ~kept) >> (4 * (threadIdx.x % 16)) & 15;
-    float sums[Memory::kOwn];
+  // The first of the ties that the rule still keeps, of the block's tokens in order.
+  __device__ __forceinline__ uint32_t FirstTies(const Rule& rule, uint32_t i, uint32_t ties) const {
+    const auto own = static_cast<uint32_t>(__popc(ties));
+    uint32_t up_to = own;
 #pragma unroll
-    for (int k = 0; k < Memory::kOwn; ++k) {
-      const float4 four = tokens.weights[k];
-      sums[k] = (((dropped & 1) != 0 ? four.x : 0.0F) + ((dropped & 2) != 0 ? four.y : 0.0F)) +
-                (((dropped & 4) != 0 ? four.z : 0.0F) + ((dropped & 8) != 0 ? four.w : 0.0F));
+    for (uint32_t offset = 1; offset < 16; offset *= 2) {
+      const uint32_t other = __shfl_up_sync(kAllLanes, up_to, offset);
+      if (lane() % 16 >= offset) up_to += other;
+    }
+    const uint32_t before = __shfl_sync(kAllLanes, ties_before_, i) + up_to - own;
+    return LowestOf(ties, rule.ties > before ? rule.ties - before : 0);
+  }
+
+  // Selects a block's tokens, and adds up what it drops in fp32: at most six additions in a row.
+  // The sums take the place of the block's factors, the kept tokens that of its candidates.
+  __device__ __forceinline__ void SelectBlock(const Rule& rule, bool ranks, uint32_t i, bool there,
+                                              const Tokens& tokens) {
+    const uint32_t candidates = BitsOfWord(memory_.words[i].candidates);
+    const uint32_t scanned = BitsOfWord(memory_.words[i].scanned);
+    float scores[4];
+    tokens.Scores(group_, memory_.factors[i], scores);
+    uint32_t kept =
+        candidates & BitsOfScores(scores, [&](float x) { return IsAbove<kRanks>(rule, x); });
+    if (kRanks && rule.ties > 0) {
+      const uint32_t ties =
+          candidates & BitsOfScores(scores, [&](float x) { return IsTie(rule, x); });
+      kept |= ranks ? FirstTies(rule, i, ties) : ties;
+    }
+    const uint32_t dropped = scanned & ~kept;
+    float sums[kHeads];
+#pragma unroll
+    for (int head = 0; head < kHeads; ++head) {
+      const float4 four = tokens.weights[head];
+      sums[head] = (((dropped & 1) != 0 ? four.x : 0.0F) + ((dropped & 2) != 0 ? four.y : 0.0F)) +
+                   (((dropped & 4) != 0 ? four.z : 0.0F) + ((dropped & 8) != 0 ? four.w : 0.0F));
     }
     const float sum = SumValues(sums);
+    const uint32_t byte = kept | __shfl_xor_sync(kAllLanes, kept, 1) << 4;
     // All lanes have read what is overwritten.
     __syncwarp();
-    constexpr uint32_t kLanesOfHead = 16 / Memory::kOwn;
-    const uint32_t head = 2 * (threadIdx.x % 16 / kLanesOfHead) + threadIdx.x / 16 % 2;
-    if (threadIdx.x % kLanesOfHead == 0) memory_.factors[i][head] = sum;
+    if (!there) return;
+    constexpr uint32_t kLanesOfHead = 16 / kHeads;
+    const uint32_t j = lane() % 16;
+    if (j % kLanesOfHead == 0) memory_.Factor(i, j / kLanesOfHead) = sum;
+    auto* bytes = reinterpret_cast<uint8_t*>(&memory_.words[i].candidates);
+    if (j % 2 == 0) bytes[j / 2] = static_cast<uint8_t>(byte);
   }
 
   const ChoiceGroup& group_;
-  BatchMemory<kHeads>& memory_;
+  Memory& memory_;
   uint32_t begin_;
   bool there_;
   uint64_t scanned_;
   uint64_t candidates_;
-  uint64_t kept_ = 0;
   float page_sums_[kHeads];
   uint32_t ties_before_ = 0;
 };
 
 // Counts the steps of the scores in the bin of the rank.
 template <int kHeads>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, 3)
     TiesKernel(const __grid_constant__ ChoiceCall call) {
   extern __shared__ uint4 shared[];
   auto& memory = *reinterpret_cast<SelectMemory<kHeads>*>(shared);
@@ -439,13 +510,22 @@ __global__ void __launch_bounds__(kSelectThreads, kHeads <= 4 ? kSelectCtas : 3)
   const Rule rule = RuleOf<kRanks>(group);
   batch.Select(rule);
   if (batch.there()) group.chosen[batch.block()] = batch.kept();
-  const uint32_t chosen =
-      __reduce_add_sync(kAllLanes, static_cast<uint32_t>(__popcll(batch.kept())));
+  auto chosen = static_cast<uint32_t>(__popcll(batch.kept()));
+#pragma unroll 1
+  for (uint32_t blocks = 1; blocks < group.span_blocks; blocks *= 2) {
+    chosen += __shfl_xor_sync(kAllLanes, chosen, blocks);
+  }
+  const bool first_of_span = threadIdx.x % group.span_blocks == 0;
+  if (batch.there() && first_of_span) {
+    group.span_counts[batch.block() / group.span_blocks] = chosen;
+  }
+  chosen = __reduce_add_sync(kAllLanes, first_of_span ? chosen : 0);
   if (threadIdx.x % kWarp == 0) memory.chosen_of_warps[warp] = chosen;
 #pragma unroll 1
-  for (uint32_t head = 0; head < group.head_count; ++head) {
-    const LaneSums sums = batch.Dropped(head, group.visible + 2 * head);
-    if (threadIdx.x % kWarp == 0) memory.of_warps[warp][head] = sums;
+  for (uint32_t first = 0; first < group.head_count; first += 4) {
+    const LaneSums sums = batch.Dropped(first);
+    const uint32_t head = first + threadIdx.x % kWarp / 8;
+    if (threadIdx.x % 8 == 0) memory.of_warps[warp][head] = sums;
   }
   __syncthreads();
   AddPart<kHeads>(group, memory);

@@ -124,7 +124,7 @@ struct CountedPart {
   Histogram<kHeads> histogram;
 };
 
-// A thread per block; a warp per head. What is known of the scales goes on to the selection.
+// A thread per block.
 template <int kHeads>
 __device__ inline void LoadPart(const ChoiceGroup& group, uint32_t begin, uint32_t count,
                                 CountedPart<kHeads>* part) {
@@ -142,12 +142,9 @@ __device__ inline void LoadPart(const ChoiceGroup& group, uint32_t begin, uint32
   }
   part->scanned[i] = word;
   part->candidates[i] = CandidatesOf(group, begin + i, word);
-  for (uint32_t head = threadIdx.x / kWarp; head < kHeads; head += kChoiceWarps) {
-    HeadScale scale{.inverse = 1.0F, .reference = 0};
-    if (head < group.head_count) scale = ScaleOfHead(group, head);
-    if (threadIdx.x % kWarp != 0) continue;
-    part->scales[head] = scale;
-    if (blockIdx.x == 0 && head < group.head_count) group.scales[head] = scale;
+  if (threadIdx.x < kHeads) {
+    part->scales[threadIdx.x] = {.inverse = 1.0F, .reference = 0};
+    if (threadIdx.x < group.head_count) part->scales[threadIdx.x] = group.scales[threadIdx.x];
   }
   __syncthreads();
 #pragma unroll
@@ -213,6 +210,17 @@ __device__ inline void AddCounts(const ChoiceGroup& group, const Histogram<kHead
   }
 }
 
+// A CTA per group.
+template <int kHeads>
+__global__ void __launch_bounds__(kScaleThreads, 1)
+    ScaleKernel(const __grid_constant__ ChoiceCall call) {
+  __shared__ GroupMemory group_memory;
+  __shared__ RoughTotal of_warps[kScaleWarps];
+  const ChoiceGroup& group = group_memory.Load(call, blockIdx.x);
+  __syncthreads();
+  FindScales<kHeads>(group, of_warps, nullptr);
+}
+
 // A CTA per part, and behind them one per group for norms of values, where they are wanted.
 template <int kHeads>
 __global__ void __launch_bounds__(kChoiceThreads, kHeads <= 8 ? 4 : 2)
@@ -258,6 +266,7 @@ cudaError_t CountHeads(const ChoiceCall& call, cudaStream_t stream) {
   constexpr auto kBytes = static_cast<uint32_t>(sizeof(CountedPart<kHeads>));
   const cudaError_t code = ReserveShared(HistogramKernel<kHeads>, kBytes);
   if (code != cudaSuccess) return code;
+  ScaleKernel<kHeads><<<call.group_count, kScaleThreads, 0, stream>>>(call);
   const dim3 parts(call.part_count_max + (call.bounds_values ? 1 : 0), call.group_count);
   HistogramKernel<kHeads><<<parts, kChoiceThreads, kBytes, stream>>>(call);
   return cudaGetLastError();

@@ -65,9 +65,7 @@ __device__ __forceinline__ void MarkBlock(const ChoiceCall& call, const ChoiceGr
 __global__ void __launch_bounds__(kMarkThreads)
     MarkKernel(const __grid_constant__ ChoiceCall call) {
   const uint32_t index = blockIdx.x;
-  __shared__ GroupMemory memory;
-  const ChoiceGroup& group = memory.Load(call, index);
-  __syncthreads();
+  const ChoiceGroup& group = call.groups[index];
   __shared__ MarkSums of_warps[kWarp];
   __shared__ uint32_t open_count;
   if (threadIdx.x == 0) open_count = 0;
@@ -134,9 +132,6 @@ cudaError_t BoundKeys(const ChoiceCall& call, cudaStream_t stream) {
 }
 
 cudaError_t MarkWords(const ChoiceCall& call, cudaStream_t stream) {
-  // The same division of memory as the kernels behind it, though it needs little.
-  const cudaError_t code = ReserveShared(MarkKernel, 0);
-  if (code != cudaSuccess) return code;
   MarkKernel<<<call.group_count, kMarkThreads, 0, stream>>>(call);
   return cudaGetLastError();
 }

@@ -14,8 +14,7 @@ namespace {
 
 // Words of what is read in any case that one job takes: below the local window, where there are
 // few tokens, and in it.
-constexpr uint32_t kSparseWordsMin = 256;
-constexpr uint32_t kSparseWordsMax = 2048;
+constexpr uint32_t kSparseWords = 256;
 constexpr uint32_t kDenseWords = 4;
 // Scans of long rows are faster in more jobs than run side by side: not all take as long.
 constexpr uint32_t kScanRounds = 2;
@@ -201,7 +200,7 @@ void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
   }
   double share = 1.0;
   if (!ranks_ && SampleStride(blocks, head_count_max_) > 1) {
-    share = SampledShare(4.0 * SampledQuads(head_count_max_));
+    share = SampledShare(kRunTokens * SampledRuns(head_count_max_));
   } else if (ranks_ && choice->sampled < kBlockTokens) {
     share = SampledShare(static_cast<double>(blocks) * choice->sampled);
   }
@@ -225,6 +224,7 @@ void Wave::SetParts(uint32_t all_blocks, ChoiceGroup* choice) const {
     choice->batch_blocks *= 2;
   }
   choice->select_count = ceil(blocks, choice->batch_blocks * kSelectWarps);
+  choice->span_blocks = SpanBlocksOf(blocks);
 }
 
 void Wave::TakeWords(WaveGroup* group, ChoiceGroup* choice) {
@@ -266,6 +266,7 @@ void Wave::TakeScratch(const WaveGroup& group, ChoiceGroup* choice) {
   const uint32_t heads = choice->head_count;
   TakeZeros(choice);
   choice->scales = scratch_.Take<HeadScale>(heads).device;
+  choice->span_counts = scratch_.Take<uint32_t>(choice->block_count).device;
   choice->part_sums = scratch_.Take<DroppedSums>(size_t{choice->select_count} * heads).device;
   if (choice->top_k > 0) {
     choice->ties = scratch_.Take<uint32_t>(size_t{choice->select_count} * kStepsOfBin).device;
@@ -347,8 +348,7 @@ AttendSet Wave::SetOf(uint32_t index, const uint64_t* words) const {
 }
 
 // What is read in any case lies in known places, so its jobs are cut here, at even distances.
-void Wave::CutFirst(uint32_t index, uint32_t words_per_job, uint32_t sparse_words,
-                    std::vector<AttendJob>* jobs) {
+void Wave::CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJob>* jobs) {
   const ChoiceGroup& choice = choices_[index];
   const uint32_t local = std::min(choice.ranges.local_begin / kWordTokens, choice.block_count);
   uint32_t job = 0;
@@ -365,9 +365,9 @@ void Wave::CutFirst(uint32_t index, uint32_t words_per_job, uint32_t sparse_word
     groups_[index].first_job_tokens_max = words_per_job * kWordTokens;
     return;
   }
-  cut(0, local, sparse_words);
+  cut(0, local, kSparseWords);
   cut(local, choice.block_count, kDenseWords);
-  groups_[index].first_job_tokens_max = sparse_words * kWordTokens;
+  groups_[index].first_job_tokens_max = kSparseWords * kWordTokens;
 }
 
 // Jobs of about as many tokens each: those of the list, and of the local window all.
@@ -413,19 +413,14 @@ void Wave::BuildFirst() {
   first_.bound_masses = bounded_;
   first_.head_count_max = head_count_max_;
   uint64_t total = 0;
-  uint32_t sparse = 0;
   for (uint32_t i = 0; i < count; ++i) {
     const ChoiceGroup& choice = choices_[i];
-    if (!choice.reads_middle) sparse += choice.block_count;
     if (choice.reads_middle) total += uint64_t{choice.block_count} * kWordTokens;
     if (!groups_[i].listed) continue;
     total += groups_[i].list.size() + choice.ranges.end - choice.ranges.local_begin;
   }
   const uint64_t tokens = JobTarget(total, count, AttendPlaces(context_, first_), kJobTokensMin);
   const auto words_per_job = static_cast<uint32_t>((tokens + kWordTokens - 1) / kWordTokens);
-  // About as many as there are multiprocessors: the scan runs beside them.
-  const uint32_t sparse_words =
-      std::clamp(sparse / context_.multiprocessors, kSparseWordsMin, kSparseWordsMax);
   const Slot<AttendSet> sets = to_device_.Take<AttendSet>(count);
   std::vector<AttendJob> jobs;
   for (uint32_t i = 0; i < count; ++i) {
@@ -433,7 +428,7 @@ void Wave::BuildFirst() {
     if (groups_[i].listed) {
       CutListed(i, tokens, &jobs);
     } else {
-      CutFirst(i, words_per_job, sparse_words, &jobs);
+      CutFirst(i, words_per_job, &jobs);
     }
     AttendSet set = SetOf(i, choices_[i].first);
     set.out = groups_[i].first_out.device;
@@ -466,11 +461,11 @@ void Wave::BuildScan() {
     return std::min(choice.block_count, choice.ranges.local_begin / kWordTokens + 1);
   };
   std::vector<ScanSet> sets;
-  std::vector<ChoiceGroup*> choices;
+  std::vector<uint32_t> scanned;
   uint64_t pages = 0;
   for (uint32_t i = 0; i < groups_.size(); ++i) {
     if (!Scans(groups_[i])) continue;
-    ChoiceGroup& choice = choices_[i];
+    const ChoiceGroup& choice = choices_[i];
     const Inputs& inputs = inputs_[i];
     ScanSet set;
     set.sketches = choice.sketches;
@@ -491,7 +486,7 @@ void Wave::BuildScan() {
     set.kv_head = choice.kv_head;
     set.block_count = choice.block_count;
     sets.push_back(set);
-    choices.push_back(&choice);
+    scanned.push_back(blocks_of(choice));
     pages += blocks_of(choice);
   }
   if (sets.empty()) return;
@@ -499,17 +494,10 @@ void Wave::BuildScan() {
       JobTarget(pages, sets.size(), kScanRounds * ScanPlaces(context_), kJobPagesMin));
   std::vector<ScanJob> jobs;
   for (uint32_t i = 0; i < sets.size(); ++i) {
-    const uint32_t blocks = blocks_of(*choices[i]);
-    uint32_t index = 0;
-    for (uint32_t block = 0; block < blocks; block += target) {
-      jobs.push_back({.set = i,
-                      .index = index++,
-                      .first_block = block,
-                      .block_count = std::min(target, blocks - block)});
+    for (uint32_t block = 0; block < scanned[i]; block += target) {
+      jobs.push_back(
+          {.set = i, .first_block = block, .block_count = std::min(target, scanned[i] - block)});
     }
-    sets[i].totals = scratch_.Take<ScanTotal>(size_t{index} * sets[i].head_count).device;
-    choices[i]->totals = sets[i].totals;
-    choices[i]->total_count = index;
   }
   const Slot<ScanSet> set_slot = to_device_.Take<ScanSet>(sets.size());
   std::copy(sets.begin(), sets.end(), set_slot.host);
@@ -569,8 +557,8 @@ void Wave::Launch(cudaStream_t stream, Stage last) {
   check(FindThresholds(choice_, stream), "thresholds");
   if (last == Stage::kThresholds) return;
   check(SelectTokens(choice_, stream), "select");
-  // With ranks it is two kernels.
-  if (choice_.ranks) ++launch_count_;
+  // With ranks thresholds are two kernels, and so is this.
+  if (choice_.ranks) launch_count_ += 2;
   if (last == Stage::kAll) check(cuda::Attend(chosen_, stream), "attend");
 }
 

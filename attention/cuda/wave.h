@@ -108,8 +108,7 @@ class Wave {
   void TakeResults(WaveGroup* group);
   void BuildChoices();
   void BuildFirst();
-  void CutFirst(uint32_t index, uint32_t words_per_job, uint32_t sparse_words,
-                std::vector<AttendJob>* jobs);
+  void CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJob>* jobs);
   void CutListed(uint32_t index, uint64_t tokens_per_job, std::vector<AttendJob>* jobs);
   void BuildScan();
   void BuildChosen();

@@ -124,19 +124,20 @@ TEST(CudaChoice, WhatIsInfiniteIsKept) {
   EXPECT_EQ(ThresholdOf(none, none, 0.0), BinEdge(kBins)) << "nothing is there";
 }
 
-TEST(CudaChoice, SamplesTakeOneQuadOfEveryStride) {
-  for (const uint32_t heads : {4U, 8U, 16U}) {
-    for (const uint32_t blocks : {1U, 100U, 512U, 2048U, 16384U}) {
+TEST(CudaChoice, SamplesTakeOneRunOfEverySoMany) {
+  for (const uint32_t heads : {4U, 16U}) {
+    for (const uint32_t blocks : {1U, 100U, 512U, 2048U, 2049U, 16384U}) {
       const uint32_t stride = SampleStride(blocks, heads);
-      const uint32_t quads = SampledQuads(heads);
-      EXPECT_GE(quads * stride, blocks * 16) << "all of them are stood for";
-      std::vector<uint32_t> of_block(16);
-      for (uint32_t i = 0; i < quads; ++i) {
-        const uint32_t quad = SampledQuad(i, stride);
-        EXPECT_EQ(quad / stride, i);
-        ++of_block[quad % 16];
+      const uint32_t runs = SampledRuns(heads);
+      EXPECT_GE(runs * stride, blocks * kRunsOfBlock) << "all of them are stood for";
+      std::vector<uint32_t> of_block(kRunsOfBlock);
+      for (uint32_t i = 0; i < runs; ++i) {
+        const uint32_t run = SampledRun(i, stride);
+        EXPECT_EQ(run / stride, i);
+        ++of_block[run % kRunsOfBlock];
       }
-      for (const uint32_t count : of_block) EXPECT_NEAR(count, quads / 16.0, quads / 32.0);
+      const double even = runs / static_cast<double>(kRunsOfBlock);
+      for (const uint32_t count : of_block) EXPECT_NEAR(count, even, even / 2);
     }
   }
 }
@@ -149,6 +150,14 @@ TEST(CudaChoice, SearchStepsAreOneAfterTheOther) {
   EXPECT_EQ(SearchEdge(kSearchSteps), BinEdge(kBins));
   EXPECT_EQ(SearchStepOf(0.0F), 0U);
   EXPECT_EQ(SearchStepOf(std::numeric_limits<float>::infinity()), kSearchSteps - 1);
+}
+
+TEST(CudaChoice, SpansAreFew) {
+  for (uint32_t blocks = 1; blocks <= 16384; ++blocks) {
+    const uint32_t span = SpanBlocksOf(blocks);
+    EXPECT_TRUE(std::has_single_bit(span) && span <= 8);
+    EXPECT_LE((blocks + span - 1) / span, blocks <= 2048 ? 256U : 2048U);
+  }
 }
 
 TEST(CudaChoice, JobsShareTokensEvenly) {
