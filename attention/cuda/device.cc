@@ -38,6 +38,8 @@ constexpr int kComputeMajorMin = 8;
 // a wave of their own.
 constexpr size_t kWaveBytesMax = size_t{256} << 20;
 constexpr size_t kWaveGroupsMax = 4096;
+// The host's share of a call is small: more threads spend more on meeting than they take over.
+constexpr uint32_t kThreadsMax = 8;
 
 uint32_t AvailableCpus() {
   cpu_set_t set;
@@ -158,7 +160,7 @@ cuda::Context NewContext(uint32_t multiprocessors, cuda::ScoreMemory* score_memo
 }
 
 CudaDevice::CudaDevice(uint32_t thread_count, uint32_t multiprocessors)
-    : pool_(thread_count),
+    : pool_(std::min(thread_count, kThreadsMax)),
       choose_scratch_(thread_count),
       proof_scratch_(thread_count),
       context_(NewContext(multiprocessors, &score_memory_)),

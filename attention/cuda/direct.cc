@@ -17,6 +17,8 @@ namespace {
 // their own.
 constexpr size_t kWaveBytesMax = size_t{1} << 30;
 constexpr size_t kWaveGroupsMax = 4096;
+// So many groups keep the device busy in two waves.
+constexpr size_t kSharedGroupsMin = 32;
 // Of a part's blocks, times as many parts as sums of a histogram can count.
 constexpr uint32_t kBlocksMax = 16384;
 
@@ -63,7 +65,7 @@ class Answerer {
   }
 
  private:
-  uint32_t head_count() const { return group_.queries.head_count; }
+  uint32_t head_count() const { return group_.queries->head_count; }
 
   HeadEvidence EvidenceOf(uint32_t head, const ValueNorms& norms, std::vector<float>* output) {
     const uint32_t dim = shape_.layout.head_dim;
@@ -179,6 +181,7 @@ class Answerer {
     if (lists == nullptr) return;
     const Plan& plan = row_.plan;
     if (anchor_.anchor >= 0) lists->Touch(group_.kv_head, static_cast<uint32_t>(anchor_.anchor));
+    if (!everything_ && !plan.keeps_selection) return lists->ClearSelection(group_.kv_head);
     if (group_.listed) return lists->SetSelection(group_.kv_head, group_.list);
     if (!everything_) {
       const size_t blocks = BlockCount(row_.view.length) - group_.block_begin;
@@ -304,57 +307,91 @@ void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
   asked->kind = Kind::kSettled;
 }
 
-void Direct::AnswerWave(const LayerShape& shape, absl::Span<Asked* const> wave,
-                        std::vector<GroupName>* left) {
-  std::vector<WaveGroup> groups(wave.size());
-  for (size_t i = 0; i < wave.size(); ++i) groups[i] = std::move(wave[i]->group);
-  wave_.Build(shape, std::move(groups), pool_);
-  wave_.Upload();
-  wave_.Launch(wave_.stream());
-  wave_.Download();
-  std::vector<uint8_t> answered(wave.size());
-  pool_->ParallelFor(static_cast<uint32_t>(wave.size()), [&](uint32_t i, uint32_t) {
-    answered[i] = Answerer(shape, wave_, wave_.group(i), wave[i]->anchor).Answer() ? 1 : 0;
-  });
-  for (size_t i = 0; i < wave.size(); ++i) {
-    answered_ += answered[i];
-    if (answered[i] == 0) left->push_back(wave[i]->name);
+// Groups of one kind in waves: enough to share the work of the host with that of the device, none
+// with too many weights.
+void Direct::CutWaves(absl::Span<const AttendRow> rows, const LayerShape& shape, Kind kind,
+                      std::vector<std::vector<Asked*>>* waves) {
+  size_t count = 0;
+  for (const Asked& asked : all_) count += asked.kind == kind ? 1 : 0;
+  if (count == 0) return;
+  const size_t parts = count >= kSharedGroupsMin ? 2 : 1;
+  const size_t groups_max = std::min((count + parts - 1) / parts, kWaveGroupsMax);
+  size_t bytes = 0;
+  bool open = false;
+  for (Asked& asked : all_) {
+    if (asked.kind != kind) continue;
+    const size_t more = kind == Kind::kSettled ? 0 : Wave::WeightBytes(shape, rows[asked.name.row]);
+    if (!open || bytes + more > kWaveBytesMax || waves->back().size() == groups_max) {
+      waves->emplace_back();
+      bytes = 0;
+      open = true;
+    }
+    waves->back().push_back(&asked);
+    bytes += more;
   }
+}
+
+void Direct::Begin(const LayerShape& shape, std::vector<Asked*> asked, Flight* flight) {
+  flight->asked = std::move(asked);
+  std::vector<WaveGroup> groups(flight->asked.size());
+  for (size_t i = 0; i < groups.size(); ++i) groups[i] = std::move(flight->asked[i]->group);
+  Wave& wave = *flight->wave;
+  wave.Build(shape, std::move(groups), pool_);
+  wave.Upload(stream_);
+  wave.Launch(wave.stream());
+  wave.Download();
+}
+
+void Direct::Finish(const LayerShape& shape, Flight* flight, std::vector<GroupName>* left) {
+  if (flight->asked.empty()) return;
+  const Wave& wave = *flight->wave;
+  flight->wave->Wait();
+  std::vector<uint8_t> answered(flight->asked.size());
+  pool_->ParallelFor(
+      static_cast<uint32_t>(answered.size()),
+      [&](uint32_t i, uint32_t) {
+        Answerer answerer(shape, wave, wave.group(i), flight->asked[i]->anchor);
+        answered[i] = answerer.Answer() ? 1 : 0;
+      },
+      kGroupsPerThread);
+  for (size_t i = 0; i < answered.size(); ++i) {
+    answered_ += answered[i];
+    if (answered[i] == 0) left->push_back(flight->asked[i]->name);
+  }
+  flight->asked.clear();
 }
 
 void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
                     absl::Span<const RowTables> tables,
                     absl::Span<const std::vector<float>> unrotated, std::vector<GroupName>* left) {
-  std::vector<Asked> all;
+  all_.clear();
+  bool compares = false;  // what a row asks for takes some work
   for (uint32_t i = 0; i < rows.size(); ++i) {
     if (!Takes(shape, rows[i])) continue;
+    compares |= rows[i].plan.source == Source::kReuse || rows[i].plan.source == Source::kGiven;
     for (uint32_t kv_head = 0; kv_head < shape.layout.kv_head_count; ++kv_head) {
-      all.emplace_back();
-      all.back().name = {i, kv_head};
+      all_.emplace_back();
+      all_.back().name = {i, kv_head};
     }
   }
-  pool_->ParallelFor(static_cast<uint32_t>(all.size()),
-                     [&](uint32_t i, uint32_t) { Ask(shape, rows, tables, unrotated, &all[i]); });
-  for (const Asked& asked : all) {
+  const auto count = static_cast<uint32_t>(all_.size());
+  pool_->ParallelFor(
+      count, [&](uint32_t i, uint32_t) { Ask(shape, rows, tables, unrotated, &all_[i]); },
+      compares ? kGroupsPerThread : std::max(count, 1U));
+  for (const Asked& asked : all_) {
     if (asked.kind == Kind::kLeft) left->push_back(asked.name);
   }
+  std::vector<std::vector<Asked*>> waves;
   for (const Kind kind : {Kind::kSettled, Kind::kChoosing, Kind::kProving}) {
-    std::vector<Asked*> wave;
-    size_t bytes = 0;
-    const auto answer = [&] {
-      if (!wave.empty()) AnswerWave(shape, wave, left);
-      wave.clear();
-      bytes = 0;
-    };
-    for (Asked& asked : all) {
-      if (asked.kind != kind) continue;
-      const size_t more =
-          kind == Kind::kSettled ? 0 : Wave::WeightBytes(shape, rows[asked.name.row]);
-      if (bytes + more > kWaveBytesMax || wave.size() == kWaveGroupsMax) answer();
-      wave.push_back(&asked);
-      bytes += more;
-    }
-    answer();
+    CutWaves(rows, shape, kind, &waves);
+  }
+  for (size_t i = 0; i < waves.size(); ++i) {
+    Flight* const flight = &flights_[i % flights_.size()];
+    Finish(shape, flight, left);
+    Begin(shape, std::move(waves[i]), flight);
+  }
+  for (size_t i = 0; i < flights_.size(); ++i) {
+    Finish(shape, &flights_[(waves.size() + i) % flights_.size()], left);
   }
 }
 

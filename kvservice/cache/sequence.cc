@@ -1,6 +1,7 @@
 #include "kvservice/cache/sequence.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cassert>
 #include <cstring>
 #include <utility>
@@ -152,7 +153,13 @@ KvView Sequence::View(uint32_t layer, uint32_t length) {
   const uint32_t sealed_count = length / kBlockTokens;
   Show(layer, length, std::min(state.shown_sealed, sealed_count), &state.view);
   state.shown_sealed = sealed_count;
-  return {.slices = state.view.slices, .sketches = state.view.sketches, .length = length};
+  // Never the same again in this process, whatever happens to the arrays' addresses.
+  static std::atomic<uint64_t> revisions{0};
+  if (state.revision == 0) state.revision = ++revisions;
+  return {.slices = state.view.slices,
+          .sketches = state.view.sketches,
+          .length = length,
+          .revision = state.revision};
 }
 
 // Entries of the first `length` tokens' blocks, from `first_block` on.
@@ -231,6 +238,7 @@ bool Sequence::Truncate(uint32_t length) {
     Layer& layer = layers_[i];
     layer.length = std::min(layer.length, length);
     layer.shown_sealed = std::min(layer.shown_sealed, length / kBlockTokens);
+    layer.revision = 0;
     if (layer.lists == nullptr || layer.lists_length <= length) continue;
     if (layer.lists.use_count() > 1) {
       DropLists(i);

@@ -154,6 +154,7 @@ class Sequence {
     // The view of the latest call; entries below `shown_sealed` show sealed slices and stay right.
     ViewArrays view;
     uint32_t shown_sealed = 0;
+    uint64_t revision = 0;  // of the view; 0 = none yet
   };
 
   std::byte* Slice(uint32_t layer, uint32_t block) const {

@@ -165,6 +165,42 @@ TEST_F(CudaDirect, LongRowsMeetTheirLimits) {
   EXPECT_LT(call->groups[0].tokens_read, options.length);
 }
 
+// Tables on the device follow views that say what has stayed the same.
+TEST_F(CudaDirect, TablesFollowRevisions) {
+  CaseOptions options;
+  options.length = 1000;
+  const KvCase kv(device_.get(), options);
+  options.seed += 1;
+  const KvCase other(device_.get(), options);
+  std::vector<const std::byte*> slices;
+  std::vector<const std::byte*> sketches;
+  const auto show = [&](const KvCase& from, uint32_t length) {
+    const KvView view = from.View(length);
+    slices.assign(view.slices.begin(), view.slices.end());
+    sketches.assign(view.sketches.begin(), view.sketches.end());
+    slices.reserve(64);
+    sketches.reserve(64);
+  };
+  slices.reserve(64);
+  sketches.reserve(64);
+  const auto run = [&](const KvCase& from, uint32_t length, uint64_t revision) {
+    show(from, length);
+    Call call(from, length, 1, from.queries(), BasePlan(Source::kAll, length));
+    call.row.view = {
+        .slices = slices, .sketches = sketches, .length = length, .revision = revision};
+    call.Run(device_.get(), from.shape());
+    Call truth(from, length, 1, from.queries(), BasePlan(Source::kAll, length));
+    truth.Run(device_.get(), from.shape());
+    EXPECT_EQ(call.out, truth.out) << length << ", revision " << revision;
+  };
+  for (const uint32_t length : {100U, 101U, 128U, 129U, 1000U, 70U, 300U}) run(kv, length, 1);
+  // Other blocks at the same addresses of the host.
+  run(other, 300, 2);
+  run(other, 1000, 2);
+  run(kv, 640, 3);
+  run(kv, 1000, 3);
+}
+
 TEST_F(CudaDirect, TheSameBytesEveryTime) {
   CaseOptions options;
   options.length = 5000;
