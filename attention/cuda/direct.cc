@@ -28,6 +28,12 @@ bool HasLimit(const Plan& plan) {
   return plan.max_dropped_mass < 1.0F || std::isfinite(plan.max_output_error);
 }
 
+// The choice follows from the scan alone.
+bool ChoosesDirectly(const KeepRule& keep) {
+  if (keep.dilate_strongest > 0 && keep.dilate_radius > 0) return false;
+  return keep.mass_limit > 0.0F || keep.output_limit == 0.0F;
+}
+
 bool HasHidden(const LayerShape& shape, const AttendRow& row) {
   const uint32_t begin = WindowBegin(shape.sliding_window, row.position);
   return row.plan.visible_begin > std::max(row.plan.sink_end, begin);
@@ -181,20 +187,27 @@ class Answerer {
     if (lists == nullptr) return;
     const Plan& plan = row_.plan;
     if (anchor_.anchor >= 0) lists->Touch(group_.kv_head, static_cast<uint32_t>(anchor_.anchor));
-    if (!everything_ && !plan.keeps_selection) return lists->ClearSelection(group_.kv_head);
-    if (group_.listed) return lists->SetSelection(group_.kv_head, group_.list);
-    if (!everything_) {
-      const size_t blocks = BlockCount(row_.view.length) - group_.block_begin;
-      lists->SetSelection(
-          group_.kv_head,
-          PositionsOf(absl::MakeConstSpan(group_.chosen.host, blocks), group_.block_begin));
+    if (everything_ || !plan.keeps_selection) lists->ClearSelection(group_.kv_head);
+    if (group_.listed) {
+      if (plan.keeps_selection) lists->SetSelection(group_.kv_head, group_.list);
       return;
     }
-    lists->ClearSelection(group_.kv_head);
+    if (!everything_) return RememberChoice(lists);
     if (plan.dense_positions == 0 || plan.source != Source::kScan || group_.reads_all) return;
     // From the next position on: this one, if it is asked for again, is tried again.
     const uint32_t begin = row_.position + 1;
     lists->SetDense(group_.kv_head, begin, begin + plan.dense_positions);
+  }
+
+  void RememberChoice(HostLists* lists) const {
+    const bool keeps = row_.plan.keeps_selection;
+    if (!keeps && group_.anchor_queries.empty()) return;
+    const size_t blocks = BlockCount(row_.view.length) - group_.block_begin;
+    std::vector<uint32_t> positions =
+        PositionsOf(absl::MakeConstSpan(group_.chosen.host, blocks), group_.block_begin);
+    if (keeps) lists->SetSelection(group_.kv_head, positions);
+    if (group_.anchor_queries.empty()) return;
+    lists->Insert(group_.kv_head, group_.anchor_queries, std::move(positions), group_.covered_end);
   }
 
   const LayerShape& shape_;
@@ -222,9 +235,7 @@ bool Direct::Takes(const LayerShape& shape, const AttendRow& row) {
   if (plan.source == Source::kReuse || plan.source == Source::kGiven) {
     return plan.prove == Guarantee::kNone && row.query_count == 1 && plan.frozen_lists == nullptr;
   }
-  if (plan.source != Source::kScan || plan.frozen_lists != nullptr) return false;
-  if (plan.keep.dilate_strongest > 0 && plan.keep.dilate_radius > 0) return false;
-  return plan.keep.mass_limit > 0.0F || plan.keep.output_limit == 0.0F;
+  return plan.source == Source::kScan && plan.frozen_lists == nullptr && ChoosesDirectly(plan.keep);
 }
 
 namespace {
@@ -282,7 +293,15 @@ void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
     const auto queries =
         absl::MakeConstSpan(unrotated[asked->name.row]).subspan(kv_head * floats, floats);
     asked->anchor = FindReusable(*lists, shape, plan, kv_head, row.view.length - 1, queries);
-    if (asked->anchor.anchor < 0) return;
+    group.norm_begin = lists->key_norm_end(kv_head);
+    if (asked->anchor.anchor < 0) {
+      // What an anchor of verified sharing remembers of a scan is made by the host.
+      if (plan.reuse_mass_limit > 0.0F || !ChoosesDirectly(plan.keep)) return;
+      group.anchor_queries = queries;
+      group.covered_end = CoveredEnd(row, local_begin);
+      asked->kind = Kind::kChoosing;
+      return;
+    }
     const auto index = static_cast<uint32_t>(asked->anchor.anchor);
     const HostLists::Anchor& anchor = lists->anchor(kv_head, index);
     const uint32_t covered_end = std::max(anchor.covered_end, CoveredEnd(row, local_begin));
@@ -291,7 +310,6 @@ void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
     if (covered_end > fresh_begin && covered_end - fresh_begin > kFreshTokensMax) return;
     group.list = ListOf(anchor.tokens, fresh_begin, covered_end, begin, local_begin);
     group.query_distance = lists->QueryDistance(kv_head, index, queries);
-    group.norm_begin = lists->key_norm_end(kv_head);
   } else {
     const uint32_t first = plan.given_offsets[kv_head];
     group.list = ListOf(plan.given.subspan(first, plan.given_offsets[kv_head + 1] - first), 0, 0,

@@ -204,7 +204,8 @@ void Wave::TakeWords(WaveGroup* group, ChoiceGroup* choice) {
   const AttendRow& row = *group->row;
   const bool wants_read = row.selected != nullptr;
   Arena& first = wants_read ? to_host_ : scratch_;
-  const bool keeps = row.plan.lists != nullptr && row.plan.keeps_selection;
+  const bool keeps =
+      row.plan.lists != nullptr && (row.plan.keeps_selection || !group->anchor_queries.empty());
   Arena& chosen = wants_read || keeps ? to_host_ : scratch_;
   group->first = first.Take<uint64_t>(blocks);
   group->chosen = chosen.Take<uint64_t>(blocks);

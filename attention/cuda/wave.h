@@ -39,6 +39,10 @@ struct WaveGroup {
   // for nothing. Only without a proof.
   bool listed = false;
   std::vector<uint32_t> list;
+  // An anchor with these queries is made of what is chosen; it has considered the middle up to
+  // covered_end. Empty: none.
+  absl::Span<const float> anchor_queries;
+  uint32_t covered_end = 0;
   // Keys from this token on have their largest norm reported (ChoiceStats::key_squares).
   uint32_t norm_begin = ~uint32_t{0};
   float query_distance = -1.0F;  // for the report
@@ -53,7 +57,7 @@ struct WaveGroup {
   Slot<HeadSums> first_sums, chosen_sums;  // [heads]
   Slot<double> first_out, chosen_out;      // [heads][head_dim]
   Slot<DroppedSums> dropped;               // [heads]
-  Slot<uint64_t> first, chosen;            // words, where the row or its lists want them
+  Slot<uint64_t> first, chosen;            // words, where they are wanted
 
   // What is read is known before a weight is.
   bool settled() const { return reads_all || listed; }

@@ -131,7 +131,14 @@ TEST_F(CudaDirect, ListsTakeIt) {
     return call;
   };
   std::unique_ptr<Call> first;
-  EXPECT_EQ(Count([&] { first = at(2000); }), 0U) << "the first call scans";
+  EXPECT_EQ(Count([&] { first = at(2000); }), 2U) << "the first call scans and makes the list";
+  Plan on_cpu = plan;
+  const auto cpu_lists = (*cpu)->NewTokenLists(options.layout, 4);
+  on_cpu.lists = cpu_lists.get();
+  Call cpu_first(same, 2000, 1, same.queries(), on_cpu);
+  cpu_first.Run(cpu->get(), same.shape());
+  expect_same(*first, cpu_first);
+  EXPECT_TRUE(first->groups[0].scanned);
   for (const uint32_t length : {2000U, 2030U, 2064U}) {
     plan.local_begin = length - 64;
     std::unique_ptr<Call> call;
@@ -144,6 +151,12 @@ TEST_F(CudaDirect, ListsTakeIt) {
       EXPECT_EQ(call->groups[head].tokens_scanned, 0U);
     }
   }
+  // What verified sharing keeps of a scan is the host's to make.
+  Plan verified = plan;
+  verified.reuse_mass_limit = 0.1F;
+  const auto other_lists = device_->NewTokenLists(options.layout, 4);
+  verified.lists = other_lists.get();
+  EXPECT_EQ(Count([&] { RunPlan(kv, verified); }), 0U);
   // Too much has come: it competes, which takes a scan.
   plan.local_begin = 2600 - 64;
   EXPECT_EQ(Count([&] { at(2600); }), 0U);
