@@ -176,7 +176,7 @@ class Answerer {
     report->sharing_estimate = anchor_.estimate;
     report->query_distance = group_.query_distance;
     const auto new_norm_max = [this](uint32_t /*begin*/, uint32_t /*end*/) {
-      return RoundUpToFloat(KeyNormUp(stats_.key_squares));
+      return LargestKeyNorm(stats_.key_squares);
     };
     report->key_norm_max = lists->KeyNormMax(group_.kv_head, row_.view.length, new_norm_max);
   }
