@@ -117,7 +117,10 @@ absl::StatusOr<AttendResult> Attend(Core* core, const AttendStep& step) {
   const auto deadline = std::chrono::steady_clock::now() + core->options.deadlines.data;
   if (const std::shared_ptr<Lane> lane = core->lane.Get(); lane != nullptr) {
     auto answer = lane->Attend(step, &request, deadline);
-    if (answer.has_value()) return *std::move(answer);
+    if (answer.has_value()) {
+      if (answer->ok()) (*answer)->transport = Transport::kLane;
+      return *std::move(answer);
+    }
   }
   PutTensors(step, &request);
   v1::AttendResponse response;

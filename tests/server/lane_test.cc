@@ -36,17 +36,6 @@ namespace {
 
 constexpr uint32_t kLength = 70;
 
-// Polls an observation of another thread's progress, for at most half a minute.
-template <typename Condition>
-bool Eventually(Condition condition) {
-  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(30);
-  while (std::chrono::steady_clock::now() < give_up) {
-    if (condition()) return true;
-    std::this_thread::yield();
-  }
-  return false;
-}
-
 // What lanes hold in this process, of both sides.
 struct Holdings {
   size_t descriptors = 0;
@@ -65,25 +54,6 @@ Holdings Count() {
   return count;
 }
 
-// Holds the engine in the middle of a device call until it is let go.
-class Brake {
- public:
-  std::unique_ptr<Device> NewBraked() {
-    auto watched = std::make_unique<WatchedDevice>(*NewDevice("reference", {}));
-    watched->set_before([this](const LayerShape&, absl::Span<AttendRow>) {
-      ++calls_;
-      while (on_) std::this_thread::yield();
-    });
-    return watched;
-  }
-  void Set(bool on) { on_ = on; }
-  int calls() const { return calls_; }
-
- private:
-  std::atomic<bool> on_{false};
-  std::atomic<int> calls_{0};
-};
-
 class LaneTest : public ::testing::Test {
  protected:
   LaneTest()
@@ -95,7 +65,7 @@ class LaneTest : public ::testing::Test {
   // A server with a braked device, and few lanes of little memory.
   ServedEngineOptions Options() {
     ServedEngineOptions options;
-    options.device = brake_.NewBraked();
+    options.device = brake_.On(*NewDevice("reference", {}));
     options.server.lanes_max = 4;
     options.server.lane_bytes_max = size_t{1} << 20;
     return options;
@@ -175,7 +145,7 @@ TEST_F(LaneTest, SlotsRunSideBySideAndAnswerInAnyOrder) {
   brake_.Set(true);
   lane.PutMessage(0, lane.Place(0, Request()).SerializeAsString());
   lane.Submit(0);
-  ASSERT_TRUE(Eventually([this] { return brake_.calls() == 1; }));
+  ASSERT_TRUE(Eventually([this] { return brake_.call_count() == 1; }));
   // A request that is refused at once does not wait for the engine.
   lane.PutMessage(1, "\xff");
   lane.Submit(1);
@@ -488,11 +458,11 @@ TEST_F(LaneTest, RequestsBeforeTheAnswerAreOneRequest) {
   brake_.Set(true);
   lane.PutMessage(0, lane.Place(0, Request()).SerializeAsString());
   lane.Submit(0);
-  ASSERT_TRUE(Eventually([this] { return brake_.calls() == 1; }));
+  ASSERT_TRUE(Eventually([this] { return brake_.call_count() == 1; }));
   for (int i = 0; i < 1'000; ++i) lane.Submit(0);
   brake_.Set(false);
   ASSERT_TRUE(lane.Wait(0)) << "the last one is taken when the slot is free again";
-  EXPECT_LE(brake_.calls(), 3);
+  EXPECT_LE(brake_.call_count(), 3);
 }
 
 // ---- Ends
@@ -506,7 +476,7 @@ TEST_F(LaneTest, ClientsThatVanishInMidCallLeaveNothing) {
       lane.PutMessage(slot, lane.Place(slot, Request()).SerializeAsString());
       lane.Submit(slot);
     }
-    ASSERT_TRUE(Eventually([this] { return brake_.calls() == 1; }));
+    ASSERT_TRUE(Eventually([this] { return brake_.call_count() == 1; }));
     lane.Hang();
   }
   // The server's mapping outlives the client: the engine still writes there.
@@ -540,7 +510,7 @@ TEST_F(LaneTest, DrainRefusesCallsAndEndsLanes) {
   brake_.Set(true);
   lane->PutMessage(0, lane->Place(0, Request()).SerializeAsString());
   lane->Submit(0);
-  ASSERT_TRUE(Eventually([this] { return brake_.calls() == 1; }));
+  ASSERT_TRUE(Eventually([this] { return brake_.call_count() == 1; }));
   std::thread drain([this] { served_.server()->Drain(60'000); });
   // It refuses from some moment on, and the call in flight is still answered.
   EXPECT_TRUE(Eventually([&] {
