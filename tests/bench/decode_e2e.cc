@@ -1,7 +1,7 @@
-// Decode steps through gRPC: a server in a process of its own, a client that sends q, k and v of
-// one new token per sequence and layer and gets outputs and certificates back. The baseline is what
-// the service has to beat: dense attention over the same keys in the caller's own process, on the
-// same kind of device, with nothing sent anywhere.
+// Decode steps through the service: a server in a process of its own, a client that sends q, k and
+// v of one new token per sequence and layer and gets outputs and certificates back. The baseline is
+// what the service has to beat: dense attention over the same keys in the caller's own process, on
+// the same kind of device, with nothing sent anywhere.
 //
 // Times are those of one call (one layer of one step) as the caller sees it: the median over steps
 // of the mean over layers. Cases take turns. Sizes are such that keys and values do not stay in the
@@ -377,6 +377,8 @@ absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* da
   client_options.deadlines = {.connect = std::chrono::seconds(10),
                               .data = std::chrono::seconds(60),
                               .admin = std::chrono::seconds(600)};
+  if (options.transport == "unary") client_options.transport = client::Transport::kUnary;
+  if (options.transport == "lane") client_options.transport = client::Transport::kLane;
   auto client = client::Client::Connect(client_options);
   if (!client.ok()) return client.status();
   RemoteDecode remote(data, client->get());
