@@ -140,6 +140,12 @@ cudaError_t Attend(const AttendCall& call, cudaStream_t stream);
 
 // ---- Scan ---------------------------------------------------------------------------------------
 
+// About what a head's pages of one job come to, of the tokens asked for: sum * 2^reference.
+struct ScanTotal {
+  float sum = 0.0F;
+  int32_t reference = 0;
+};
+
 // Weights of all heads of one KV head of one row, as ScanWeights (attention/cpu/scan_kernel.h).
 struct ScanSet {
   const std::byte* const* sketches = nullptr;  // [block_count]
@@ -155,12 +161,14 @@ struct ScanSet {
   float* page_sum = nullptr;
   float* lower_share = nullptr;
   float* estimate_share = nullptr;
+  ScanTotal* totals = nullptr;  // [jobs of the set][head_count], or null
   uint32_t head_count = 0;
   uint32_t kv_head = 0;
   uint32_t block_count = 0;
 };
 struct ScanJob {
   uint32_t set = 0;
+  uint32_t index = 0;  // among the jobs of the set
   uint32_t first_block = 0;
   uint32_t block_count = 0;
 };

@@ -24,7 +24,7 @@ template <uint32_t kDim>
 struct ScanMemory {
   struct OfWarp {
     SketchBytes<kDim> pages[kStages];
-    float radii[kTokens];
+    ScanScratch scratch;
   };
   OfWarp warps[kScanWarps];
   ScanTables<kDim> tables;
@@ -95,6 +95,7 @@ __device__ inline void FillTables(const ScanCall& call, const ScanSet& set, uint
   if (threadIdx.x == 0) {
     tables->output = {.weights = set.weights,
                       .numbers = {set.reference, set.page_sum, set.lower_share, set.estimate_share},
+                      .tokens = set.tokens,
                       .head_count = set.head_count,
                       .block_count = set.block_count};
   }
@@ -120,6 +121,7 @@ class PageWalk {
     if (pending_ == 0) return false;
     const int lane = __ffs(static_cast<int>(pending_)) - 1;
     pending_ &= pending_ - 1;
+    whole_ = (of_lanes_ >> lane & 1) != 0;
     block_ = first_ + kScanWarps * static_cast<uint32_t>(lane);
     page_ = reinterpret_cast<const std::byte*>(
         __shfl_sync(kAllLanes, reinterpret_cast<uintptr_t>(of_lane_), lane));
@@ -127,6 +129,8 @@ class PageWalk {
   }
   __device__ __forceinline__ uint32_t block() const { return block_; }
   __device__ __forceinline__ const std::byte* page() const { return page_; }
+  // All tokens of the page are asked for.
+  __device__ __forceinline__ bool whole() const { return whole_; }
 
  private:
   // Lanes look at a block each.
@@ -140,6 +144,7 @@ class PageWalk {
       of_lane_ = set.sketches[job.first_block + i] + size_t{set.kv_head} * page_bytes_;
     }
     pending_ = __ballot_sync(kAllLanes, tokens != 0);
+    of_lanes_ = __ballot_sync(kAllLanes, tokens == ~uint64_t{0});
     first_ = job.first_block + next_;
     next_ += kScanWarps * kWarp;
     at_end_ = next_ >= job.block_count;
@@ -151,16 +156,33 @@ class PageWalk {
   bool at_end_ = false;
   uint32_t first_ = 0;
   uint32_t pending_ = 0;
+  uint32_t of_lanes_ = 0;  // lanes whose pages are whole
   const std::byte* of_lane_ = nullptr;
   uint32_t block_ = 0;
+  bool whole_ = false;
   const std::byte* page_ = nullptr;
 };
+
+// What the CTA's heads come to, for the choice: warps in order.
+template <uint32_t kDim>
+__device__ inline void WriteTotals(const ScanSet& set, uint32_t index, uint32_t first,
+                                   const ScanMemory<kDim>& memory) {
+  __syncthreads();
+  const uint32_t head = first + threadIdx.x;
+  if (threadIdx.x >= kCtaHeads || head >= set.head_count) return;
+  ScanTotal total = memory.warps[0].scratch.totals[threadIdx.x];
+  for (uint32_t warp = 1; warp < kScanWarps; ++warp) {
+    total = JoinTotals(total, memory.warps[warp].scratch.totals[threadIdx.x]);
+  }
+  set.totals[size_t{index} * set.head_count + head] = total;
+}
 
 template <uint32_t kDim, bool kBounded>
 __global__ void __launch_bounds__(kScanThreads, kDim > 128 ? 2 : kScanCtas)
     ScanKernel(const __grid_constant__ ScanCall call) {
   extern __shared__ float4 shared[];
-  const ScanSet& set = call.sets[call.jobs[blockIdx.x].set];
+  const ScanJob& job = call.jobs[blockIdx.x];
+  const ScanSet& set = call.sets[job.set];
   const uint32_t first = blockIdx.y * kCtaHeads;
   const uint32_t head_count = set.head_count;
   if (first >= head_count) return;
@@ -171,20 +193,26 @@ __global__ void __launch_bounds__(kScanThreads, kDim > 128 ? 2 : kScanCtas)
   if (more) FetchPage(walk.page(), &own.pages[0]);
   __pipeline_commit();
   FillTables<kDim, kBounded>(call, set, first, &memory.tables);
+  if (threadIdx.x % kWarp < kCtaHeads) {
+    own.scratch.totals[threadIdx.x % kWarp] = {.sum = 0.0F, .reference = kReferenceMin};
+  }
   __syncthreads();
   const uint32_t heads = min(kCtaHeads, head_count - first);
   for (uint32_t stage = 0; more; stage ^= 1) {
     const uint32_t block = walk.block();
+    const bool whole = walk.whole();
     more = walk.Next();
     if (more) FetchPage(walk.page(), &own.pages[stage ^ 1]);
     __pipeline_commit();
     __pipeline_wait_prior(1);
     __syncwarp();
-    ScanPage<kDim, kBounded> scan(call.softcap, memory.tables, own.pages[stage], own.radii, block);
+    ScanPage<kDim, kBounded> scan(call.softcap, memory.tables, own.pages[stage], &own.scratch,
+                                  block, whole);
     for (uint32_t row = 0; row < heads; row += kTileHeads) scan.ScanTile(first + row, row);
     // The other lanes have read what the next page overwrites.
     __syncwarp();
   }
+  if (set.totals != nullptr) WriteTotals<kDim>(set, job.index, first, memory);
 }
 
 template <uint32_t kDim>

@@ -73,6 +73,7 @@ struct alignas(16) HeadNumbers {
 struct ScanOutput {
   float* weights;
   void* numbers[4];  // reference, page_sum, lower_share, estimate_share
+  const uint64_t* tokens;
   uint32_t head_count;
   uint32_t block_count;
 };
@@ -87,6 +88,19 @@ struct ScanTables {
   HeadNumbers numbers[kCtaHeads];
   ScanOutput output;
 };
+
+// What one warp needs, in shared memory.
+struct ScanScratch {
+  float radii[kTokens];
+  ScanTotal totals[kCtaHeads];
+};
+
+// The sum of two totals. What is 2^-126 of the rest and less is left out.
+__device__ __forceinline__ ScanTotal JoinTotals(const ScanTotal& a, const ScanTotal& b) {
+  const int32_t reference = max(a.reference, b.reference);
+  return {a.sum * PowerOfTwo(a.reference - reference) + b.sum * PowerOfTwo(b.reference - reference),
+          reference};
+}
 
 // ---- Warps --------------------------------------------------------------------------------------
 
@@ -234,14 +248,15 @@ class ScanPage {
   using Page = SketchBytes<kDim>;
   using Tables = ScanTables<kDim>;
 
-  // radii: [64], of this warp.
+  // scratch: of this warp. whole: all of the page's tokens are asked for.
   __device__ __forceinline__ ScanPage(float softcap, const Tables& tables, const Page& page,
-                                      float* radii, uint32_t block)
+                                      ScanScratch* scratch, uint32_t block, bool whole)
       : softcap_(softcap),
         tables_(tables),
         page_(page),
-        radii_(radii),
+        scratch_(scratch),
         block_(block),
+        whole_(whole),
         quarter_(threadIdx.x % 4),
         column_(threadIdx.x % kWarp / 4),
         odd_(column_ % 2) {
@@ -302,7 +317,7 @@ class ScanPage {
     const uint32_t pair = reinterpret_cast<const uint16_t*>(page_.r)[lane];
     const float first = tables_.radius_scale[pair & 255];
     const float second = tables_.radius_scale[pair >> 8];
-    reinterpret_cast<float2*>(radii_)[lane] = make_float2(first, second);
+    reinterpret_cast<float2*>(scratch_->radii)[lane] = make_float2(first, second);
     // Sums of integers are one instruction: radii in units of 2^-16, which 192 leaves.
     constexpr float kMagic = 192.0F;
     const int32_t units =
@@ -577,9 +592,9 @@ class ScanPage {
     }
     if constexpr (kBounded) {
       float radii[8];
-      Put(reinterpret_cast<const float4*>(radii_)[column_], *reinterpret_cast<float(*)[4]>(radii));
-      Put(reinterpret_cast<const float4*>(radii_)[8 + column_],
-          *reinterpret_cast<float(*)[4]>(radii + 4));
+      const float4* from = reinterpret_cast<const float4*>(scratch_->radii) + column_;
+      Put(from[0], *reinterpret_cast<float(*)[4]>(radii));
+      Put(from[8], *reinterpret_cast<float(*)[4]>(radii + 4));
 #pragma unroll
       for (int i = 0; i < 8; ++i) logits[i] = fmaf(radii[i], terms.eps_radius, logits[i]);
     }
@@ -621,6 +636,26 @@ class ScanPage {
       WeighAgain(terms, logits, begin, end, weights, &reference, &sum);
     }
     if (head < tables_.output.head_count) Store(terms, weights, reference, sum, head);
+    AddToTotal(terms, weights, reference, sum, row);
+  }
+
+  // What is not known counts for nothing: totals are estimates.
+  __device__ __forceinline__ void AddToTotal(const PageTerms& terms, const float (&weights)[8],
+                                             int32_t reference, float sum, uint32_t row) const {
+    if (!whole_) {
+      const uint64_t word = tables_.output.tokens[block_];
+      sum = 0.0F;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t token = 4 * column_ + static_cast<uint32_t>(i < 4 ? i : 28 + i);
+        sum += (word >> token & 1) != 0 ? weights[i] : 0.0F;
+      }
+      sum = SumOverTokens(sum);
+    }
+    if constexpr (kBounded) sum *= terms.estimate_share;
+    if (column_ != 0 || !(sum > 0.0F && sum < __int_as_float(0x7f800000))) return;
+    ScanTotal& total = scratch_->totals[row];
+    total = JoinTotals(total, {sum, reference});
   }
 
   // Where not every token is seen or not every logit is a number within bounds.
@@ -666,8 +701,9 @@ class ScanPage {
   const float softcap_;
   const Tables& tables_;
   const Page& page_;
-  float* const radii_;
+  ScanScratch* const scratch_;
   const uint32_t block_;
+  const bool whole_;
   const uint32_t quarter_;
   const uint32_t column_;
   const uint32_t odd_;

@@ -81,7 +81,7 @@ class Wave {
   // captured in a graph. Upload begins when what is in `after` now is done, so two waves may be on
   // their way at the same time; Wait ends when everything has come back.
   void Upload(cudaStream_t after);
-  enum class Stage : uint8_t { kScan, kChoose, kAll };
+  enum class Stage : uint8_t { kMark, kScan, kThresholds, kChoose, kAll };
   void Launch(cudaStream_t stream, Stage last = Stage::kAll);
   void Download();
   void Wait();
@@ -112,12 +112,15 @@ class Wave {
   void Fill(uint32_t index);
   void SetRanges(const WaveGroup& group, ChoiceGroup* choice) const;
   void SetRules(const WaveGroup& group, ChoiceGroup* choice) const;
+  void SetParts(uint32_t all_blocks, ChoiceGroup* choice) const;
   void TakeWords(WaveGroup* group, ChoiceGroup* choice);
-  void TakeScratch(const WaveGroup& group, ChoiceGroup* choice, std::byte** zero);
+  void TakeScratch(const WaveGroup& group, ChoiceGroup* choice);
+  void TakeZeros(ChoiceGroup* choice);
   void TakeResults(WaveGroup* group);
   void BuildChoices();
   void BuildFirst();
-  void CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJob>* jobs);
+  void CutFirst(uint32_t index, uint32_t words_per_job, uint32_t sparse_words,
+                std::vector<AttendJob>* jobs);
   void CutListed(uint32_t index, uint64_t tokens_per_job, std::vector<AttendJob>* jobs);
   void BuildScan();
   void BuildChosen();
@@ -127,7 +130,6 @@ class Wave {
   cudaStream_t side_ = nullptr;
   cudaEvent_t forked_ = nullptr;
   cudaEvent_t attended_ = nullptr;
-  cudaEvent_t valued_ = nullptr;
   const LayerShape* shape_ = nullptr;
   std::vector<WaveGroup> groups_;
   std::deque<Inputs> inputs_;
@@ -135,15 +137,15 @@ class Wave {
   bool bounded_ = false;
   bool chooses_ = false;
   bool bounds_values_ = false;
+  bool overlaps_ = false;
+  bool ranks_ = false;
   uint32_t head_count_max_ = 0;
   uint32_t launch_count_ = 0;
   Arena to_device_{Arena::Sides::kBoth};
   Arena to_host_{Arena::Sides::kBoth};
   Arena scratch_{Arena::Sides::kDevice};
   Slot<ChoiceStats> stats_;
-  Slot<std::byte> zero_;
-  size_t zero_bytes_ = 0;
-  Slot<uint32_t> tickets_;
+  Slot<uint32_t> tickets_;  // [groups][2][head_count_max]
   ChoiceCall choice_;
   ScanCall scan_;
   AttendCall first_, chosen_;

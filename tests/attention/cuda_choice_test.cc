@@ -124,6 +124,33 @@ TEST(CudaChoice, WhatIsInfiniteIsKept) {
   EXPECT_EQ(ThresholdOf(none, none, 0.0), BinEdge(kBins)) << "nothing is there";
 }
 
+TEST(CudaChoice, SamplesTakeOneQuadOfEveryStride) {
+  for (const uint32_t heads : {4U, 8U, 16U}) {
+    for (const uint32_t blocks : {1U, 100U, 512U, 2048U, 16384U}) {
+      const uint32_t stride = SampleStride(blocks, heads);
+      const uint32_t quads = SampledQuads(heads);
+      EXPECT_GE(quads * stride, blocks * 16) << "all of them are stood for";
+      std::vector<uint32_t> of_block(16);
+      for (uint32_t i = 0; i < quads; ++i) {
+        const uint32_t quad = SampledQuad(i, stride);
+        EXPECT_EQ(quad / stride, i);
+        ++of_block[quad % 16];
+      }
+      for (const uint32_t count : of_block) EXPECT_NEAR(count, quads / 16.0, quads / 32.0);
+    }
+  }
+}
+
+TEST(CudaChoice, SearchStepsAreOneAfterTheOther) {
+  for (uint32_t step = 0; step < kSearchSteps; ++step) {
+    EXPECT_EQ(SearchStepOf(SearchEdge(step)), step);
+    EXPECT_LT(SearchEdge(step), SearchEdge(step + 1));
+  }
+  EXPECT_EQ(SearchEdge(kSearchSteps), BinEdge(kBins));
+  EXPECT_EQ(SearchStepOf(0.0F), 0U);
+  EXPECT_EQ(SearchStepOf(std::numeric_limits<float>::infinity()), kSearchSteps - 1);
+}
+
 TEST(CudaChoice, JobsShareTokensEvenly) {
   std::mt19937 random(3);
   for (int i = 0; i < 300; ++i) {
