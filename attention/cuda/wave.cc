@@ -210,8 +210,9 @@ void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
   } else if (ranks_ && choice->sampled < kBlockTokens) {
     share = SampledShare(static_cast<double>(blocks) * choice->sampled);
   }
-  choice->mass_limit =
-      static_cast<float>(static_cast<double>(plan.keep.mass_limit) * kPlannedShare * share);
+  choice->mass_limit = static_cast<float>(
+      static_cast<double>(group.mass_limit > 0.0F ? group.mass_limit : plan.keep.mass_limit) *
+      kPlannedShare * share);
 }
 
 // How the choice's kernels share out the group's blocks, of so many of all groups.

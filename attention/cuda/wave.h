@@ -39,6 +39,10 @@ struct WaveGroup {
   // for nothing. Only without a proof.
   bool listed = false;
   std::vector<uint32_t> list;
+  // What the choice aims at instead of the plan's mass_limit; 0 = that.
+  float mass_limit = 0.0F;
+  // Tokens that were scanned for it before.
+  uint32_t scanned_before = 0;
   // An anchor with these queries is made of what is chosen; it has considered the middle up to
   // covered_end. Empty: none.
   absl::Span<const float> anchor_queries;
