@@ -27,7 +27,7 @@
 namespace kvservice::cuda {
 
 // A thread of the host is worth waking for so many groups.
-inline constexpr uint32_t kGroupsPerThread = 4;
+inline constexpr uint32_t kGroupsPerThread = 8;
 
 // One group and what its plan asks for, as far as that is known before anything is read.
 struct WaveGroup {
