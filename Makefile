@@ -5,7 +5,7 @@ BENCH_ARGS ?=
 EVAL_ARGS ?=
 QUALITY_ARGS ?=
 
-cc_files = $(shell find attention selector kvservice client tests \
+cc_files = $(shell find attention selector kvservice client wire tests \
              -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
 .PHONY: help setup build demo test bench eval quality campaign format tidy clean

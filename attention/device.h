@@ -4,7 +4,8 @@
 //
 // Thread rules: one thread (the engine's executor) calls Append, Seal, Copy and Attend, one at a
 // time; Allocate and NewTokenLists may be called from any thread. A device may use threads of its
-// own inside a call; when a call returns all its work is done.
+// own inside a call; when a call returns all its work is done, but for what Append and Seal write:
+// the device's other calls find it done, and the sources are not needed any more.
 
 #ifndef KVSERVICE_ATTENTION_DEVICE_H_
 #define KVSERVICE_ATTENTION_DEVICE_H_
@@ -194,6 +195,9 @@ class Device {
 struct DeviceOptions {
   // Threads that work inside a call, the caller's included; 0 = one per CPU.
   uint32_t thread_count = 0;
+  // Time for which the CUDA device's threads look for work before they sleep; 0 = it adapts. The
+  // CPU device adapts always: its threads come back to work sooner.
+  uint32_t spin_us = 0;
 };
 
 // name: "reference", "cpu", "cuda" or "auto". INVALID_ARGUMENT for other names; UNAVAILABLE for

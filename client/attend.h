@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "attention/certificate.h"
+#include "client/options.h"
 #include "client/policy.h"
 #include "client/tensor.h"
 
@@ -129,6 +130,8 @@ struct AttendRowResult {
 };
 
 struct AttendResult {
+  // The way that the call took: kUnary or kLane.
+  Transport transport = Transport::kUnary;
   // Names this call in the server's logs and audits; with the 16 bytes of the epoch and the
   // secret's id also the random numbers of its sampled certificates.
   uint64_t call_number = 0;

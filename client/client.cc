@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cassert>
+#include <chrono>
 #include <string_view>
 #include <utility>
 
@@ -55,12 +56,20 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const ClientOptions& opt
                          std::to_string(options.deadlines.connect.count()) + " ms",
                      kServerUnreachable, {}, {{"endpoint", options.endpoint}});
   }
+  if (options.transport != Transport::kUnary) {
+    const absl::Status opened = core->lane.Open();
+    if (!opened.ok() && options.transport == Transport::kLane) return opened;
+  }
   return std::unique_ptr<Client>(new Client(std::move(core)));
 }
 
 Client::Client(std::unique_ptr<Core> core) : core_(std::move(core)) {}
 
 Client::~Client() { assert(core_->borrowers == 0); }
+
+Transport Client::transport() const {
+  return core_->lane.Get() != nullptr ? Transport::kLane : Transport::kUnary;
+}
 
 absl::StatusOr<uint64_t> Client::RegisterModel(const ModelDescription& model) {
   v1::RegisterRequest request;
@@ -105,8 +114,17 @@ absl::StatusOr<AttendResult> Attend(Core* core, const AttendStep& step) {
   absl::Status status = StepToProto(step, &request);
   if (!status.ok()) return status;
   request.set_step_id(++core->steps);
+  const auto deadline = std::chrono::steady_clock::now() + core->options.deadlines.data;
+  if (const std::shared_ptr<Lane> lane = core->lane.Get(); lane != nullptr) {
+    auto answer = lane->Attend(step, &request, deadline);
+    if (answer.has_value()) {
+      if (answer->ok()) (*answer)->transport = Transport::kLane;
+      return *std::move(answer);
+    }
+  }
+  PutTensors(step, &request);
   v1::AttendResponse response;
-  status = core->rpc->Attend(request, &response);
+  status = core->rpc->Attend(request, deadline, &response);
   if (!status.ok()) return status;
   return ResultFromProto(request, response);
 }

@@ -50,6 +50,9 @@ class Client {
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
 
+  // The way that the next Attend tries first, kUnary or kLane.
+  Transport transport() const;
+
   // Makes a model known and returns its fingerprint; harmless if it is known already.
   // ALREADY_EXISTS when a different one has its name.
   absl::StatusOr<uint64_t> RegisterModel(const ModelDescription& model);

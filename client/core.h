@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "client/attend.h"
 #include "client/drop_queue.h"
+#include "client/lane.h"
 #include "client/options.h"
 #include "client/rpc.h"
 
@@ -21,10 +22,12 @@ struct Core {
   explicit Core(const ClientOptions& client_options)
       : options(client_options),
         rpc(NewRpc(client_options)),
+        lane(&options),
         drops(rpc.get(), client_options.deadlines.data) {}
 
   const ClientOptions options;
   const std::unique_ptr<Rpc> rpc;
+  LanePath lane;
   DropQueue drops;
   // Random, different for every client: request ids begin with it.
   std::string request_id_prefix;

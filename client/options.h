@@ -29,6 +29,28 @@ struct RetryOptions {
   std::chrono::milliseconds backoff_max{1'000};
 };
 
+// How calls of attention travel; everything else goes through gRPC.
+enum class Transport : uint8_t {
+  // The fastest that works.
+  kAuto,
+  // A gRPC call each.
+  kUnary,
+  // Memory shared with a server on the same host (docs/architecture.md), reached by the socket
+  // beside the Unix socket that `endpoint` names.
+  kLane,
+};
+
+// The shared memory of a client. A call for which there is no room travels as kUnary.
+struct LaneOptions {
+  // At a time, 1 to 16.
+  uint32_t calls_max = 4;
+  // Tensors and message of one call, in either direction; takes memory only as it is used.
+  size_t call_bytes_max = size_t{2} << 20;
+  // For how long a calling thread looks for the answer before it sleeps: sooner awake, and a CPU
+  // busy meanwhile.
+  std::chrono::microseconds spin{0};
+};
+
 struct ClientOptions {
   // "unix:/absolute/path" or "HOST:PORT".
   std::string endpoint = {};
@@ -36,6 +58,9 @@ struct ClientOptions {
   RetryOptions retry = {};
   // Largest message in either direction; the server has a limit of its own.
   size_t message_bytes_max = size_t{64} << 20;
+  // With kLane Connect fails when there is none: FAILED_PRECONDITION / LANE_UNAVAILABLE.
+  Transport transport = Transport::kAuto;
+  LaneOptions lane = {};
 };
 
 }  // namespace kvservice::client

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "client/error.h"
+#include "wire/lane_layout.h"
 
 namespace kvservice::client {
 namespace {
@@ -79,17 +80,31 @@ struct RowPlace {
   size_t head_dim = 0;
 };
 
-bool IsFloat32(const v1::Tensor& tensor, std::initializer_list<int64_t> shape) {
-  uint64_t elements = 1;
-  for (const int64_t extent : shape) elements *= static_cast<uint64_t>(extent);
-  return tensor.dtype() == v1::DATA_TYPE_FLOAT32 && !tensor.has_region() &&
-         std::equal(shape.begin(), shape.end(), tensor.shape().begin(), tensor.shape().end()) &&
-         tensor.data().size() == elements * sizeof(float);
+// The payload of a tensor that has to be float32 of this shape.
+std::optional<absl::Span<const std::byte>> FloatPayload(const v1::Tensor& tensor,
+                                                        std::initializer_list<int64_t> shape,
+                                                        const ReplyRegion& region) {
+  uint64_t bytes = sizeof(float);
+  for (const int64_t extent : shape) bytes *= static_cast<uint64_t>(extent);
+  if (tensor.dtype() != v1::DATA_TYPE_FLOAT32 ||
+      !std::equal(shape.begin(), shape.end(), tensor.shape().begin(), tensor.shape().end())) {
+    return std::nullopt;
+  }
+  if (!tensor.has_region()) {
+    if (tensor.data().size() != bytes) return std::nullopt;
+    return absl::MakeConstSpan(reinterpret_cast<const std::byte*>(tensor.data().data()), bytes);
+  }
+  const uint64_t offset = tensor.region().offset_bytes();
+  if (tensor.region().length_bytes() != bytes || offset < region.offset ||
+      !wire::IsRange(offset - region.offset, bytes, region.bytes.size())) {
+    return std::nullopt;
+  }
+  return region.bytes.subspan(offset - region.offset, bytes);
 }
 
-std::vector<float> FloatsOf(const v1::Tensor& tensor, size_t begin, size_t count) {
+std::vector<float> FloatsOf(absl::Span<const std::byte> payload, size_t begin, size_t count) {
   std::vector<float> values(count);
-  std::memcpy(values.data(), tensor.data().data() + begin * sizeof(float), count * sizeof(float));
+  std::memcpy(values.data(), payload.data() + begin * sizeof(float), count * sizeof(float));
   return values;
 }
 
@@ -276,22 +291,21 @@ absl::Status CheckCall(const v1::AttendRequest& request, const v1::AttendRespons
     return MalformedReply("results", "are " + std::to_string(response.results_size()) +
                                          ", the rows were " + std::to_string(request.rows_size()));
   }
-  const auto& shape = request.q().shape();
-  if (!IsFloat32(response.lse(), {shape[0], shape[1]})) {
-    return MalformedReply("lse", "is not float32 of the shape of q");
-  }
-  if (!IsFloat32(response.out(), {shape[0], shape[1], shape[2]})) {
-    return MalformedReply("out", "is not float32 of the shape of q");
-  }
   return absl::OkStatus();
 }
 
 }  // namespace
 
 absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
-                                             const v1::AttendResponse& response) {
+                                             const v1::AttendResponse& response,
+                                             const ReplyRegion& region) {
   const absl::Status checked = CheckCall(request, response);
   if (!checked.ok()) return checked;
+  const auto& shape = request.q().shape();
+  const auto lse = FloatPayload(response.lse(), {shape[0], shape[1]}, region);
+  if (!lse.has_value()) return MalformedReply("lse", "is not float32 of the shape of q");
+  const auto out = FloatPayload(response.out(), {shape[0], shape[1], shape[2]}, region);
+  if (!out.has_value()) return MalformedReply("out", "is not float32 of the shape of q");
   AttendResult result;
   result.call_number = response.call_number();
   result.epoch = response.epoch();
@@ -314,8 +328,8 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
     place.field = "results[" + std::to_string(i) + "]";
     const size_t begin = place.token_begin * place.head_count;
     const size_t count = place.token_count * place.head_count;
-    to.lse = FloatsOf(response.lse(), begin, count);
-    to.out = FloatsOf(response.out(), begin * place.head_dim, count * place.head_dim);
+    to.lse = FloatsOf(*lse, begin, count);
+    to.out = FloatsOf(*out, begin * place.head_dim, count * place.head_dim);
     const absl::Status status =
         RowFromProto(request.rows(i), request.return_selected(), from, place, &to);
     if (!status.ok()) return status;

@@ -4,7 +4,11 @@
 #ifndef KVSERVICE_CLIENT_REPLIES_H_
 #define KVSERVICE_CLIENT_REPLIES_H_
 
+#include <cstddef>
+#include <cstdint>
+
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "client/attend.h"
 #include "client/sequence.h"
 #include "kvservice/v1/attention.pb.h"
@@ -12,9 +16,16 @@
 
 namespace kvservice::client {
 
+// Memory that a reply's tensors may be ranges of, and where it begins for those.
+struct ReplyRegion {
+  uint64_t offset = 0;
+  absl::Span<const std::byte> bytes = {};
+};
+
 // Step id, number of rows, sizes of all arrays, sides of all bounds.
 absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
-                                             const v1::AttendResponse& response);
+                                             const v1::AttendResponse& response,
+                                             const ReplyRegion& region = {});
 
 // A sequence that exists: its id has 16 bytes and, unless `expected_id` is empty, is that one.
 absl::Status CheckSequence(const v1::Sequence& sequence, const std::string& expected_id);

@@ -238,12 +238,17 @@ absl::Status CheckTensor(const TensorView& tensor, const std::string& field) {
                                    " bytes, which is not what its extents need");
 }
 
-void TensorToProto(const TensorView& tensor, uint32_t begin, uint32_t count, v1::Tensor* to) {
+void DescribeTensor(const TensorView& tensor, uint32_t count, v1::Tensor* to) {
   to->set_dtype(DTypeToProto(tensor.dtype));
   to->clear_shape();
   to->add_shape(count);
   to->add_shape(tensor.head_count);
   to->add_shape(tensor.head_dim);
+}
+
+void TensorToProto(const TensorView& tensor, uint32_t begin, uint32_t count, v1::Tensor* to) {
+  DescribeTensor(tensor, count, to);
+  to->clear_region();
   const size_t token_bytes = tensor.bytes.size() / tensor.token_count;
   const absl::Span<const std::byte> part =
       tensor.bytes.subspan(begin * token_bytes, count * token_bytes);
@@ -270,11 +275,18 @@ absl::Status StepToProto(const AttendStep& step, v1::AttendRequest* request) {
   if (step.policy) *request->mutable_policy() = PolicyToProto(*step.policy);
   request->set_return_selected(step.return_selected);
   request->set_output_dtype(v1::DATA_TYPE_FLOAT32);
-  TensorToProto(step.q, 0, step.q.token_count, request->mutable_q());
+  DescribeTensor(step.q, step.q.token_count, request->mutable_q());
   if (step.k.empty()) return absl::OkStatus();
+  DescribeTensor(step.k, step.k.token_count, request->mutable_k());
+  DescribeTensor(step.v, step.v.token_count, request->mutable_v());
+  return absl::OkStatus();
+}
+
+void PutTensors(const AttendStep& step, v1::AttendRequest* request) {
+  TensorToProto(step.q, 0, step.q.token_count, request->mutable_q());
+  if (step.k.empty()) return;
   TensorToProto(step.k, 0, step.k.token_count, request->mutable_k());
   TensorToProto(step.v, 0, step.v.token_count, request->mutable_v());
-  return absl::OkStatus();
 }
 
 }  // namespace kvservice::client

@@ -121,9 +121,10 @@ class GrpcRpc final : public Rpc {
     return Call(sequences_.get(), &v1::SequenceService::Stub::Get, request, response,
                 deadlines_.data, Repeat::kAlways);
   }
-  absl::Status Attend(const v1::AttendRequest& request, v1::AttendResponse* response) override {
+  absl::Status Attend(const v1::AttendRequest& request, steady_clock::time_point deadline,
+                      v1::AttendResponse* response) override {
     return Call(attention_.get(), &v1::AttentionService::Stub::Attend, request, response,
-                deadlines_.data, Repeat::kAlways);
+                Until(deadline), Repeat::kAlways);
   }
   absl::Status Drop(const v1::DropRequest& request) override {
     v1::DropResponse response;

@@ -41,7 +41,9 @@ class Rpc {
   virtual absl::Status Truncate(const v1::TruncateRequest& request,
                                 v1::TruncateResponse* response) = 0;
   virtual absl::Status Get(const v1::GetRequest& request, v1::GetResponse* response) = 0;
-  virtual absl::Status Attend(const v1::AttendRequest& request, v1::AttendResponse* response) = 0;
+  virtual absl::Status Attend(const v1::AttendRequest& request,
+                              std::chrono::steady_clock::time_point deadline,
+                              v1::AttendResponse* response) = 0;
   // NOT_FOUND after a lost first attempt is OK: that attempt did it.
   virtual absl::Status Drop(const v1::DropRequest& request) = 0;
   // One attempt that ends at `deadline`.

@@ -16,10 +16,12 @@ namespace kvservice::client {
 
 // Reasons that only this library gives. REQUEST_INVALID: the request contradicts itself and was not
 // sent. REPLY_MALFORMED: the reply does not fit the request and nothing of it was used.
-// SERVER_UNREACHABLE: no connection came about in time.
+// SERVER_UNREACHABLE: no connection came about in time. LANE_UNAVAILABLE: Transport::kLane was
+// asked for, and the server is on another host or offers none.
 inline constexpr char kRequestInvalid[] = "REQUEST_INVALID";
 inline constexpr char kReplyMalformed[] = "REPLY_MALFORMED";
 inline constexpr char kServerUnreachable[] = "SERVER_UNREACHABLE";
+inline constexpr char kLaneUnavailable[] = "LANE_UNAVAILABLE";
 
 // UPPER_SNAKE and stable across releases: "POSITION_GAP", "GENERATION_MISMATCH". Empty for OK and
 // for errors that no server made, such as a broken connection.

@@ -15,7 +15,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "release"
 CLEAN = ROOT / "build" / "tidy"
-SOURCE_FOLDERS = {"attention", "selector", "kvservice", "client", "tests"}
+SOURCE_FOLDERS = {"attention", "selector", "kvservice", "client", "wire", "tests"}
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 

@@ -19,7 +19,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutants"
-COPIED = ["attention", "selector", "kvservice", "client", "proto", "tests", "CMakeLists.txt"]
+COPIED = ["attention", "selector", "kvservice", "client", "wire", "proto", "tests",
+          "CMakeLists.txt"]
 BUILD_TIMEOUT_S = 900
 TEST_TIMEOUT_S = 300
 # So that attacks on whole devices have time to find what a unit test would see at once.

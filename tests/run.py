@@ -20,7 +20,7 @@ import xml.etree.ElementTree as xml
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "test"
-SOURCE_FOLDERS = ["attention", "selector", "kvservice", "client", "tests"]
+SOURCE_FOLDERS = ["attention", "selector", "kvservice", "client", "wire", "tests"]
 FAILURE_LINES = 80
 
 # name, function that runs it, names of the steps it cannot do without

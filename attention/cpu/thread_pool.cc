@@ -16,7 +16,7 @@ constexpr uint32_t kSpinMax = 2048;
 
 }  // namespace
 
-ThreadPool::ThreadPool(uint32_t thread_count) {
+ThreadPool::ThreadPool(uint32_t thread_count, uint32_t spin_us) : spin_(spin_us) {
   assert(thread_count >= 1);
   workers_.reserve(thread_count - 1);
   for (uint32_t thread = 1; thread < thread_count; ++thread) {
@@ -41,21 +41,22 @@ void ThreadPool::RunTasks(Job* job, uint32_t thread) {
   }
 }
 
-void ThreadPool::ParallelFor(uint32_t task_count, Task task) {
+void ThreadPool::ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_thread) {
   if (task_count == 0) return;
-  Job job(task_count, task);
-  if (task_count == 1 || workers_.empty()) {
+  const uint32_t threads = (task_count + tasks_per_thread - 1) / tasks_per_thread;
+  Job job(task_count, task, std::min(threads - 1, static_cast<uint32_t>(workers_.size())));
+  if (job.room == 0) {
     RunTasks(&job, 0);
     return;
   }
-  bool notify = false;
+  uint32_t woken = 0;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     job_ = &job;
     generation_.fetch_add(1, std::memory_order_release);
-    notify = sleeping_ > 0;
+    woken = std::min(job.room, sleeping_);
   }
-  if (notify) wake_.notify_all();
+  for (; woken > 0; --woken) wake_.notify_one();
   RunTasks(&job, 0);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -72,7 +73,9 @@ void ThreadPool::ParallelFor(uint32_t task_count, Task task) {
 ThreadPool::Job* ThreadPool::EnterJob(uint64_t* seen) {
   const std::lock_guard<std::mutex> lock(mutex_);
   *seen = generation_.load(std::memory_order_relaxed);
-  if (job_ != nullptr) inside_.fetch_add(1, std::memory_order_relaxed);
+  if (job_ == nullptr || job_->room == 0) return nullptr;
+  --job_->room;
+  inside_.fetch_add(1, std::memory_order_relaxed);
   return job_;
 }
 
@@ -81,16 +84,34 @@ void ThreadPool::LeaveJob() {
   if (inside_.fetch_sub(1, std::memory_order_release) == 1) left_.notify_one();
 }
 
-bool ThreadPool::WaitForJob(uint64_t seen, uint32_t* spin_limit) {
+bool ThreadPool::SpinForJob(uint64_t seen, uint32_t* spin_limit) const {
+  const auto ready = [this, seen] {
+    return closing_.load(std::memory_order_acquire) ||
+           generation_.load(std::memory_order_acquire) != seen;
+  };
+  if (spin_.count() > 0) {
+    const auto end = std::chrono::steady_clock::now() + spin_;
+    do {
+      for (uint32_t spin = 0; spin < kSpinMin; ++spin) {
+        if (ready()) return true;
+        hwy::Pause();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+  }
   for (uint32_t spin = 0; spin < *spin_limit; ++spin) {
-    if (closing_.load(std::memory_order_acquire)) return false;
-    if (generation_.load(std::memory_order_acquire) != seen) {
+    if (ready()) {
       *spin_limit = std::min(2 * *spin_limit, kSpinMax);
       return true;
     }
     hwy::Pause();
   }
   *spin_limit = std::max(*spin_limit / 2, kSpinMin);
+  return false;
+}
+
+bool ThreadPool::WaitForJob(uint64_t seen, uint32_t* spin_limit) {
+  if (SpinForJob(seen, spin_limit)) return !closing_.load(std::memory_order_acquire);
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleeping_;
   wake_.wait(lock, [this, seen] {

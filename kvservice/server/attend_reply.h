@@ -5,16 +5,15 @@
 
 #include <grpcpp/support/byte_buffer.h>
 
-#include "attention/kv_layout.h"
-#include "kvservice/engine.h"
+#include "kvservice/server/attend_run.h"
 #include "kvservice/v1/attention.pb.h"
 
 namespace kvservice {
 
-// Serializes `response`, whose tensors are still empty, with the tensors of `call` as its last
-// fields: exactly what protobuf would write, but a float32 output is not copied. The output is
-// converted to `dtype`. Takes call->out and call->lse, changes `response`.
-grpc::ByteBuffer SerializeAttendReply(v1::AttendResponse* response, DType dtype, AttendCall* call);
+// Serializes `response`, whose tensors are still empty, with the tensors of `run` as its last
+// fields: exactly what protobuf would write, but a float32 output is not copied. Takes the output
+// and lse of the call, changes `response`.
+grpc::ByteBuffer SerializeAttendReply(v1::AttendResponse* response, AttendRun* run);
 
 }  // namespace kvservice
 

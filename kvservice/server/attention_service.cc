@@ -1,9 +1,9 @@
-#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
 
 #include "kvservice/server/attend_reply.h"
+#include "kvservice/server/attend_run.h"
 #include "kvservice/server/convert.h"
 #include "kvservice/server/service.h"
 #include "kvservice/v1/attention.grpc.pb.h"
@@ -23,9 +23,7 @@ using AuditRpcCall = UnaryCall<v1::AuditRequest, v1::AuditResponse>;
 // the moment the engine has it until `done`.
 struct PendingAttend {
   std::unique_ptr<AttendRpcCall> rpc;
-  AttendPolicies policies;
-  DType output_dtype = DType::kFloat32;
-  AttendCall call;
+  AttendRun run;
 };
 
 class AttentionService final : public RpcService {
@@ -46,33 +44,24 @@ class AttentionService final : public RpcService {
  private:
   void Attend(std::unique_ptr<AttendRpcCall> rpc) {
     auto pending = std::make_unique<PendingAttend>();
-    const v1::AttendRequest& request = rpc->request();
-    absl::StatusOr<DType> output_dtype = OutputDTypeFromProto(request);
-    absl::Status status = output_dtype.status();
-    if (status.ok()) {
-      status = AttendFromProto(request, *host_.policies, &pending->policies, &pending->call);
-    }
+    const absl::Status status =
+        PrepareAttend(rpc->request(), *host_.policies, rpc->tenant(), nullptr, &pending->run);
     if (!status.ok()) return AttendRpcCall::Reply(std::move(rpc), status);
-    pending->output_dtype = *output_dtype;
-    pending->call.tenant = rpc->tenant();
+    pending->run.arrived_ns = rpc->arrived_ns();
     pending->rpc = std::move(rpc);
     PendingAttend* const owned_by_done = pending.release();
-    owned_by_done->call.done = [this, owned_by_done](const absl::Status& done) {
+    owned_by_done->run.call.done = [this, owned_by_done](const absl::Status& done) {
       Done(std::unique_ptr<PendingAttend>(owned_by_done), done);
     };
-    host_.engine->Attend(&owned_by_done->call);
+    host_.engine->Attend(&owned_by_done->run.call);
   }
 
   void Done(std::unique_ptr<PendingAttend> pending, const absl::Status& status) {
     if (!status.ok()) return AttendRpcCall::Reply(std::move(pending->rpc), status);
     v1::AttendResponse* const response = pending->rpc->response();
-    AttendToProto(pending->rpc->request(), pending->call, response);
-    const uint64_t started_ns = std::max(pending->call.started_ns, pending->rpc->arrived_ns());
-    response->set_queue_ns(started_ns - pending->rpc->arrived_ns());
-    response->set_service_ns(host_.calls.clock->SteadyNowNs() - started_ns);
-    AttendRpcCall::ReplyBytes(
-        std::move(pending->rpc),
-        SerializeAttendReply(response, pending->output_dtype, &pending->call));
+    DescribeAttend(pending->rpc->request(), pending->run, host_.calls.clock, response);
+    AttendRpcCall::ReplyBytes(std::move(pending->rpc),
+                              SerializeAttendReply(response, &pending->run));
   }
 
   void Audit(std::unique_ptr<AuditRpcCall> rpc) {

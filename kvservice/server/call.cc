@@ -19,6 +19,12 @@ constexpr uint32_t kOverloadRetryDelayMs = 50;
 
 }  // namespace
 
+absl::Status MessageMalformed(const google::protobuf::MessageLite& message) {
+  const std::string type = message.GetTypeName();
+  return MakeError(absl::StatusCode::kInvalidArgument, "the message is not a valid " + type,
+                   {.reason = "MESSAGE_MALFORMED", .field = {}, .metadata = {{"type", type}}});
+}
+
 absl::Status ParseMessage(grpc::ByteBuffer* buffer, google::protobuf::MessageLite* message) {
   bool parsed = false;
   {
@@ -26,10 +32,7 @@ absl::Status ParseMessage(grpc::ByteBuffer* buffer, google::protobuf::MessageLit
     parsed = reader.status().ok() && message->ParseFromZeroCopyStream(&reader);
   }
   buffer->Clear();
-  if (parsed) return absl::OkStatus();
-  return MakeError(
-      absl::StatusCode::kInvalidArgument, "the message is not a valid " + message->GetTypeName(),
-      {.reason = "MESSAGE_MALFORMED", .field = {}, .metadata = {{"type", message->GetTypeName()}}});
+  return parsed ? absl::OkStatus() : MessageMalformed(*message);
 }
 
 grpc::ByteBuffer SerializeMessage(const google::protobuf::MessageLite& message) {

@@ -65,7 +65,9 @@ struct UnaryWire {
   grpc::ServerAsyncResponseWriter<grpc::ByteBuffer> responder{&context};
 };
 
-// INVALID_ARGUMENT / MESSAGE_MALFORMED when the bytes are no such message. Empties the buffer.
+// INVALID_ARGUMENT / MESSAGE_MALFORMED with the message's type.
+absl::Status MessageMalformed(const google::protobuf::MessageLite& message);
+// MESSAGE_MALFORMED when the bytes are no such message. Empties the buffer.
 absl::Status ParseMessage(grpc::ByteBuffer* buffer, google::protobuf::MessageLite* message);
 grpc::ByteBuffer SerializeMessage(const google::protobuf::MessageLite& message);
 // RESOURCE_EXHAUSTED / OVERLOADED with a retry delay: the requests being served occupy all they

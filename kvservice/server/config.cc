@@ -178,7 +178,7 @@ void AddEngineFlags(CLI::App* app, Config* config) {
   engine->spin_us = DefaultSpinUs();
   AddCount(app, "--spin-us",
            "Microseconds for which idle threads look for more calls before they sleep; costs two "
-           "CPUs while calls come",
+           "CPUs while calls come, with a GPU up to ten",
            &engine->spin_us, 0, kSpinUsMax);
   AddTime(app, "--lease-default", "Time after which an unused sequence expires",
           &engine->lease_default_ms);
@@ -223,6 +223,11 @@ void AddServerFlags(CLI::App* app, Config* config) {
   AddCount(app, "--connections-max", "Connections; more are reset", &server->connections_max);
   AddCount(app, "--streams-per-connection-max", "Calls at a time on one connection",
            &server->streams_per_connection_max);
+  AddCount(app, "--lanes-max",
+           "Clients on this host that may call through shared memory, by a socket beside each Unix "
+           "socket (its path with .lane after it); 0 = none, and no such sockets",
+           &server->lanes_max, 0);
+  AddBytes(app, "--lane-bytes-max", "Shared memory of one such client", &server->lane_bytes_max);
   AddTime(app, "--drain-grace", "Time a drain gives to calls in flight", &server->drain_grace_ms);
 }
 

@@ -85,14 +85,38 @@ absl::Status UnknownDTypeError(const std::string& path, int value) {
                     .metadata = {{"dtype", std::to_string(value)}}});
 }
 
-absl::StatusOr<TensorView> TensorFromProto(const v1::Tensor& tensor, std::string_view field) {
+namespace {
+
+// The payload that is a range of a region. The shape has been checked.
+absl::StatusOr<absl::Span<const std::byte>> RegionPayload(const v1::Tensor& tensor, DType dtype,
+                                                          std::string_view field,
+                                                          RegionCopy* region) {
+  const std::string path = Path(field, "region");
+  if (region == nullptr) {
+    return InvalidField(path, "TENSOR_REGION_NOT_SERVED",
+                        path + " is for calls that come through a lane");
+  }
+  if (!tensor.data().empty()) {
+    return InvalidField(path, "TENSOR_PAYLOAD_AMBIGUOUS", path + " comes with data: one of both");
+  }
+  const std::optional<size_t> bytes = TensorBytes(dtype, tensor.shape());
+  if (!bytes.has_value()) return CheckSize(tensor, dtype, field);
+  return region->Copy(tensor.region(), *bytes, field);
+}
+
+}  // namespace
+
+absl::StatusOr<TensorView> TensorFromProto(const v1::Tensor& tensor, std::string_view field,
+                                           RegionCopy* region) {
   const std::optional<DType> dtype = DTypeFromProto(tensor.dtype());
   if (!dtype.has_value()) return UnknownDTypeError(Path(field, "dtype"), tensor.dtype());
-  if (tensor.has_region()) {
-    const std::string path = Path(field, "region");
-    return InvalidField(path, "TENSOR_REGION_NOT_SERVED", path + ": regions are not served yet");
-  }
   absl::Status status = CheckShape(tensor, field);
+  if (status.ok() && tensor.has_region()) {
+    const absl::StatusOr<absl::Span<const std::byte>> payload =
+        RegionPayload(tensor, *dtype, field, region);
+    if (!payload.ok()) return payload.status();
+    return TensorView{.dtype = *dtype, .shape = tensor.shape(), .bytes = *payload, .field = field};
+  }
   if (status.ok()) status = CheckSize(tensor, *dtype, field);
   if (!status.ok()) return status;
   const std::string& data = tensor.data();

@@ -14,6 +14,7 @@
 #include "kvservice/engine.h"
 #include "kvservice/model.h"
 #include "kvservice/server/policy_registry.h"
+#include "kvservice/server/region_copy.h"
 #include "kvservice/v1/admin.pb.h"
 #include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/model.pb.h"
@@ -29,10 +30,13 @@ v1::DataType DTypeToProto(DType dtype);
 absl::Status UnknownDTypeError(const std::string& path, int value);
 
 // A tensor of a known type whose extents are at least 1 and multiply to the payload's size.
-// INVALID_ARGUMENT: TENSOR_DTYPE_UNKNOWN (field.dtype), TENSOR_REGION_NOT_SERVED (field.region),
-// TENSOR_SHAPE_MISMATCH (field.shape), TENSOR_SIZE_MISMATCH (field.data). `field` is borrowed by
-// the view.
-absl::StatusOr<TensorView> TensorFromProto(const v1::Tensor& tensor, std::string_view field);
+// INVALID_ARGUMENT: TENSOR_DTYPE_UNKNOWN (field.dtype), TENSOR_SHAPE_MISMATCH (field.shape),
+// TENSOR_SIZE_MISMATCH (field.data), and for a tensor that is a range of a region
+// TENSOR_REGION_NOT_SERVED (field.region) where there is none (nullptr), TENSOR_PAYLOAD_AMBIGUOUS
+// (field.region) with data besides, and what RegionCopy::Copy says. `field` is borrowed by the
+// view.
+absl::StatusOr<TensorView> TensorFromProto(const v1::Tensor& tensor, std::string_view field,
+                                           RegionCopy* region = nullptr);
 
 // INVALID_ARGUMENT / HANDLE_MALFORMED unless the id has 16 bytes.
 absl::StatusOr<SequenceId> IdFromProto(std::string_view id, std::string_view field);
@@ -49,15 +53,15 @@ absl::StatusOr<ModelSpec> ModelFromProto(const v1::Model& model, const PolicyReg
 // identity.
 void ModelToProto(const ModelSpec& spec, bool with_sketch_tables, v1::Model* model);
 
-// Fills everything but `done`. Tensors and given positions are borrowed from `request`; inline
-// policies are stored in `policies`, which `call` borrows. INVALID_ARGUMENT also for no rows and
-// for one of k and v without the other.
+// Fills everything but `done`. Tensors and given positions are borrowed from `request`, or copied
+// to `region` (may be nullptr) and borrowed from there; inline policies are stored in `policies`,
+// which `call` borrows. INVALID_ARGUMENT also for no rows and for one of k and v without the other.
 struct AttendPolicies {
   std::vector<Policy> rows;
   Policy call;
 };
 absl::Status AttendFromProto(const v1::AttendRequest& request, const PolicyRegistry& registry,
-                             AttendPolicies* policies, AttendCall* call);
+                             RegionCopy* region, AttendPolicies* policies, AttendCall* call);
 
 // What the caller asked `out` to be; FLOAT32 by default. INVALID_ARGUMENT / TENSOR_DTYPE_UNKNOWN.
 absl::StatusOr<DType> OutputDTypeFromProto(const v1::AttendRequest& request);

@@ -29,8 +29,9 @@ absl::Status RowFromProto(const v1::AttendRow& from, int index, AttendCallRow* t
   return absl::OkStatus();
 }
 
-absl::Status TensorsFromProto(const v1::AttendRequest& request, AttendCall* call) {
-  absl::StatusOr<TensorView> q = TensorFromProto(request.q(), "q");
+absl::Status TensorsFromProto(const v1::AttendRequest& request, RegionCopy* region,
+                              AttendCall* call) {
+  absl::StatusOr<TensorView> q = TensorFromProto(request.q(), "q", region);
   if (!q.ok()) return q.status();
   call->q = *q;
   if (request.has_k() != request.has_v()) {
@@ -39,9 +40,9 @@ absl::Status TensorsFromProto(const v1::AttendRequest& request, AttendCall* call
                         missing + " is missing: both k and v or neither");
   }
   if (!request.has_k()) return absl::OkStatus();
-  absl::StatusOr<TensorView> k = TensorFromProto(request.k(), "k");
+  absl::StatusOr<TensorView> k = TensorFromProto(request.k(), "k", region);
   if (!k.ok()) return k.status();
-  absl::StatusOr<TensorView> v = TensorFromProto(request.v(), "v");
+  absl::StatusOr<TensorView> v = TensorFromProto(request.v(), "v", region);
   if (!v.ok()) return v.status();
   call->k = *k;
   call->v = *v;
@@ -72,7 +73,7 @@ absl::Status PoliciesFromProto(const v1::AttendRequest& request, const PolicyReg
 }  // namespace
 
 absl::Status AttendFromProto(const v1::AttendRequest& request, const PolicyRegistry& registry,
-                             AttendPolicies* policies, AttendCall* call) {
+                             RegionCopy* region, AttendPolicies* policies, AttendCall* call) {
   if (request.rows_size() == 0) {
     return InvalidField("rows", "ROWS_MISSING", "rows is empty, expected at least one");
   }
@@ -83,7 +84,7 @@ absl::Status AttendFromProto(const v1::AttendRequest& request, const PolicyRegis
     const absl::Status row = RowFromProto(request.rows(i), i, &call->rows[static_cast<size_t>(i)]);
     if (!row.ok()) return row;
   }
-  absl::Status status = TensorsFromProto(request, call);
+  absl::Status status = TensorsFromProto(request, region, call);
   if (status.ok()) status = PoliciesFromProto(request, registry, policies, call);
   return status;
 }

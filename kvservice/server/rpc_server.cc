@@ -36,12 +36,12 @@ constexpr rlim_t kDescriptorsReserved = 64;
 // For answers that are ready but not sent when the grace is over.
 constexpr std::chrono::milliseconds kFlushTime{200};
 
-size_t ConnectionsMax(uint32_t wanted) {
+size_t ConnectionsMax(uint32_t wanted, uint32_t other_descriptors) {
+  const rlim_t reserved = kDescriptorsReserved + other_descriptors;
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return wanted;
-  const rlim_t room = limit.rlim_cur > 2 * kDescriptorsReserved
-                          ? limit.rlim_cur - kDescriptorsReserved
-                          : limit.rlim_cur / 2;
+  const rlim_t room =
+      limit.rlim_cur > 2 * reserved ? limit.rlim_cur - reserved : limit.rlim_cur / 2;
   return std::min<size_t>(wanted, room);
 }
 
@@ -165,11 +165,11 @@ absl::Status GrpcServer::Start(const RpcServerOptions& options, Transport* trans
     threads_.emplace_back(
         [this, queue = queue.get(), spin_us = options.spin_us] { ServeQueue(queue, spin_us); });
   }
-  accept_loop_ =
-      std::make_unique<AcceptLoop>(std::move(listeners), ConnectionsMax(options.connections_max),
-                                   host_.clock, [this](size_t listener, FileDescriptor connection) {
-                                     Deliver(listener, std::move(connection));
-                                   });
+  accept_loop_ = std::make_unique<AcceptLoop>(
+      std::move(listeners), ConnectionsMax(options.connections_max, options.other_descriptors),
+      host_.clock, [this](size_t listener, FileDescriptor connection) {
+        Deliver(listener, std::move(connection));
+      });
   return absl::OkStatus();
 }
 

@@ -38,6 +38,8 @@ struct RpcServerOptions {
   size_t transport_bytes_max = 0;
   uint32_t connections_max = 0;
   uint32_t streams_per_connection_max = 0;
+  // File descriptors that the process needs besides, for something that grows.
+  uint32_t other_descriptors = 0;
 };
 
 // Shutdown comes from the thread that started it; other calls from any thread.

@@ -2,6 +2,7 @@
 
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -12,6 +13,7 @@
 
 #include "kvservice/engine_errors.h"
 #include "kvservice/server/call.h"
+#include "kvservice/server/lane_server.h"
 #include "kvservice/server/rpc_server.h"
 #include "kvservice/server/service.h"
 
@@ -96,6 +98,7 @@ class ServerOnEngine final : public Server {
 
  private:
   absl::Status StartData();
+  absl::Status StartLanes();
   absl::Status StartAdmin();
   ServiceHost HostFor(CallGate* gate, InFlight* in_flight) {
     return {.calls = {.gate = gate, .in_flight = in_flight, .clock = seams_.clock},
@@ -112,6 +115,8 @@ class ServerOnEngine final : public Server {
   InFlight data_in_flight_;
   InFlight admin_in_flight_;
   std::unique_ptr<RpcServer> data_;
+  // nullptr when none are served.
+  std::unique_ptr<LaneServer> lanes_;
   std::unique_ptr<RpcServer> admin_;
   bool drained_ = false;
 
@@ -130,6 +135,7 @@ absl::Status ServerOnEngine::Start() {
                                       ", expected 1 to 2147483647");
   }
   absl::Status status = StartData();
+  if (status.ok()) status = StartLanes();
   if (status.ok() && options_.admin_listen.has_value()) status = StartAdmin();
   return status;
 }
@@ -147,10 +153,27 @@ absl::Status ServerOnEngine::StartData() {
                       .message_bytes_max = options_.message_bytes_max,
                       .transport_bytes_max = options_.transport_bytes_max,
                       .connections_max = options_.connections_max,
-                      .streams_per_connection_max = options_.streams_per_connection_max},
+                      .streams_per_connection_max = options_.streams_per_connection_max,
+                      .other_descriptors = options_.lanes_max + kLanesOpeningMax},
                      std::move(services), host.calls, seams_.transport);
   if (!server.ok()) return server.status();
   data_ = *std::move(server);
+  return absl::OkStatus();
+}
+
+absl::Status ServerOnEngine::StartLanes() {
+  const bool any_unix = std::any_of(
+      options_.listen.begin(), options_.listen.end(),
+      [](const ListenAddress& address) { return address.endpoint.kind == Endpoint::Kind::kUnix; });
+  if (!any_unix || options_.lanes_max == 0) return absl::OkStatus();
+  absl::StatusOr<std::unique_ptr<LaneServer>> lanes =
+      StartLaneServer({.listen = options_.listen,
+                       .lanes_max = options_.lanes_max,
+                       .lane_bytes_max = options_.lane_bytes_max,
+                       .spin_us = options_.engine.spin_us},
+                      HostFor(&data_gate_, &data_in_flight_), seams_.transport);
+  if (!lanes.ok()) return lanes.status();
+  lanes_ = *std::move(lanes);
   return absl::OkStatus();
 }
 
@@ -186,6 +209,8 @@ absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
                   {"requests_bytes_max", options_.requests_bytes_max},
                   {"connections_max", options_.connections_max},
                   {"streams_per_connection_max", options_.streams_per_connection_max},
+                  {"lanes_max", options_.lanes_max},
+                  {"lane_bytes_max", options_.lane_bytes_max},
                   {"pool_bytes", options_.engine.pool_bytes},
                   {"sequences_max", options_.engine.sequences_max},
                   {"sequences_per_tenant_max", options_.engine.sequences_per_tenant_max},
@@ -207,6 +232,8 @@ void ServerOnEngine::Drain(uint32_t grace_ms) {
     if (server != nullptr) server->SetServing(false);
   }
   if (data_ != nullptr) data_->Shutdown(std::chrono::milliseconds(grace_ms));
+  // No call is left, and none is admitted any more.
+  lanes_.reset();
   engine_->Drain();
   if (admin_ != nullptr) admin_->Shutdown(kAdminGrace);
 }

@@ -40,6 +40,11 @@ struct ServerOptions {
   // Connections above it are reset.
   uint32_t connections_max = 1024;
   uint32_t streams_per_connection_max = 256;
+  // Lanes (kvservice/server/lane_server.h) beside the Unix sockets of `listen`; 0 = none are
+  // served.
+  uint32_t lanes_max = 64;
+  // Shared memory of one lane.
+  size_t lane_bytes_max = size_t{64} << 20;
   // Time that a drain gives to calls in flight.
   uint32_t drain_grace_ms = 10'000;
   // What requests may name.

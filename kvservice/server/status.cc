@@ -8,7 +8,6 @@
 
 #include "google/protobuf/message_lite.h"
 #include "kvservice/error.h"
-#include "kvservice/v1/error_details.pb.h"
 
 namespace kvservice {
 namespace {
@@ -67,6 +66,11 @@ v1::Status RpcStatus(const absl::Status& status, const ErrorDetails& details,
 }
 
 }  // namespace
+
+v1::Status StatusToProto(const absl::Status& status) {
+  return RpcStatus(status, DetailsOf(status),
+                   Truncated({status.message().data(), status.message().size()}, kMessageBytesMax));
+}
 
 grpc::Status ToGrpcStatus(const absl::Status& status, grpc::ServerContext* context) {
   if (status.ok()) return grpc::Status::OK;

@@ -1,10 +1,12 @@
-// How errors leave the server: the one place that turns absl::Status into what gRPC sends. Pure;
+// How errors leave the server: the one place that turns absl::Status into what is sent. Pure;
 // any thread.
 
 #ifndef KVSERVICE_KVSERVICE_SERVER_STATUS_H_
 #define KVSERVICE_KVSERVICE_SERVER_STATUS_H_
 
 #include "absl/status/status.h"
+
+#include "kvservice/v1/error_details.pb.h"
 
 namespace grpc {
 class ServerContext;
@@ -18,6 +20,9 @@ namespace kvservice {
 // have sent its trailers yet) when there is a retry delay. An error without a reason gets its
 // code's name.
 grpc::Status ToGrpcStatus(const absl::Status& status, grpc::ServerContext* context);
+
+// The same where gRPC does not carry it. Not for OK.
+v1::Status StatusToProto(const absl::Status& status);
 
 }  // namespace kvservice
 

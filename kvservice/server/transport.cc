@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
 
@@ -153,10 +154,6 @@ class SocketTransport final : public Transport {
 };
 
 }  // namespace
-
-FileDescriptor::~FileDescriptor() {
-  if (fd_ >= 0) close(fd_);
-}
 
 Transport* SystemTransport() {
   static SocketTransport transport;

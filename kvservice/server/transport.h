@@ -6,33 +6,12 @@
 #define KVSERVICE_KVSERVICE_SERVER_TRANSPORT_H_
 
 #include <memory>
-#include <utility>
 
 #include "absl/status/statusor.h"
 #include "kvservice/server/endpoint.h"
+#include "wire/file_descriptor.h"
 
 namespace kvservice {
-
-// An open file descriptor, closed by the destructor. Move-only.
-class FileDescriptor {
- public:
-  FileDescriptor() = default;
-  explicit FileDescriptor(int fd) : fd_(fd) {}
-  FileDescriptor(FileDescriptor&& other) noexcept : fd_(other.Release()) {}
-  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
-    std::swap(fd_, other.fd_);
-    return *this;
-  }
-  ~FileDescriptor();
-
-  // -1 when empty.
-  int get() const { return fd_; }
-  // The caller becomes the owner.
-  int Release() { return std::exchange(fd_, -1); }
-
- private:
-  int fd_ = -1;
-};
 
 // One bound address. Accept is called from one thread at a time; the destructor stops listening.
 class Listener {

@@ -22,6 +22,8 @@ struct BenchOptions {
   std::string device = "cpu";
   // Files of tests/eval/trace.py, for the workloads that replay real models.
   std::vector<std::string> traces = {};
+  // How the calls of decode_e2e travel: auto, unary or lane.
+  std::string transport = "auto";
 };
 
 // One measured figure.
@@ -31,7 +33,8 @@ struct Row {
   double value = 0.0;
   std::string unit;
   // What `ratio` compares with: how many times faster than the baseline's case (or, for
-  // "read_bandwidth" and "copy_bandwidth", the share of it that was reached).
+  // "read_bandwidth" and "copy_bandwidth", the share of it that was reached; for "raw_socket", how
+  // many times as long).
   std::string baseline;
   double ratio = 0.0;
   // The largest error found while checking against the oracle, in the unit that the workload's

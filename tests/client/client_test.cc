@@ -45,7 +45,8 @@ struct Numbers {
   client::TensorView view;
 };
 
-class ClientTest : public ::testing::Test {
+// Every case runs with calls through gRPC and through shared memory.
+class ClientTest : public ::testing::TestWithParam<client::Transport> {
  protected:
   ClientTest() : client_(Connect()) {}
 
@@ -55,6 +56,7 @@ class ClientTest : public ::testing::Test {
     // Hangs become failures, and a loaded machine does not.
     options.deadlines.data = std::chrono::minutes(1);
     options.deadlines.admin = std::chrono::minutes(1);
+    options.transport = GetParam();
     absl::StatusOr<std::unique_ptr<Client>> connected = Client::Connect(options);
     EXPECT_TRUE(connected.ok()) << connected.status();
     return *std::move(connected);
@@ -133,7 +135,7 @@ class ClientTest : public ::testing::Test {
   std::unique_ptr<Client> client_;
 };
 
-TEST_F(ClientTest, DenseAttentionIsWhatTheTestComputes) {
+TEST_P(ClientTest, DenseAttentionIsWhatTheTestComputes) {
   const client::Sequence sequence = Create();
   EXPECT_EQ(sequence.id().size(), 16U);
   Fill(sequence, 100);
@@ -166,7 +168,7 @@ TEST_F(ClientTest, DenseAttentionIsWhatTheTestComputes) {
   EXPECT_EQ(info->certificates_proven, 2U * layout().query_head_count);
 }
 
-TEST_F(ClientTest, GivenPositionsAreAttendedAndTheRestIsBounded) {
+TEST_P(ClientTest, GivenPositionsAreAttendedAndTheRestIsBounded) {
   const client::Sequence sequence = Create();
   Fill(sequence, 200);
   const std::vector<uint32_t> positions = {0, 50, 199, 1, 2, 3, 150, 199};
@@ -206,7 +208,7 @@ TEST_F(ClientTest, GivenPositionsAreAttendedAndTheRestIsBounded) {
   EXPECT_GT(largest, 0.1);
 }
 
-TEST_F(ClientTest, CertifiedAttentionKeepsItsLimit) {
+TEST_P(ClientTest, CertifiedAttentionKeepsItsLimit) {
   const client::Sequence sequence = Create();
   Fill(sequence, 1000);
   client::Policy policy;
@@ -232,7 +234,7 @@ TEST_F(ClientTest, CertifiedAttentionKeepsItsLimit) {
 }
 
 // The limit arrives, and what was estimated comes back once there is something to reuse.
-TEST_F(ClientTest, VerifiedSharingTellsItsEstimate) {
+TEST_P(ClientTest, VerifiedSharingTellsItsEstimate) {
   const client::Sequence sequence = Create();
   Fill(sequence, 1000);
   client::Policy policy;
@@ -258,7 +260,7 @@ TEST_F(ClientTest, VerifiedSharingTellsItsEstimate) {
 }
 
 // Numbers of single layers and KV heads arrive: layer 1 hides half of its past, layer 0 does not.
-TEST_F(ClientTest, LayersAndHeadsHaveNumbersOfTheirOwn) {
+TEST_P(ClientTest, LayersAndHeadsHaveNumbersOfTheirOwn) {
   const client::Sequence sequence = Create();
   Fill(sequence, 1000);
   client::Policy policy;
@@ -299,7 +301,7 @@ TEST_F(ClientTest, LayersAndHeadsHaveNumbersOfTheirOwn) {
 }
 
 // More queries than one message may carry: the writer cuts where it must, and nothing is lost.
-TEST_F(ClientTest, SampledQueriesOfAPromptBecomeAnchors) {
+TEST_P(ClientTest, SampledQueriesOfAPromptBecomeAnchors) {
   const client::Sequence sequence = Create();
   const Words words = Counting(0, 600);
   const Words sampled = Counting(100, 400);
@@ -348,7 +350,7 @@ TEST_F(ClientTest, SampledQueriesOfAPromptBecomeAnchors) {
   }
 }
 
-TEST_F(ClientTest, RowsOfABatchFailOnTheirOwn) {
+TEST_P(ClientTest, RowsOfABatchFailOnTheirOwn) {
   std::vector<client::Sequence> sequences;
   std::vector<client::AttendRow> rows(3);
   for (uint32_t i = 0; i < 3; ++i) {
@@ -379,7 +381,7 @@ TEST_F(ClientTest, RowsOfABatchFailOnTheirOwn) {
   }
 }
 
-TEST_F(ClientTest, ForkKeepsItsTokensWhateverTheParentDoes) {
+TEST_P(ClientTest, ForkKeepsItsTokensWhateverTheParentDoes) {
   client::Sequence parent = Create();
   Fill(parent, 100);
   absl::StatusOr<client::Sequence> child = parent.Fork(70);
@@ -393,7 +395,7 @@ TEST_F(ClientTest, ForkKeepsItsTokensWhateverTheParentDoes) {
   EXPECT_EQ(child->Fork(71).status().code(), absl::StatusCode::kOutOfRange);
 }
 
-TEST_F(ClientTest, TruncateMovesToANewGeneration) {
+TEST_P(ClientTest, TruncateMovesToANewGeneration) {
   client::Sequence sequence = Create();
   Fill(sequence, 80);
   client::Sequence stale = client_->Adopt(sequence.id(), sequence.generation());
@@ -411,7 +413,7 @@ TEST_F(ClientTest, TruncateMovesToANewGeneration) {
   stale.Detach();
 }
 
-TEST_F(ClientTest, ReceiptsCountMessagesAndRepeats) {
+TEST_P(ClientTest, ReceiptsCountMessagesAndRepeats) {
   const client::Sequence sequence = Create();
   client::AppendWriter writer = sequence.Append();
   EXPECT_TRUE(Write(&writer, 0, 0, Counting(0, 20)).ok());
@@ -432,7 +434,7 @@ TEST_F(ClientTest, ReceiptsCountMessagesAndRepeats) {
   EXPECT_EQ(sequence.Describe()->length_tokens, 20U);
 }
 
-TEST_F(ClientTest, WritesAboveAMebibyteAreCut) {
+TEST_P(ClientTest, WritesAboveAMebibyteAreCut) {
   const client::Sequence sequence = Create();
   client::AppendWriter writer = sequence.Append();
   // A token of a layer has 512 bytes of keys and values.
@@ -444,7 +446,7 @@ TEST_F(ClientTest, WritesAboveAMebibyteAreCut) {
   EXPECT_EQ(receipt->length_max_tokens, kTokens);
 }
 
-TEST_F(ClientTest, SequencesLeftBehindAreDropped) {
+TEST_P(ClientTest, SequencesLeftBehindAreDropped) {
   const auto sequences = [this] { return served_.engine()->Stats().sequences; };
   {
     client::Sequence first = Create();
@@ -462,7 +464,7 @@ TEST_F(ClientTest, SequencesLeftBehindAreDropped) {
   EXPECT_EQ(served_.engine()->Stats().pool_bytes_used, 0U);
 }
 
-TEST_F(ClientTest, TheClientsEndWaitsForItsDrops) {
+TEST_P(ClientTest, TheClientsEndWaitsForItsDrops) {
   {
     std::vector<client::Sequence> many;
     many.reserve(20);
@@ -473,7 +475,7 @@ TEST_F(ClientTest, TheClientsEndWaitsForItsDrops) {
   EXPECT_EQ(served_.engine()->Stats().sequences, 0U);
 }
 
-TEST_F(ClientTest, DetachedSequencesStay) {
+TEST_P(ClientTest, DetachedSequencesStay) {
   client::Sequence sequence = Create();
   Fill(sequence, 10);
   const uint64_t generation = sequence.generation();
@@ -489,7 +491,7 @@ TEST_F(ClientTest, DetachedSequencesStay) {
   EXPECT_EQ(Line(gone.Close()), "NOT_FOUND SEQUENCE_NOT_FOUND");
 }
 
-TEST_F(ClientTest, ModelsAreRegisteredOnce) {
+TEST_P(ClientTest, ModelsAreRegisteredOnce) {
   client::ModelDescription model;
   model.name = "other";
   model.layer_count = 3;
@@ -513,7 +515,7 @@ TEST_F(ClientTest, ModelsAreRegisteredOnce) {
   EXPECT_NE(FieldOf(refused), "");
 }
 
-TEST_F(ClientTest, RequestsThatContradictThemselvesAreNotSent) {
+TEST_P(ClientTest, RequestsThatContradictThemselvesAreNotSent) {
   const client::Sequence sequence = Create();
   const uint64_t calls = served_.engine()->Stats().calls_total;
   const Numbers q = Make(Part::kQuery, 0, {0});
@@ -550,6 +552,12 @@ TEST(ClientConnectTest, SaysWhenNobodyAnswers) {
   options.endpoint = "nonsense";
   EXPECT_EQ(Line(Client::Connect(options).status()), "INVALID_ARGUMENT REQUEST_INVALID endpoint");
 }
+
+INSTANTIATE_TEST_SUITE_P(Transports, ClientTest,
+                         ::testing::Values(client::Transport::kUnary, client::Transport::kLane),
+                         [](const auto& parameter) {
+                           return parameter.param == client::Transport::kLane ? "Lane" : "Unary";
+                         });
 
 }  // namespace
 }  // namespace kvservice::testing

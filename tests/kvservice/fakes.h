@@ -4,12 +4,14 @@
 #define KVSERVICE_TESTS_KVSERVICE_FAKES_H_
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <random>
+#include <thread>
 #include <utility>
 
 #include "attention/device.h"
@@ -93,6 +95,38 @@ class WatchedDevice : public DeviceWrapper {
   Watcher before_;
   Watcher after_;
 };
+
+// Holds whoever runs a device in the middle of a call until it is let go; thread-safe. Outlives the
+// devices made with it.
+class Brake {
+ public:
+  std::unique_ptr<Device> On(std::unique_ptr<Device> inner) {
+    auto watched = std::make_unique<WatchedDevice>(std::move(inner));
+    watched->set_before([this](const LayerShape&, absl::Span<AttendRow>) {
+      ++call_count_;
+      while (is_set_) std::this_thread::yield();
+    });
+    return watched;
+  }
+  void Set(bool is_set) { is_set_ = is_set; }
+  // Calls that have begun.
+  int call_count() const { return call_count_; }
+
+ private:
+  std::atomic<bool> is_set_{false};
+  std::atomic<int> call_count_{0};
+};
+
+// Polls an observation of another thread's progress, for at most half a minute.
+template <typename Condition>
+bool Eventually(Condition condition) {
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (std::chrono::steady_clock::now() < give_up) {
+    if (condition()) return true;
+    std::this_thread::yield();
+  }
+  return false;
+}
 
 }  // namespace kvservice::testing
 

@@ -237,7 +237,9 @@ TEST_F(AttendTest, TheNearestPolicyHolds) {
 TEST(AttendReplyTest, BytesAreProtobufs) {
   const std::vector<int64_t> shape = {2, 3, 64};
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBfloat16}) {
-    AttendCall call;
+    AttendRun run;
+    run.output_dtype = dtype;
+    AttendCall& call = run.call;
     call.q.shape = shape;
     for (int i = 0; i < 2 * 3 * 64; ++i) call.out.push_back(std::sin(static_cast<float>(i)));
     call.lse = {1, 2, 3, 4, 5, 6};
@@ -251,7 +253,7 @@ TEST(AttendReplyTest, BytesAreProtobufs) {
     std::vector<std::byte> lse(call.lse.size() * sizeof(float));
     std::memcpy(lse.data(), call.lse.data(), lse.size());
     *expected.mutable_lse() = MakeTensor(DType::kFloat32, {2, 3}, lse);
-    EXPECT_EQ(TextOf(SerializeAttendReply(&head, dtype, &call)), expected.SerializeAsString());
+    EXPECT_EQ(TextOf(SerializeAttendReply(&head, &run)), expected.SerializeAsString());
   }
 }
 

@@ -61,17 +61,6 @@ v1::SequenceHandle NewSequence(v1::SequenceService::Stub* sequences) {
   return response.sequence().handle();
 }
 
-// Polls an observation of another thread's progress, for at most a minute.
-template <typename Condition>
-bool Eventually(Condition condition) {
-  const auto give_up = std::chrono::steady_clock::now() + std::chrono::minutes(1);
-  while (std::chrono::steady_clock::now() < give_up) {
-    if (condition()) return true;
-    std::this_thread::yield();
-  }
-  return false;
-}
-
 TEST(LifecycleTest, HealthIsServedOnBothSides) {
   ServedEngine served;
   for (const auto& channel : {served.Connect(), served.ConnectAsOther(), served.ConnectAdmin()}) {

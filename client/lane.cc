@@ -1,0 +1,289 @@
+#include "client/lane.h"
+
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <string_view>
+#include <thread>
+#include <utility>
+
+#include "client/error.h"
+#include "client/replies.h"
+#include "client/requests.h"
+#include "client/status.h"
+#include "kvservice/v1/error_details.pb.h"
+#include "kvservice/v1/lane.pb.h"
+#include "wire/lane_socket.h"
+
+namespace kvservice::client {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+constexpr std::string_view kUnixPrefix = "unix:";
+// A server that died without answering is noticed within this.
+constexpr milliseconds kConnectionCheck{100};
+// The server's reason for an answer that does not fit a slot.
+constexpr char kReplyTooLarge[] = "REPLY_TOO_LARGE";
+// Between attempts to open a lane that broke.
+constexpr milliseconds kReopenPause{1'000};
+
+absl::Status Unavailable(const std::string& problem) {
+  return MakeError(static_cast<int>(absl::StatusCode::kFailedPrecondition),
+                   "no calls through shared memory: " + problem, kLaneUnavailable);
+}
+
+// Connected, with `deadline` for what blocks on it; empty when nobody listens.
+FileDescriptor ConnectTo(const std::string& path, milliseconds deadline) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(address.sun_path)) return {};
+  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+  FileDescriptor connection(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  const timeval timeout{.tv_sec = deadline.count() / 1000,
+                        .tv_usec = deadline.count() % 1000 * 1000};
+  setsockopt(connection.get(), SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
+  setsockopt(connection.get(), SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
+  const auto* const to = reinterpret_cast<const sockaddr*>(&address);
+  if (connect(connection.get(), to, sizeof(address)) != 0) return {};
+  return connection;
+}
+
+uint64_t AlignUp(uint64_t offset, uint64_t unit) { return (offset + unit - 1) / unit * unit; }
+
+wire::LaneShape ShapeOf(const LaneOptions& options) {
+  const uint64_t bytes =
+      AlignUp(std::max<uint64_t>(options.call_bytes_max, 1), wire::kLanePageBytes);
+  return {.slot_count = std::clamp<uint32_t>(options.calls_max, 1, wire::kLaneSlotsMax),
+          .request_bytes = bytes,
+          .reply_bytes = bytes};
+}
+
+absl::Status Introduce(int socket, const wire::LaneShape& shape, int memory) {
+  v1::OpenLaneRequest request;
+  request.set_version(wire::kLaneVersion);
+  request.set_slot_count(shape.slot_count);
+  request.set_request_bytes(shape.request_bytes);
+  request.set_reply_bytes(shape.reply_bytes);
+  if (!wire::SendMessage(socket, request.SerializeAsString(), memory)) {
+    return Unavailable("the server closed the connection");
+  }
+  const wire::Received received = wire::ReceiveMessage(socket);
+  if (received.count <= 0) return Unavailable("the server did not answer");
+  v1::OpenLaneResponse response;
+  if (!response.ParseFromString(received.bytes) || response.version() == 0) {
+    return Unavailable("the server's answer makes no sense");
+  }
+  if (!response.has_error()) return absl::OkStatus();
+  const v1::Status& error = response.error();
+  if (error.code() == 0) return Unavailable("the server gives no reason");
+  return StatusFromWire(error.code(), error.message(), error.SerializeAsString());
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<Lane>> Lane::Open(const ClientOptions& options) {
+  const std::string_view endpoint = options.endpoint;
+  if (endpoint.substr(0, kUnixPrefix.size()) != kUnixPrefix) {
+    return Unavailable(options.endpoint + " is no Unix socket");
+  }
+  const std::string path = std::string(endpoint.substr(kUnixPrefix.size())) + wire::kLaneSuffix;
+  FileDescriptor socket = ConnectTo(path, options.deadlines.connect);
+  if (socket.get() < 0) return Unavailable("nobody listens at " + path);
+  const wire::LaneShape shape = ShapeOf(options.lane);
+  const std::optional<uint64_t> bytes = wire::LaneBytes(shape);
+  if (!bytes.has_value()) return Unavailable("call_bytes_max is too large");
+  const FileDescriptor file = wire::NewSealedMemory(*bytes);
+  wire::SharedMemory memory = wire::SharedMemory::Map(file.get(), *bytes);
+  if (memory.bytes().empty()) return Unavailable("the system gives no memory");
+  const absl::Status opened = Introduce(socket.get(), shape, file.get());
+  if (!opened.ok()) return opened;
+  return std::shared_ptr<Lane>(
+      new Lane(std::move(socket), std::move(memory), shape, options.lane.spin));
+}
+
+std::optional<absl::StatusOr<AttendResult>> Lane::Attend(const AttendStep& step,
+                                                         v1::AttendRequest* request,
+                                                         steady_clock::time_point deadline) {
+  const std::optional<uint32_t> index = TakeSlot();
+  if (!index.has_value()) return std::nullopt;
+  if (!PutRequest(*index, step, request)) {
+    LeaveSlot(*index, false);
+    return std::nullopt;
+  }
+  switch (Ring(*index) ? Wait(*index, deadline) : Outcome::kBroken) {
+    case Outcome::kAnswered:
+      break;
+    case Outcome::kTimeOver:
+      LeaveSlot(*index, true);
+      return absl::DeadlineExceededError("the server did not answer in time");
+    case Outcome::kBroken:
+      is_broken_ = true;
+      LeaveSlot(*index, true);
+      return std::nullopt;
+  }
+  std::optional<absl::StatusOr<AttendResult>> result = TakeReply(*index, *request);
+  LeaveSlot(*index, false);
+  return result;
+}
+
+std::optional<uint32_t> Lane::TakeSlot() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (uint32_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    if (slot.is_abandoned && wire::Load(memory_.slot(i)->reply_number) == slot.number) {
+      slot = {.number = slot.number};
+    }
+    if (slot.is_taken) continue;
+    slot.is_taken = true;
+    return i;
+  }
+  return std::nullopt;
+}
+
+void Lane::LeaveSlot(uint32_t index, bool abandon) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  slots_[index].is_taken = abandon;
+  slots_[index].is_abandoned = abandon;
+}
+
+bool Lane::PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest* request) {
+  const uint64_t begin = memory_.RequestOffset(index);
+  const uint64_t end = begin + memory_.shape().request_bytes;
+  uint64_t offset = begin;
+  const auto put = [&](const TensorView& tensor, v1::Tensor* to) {
+    if (tensor.empty()) return true;
+    const uint64_t bytes = tensor.bytes.size();
+    if (!wire::IsRange(offset, bytes, end)) return false;
+    std::memcpy(memory_.Range(offset, bytes).data(), tensor.bytes.data(), bytes);
+    to->mutable_region()->set_offset_bytes(offset);
+    to->mutable_region()->set_length_bytes(bytes);
+    offset = AlignUp(offset + bytes, wire::kLaneAlignment);
+    return true;
+  };
+  // Absent tensors must not come into being by being named.
+  if (!put(step.q, request->mutable_q())) return false;
+  if (!step.k.empty() && !put(step.k, request->mutable_k())) return false;
+  if (!step.v.empty() && !put(step.v, request->mutable_v())) return false;
+  const uint64_t heads = uint64_t{step.q.token_count} * step.q.head_count;
+  const uint64_t output_bytes = heads * (step.q.head_dim + 1) * sizeof(float);
+  const uint64_t bytes = request->ByteSizeLong();
+  if (!wire::IsRange(offset, bytes, end) || output_bytes > memory_.shape().reply_bytes) {
+    return false;
+  }
+  request->SerializeWithCachedSizesToArray(
+      reinterpret_cast<uint8_t*>(memory_.Range(offset, bytes).data()));
+  wire::SlotHead* const head = memory_.slot(index);
+  wire::Store(&head->request_offset, offset);
+  wire::Store(&head->request_bytes, static_cast<uint32_t>(bytes));
+  return true;
+}
+
+bool Lane::Ring(uint32_t index) {
+  wire::SlotHead* const head = memory_.slot(index);
+  wire::Store(&head->client_asleep, uint32_t{0});
+  wire::Store(&head->request_number, ++slots_[index].number);
+  if (wire::Load(memory_.head()->server_asleep) == 0) return true;
+  const char byte = 0;
+  // A full socket holds bytes that the server has not read yet, and will.
+  return send(socket_.get(), &byte, 1, MSG_DONTWAIT | MSG_NOSIGNAL) == 1 || errno == EAGAIN;
+}
+
+bool Lane::SpinForReply(uint32_t index) const {
+  const uint32_t number = slots_[index].number;
+  const steady_clock::time_point end = steady_clock::now() + spin_;
+  do {
+    if (wire::Load(memory_.slot(index)->reply_number) == number) return true;
+    std::this_thread::yield();
+  } while (steady_clock::now() < end);
+  return false;
+}
+
+Lane::Outcome Lane::Wait(uint32_t index, steady_clock::time_point deadline) {
+  if (spin_.count() > 0 && SpinForReply(index)) return Outcome::kAnswered;
+  wire::SlotHead* const head = memory_.slot(index);
+  const uint32_t number = slots_[index].number;
+  wire::Store(&head->client_asleep, uint32_t{1});
+  steady_clock::time_point check_at = steady_clock::now() + kConnectionCheck;
+  for (;;) {
+    const uint32_t seen = wire::Load(head->reply_number);
+    if (seen == number) return Outcome::kAnswered;
+    const steady_clock::time_point now = steady_clock::now();
+    if (now >= deadline) return Outcome::kTimeOver;
+    if (now >= check_at) {
+      if (!IsConnected()) return Outcome::kBroken;
+      check_at = now + kConnectionCheck;
+    }
+    wire::SleepWhile(&head->reply_number, seen, std::min(deadline, check_at) - now);
+  }
+}
+
+bool Lane::IsConnected() const {
+  std::array<char, 1> byte;
+  const ssize_t got = recv(socket_.get(), byte.data(), byte.size(), MSG_PEEK | MSG_DONTWAIT);
+  return got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR));
+}
+
+std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
+                                                            const v1::AttendRequest& request) {
+  const wire::SlotHead& head = *memory_.slot(index);
+  const uint64_t offset = wire::Load(head.reply_offset);
+  const uint32_t bytes = wire::Load(head.reply_bytes);
+  const uint32_t code = wire::Load(head.reply_code);
+  const uint64_t begin = memory_.ReplyOffset(index);
+  if (offset < begin || !wire::IsRange(offset, bytes, begin + memory_.shape().reply_bytes)) {
+    is_broken_ = true;
+    return MalformedReply("reply_offset", "is not in the slot");
+  }
+  const absl::Span<const std::byte> range = memory_.Range(offset, bytes);
+  const std::string message(reinterpret_cast<const char*>(range.data()), range.size());
+  if (code != 0) {
+    v1::Status error;
+    error.ParseFromString(message);
+    absl::Status status = StatusFromWire(static_cast<int>(code), error.message(), message);
+    const bool is_for_others = absl::IsUnavailable(status) || ReasonOf(status) == kReplyTooLarge;
+    if (is_for_others) return std::nullopt;
+    return status;
+  }
+  v1::AttendResponse response;
+  if (!response.ParseFromString(message)) return MalformedReply("message", "does not parse");
+  return ResultFromProto(
+      request, response,
+      {.offset = begin, .bytes = memory_.Range(begin, memory_.shape().reply_bytes)});
+}
+
+absl::Status LanePath::Open() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  absl::StatusOr<std::shared_ptr<Lane>> lane = Lane::Open(*options_);
+  if (!lane.ok()) return lane.status();
+  lane_ = *std::move(lane);
+  was_open_ = true;
+  return absl::OkStatus();
+}
+
+std::shared_ptr<Lane> LanePath::Get() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (lane_ != nullptr && !lane_->is_broken()) return lane_;
+    const steady_clock::time_point now = steady_clock::now();
+    if (lane_ != nullptr) retry_at_ = now + kReopenPause;
+    lane_ = nullptr;
+    // Whoever opens a lane lets the others go another way meanwhile.
+    if (!was_open_ || is_opening_ || now < retry_at_) return nullptr;
+    is_opening_ = true;
+  }
+  absl::StatusOr<std::shared_ptr<Lane>> lane = Lane::Open(*options_);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  is_opening_ = false;
+  retry_at_ = steady_clock::now() + kReopenPause;
+  if (lane.ok()) lane_ = *std::move(lane);
+  return lane_;
+}
+
+}  // namespace kvservice::client

@@ -1,0 +1,105 @@
+// Attend calls through memory shared with a server on the same host (wire/lane_layout.h). Inside
+// the library only.
+
+#ifndef KVSERVICE_CLIENT_LANE_H_
+#define KVSERVICE_CLIENT_LANE_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "client/attend.h"
+#include "client/options.h"
+#include "kvservice/v1/attention.pb.h"
+#include "wire/file_descriptor.h"
+#include "wire/lane_layout.h"
+#include "wire/shared_memory.h"
+
+namespace kvservice::client {
+
+// One open lane. Any thread; each call has a slot of its own, and the calling thread waits.
+class Lane {
+ public:
+  // FAILED_PRECONDITION / LANE_UNAVAILABLE when nobody offers one, else what the server says.
+  static absl::StatusOr<std::shared_ptr<Lane>> Open(const ClientOptions& options);
+
+  // The answer to `request`, whose tensors are described but have no payload yet; nothing if it
+  // must take another way: all slots are busy, it is too large for one, the server is going down or
+  // gone. Repeating it there is safe. The tensors of `request` are ranges of the lane afterwards.
+  std::optional<absl::StatusOr<AttendResult>> Attend(
+      const AttendStep& step, v1::AttendRequest* request,
+      std::chrono::steady_clock::time_point deadline);
+
+  // The server is gone, or answers what is none.
+  bool is_broken() const { return is_broken_; }
+
+ private:
+  struct Slot {
+    uint32_t number = 0;
+    bool is_taken = false;
+    // Its caller's time was over: free once the answer is there.
+    bool is_abandoned = false;
+  };
+  enum class Outcome : uint8_t { kAnswered, kTimeOver, kBroken };
+
+  Lane(FileDescriptor socket, wire::SharedMemory memory, const wire::LaneShape& shape,
+       std::chrono::microseconds spin)
+      : socket_(std::move(socket)),
+        mapping_(std::move(memory)),
+        memory_(mapping_.bytes(), shape),
+        spin_(spin),
+        slots_(shape.slot_count) {}
+
+  std::optional<uint32_t> TakeSlot();
+  void LeaveSlot(uint32_t index, bool abandon);
+  bool PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest* request);
+  // False when the server is gone.
+  bool Ring(uint32_t index);
+  Outcome Wait(uint32_t index, std::chrono::steady_clock::time_point deadline);
+  bool SpinForReply(uint32_t index) const;
+  bool IsConnected() const;
+  std::optional<absl::StatusOr<AttendResult>> TakeReply(uint32_t index,
+                                                        const v1::AttendRequest& request);
+
+  const FileDescriptor socket_;
+  const wire::SharedMemory mapping_;
+  const wire::LaneMemory memory_;
+  const std::chrono::microseconds spin_;
+  std::atomic<bool> is_broken_{false};
+
+  std::mutex mutex_;
+  // Guarded by mutex_, but for the number, which is the taker's.
+  std::vector<Slot> slots_;
+};
+
+// The lane of a client, opened again some time after it broke. Any thread.
+class LanePath {
+ public:
+  // `options` is borrowed.
+  explicit LanePath(const ClientOptions* options) : options_(options) {}
+
+  // Opens the lane; once, before anything else. Without it there never is one.
+  absl::Status Open();
+  // Shared with calls under way when the lane breaks; nullptr when there is none at present.
+  std::shared_ptr<Lane> Get();
+
+ private:
+  const ClientOptions* const options_;
+
+  std::mutex mutex_;
+  // Guarded by mutex_.
+  std::shared_ptr<Lane> lane_;
+  bool was_open_ = false;
+  bool is_opening_ = false;
+  std::chrono::steady_clock::time_point retry_at_;
+};
+
+}  // namespace kvservice::client
+
+#endif  // KVSERVICE_CLIENT_LANE_H_

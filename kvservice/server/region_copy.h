@@ -1,0 +1,43 @@
+// Tensors that lie in a lane's memory, copied once: what is checked afterwards is the copy, which
+// the client cannot change. One call at a time.
+
+#ifndef KVSERVICE_KVSERVICE_SERVER_REGION_COPY_H_
+#define KVSERVICE_KVSERVICE_SERVER_REGION_COPY_H_
+
+#include <cstddef>
+#include <memory>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "kvservice/v1/types.pb.h"
+
+namespace kvservice {
+
+class RegionCopy {
+ public:
+  // `shared` is borrowed, and may change at any time. The tensors of one call have at most
+  // `bytes_max` bytes together, each rounded up to 64.
+  RegionCopy(absl::Span<const std::byte> shared, size_t bytes_max);
+
+  // Begins a call: what earlier ones have copied is gone.
+  void Clear() { used_ = 0; }
+
+  // Copies a range whose tensor needs `bytes` bytes. INVALID_ARGUMENT: TENSOR_REGION_UNKNOWN
+  // (field.region.region), TENSOR_SIZE_MISMATCH (field.region.length_bytes),
+  // TENSOR_REGION_MISALIGNED and TENSOR_REGION_OUT_OF_RANGE (field.region.offset_bytes),
+  // TENSOR_REGION_TOO_LARGE (field.region.length_bytes). The result is valid until Clear.
+  absl::StatusOr<absl::Span<const std::byte>> Copy(const v1::TensorRegion& range, size_t bytes,
+                                                   std::string_view field);
+
+ private:
+  const absl::Span<const std::byte> shared_;
+  const size_t bytes_max_;
+  // Not initialised: pages that no call has needed take no memory.
+  const std::unique_ptr<std::byte[]> copy_;
+  size_t used_ = 0;
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_SERVER_REGION_COPY_H_

@@ -1,0 +1,239 @@
+// Which way a client's calls take, and that they arrive whatever becomes of the faster one.
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "client/client.h"
+#include "tests/server/served_engine.h"
+
+namespace kvservice::testing {
+namespace {
+
+using client::Client;
+using client::Transport;
+
+constexpr double kOutTolerance = 1e-10;
+
+ServedEngineOptions WithDevice(std::unique_ptr<Device> device, uint32_t lanes_max = 2) {
+  ServedEngineOptions options;
+  options.device = std::move(device);
+  options.server.lanes_max = lanes_max;
+  return options;
+}
+
+class LaneClientTest : public ::testing::Test {
+ protected:
+  LaneClientTest() { Serve(); }
+
+  void Serve(uint32_t lanes_max = 2) {
+    served_.reset();
+    served_ = std::make_unique<ServedEngine>(
+        WithDevice(brake_.On(*NewDevice("reference", {})), lanes_max));
+  }
+
+  client::ClientOptions Options() const {
+    client::ClientOptions options;
+    options.endpoint = "unix:" + served_->folder() + "/data";
+    options.deadlines.data = std::chrono::seconds(30);
+    return options;
+  }
+  static std::unique_ptr<Client> Connect(const client::ClientOptions& options) {
+    absl::StatusOr<std::unique_ptr<Client>> connected = Client::Connect(options);
+    EXPECT_TRUE(connected.ok()) << connected.status();
+    return *std::move(connected);
+  }
+
+  // A sequence of the words 0, 1, ... in layer 0.
+  client::Sequence Create(Client* from, uint32_t count) const {
+    absl::StatusOr<client::Sequence> sequence = from->CreateSequence({.model = kModel});
+    EXPECT_TRUE(sequence.ok()) << sequence.status();
+    const Words words = Counting(0, count);
+    const std::vector<std::byte> k = PartBytes(layout(), layout().dtype, Part::kKey, 0, words);
+    const std::vector<std::byte> v = PartBytes(layout(), layout().dtype, Part::kValue, 0, words);
+    client::AppendWriter writer = sequence->Append();
+    EXPECT_TRUE(writer.Write(0, 0, View(k, count), View(v, count)).ok());
+    EXPECT_TRUE(writer.Commit().ok());
+    return *std::move(sequence);
+  }
+
+  // Reads with the query of the word at `position`, and compares if that worked.
+  absl::StatusOr<Transport> Attend(Client* from, const client::Sequence& sequence,
+                                   uint32_t position, uint32_t count = 1) const {
+    const Words words = Counting(position, count);
+    const std::vector<std::byte> q = PartBytes(layout(), DType::kFloat32, Part::kQuery, 0, words);
+    const client::AttendRow row = {
+        .sequence = &sequence, .position = position, .query_count = count};
+    client::AttendStep step;
+    step.rows = {&row, 1};
+    step.return_selected = true;
+    step.q = {.dtype = client::DType::kFloat32,
+              .token_count = count,
+              .head_count = layout().query_head_count,
+              .head_dim = layout().head_dim,
+              .bytes = q};
+    const absl::StatusOr<client::AttendResult> result = from->Attend(step);
+    if (!result.ok()) return result.status();
+    EXPECT_TRUE(result->rows[0].status.ok()) << result->rows[0].status;
+    const LayerShape shape = {
+        .layout = layout(), .scale = served_->model().scale, .inverse_frequencies = {}};
+    const DenseAnswer dense = AttendDensely(shape, 0, Counting(0, position + 1), position);
+    const auto out = absl::MakeConstSpan(result->rows[0].out).first(dense.out.size());
+    EXPECT_LT(NormalizedSquaredError(out, dense.out), kOutTolerance);
+    return result->transport;
+  }
+
+  const KvLayout& layout() const { return served_->model().layout; }
+  client::TensorView View(const std::vector<std::byte>& bytes, uint32_t count) const {
+    return {.dtype = client::DType::kBfloat16,
+            .token_count = count,
+            .head_count = layout().kv_head_count,
+            .head_dim = layout().head_dim,
+            .bytes = bytes};
+  }
+
+  Brake brake_;
+  std::unique_ptr<ServedEngine> served_;
+};
+
+TEST_F(LaneClientTest, TheFasterWayIsTakenWhereThereIsOne) {
+  const auto client = Connect(Options());
+  EXPECT_EQ(client->transport(), Transport::kLane);
+  const client::Sequence sequence = Create(client.get(), 20);
+  EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kLane);
+  client::ClientOptions unary = Options();
+  unary.transport = Transport::kUnary;
+  const auto other = Connect(unary);
+  EXPECT_EQ(other->transport(), Transport::kUnary);
+}
+
+TEST_F(LaneClientTest, WithoutLanesItIsUnary) {
+  Serve(0);
+  const auto client = Connect(Options());
+  EXPECT_EQ(client->transport(), Transport::kUnary);
+  const client::Sequence sequence = Create(client.get(), 20);
+  EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kUnary);
+  client::ClientOptions lane = Options();
+  lane.transport = Transport::kLane;
+  absl::Status refused = Client::Connect(lane).status();
+  EXPECT_EQ(client::ReasonOf(refused), "LANE_UNAVAILABLE");
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(LaneClientTest, WhatTheServerRefusesIsUnary) {
+  const auto first = Connect(Options());
+  const auto second = Connect(Options());
+  const auto third = Connect(Options());
+  EXPECT_EQ(second->transport(), Transport::kLane);
+  EXPECT_EQ(third->transport(), Transport::kUnary);
+  client::ClientOptions lane = Options();
+  lane.transport = Transport::kLane;
+  EXPECT_EQ(client::ReasonOf(Client::Connect(lane).status()), "LANES_EXHAUSTED");
+  lane.lane.call_bytes_max = size_t{1} << 30;
+  EXPECT_FALSE(Client::Connect(lane).ok());
+}
+
+TEST_F(LaneClientTest, CallsThatDoNotFitAreUnary) {
+  client::ClientOptions options = Options();
+  options.lane.call_bytes_max = 4096;
+  const auto client = Connect(options);
+  const client::Sequence sequence = Create(client.get(), 200);
+  EXPECT_EQ(*Attend(client.get(), sequence, 199), Transport::kLane);
+  // Its tensors and outputs fit, what it selected does not.
+  EXPECT_EQ(*Attend(client.get(), sequence, 197, 3), Transport::kUnary);
+  EXPECT_EQ(*Attend(client.get(), sequence, 192, 8), Transport::kUnary);
+  EXPECT_EQ(*Attend(client.get(), sequence, 199), Transport::kLane);
+}
+
+TEST_F(LaneClientTest, CallsWithoutASlotAreUnary) {
+  client::ClientOptions options = Options();
+  options.lane.calls_max = 1;
+  const auto client = Connect(options);
+  const client::Sequence sequence = Create(client.get(), 20);
+  brake_.Set(true);
+  std::optional<Transport> first;
+  std::optional<Transport> second;
+  std::thread one([&] { first = *Attend(client.get(), sequence, 19); });
+  ASSERT_TRUE(Eventually([this] { return brake_.call_count() == 1; }));
+  const uint64_t calls = served_->engine()->Stats().calls_total;
+  std::thread two([&] { second = *Attend(client.get(), sequence, 18); });
+  ASSERT_TRUE(Eventually([&] { return served_->engine()->Stats().calls_total > calls; }));
+  brake_.Set(false);
+  one.join();
+  two.join();
+  EXPECT_EQ(first, Transport::kLane);
+  EXPECT_EQ(second, Transport::kUnary);
+}
+
+TEST_F(LaneClientTest, TwoMicroBatchesAreInFlight) {
+  const auto client = Connect(Options());
+  const client::Sequence sequence = Create(client.get(), 20);
+  std::vector<std::thread> threads;
+  std::vector<int> lane_calls(2);
+  for (size_t i = 0; i < 2; ++i) {
+    threads.emplace_back([&, i] {
+      for (uint32_t n = 0; n < 200; ++n) {
+        lane_calls[i] += *Attend(client.get(), sequence, (n * 7 + i) % 20) == Transport::kLane;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(lane_calls[0] + lane_calls[1], 400);
+}
+
+TEST_F(LaneClientTest, TimeThatIsOverCostsASlotUntilTheAnswer) {
+  client::ClientOptions options = Options();
+  options.lane.calls_max = 1;
+  options.deadlines.data = std::chrono::milliseconds(50);
+  const auto hasty = Connect(options);
+  const auto client = Connect(Options());
+  const client::Sequence sequence = Create(client.get(), 20);
+  const client::Sequence adopted = hasty->Adopt(sequence.id(), sequence.generation());
+  brake_.Set(true);
+  EXPECT_EQ(Attend(hasty.get(), adopted, 19).status().code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(hasty->transport(), Transport::kLane);
+  brake_.Set(false);
+  EXPECT_TRUE(Eventually([&] {
+    const absl::StatusOr<Transport> way = Attend(hasty.get(), adopted, 19);
+    return way.ok() && *way == Transport::kLane;
+  }));
+}
+
+TEST_F(LaneClientTest, AServerThatGoesAndComesBackIsFoundAgain) {
+  const TemporaryFolder folder;
+  const auto serve = [&] {
+    auto engine = std::make_unique<TestEngine>();
+    Endpoint endpoint;
+    endpoint.path = folder.path() + "/data";
+    ServerOptions options;
+    options.listen = {{.endpoint = endpoint}};
+    auto server = NewServer(
+        options, engine->get(),
+        {.clock = SystemClock(), .random = SystemRandom(), .transport = SystemTransport()});
+    EXPECT_TRUE(server.ok()) << server.status();
+    return std::pair(std::move(engine), *std::move(server));
+  };
+  auto running = serve();
+  client::ClientOptions options = Options();
+  options.endpoint = "unix:" + folder.path() + "/data";
+  const auto client = Connect(options);
+  {
+    const client::Sequence sequence = Create(client.get(), 20);
+    EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kLane);
+  }
+  running.second.reset();
+  running.first.reset();
+  running = serve();
+  const client::Sequence sequence = Create(client.get(), 20);
+  // First through gRPC, as the lane is broken; then through a new one.
+  EXPECT_TRUE(Eventually([&] { return *Attend(client.get(), sequence, 19) == Transport::kLane; }));
+}
+
+}  // namespace
+}  // namespace kvservice::testing
