@@ -64,9 +64,10 @@ __device__ __forceinline__ float Score(bool largest, float score, float share) {
   return largest ? fmaxf(score, share) : score + share;
 }
 
-// The sum of the block's weights in `word` of one head. One thread.
-__device__ inline float SumOfWord(const ChoiceGroup& group, uint32_t head, uint32_t block,
-                                  uint64_t word) {
+// The sum of the block's weights in `word` of one head. One thread. Few blocks need it, so it is
+// kept out of the way of the rest.
+__device__ __noinline__ inline float SumOfWord(const ChoiceGroup& group, uint32_t head,
+                                               uint32_t block, uint64_t word) {
   const size_t page = size_t{head} * group.block_count + block;
   if (word == ~uint64_t{0}) return group.page_sum[page];
   const auto* weights = reinterpret_cast<const float4*>(group.weights + page * kTokens);
@@ -108,7 +109,7 @@ __device__ inline void FindScales(const ChoiceGroup& group, RoughTotal (&of_warp
   RoughTotal total;
   if (own < group.head_count) {
     const size_t first_page = size_t{own} * group.block_count;
-#pragma unroll(kHeads <= 4 ? 4 : 2)
+#pragma unroll 4
     for (uint32_t block = warp / kHeads * kWarp + threadIdx.x % kWarp; block < group.block_count;
          block += kScaleThreads / kHeads) {
       const uint64_t word = group.to_scan[block];
@@ -216,14 +217,21 @@ __device__ __forceinline__ void RaiseTo(float* to, float norm) {
   atomicMax(reinterpret_cast<int32_t*>(to), __float_as_int(norm));
 }
 
-// The sum of a row's squares, in fp32. One warp.
+// The sum of a row's squares, in fp32. One warp, two elements of a lane at a time.
 __device__ __forceinline__ float SquaresOf(const CacheShape& shape, const std::byte* row) {
   float squares = 0.0F;
-  for (uint32_t c = threadIdx.x % kWarp; c < shape.head_dim; c += kWarp) {
-    const float x = shape.dtype == kFloat32   ? LoadElement<kFloat32>(row, c)
-                    : shape.dtype == kFloat16 ? LoadElement<kFloat16>(row, c)
-                                              : LoadElement<kBfloat16>(row, c);
-    squares = fmaf(x, x, squares);
+#pragma unroll 2
+  for (uint32_t i = threadIdx.x % kWarp; i < shape.head_dim / 2; i += kWarp) {
+    float2 two;
+    if (shape.dtype == kFloat32) {
+      two = reinterpret_cast<const float2*>(row)[i];
+    } else {
+      const uint32_t bits = reinterpret_cast<const uint32_t*>(row)[i];
+      two = shape.dtype == kFloat16
+                ? __half22float2(*reinterpret_cast<const __half2*>(&bits))
+                : make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000U));
+    }
+    squares = fmaf(two.y, two.y, fmaf(two.x, two.x, squares));
   }
   return SumOverLanes(squares);
 }
@@ -233,7 +241,7 @@ __device__ __forceinline__ float SquaresOf(const CacheShape& shape, const std::b
 __device__ inline void BoundOpenBlocks(const ChoiceCall& call, const ChoiceGroup& group) {
   const uint32_t tokens = group.stats->open_blocks * kTokens;
   float most = 0.0F;
-#pragma unroll 4
+#pragma unroll 2
   for (uint32_t i = threadIdx.x / kWarp; i < tokens; i += blockDim.x / kWarp) {
     const uint32_t block = group.open_blocks[i / kTokens];
     const std::byte* page = PageOf(call, group, block);
