@@ -130,7 +130,7 @@ struct AttendRowResult {
 };
 
 struct AttendResult {
-  // The way that the call took: kUnary or kLane.
+  // The way that the call took; never kAuto.
   Transport transport = Transport::kUnary;
   // Names this call in the server's logs and audits; with the 16 bytes of the epoch and the
   // secret's id also the random numbers of its sampled certificates.

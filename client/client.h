@@ -50,7 +50,7 @@ class Client {
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
 
-  // The way that the next Attend tries first, kUnary or kLane.
+  // The way that the next Attend tries first; never kAuto.
   Transport transport() const;
 
   // Makes a model known and returns its fingerprint; harmless if it is known already.

@@ -22,7 +22,7 @@ struct BenchOptions {
   std::string device = "cpu";
   // Files of tests/eval/trace.py, for the workloads that replay real models.
   std::vector<std::string> traces = {};
-  // How the calls of decode_e2e travel: auto, unary or lane.
+  // How the calls of decode_e2e travel: auto, unary, stream or lane.
   std::string transport = "auto";
 };
 

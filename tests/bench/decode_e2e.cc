@@ -362,6 +362,7 @@ absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* da
                               .data = std::chrono::seconds(60),
                               .admin = std::chrono::seconds(600)};
   if (options.transport == "unary") client_options.transport = client::Transport::kUnary;
+  if (options.transport == "stream") client_options.transport = client::Transport::kStream;
   if (options.transport == "lane") client_options.transport = client::Transport::kLane;
   auto client = client::Client::Connect(client_options);
   if (!client.ok()) return client.status();

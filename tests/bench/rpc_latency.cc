@@ -1,6 +1,6 @@
-// What a call costs there and back, by every way: through gRPC (unary) and through shared memory
-// (lane), against a floor that is measured in the same run and with the same placement: as many
-// bytes written to a Unix socket, read by another process, and written back. Ways take turns.
+// What a call costs there and back, by every way: through gRPC (unary, stream) and through shared
+// memory (lane), against a floor that is measured in the same run and with the same placement: as
+// many bytes written to a Unix socket, read by another process, and written back. Ways take turns.
 //
 // The engine has next to nothing to do: one row attends one token, and the rest of the payload
 // belongs to a row that names no sequence, so that its outputs are zeros. Payloads are of the
@@ -205,6 +205,7 @@ class Measurement {
 
   absl::Status Run(std::vector<Row>* rows) {
     std::vector<Way> ways = {{"unary", client::Transport::kUnary},
+                             {"stream", client::Transport::kStream},
                              {"lane", client::Transport::kLane}};
     if (placement_.client_cpu != placement_.peer_cpu) {
       ways.push_back({"lane_spin", client::Transport::kLane, true});

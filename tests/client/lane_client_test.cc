@@ -107,18 +107,23 @@ TEST_F(LaneClientTest, TheFasterWayIsTakenWhereThereIsOne) {
   EXPECT_EQ(client->transport(), Transport::kLane);
   const client::Sequence sequence = Create(client.get(), 20);
   EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kLane);
-  client::ClientOptions unary = Options();
-  unary.transport = Transport::kUnary;
-  const auto other = Connect(unary);
-  EXPECT_EQ(other->transport(), Transport::kUnary);
+  for (const Transport transport : {Transport::kUnary, Transport::kStream}) {
+    client::ClientOptions other = Options();
+    other.transport = transport;
+    const auto one = Connect(other);
+    EXPECT_EQ(one->transport(), transport);
+    client::Sequence adopted = one->Adopt(sequence.id(), sequence.generation());
+    EXPECT_EQ(*Attend(one.get(), adopted, 19), transport);
+    adopted.Detach();
+  }
 }
 
-TEST_F(LaneClientTest, WithoutLanesItIsUnary) {
+TEST_F(LaneClientTest, WithoutLanesItIsAStream) {
   Serve(0);
   const auto client = Connect(Options());
-  EXPECT_EQ(client->transport(), Transport::kUnary);
+  EXPECT_EQ(client->transport(), Transport::kStream);
   const client::Sequence sequence = Create(client.get(), 20);
-  EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kUnary);
+  EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kStream);
   client::ClientOptions lane = Options();
   lane.transport = Transport::kLane;
   absl::Status refused = Client::Connect(lane).status();
@@ -126,12 +131,12 @@ TEST_F(LaneClientTest, WithoutLanesItIsUnary) {
   EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
 }
 
-TEST_F(LaneClientTest, WhatTheServerRefusesIsUnary) {
+TEST_F(LaneClientTest, WhatTheServerRefusesIsAStream) {
   const auto first = Connect(Options());
   const auto second = Connect(Options());
   const auto third = Connect(Options());
   EXPECT_EQ(second->transport(), Transport::kLane);
-  EXPECT_EQ(third->transport(), Transport::kUnary);
+  EXPECT_EQ(third->transport(), Transport::kStream);
   client::ClientOptions lane = Options();
   lane.transport = Transport::kLane;
   EXPECT_EQ(client::ReasonOf(Client::Connect(lane).status()), "LANES_EXHAUSTED");
@@ -139,19 +144,19 @@ TEST_F(LaneClientTest, WhatTheServerRefusesIsUnary) {
   EXPECT_FALSE(Client::Connect(lane).ok());
 }
 
-TEST_F(LaneClientTest, CallsThatDoNotFitAreUnary) {
+TEST_F(LaneClientTest, CallsThatDoNotFitAreStreamed) {
   client::ClientOptions options = Options();
   options.lane.call_bytes_max = 4096;
   const auto client = Connect(options);
   const client::Sequence sequence = Create(client.get(), 200);
   EXPECT_EQ(*Attend(client.get(), sequence, 199), Transport::kLane);
   // Its tensors and outputs fit, what it selected does not.
-  EXPECT_EQ(*Attend(client.get(), sequence, 197, 3), Transport::kUnary);
-  EXPECT_EQ(*Attend(client.get(), sequence, 192, 8), Transport::kUnary);
+  EXPECT_EQ(*Attend(client.get(), sequence, 197, 3), Transport::kStream);
+  EXPECT_EQ(*Attend(client.get(), sequence, 192, 8), Transport::kStream);
   EXPECT_EQ(*Attend(client.get(), sequence, 199), Transport::kLane);
 }
 
-TEST_F(LaneClientTest, CallsWithoutASlotAreUnary) {
+TEST_F(LaneClientTest, CallsWithoutASlotAreStreamed) {
   client::ClientOptions options = Options();
   options.lane.calls_max = 1;
   const auto client = Connect(options);
@@ -168,7 +173,7 @@ TEST_F(LaneClientTest, CallsWithoutASlotAreUnary) {
   one.join();
   two.join();
   EXPECT_EQ(first, Transport::kLane);
-  EXPECT_EQ(second, Transport::kUnary);
+  EXPECT_EQ(second, Transport::kStream);
 }
 
 TEST_F(LaneClientTest, TwoMicroBatchesAreInFlight) {
