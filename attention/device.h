@@ -4,7 +4,8 @@
 //
 // Thread rules: one thread (the engine's executor) calls Append, Seal, Copy and Attend, one at a
 // time; Allocate and NewTokenLists may be called from any thread. A device may use threads of its
-// own inside a call; when a call returns all its work is done.
+// own inside a call; when a call returns all its work is done, but for what Append and Seal write:
+// the device's other calls find it done, and the sources are not needed any more.
 
 #ifndef KVSERVICE_ATTENTION_DEVICE_H_
 #define KVSERVICE_ATTENTION_DEVICE_H_

@@ -22,6 +22,9 @@ struct KvView {
   absl::Span<const std::byte* const> sketches;
   // Tokens that may be read; a row's attended length. May be less than what the slices hold.
   uint32_t length = 0;
+  // Names what the arrays hold, unless it is 0: of two views of the same revision, entries of
+  // blocks that are full in both are the same.
+  uint64_t revision = 0;
 
   // K of one token, [head_dim] in the cache dtype; V follows at + layout.vector_bytes().
   const std::byte* Row(const KvLayout& layout, uint32_t kv_head, uint32_t token) const {

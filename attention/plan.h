@@ -83,6 +83,9 @@ struct Plan {
   // This layer's lists and anchors; required by kReuse. Read and changed by the device during the
   // call.
   TokenLists* lists = nullptr;
+  // `lists` keep what is chosen, for deeper layers that may freeze it (frozen_lists). Otherwise
+  // they have no selection after the call: making one takes as long as choosing.
+  bool keeps_selection = true;
   float min_cosine = 0.8F;
   // kReuse: [kv_head_count], takes the place of min_cosine unless empty.
   absl::Span<const float> min_cosines;

@@ -137,6 +137,7 @@ void AttendBatch::PrepareRows(AttendCall* call, uint64_t now_ns) {
     }
     first_token += call->rows[i].query_count;
   }
+  if (model_ != nullptr) writes_.Run(model_->spec.layout, parts_.device);
 }
 
 absl::Status AttendBatch::PrepareRow(uint64_t now_ns, Row* row) {
@@ -201,7 +202,7 @@ absl::Status AttendBatch::StoreRow(const std::string& field, const Row& row) {
                    .count = asked.query_count,
                    .k = call.k->bytes.data() + skipped_bytes,
                    .v = call.v->bytes.data() + skipped_bytes},
-                  cache);
+                  cache, &writes_);
     if (!stored.ok()) return stored.status();
   }
   const uint32_t length = cache->length(call.layer);
@@ -294,7 +295,7 @@ void AttendBatch::PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) 
 
   const size_t q_floats = TokenFloats(*call);
   *planned = AttendRow();
-  planned->view = row.record->cache->View(call->layer, result.attended_length, &buffers->view);
+  planned->view = row.record->cache->View(call->layer, result.attended_length);
   planned->position = asked.position;
   planned->query_count = asked.query_count;
   planned->q =

@@ -61,7 +61,6 @@ class AttendBatch {
   };
   // Memory behind one AttendRow of a device batch.
   struct Buffers {
-    ViewArrays view;
     std::vector<float> q;
     // Of a row that is kept and whose caller did not ask for it.
     std::vector<std::vector<uint32_t>> selected;
@@ -96,6 +95,8 @@ class AttendBatch {
   // Of the call that is being prepared: [rows], nullptr where the handle was not found.
   std::vector<SequenceRecord*> records_;
   const Model* model_ = nullptr;
+  // Keys and values of its rows on their way to the device.
+  PendingWrites writes_;
 
   // Rows that wait for the device, rows of the current batch, and the rest.
   std::vector<Row> waiting_;

@@ -254,13 +254,15 @@ absl::StatusOr<AppendResult> Executor::Append(const AppendCall& call) {
   if (status.ok()) status = CheckSample(call, spec);
   if (!status.ok()) return status;
   const uint32_t length_before = record->cache->length(call.layer);
+  PendingWrites writes;
   absl::StatusOr<AppendResult> stored = StoreRows(options_, *pool_, "",
                                                   {.layer = call.layer,
                                                    .position = call.position,
                                                    .count = count,
                                                    .k = call.k.bytes.data(),
                                                    .v = call.v.bytes.data()},
-                                                  record->cache.get());
+                                                  record->cache.get(), &writes);
+  writes.Run(spec.layout, device_.get());
   if (!stored.ok()) return stored;
   if (call.query_sample.has_value() && !stored->duplicate) {
     // The bytes may lie anywhere.

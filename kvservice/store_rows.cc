@@ -14,7 +14,7 @@ std::string PositionField(std::string_view prefix) { return std::string(prefix) 
 
 absl::StatusOr<AppendResult> StoreRows(const EngineOptions& options, const BlockPool& pool,
                                        std::string_view prefix, const RowsToStore& rows,
-                                       Sequence* sequence) {
+                                       Sequence* sequence, PendingWrites* writes) {
   const uint32_t length = sequence->length(rows.layer);
   if (rows.position > length) {
     return PositionGap(PositionField(prefix), rows.position, length);
@@ -23,8 +23,8 @@ absl::StatusOr<AppendResult> StoreRows(const EngineOptions& options, const Block
   if (end > options.sequence_tokens_max) {
     return SequenceTooLong(PositionField(prefix), end, options.sequence_tokens_max);
   }
-  const AppendOutcome outcome = sequence->Append(rows.layer, rows.position,
-                                                 static_cast<uint32_t>(rows.count), rows.k, rows.v);
+  const AppendOutcome outcome = sequence->Append(
+      rows.layer, rows.position, static_cast<uint32_t>(rows.count), rows.k, rows.v, writes);
   switch (outcome) {
     case AppendOutcome::kStored:
     case AppendOutcome::kDuplicate:

@@ -24,10 +24,10 @@ struct RowsToStore {
 };
 
 // POSITION_GAP, SEQUENCE_TOO_LONG, APPEND_CONFLICT or POOL_FULL; nothing is then changed.
-// Errors name the field `prefix` + "position".
+// Errors name the field `prefix` + "position". The bytes are there once `writes` have run.
 absl::StatusOr<AppendResult> StoreRows(const EngineOptions& options, const BlockPool& pool,
                                        std::string_view prefix, const RowsToStore& rows,
-                                       Sequence* sequence);
+                                       Sequence* sequence, PendingWrites* writes);
 
 }  // namespace kvservice
 

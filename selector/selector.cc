@@ -72,6 +72,18 @@ void ApplyEdits(SelectorKind selector, const Policy& policy, const StepContext& 
   EditGuarantee(policy, context, plan);
 }
 
+bool Freezes(SelectorKind selector) {
+  return selector == SelectorKind::kEtf || selector == SelectorKind::kCpe;
+}
+
+// Some layer under this policy may take over the choice of a shallower one.
+bool MayFreeze(const Policy& policy) {
+  return Freezes(policy.selector) ||
+         std::any_of(policy.layers.begin(), policy.layers.end(), [](const LayerOverride& ruling) {
+           return ruling.selector.has_value() && Freezes(*ruling.selector);
+         });
+}
+
 // What calibration has found for theory, about what the plan hides and freezes.
 void Assume(const StepContext& context, PlannedStep* step) {
   const LayerOverride* ruling = context.ruling;
@@ -125,6 +137,7 @@ PlannedStep MakePlan(const Policy& policy, const StepContext& context) {
   step.selector = ResolveSelector(policy, context);
   step.plan = DensePlan(BudgetOf(policy, ruled), ruled);
   ApplyEdits(step.selector, policy, ruled, &step.plan);
+  step.plan.keeps_selection = MayFreeze(policy);
   Assume(ruled, &step);
   step.drop_lists = step.plan.source == Source::kReuse && StartsCisBlock(policy.cis, context);
   return step;

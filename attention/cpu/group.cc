@@ -227,10 +227,12 @@ void Group::Settle(const TokenMask& chosen) {
   if (everything_ && !IsRememberedDense()) RememberDense();
   read_ = Or(always_, everything_ ? middle_ : chosen);
   if (lists() == nullptr) return;
-  if (everything_) return lists()->ClearSelection(kv_head_);
+  const bool inserts = plan.source == Source::kReuse && scanned_ && !everything_;
+  if (everything_ || !plan.keeps_selection) lists()->ClearSelection(kv_head_);
+  if (everything_ || (!plan.keeps_selection && !inserts)) return;
   std::vector<uint32_t> positions = PositionsOf(chosen, block_begin_);
-  lists()->SetSelection(kv_head_, positions);
-  if (plan.source == Source::kReuse && scanned_) {
+  if (plan.keeps_selection) lists()->SetSelection(kv_head_, positions);
+  if (inserts) {
     SharingTerms sharing;
     if (plan.reuse_mass_limit > 0.0F) sharing = TermsOfAnchor(chosen);
     lists()->Insert(kv_head_, anchor_queries_, std::move(positions), covered_end_,

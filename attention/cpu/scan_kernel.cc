@@ -574,21 +574,23 @@ void PrepareScan(const LayerShape& shape, absl::Span<const float* const> q,
     queries->used.assign(padded, 0.0);
     queries->x.resize(size_t{head_count} * head_dim);
   }
+  const TableTerms<double> of_table = MakeTableTerms<double>(head_dim, table);
   for (uint32_t head = 0; head < head_count; ++head) {
-    const QueryTerms<double> terms = MakeQueryTerms<double>(head_dim, shape.scale, q[head], table);
+    const QueryTerms<double> terms =
+        MakeQueryTerms<double>(head_dim, shape.scale, q[head], table, of_table);
     for (uint32_t j = 0; j < SketchDirections(head_dim); ++j) {
       queries->qw[j][head] = static_cast<float>(terms.qw[j]);
     }
     if (!bounded) continue;
-    double squares = 0.0;
+    float* x = &queries->x[size_t{head} * head_dim];
+    uint32_t used = 0;
     for (uint32_t c = 0; c < head_dim; ++c) {
-      squares += terms.qs[c] * terms.qs[c];
-      if (terms.qs[c] != 0.0) ++queries->used[head];
-      queries->x[size_t{head} * head_dim + c] =
-          static_cast<float>(terms.x[c] * (1.0 + 0x1p-22) + 0x1p-126);
+      used += terms.qs[c] != 0.0 ? 1 : 0;
+      x[c] = static_cast<float>(terms.x[c] * (1.0 + 0x1p-22) + 0x1p-126);
     }
-    // Covers qs rounded to fp32 (2^-24, or 2^-150 below the normal range) and this sum.
-    queries->norm[head] = std::sqrt(squares) * (1.0 + 0x1p-23) + 0x1p-120;
+    queries->used[head] = used;
+    // Covers qs rounded to fp32 (2^-24, or 2^-150 below the normal range) and the sum.
+    queries->norm[head] = terms.norm * (1.0 + 0x1p-23) + 0x1p-120;
     queries->weight[head] = terms.weight * kUp;
     queries->x_norm[head] = static_cast<float>(terms.x_norm);
   }

@@ -41,21 +41,22 @@ void ThreadPool::RunTasks(Job* job, uint32_t thread) {
   }
 }
 
-void ThreadPool::ParallelFor(uint32_t task_count, Task task) {
+void ThreadPool::ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_thread) {
   if (task_count == 0) return;
-  Job job(task_count, task);
-  if (task_count == 1 || workers_.empty()) {
+  const uint32_t threads = (task_count + tasks_per_thread - 1) / tasks_per_thread;
+  Job job(task_count, task, std::min(threads - 1, static_cast<uint32_t>(workers_.size())));
+  if (job.room == 0) {
     RunTasks(&job, 0);
     return;
   }
-  bool notify = false;
+  uint32_t woken = 0;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     job_ = &job;
     generation_.fetch_add(1, std::memory_order_release);
-    notify = sleeping_ > 0;
+    woken = std::min(job.room, sleeping_);
   }
-  if (notify) wake_.notify_all();
+  for (; woken > 0; --woken) wake_.notify_one();
   RunTasks(&job, 0);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -72,7 +73,9 @@ void ThreadPool::ParallelFor(uint32_t task_count, Task task) {
 ThreadPool::Job* ThreadPool::EnterJob(uint64_t* seen) {
   const std::lock_guard<std::mutex> lock(mutex_);
   *seen = generation_.load(std::memory_order_relaxed);
-  if (job_ != nullptr) inside_.fetch_add(1, std::memory_order_relaxed);
+  if (job_ == nullptr || job_->room == 0) return nullptr;
+  --job_->room;
+  inside_.fetch_add(1, std::memory_order_relaxed);
   return job_;
 }
 

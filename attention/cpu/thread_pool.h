@@ -33,16 +33,19 @@ class ThreadPool {
 
   // Runs every task once, on any of the threads (the caller's is index 0), and returns when all are
   // done. What tasks wrote is visible to the caller. Tasks are handed out in order, so the largest
-  // should come first.
-  void ParallelFor(uint32_t task_count, Task task);
+  // should come first. No more threads take part than have `tasks_per_thread` each: for tasks so
+  // short that waking a thread costs as much as several of them.
+  void ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_thread = 1);
 
  private:
   // What the threads of one ParallelFor share. Workers enter and leave it under mutex_, so that a
   // late one never sees the next.
   struct Job {
-    Job(uint32_t count, Task function) : task_count(count), run(function) {}
+    Job(uint32_t count, Task function, uint32_t workers)
+        : task_count(count), run(function), room(workers) {}
     const uint32_t task_count;
     const Task run;
+    uint32_t room;  // for workers; guarded by mutex_
     std::atomic<uint32_t> next{0};
   };
 
@@ -51,6 +54,7 @@ class ThreadPool {
   // Spins, then blocks, until the generation differs from `seen` or the pool closes. Returns false
   // when it closes.
   bool WaitForJob(uint64_t seen, uint32_t* spin_limit);
+  // nullptr if the job has ended, or has as many threads as it may have.
   Job* EnterJob(uint64_t* seen);
   void LeaveJob();
 

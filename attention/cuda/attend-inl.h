@@ -10,19 +10,19 @@
 //   - Warps, then jobs, are added up; the job that comes last does it for all, in the order of
 //     jobs, so the result does not depend on who that is.
 //
-// fp32 throughout (queries are not rounded to the cache's type), masses in double.
+// fp32 throughout (queries are not rounded to the cache's type), masses in double. Caches of 32-bit
+// elements are read like this, and rows of 256 channels whose masses are bounded; the others as in
+// attend_mma-inl.h.
 
 #ifndef KVSERVICE_ATTENTION_CUDA_ATTEND_INL_H_
 #define KVSERVICE_ATTENTION_CUDA_ATTEND_INL_H_
 
 #include <cuda_pipeline_primitives.h>
 
-#include "attention/cuda/elements-inl.h"
+#include "attention/cuda/attend_merge-inl.h"
 
 namespace kvservice::cuda {
 
-inline constexpr uint32_t kAttendWarps = 4;
-inline constexpr uint32_t kAttendThreads = kAttendWarps * kWarp;
 // Tokens, and words, that are listed at a time.
 inline constexpr uint32_t kListedTokens = 2048;
 inline constexpr uint32_t kListedWords = kAttendThreads;
@@ -347,15 +347,6 @@ class AttendWarp {
   float q_[kHeads][kLaneChannels];
 };
 
-// What the warps of a CTA leave for each other.
-template <int kHeads>
-struct CtaSums {
-  double sum[kAttendWarps][kHeads];
-  int32_t reference[kAttendWarps][kHeads];
-  float key_squares_max[kAttendWarps];
-  bool last;
-};
-
 // Every warp's sums of its heads, and the largest norm that it met.
 template <class Sizes, int kRowLanes, int kHeads>
 __device__ inline void LeaveSums(const WarpState<kHeads>& state, CtaSums<kHeads>* sums) {
@@ -381,134 +372,6 @@ __device__ inline void LeaveSums(const WarpState<kHeads>& state, CtaSums<kHeads>
     sums->sum[warp][lane / kLanesOfHead] = sum;
     sums->reference[warp][lane / kLanesOfHead] = state.reference;
   }
-}
-
-template <int kHeads>
-__device__ inline HeadSums SumOfWarps(const CtaSums<kHeads>& sums, uint32_t head) {
-  HeadSums total{.sum = 0.0, .reference = kReferenceMin, .key_squares_max = 0.0F};
-  for (uint32_t warp = 0; warp < kAttendWarps; ++warp) {
-    total.reference = max(total.reference, sums.reference[warp][head]);
-    total.key_squares_max = fmaxf(total.key_squares_max, sums.key_squares_max[warp]);
-  }
-  for (uint32_t warp = 0; warp < kAttendWarps; ++warp) {
-    total.sum += sums.sum[warp][head] * PowerOfTwo64(sums.reference[warp][head] - total.reference);
-  }
-  return total;
-}
-
-// 1 / sum, 0 of an empty set.
-__device__ __forceinline__ double InverseOf(double sum) { return sum == 0.0 ? 0.0 : 1.0 / sum; }
-
-// Sums of one head over all jobs, and what each job's weights must be multiplied with to count in
-// the same unit: factors[job * kHeads]. One warp.
-template <int kHeads>
-__device__ inline HeadSums SumOfJobs(const AttendSet& set, uint32_t head, float* factors) {
-  const uint32_t lane = threadIdx.x % kWarp;
-  const HeadSums* parts = set.part_sums + head;
-  HeadSums total{.sum = 0.0, .reference = kReferenceMin, .key_squares_max = 0.0F};
-#pragma unroll 4
-  for (uint32_t job = lane; job < set.job_count; job += kWarp) {
-    const HeadSums* part = parts + size_t{job} * set.head_count;
-    total.reference = max(total.reference, __ldcg(&part->reference));
-    total.key_squares_max = fmaxf(total.key_squares_max, __ldcg(&part->key_squares_max));
-  }
-#pragma unroll
-  for (int offset = 1; offset < static_cast<int>(kWarp); offset *= 2) {
-    total.reference = max(total.reference, __shfl_xor_sync(kAllLanes, total.reference, offset));
-    total.key_squares_max =
-        fmaxf(total.key_squares_max, __shfl_xor_sync(kAllLanes, total.key_squares_max, offset));
-  }
-#pragma unroll 4
-  for (uint32_t job = lane; job < set.job_count; job += kWarp) {
-    const HeadSums* part = parts + size_t{job} * set.head_count;
-    const int32_t change = __ldcg(&part->reference) - total.reference;
-    total.sum += __ldcg(&part->sum) * PowerOfTwo64(change);
-    factors[job * kHeads] = PowerOfTwo(change);
-  }
-  total.sum = SumOverLanes(total.sum);
-  return total;
-}
-
-// Adds up the jobs of a set for one tile, in their order. One CTA, with shared memory for a factor
-// per job and head.
-template <int kHeads>
-__device__ inline void MergeJobs(const AttendSet& set, uint32_t head_dim, uint32_t tile,
-                                 float* factors) {
-  const uint32_t first = tile * kHeads;
-  const uint32_t heads = min(static_cast<uint32_t>(kHeads), set.head_count - first);
-  __shared__ double inverses[kHeads];
-  for (uint32_t h = threadIdx.x / kWarp; h < heads; h += kAttendWarps) {
-    const HeadSums total = SumOfJobs<kHeads>(set, first + h, factors + h);
-    if (threadIdx.x % kWarp != 0) continue;
-    inverses[h] = InverseOf(total.sum);
-    set.sums[first + h] = total;
-  }
-  __syncthreads();
-  if (!set.read_values) return;
-  const size_t stride = size_t{set.head_count} * head_dim;
-  for (uint32_t i = 4 * threadIdx.x; i < heads * head_dim; i += 4 * kAttendThreads) {
-    const uint32_t h = i / head_dim;
-    const float* part = set.parts + size_t{first} * head_dim + i;
-    double out[4] = {};
-#pragma unroll 16
-    for (uint32_t job = 0; job < set.job_count; ++job, part += stride) {
-      const float4 four = __ldcg(reinterpret_cast<const float4*>(part));
-      const float factor = factors[job * kHeads + h];
-      out[0] += static_cast<double>(four.x * factor);
-      out[1] += static_cast<double>(four.y * factor);
-      out[2] += static_cast<double>(four.z * factor);
-      out[3] += static_cast<double>(four.w * factor);
-    }
-    auto* to = reinterpret_cast<double2*>(set.out + size_t{first} * head_dim + i);
-    to[0] = make_double2(out[0] * inverses[h], out[1] * inverses[h]);
-    to[1] = make_double2(out[2] * inverses[h], out[3] * inverses[h]);
-  }
-}
-
-// Leaves what the CTA came to: the answer, if this is the only job. `merged` holds `part_count`
-// rows of `channels` numbers per head, in shared memory: [part_count][kHeads][channels].
-template <int kHeads>
-__device__ inline void LeaveResult(const AttendSet& set, uint32_t head_dim, uint32_t job,
-                                   uint32_t tile, const CtaSums<kHeads>& sums, const float* merged,
-                                   uint32_t part_count, uint32_t channels, float scale) {
-  const uint32_t first = tile * kHeads;
-  const uint32_t heads = min(static_cast<uint32_t>(kHeads), set.head_count - first);
-  const bool alone = set.job_count == 1;
-  HeadSums* to = alone ? set.sums : set.part_sums + size_t{job} * set.head_count;
-  if (threadIdx.x < heads) to[first + threadIdx.x] = SumOfWarps(sums, threadIdx.x);
-  if (!set.read_values) return;
-  __syncthreads();
-  for (uint32_t i = threadIdx.x; i < heads * head_dim; i += kAttendThreads) {
-    const uint32_t h = i / head_dim;
-    float total = 0.0F;
-    for (uint32_t part = 0; part < part_count; ++part) {
-      total += merged[(part * kHeads + h) * channels + i % head_dim];
-    }
-    total *= scale;
-    const size_t at = size_t{first} * head_dim + i;
-    if (alone) {
-      set.out[at] = static_cast<double>(total) * InverseOf(SumOfWarps(sums, h).sum);
-    } else {
-      set.parts[job * size_t{set.head_count} * head_dim + at] = total;
-    }
-  }
-}
-
-// The job that comes last adds up all of its set; nobody waits. All threads of the CTA call it.
-template <int kHeads>
-__device__ inline void MergeIfLast(const AttendSet& set, uint32_t head_dim, uint32_t tile,
-                                   CtaSums<kHeads>* sums, float* factors) {
-  if (set.job_count == 1) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    sums->last = atomicAdd(&set.tickets[tile], 1) == set.job_count - 1;
-    if (sums->last) set.tickets[tile] = 0;
-  }
-  __syncthreads();
-  if (!sums->last) return;
-  __threadfence();
-  MergeJobs<kHeads>(set, head_dim, tile, factors);
 }
 
 // Every warp's sums of values, in the unit that SumOfWarps counts in.
@@ -556,7 +419,7 @@ __global__ void __launch_bounds__(kAttendThreads, kHeads == 8 ? 2 : 3)
   if (set.read_values) LeaveValues<Sizes, kRowLanes>(warp.state, sums, merged);
   LeaveResult<kHeads>(set, head_dim, job.index, tile, sums, merged, kAttendWarps * Sizes::kSlots,
                       kRowLanes * kLaneChannels, 1.0F);
-  MergeIfLast<kHeads>(set, head_dim, tile, &sums, merged);
+  MergeIfLast<kHeads, 4>(set, head_dim, tile, &sums, merged);
 }
 
 template <int kType, int kRowLanes, int kHeads>
@@ -573,11 +436,14 @@ cudaError_t LaunchAttend(const AttendCall& call, cudaStream_t stream) {
 
 template <int kType, int kHeads>
 cudaError_t LaunchAttendRows(const AttendCall& call, cudaStream_t stream) {
-  if (call.shape.head_dim <= 8 * kLaneChannels) {
-    return LaunchAttend<kType, 8, kHeads>(call, stream);
-  }
-  if (call.shape.head_dim <= 16 * kLaneChannels) {
-    return LaunchAttend<kType, 16, kHeads>(call, stream);
+  // Shorter rows of 16-bit caches are read by tensor cores.
+  if constexpr (kType == kFloat32) {
+    if (call.shape.head_dim <= 8 * kLaneChannels) {
+      return LaunchAttend<kType, 8, kHeads>(call, stream);
+    }
+    if (call.shape.head_dim <= 16 * kLaneChannels) {
+      return LaunchAttend<kType, 16, kHeads>(call, stream);
+    }
   }
   return LaunchAttend<kType, 32, kHeads>(call, stream);
 }

@@ -9,14 +9,23 @@ extern template cudaError_t AttendTyped<kFloat16>(const AttendCall& call, cudaSt
 extern template cudaError_t AttendTyped<kBfloat16>(const AttendCall& call, cudaStream_t stream);
 
 template <int kType>
-cudaError_t AttendMmaTyped(const AttendCall& call, cudaStream_t stream);
-extern template cudaError_t AttendMmaTyped<kFloat16>(const AttendCall& call, cudaStream_t stream);
-extern template cudaError_t AttendMmaTyped<kBfloat16>(const AttendCall& call, cudaStream_t stream);
+cudaError_t AttendQuick(const AttendCall& call, cudaStream_t stream);
+extern template cudaError_t AttendQuick<kFloat16>(const AttendCall& call, cudaStream_t stream);
+extern template cudaError_t AttendQuick<kBfloat16>(const AttendCall& call, cudaStream_t stream);
+
+template <int kType>
+cudaError_t AttendProven(const AttendCall& call, cudaStream_t stream);
+extern template cudaError_t AttendProven<kFloat16>(const AttendCall& call, cudaStream_t stream);
+extern template cudaError_t AttendProven<kBfloat16>(const AttendCall& call, cudaStream_t stream);
 
 namespace {
 
+// Sums of 256 channels in double do not fit the registers.
+constexpr uint32_t kProvenDimMax = 128;
+
 bool UsesTensorCores(const AttendCall& call) {
-  return !call.bound_masses && call.shape.dtype != kFloat32;
+  if (call.shape.dtype == kFloat32) return false;
+  return !call.bound_masses || call.shape.head_dim <= kProvenDimMax;
 }
 
 }  // namespace
@@ -24,9 +33,9 @@ bool UsesTensorCores(const AttendCall& call) {
 AttendTiling AttendTilingOf(const AttendCall& call) {
   const uint32_t heads = call.head_count_max;
   if (UsesTensorCores(call)) {
-    // Eight heads of 256 channels do not fit the registers.
-    const bool small = heads <= 4 || call.shape.head_dim > 128;
-    return {.heads = small ? 4U : 8U, .ctas = call.shape.head_dim > 128 ? 1U : 2U};
+    // Nor do eight heads of 256 channels.
+    const bool wide = call.shape.head_dim > kProvenDimMax;
+    return {.heads = heads <= 4 || wide ? 4U : 8U, .ctas = wide ? 1U : 2U};
   }
   if (heads == 1) return {.heads = 1, .ctas = 3};
   return {.heads = heads <= 4 ? 4U : 8U, .ctas = heads <= 4 ? 3U : 2U};
@@ -34,18 +43,15 @@ AttendTiling AttendTilingOf(const AttendCall& call) {
 
 cudaError_t Attend(const AttendCall& call, cudaStream_t stream) {
   if (call.job_count == 0) return cudaSuccess;
+  const bool half = call.shape.dtype == kFloat16;
   if (UsesTensorCores(call)) {
-    return call.shape.dtype == kFloat16 ? AttendMmaTyped<kFloat16>(call, stream)
-                                        : AttendMmaTyped<kBfloat16>(call, stream);
+    if (call.bound_masses) {
+      return half ? AttendProven<kFloat16>(call, stream) : AttendProven<kBfloat16>(call, stream);
+    }
+    return half ? AttendQuick<kFloat16>(call, stream) : AttendQuick<kBfloat16>(call, stream);
   }
-  switch (call.shape.dtype) {
-    case kFloat32:
-      return AttendTyped<kFloat32>(call, stream);
-    case kFloat16:
-      return AttendTyped<kFloat16>(call, stream);
-    default:
-      return AttendTyped<kBfloat16>(call, stream);
-  }
+  if (call.shape.dtype == kFloat32) return AttendTyped<kFloat32>(call, stream);
+  return half ? AttendTyped<kFloat16>(call, stream) : AttendTyped<kBfloat16>(call, stream);
 }
 
 }  // namespace kvservice::cuda

@@ -38,6 +38,8 @@ constexpr int kComputeMajorMin = 8;
 // a wave of their own.
 constexpr size_t kWaveBytesMax = size_t{256} << 20;
 constexpr size_t kWaveGroupsMax = 4096;
+// The host's share of a call is small: more threads spend more on meeting than they take over.
+constexpr uint32_t kThreadsMax = 8;
 
 uint32_t AvailableCpus() {
   cpu_set_t set;
@@ -94,6 +96,7 @@ class CudaDevice : public Device {
     Slot<uint8_t> value_codes;
   };
 
+  void Stage();
   void Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows);
   void LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows);
   void LoadRow(const LayerShape& shape, const AttendRow& row, RowData* data);
@@ -121,6 +124,9 @@ class CudaDevice : public Device {
   std::vector<ProofScratch> proof_scratch_;    // likewise
   cuda::ScoreMemory score_memory_;
   cuda::Context context_;
+  // What Append and Seal write, until the device has it.
+  Arena staging_{Arena::Sides::kBoth};
+  cudaEvent_t staged_ = nullptr;
   // Of one call.
   Arena to_device_{Arena::Sides::kBoth};
   Arena to_host_{Arena::Sides::kBoth};
@@ -154,15 +160,18 @@ cuda::Context NewContext(uint32_t multiprocessors, cuda::ScoreMemory* score_memo
 }
 
 CudaDevice::CudaDevice(uint32_t thread_count, uint32_t multiprocessors)
-    : pool_(thread_count),
+    : pool_(std::min(thread_count, kThreadsMax)),
       choose_scratch_(thread_count),
       proof_scratch_(thread_count),
       context_(NewContext(multiprocessors, &score_memory_)),
       tables_(context_.stream),
       direct_(context_, &pool_),
-      readings_(context_) {}
+      readings_(context_) {
+  Check(cudaEventCreateWithFlags(&staged_, cudaEventDisableTiming), "event");
+}
 
 CudaDevice::~CudaDevice() {
+  cudaEventDestroy(staged_);
   cudaFree(const_cast<float*>(context_.radius_scale));
   cudaStreamDestroy(context_.stream);
 }
@@ -190,17 +199,24 @@ void CudaDevice::Copy(absl::Span<const MemoryCopy> copies) {
   Check(cudaStreamSynchronize(context_.stream), "copy");
 }
 
+// Begins to stage what Append and Seal write. They do not wait for the device, only for what they
+// staged the time before.
+void CudaDevice::Stage() {
+  Check(cudaEventSynchronize(staged_), "stage");
+  staging_.Reset();
+}
+
 void CudaDevice::Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) {
-  to_device_.Reset();
+  Stage();
   const size_t token_bytes = size_t{layout.kv_head_count} * layout.vector_bytes();
-  const Slot<cuda::AppendItem> items = to_device_.Take<cuda::AppendItem>(slices.size());
+  const Slot<cuda::AppendItem> items = staging_.Take<cuda::AppendItem>(slices.size());
   uint32_t count = 0;
   for (const AppendSlice& slice : slices) {
     assert(slice.first + slice.token_count <= kBlockTokens);
     if (slice.token_count == 0) continue;
     const size_t bytes = slice.token_count * token_bytes;
-    const Slot<std::byte> k = to_device_.Take<std::byte>(bytes);
-    const Slot<std::byte> v = to_device_.Take<std::byte>(bytes);
+    const Slot<std::byte> k = staging_.Take<std::byte>(bytes);
+    const Slot<std::byte> v = staging_.Take<std::byte>(bytes);
     std::memcpy(k.host, slice.k, bytes);
     std::memcpy(v.host, slice.v, bytes);
     items.host[count++] = {.slice = slice.slice,
@@ -209,14 +225,14 @@ void CudaDevice::Append(const KvLayout& layout, absl::Span<const AppendSlice> sl
                            .first = slice.first,
                            .token_count = slice.token_count};
   }
-  to_device_.Upload(context_.stream);
+  staging_.Upload(context_.stream);
   Check(cuda::Append(cuda::ShapeOf(layout), items.device, count, context_.stream), "append");
-  Check(cudaStreamSynchronize(context_.stream), "append");
+  Check(cudaEventRecord(staged_, context_.stream), "append");
 }
 
 void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) {
   if (slices.empty()) return;
-  to_device_.Reset();
+  Stage();
   const SketchLayout sketch(layout.head_dim);
   const uint32_t heads = layout.kv_head_count;
   // Tables are the same for all slices of a sequence.
@@ -226,11 +242,11 @@ void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices
   };
   std::map<const SketchTable*, DeviceTable> tables;
   const auto upload = [&](const std::vector<float>& numbers) {
-    const Slot<float> slot = to_device_.Take<float>(numbers.size());
+    const Slot<float> slot = staging_.Take<float>(numbers.size());
     std::copy(numbers.begin(), numbers.end(), slot.host);
     return slot.device;
   };
-  const Slot<cuda::SealItem> items = to_device_.Take<cuda::SealItem>(slices.size() * heads);
+  const Slot<cuda::SealItem> items = staging_.Take<cuda::SealItem>(slices.size() * heads);
   uint32_t count = 0;
   for (const SealSlice& slice : slices) {
     for (uint32_t head = 0; head < heads; ++head) {
@@ -245,9 +261,9 @@ void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices
                              .block_index = slice.block_index};
     }
   }
-  to_device_.Upload(context_.stream);
+  staging_.Upload(context_.stream);
   Check(cuda::Seal(cuda::ShapeOf(layout), items.device, count, context_.stream), "seal");
-  Check(cudaStreamSynchronize(context_.stream), "seal");
+  Check(cudaEventRecord(staged_, context_.stream), "seal");
 }
 
 // An anchor is found by, and made for, the newest query.

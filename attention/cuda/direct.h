@@ -9,7 +9,9 @@
 #ifndef KVSERVICE_ATTENTION_CUDA_DIRECT_H_
 #define KVSERVICE_ATTENTION_CUDA_DIRECT_H_
 
+#include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -29,7 +31,8 @@ struct GroupName {
 
 class Direct {
  public:
-  Direct(const Context& context, ThreadPool* pool) : pool_(pool), wave_(context) {}
+  Direct(const Context& context, ThreadPool* pool)
+      : stream_(context.stream), pool_(pool), flights_{Flight(context), Flight(context)} {}
 
   // True if groups of the row may be answered here.
   static bool Takes(const LayerShape& shape, const AttendRow& row);
@@ -56,11 +59,22 @@ class Direct {
   };
   void Ask(const LayerShape& shape, absl::Span<AttendRow> rows, absl::Span<const RowTables> tables,
            absl::Span<const std::vector<float>> unrotated, Asked* asked) const;
-  void AnswerWave(const LayerShape& shape, absl::Span<Asked* const> wave,
-                  std::vector<GroupName>* left);
+  // A wave on its way and what it was made of.
+  struct Flight {
+    explicit Flight(const Context& context) : wave(std::make_unique<Wave>(context)) {}
+    std::unique_ptr<Wave> wave;
+    std::vector<Asked*> asked;
+  };
+  void CutWaves(absl::Span<const AttendRow> rows, const LayerShape& shape, Kind kind,
+                std::vector<std::vector<Asked*>>* waves);
+  void Begin(const LayerShape& shape, std::vector<Asked*> asked, Flight* flight);
+  void Finish(const LayerShape& shape, Flight* flight, std::vector<GroupName>* left);
 
+  const cudaStream_t stream_;
   ThreadPool* const pool_;
-  Wave wave_;
+  std::vector<Asked> all_;
+  // One works on the device while the host builds or answers the other.
+  std::array<Flight, 2> flights_;
   uint64_t answered_ = 0;
 };
 

@@ -49,6 +49,11 @@ uint32_t CountPages(const TokenMask& tokens) {
 
 }  // namespace
 
+// Eight squares per lane and five levels of lanes, a rounding of 2^-24 each.
+float LargestKeyNorm(float squares) {
+  return RoundUpToFloat(std::sqrt(static_cast<double>(squares) * (1.0 + 0x1p-19) + 0x1p-120));
+}
+
 double KeyNormUp(float squares) {
   return std::sqrt(static_cast<double>(squares) * (1.0 + 0x1p-14) + 0x1p-120);
 }
@@ -473,8 +478,7 @@ float GroupReader::KeyNormMax(uint32_t begin, uint32_t end) const {
   Check(cuda::LargestKey(call, context_.stream), "key norms");
   to_host.Download(context_.stream);
   Check(cudaStreamSynchronize(context_.stream), "key norms");
-  // Eight squares per lane and five levels of lanes, a rounding of 2^-24 each.
-  return RoundUpToFloat(std::sqrt(static_cast<double>(*squares.host) * (1.0 + 0x1p-19) + 0x1p-120));
+  return LargestKeyNorm(*squares.host);
 }
 
 std::vector<const std::byte*> GroupReader::Fetch(absl::Span<const std::byte* const> from,

@@ -66,6 +66,8 @@ uint32_t AttendPlaces(const Context& context, const AttendCall& call);
 uint32_t ScanPlaces(const Context& context);
 // At least the norm whose square is this, as kernels add it up in fp32.
 double KeyNormUp(float squares);
+// The same for the squares that LargestKey and BoundKeys find.
+float LargestKeyNorm(float squares);
 
 class Readings {
  public:

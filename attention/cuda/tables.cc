@@ -32,30 +32,23 @@ void TableCache::Begin() {
   staging_.Reset();
 }
 
-// Copies the entries from the first that differs to the last.
-void TableCache::Copy(absl::Span<const std::byte* const> from, std::vector<const std::byte*>* known,
-                      const std::byte** to) {
+void TableCache::Copy(absl::Span<const std::byte* const> from, size_t first,
+                      std::vector<const std::byte*>* known, const std::byte** to) {
   const size_t shared = std::min(from.size(), known->size());
-  // As a rule nothing has changed, which is known soonest.
-  if (shared == from.size() &&
-      std::memcmp(from.data(), known->data(), shared * sizeof(*known->data())) == 0) {
-    return;
-  }
-  const auto differs =
-      std::mismatch(from.begin(), from.begin() + static_cast<ptrdiff_t>(shared), known->begin());
-  const auto first = static_cast<size_t>(differs.first - from.begin());
+  while (first < shared && from[first] == (*known)[first]) ++first;
   size_t end = from.size();
   if (end <= known->size()) {
     while (end > first && from[end - 1] == (*known)[end - 1]) --end;
   }
-  known->assign(from.begin(), from.end());
-  if (first == end) return;
-  const Slot<const std::byte*> slot = staging_.Take<const std::byte*>(end - first);
-  std::copy(from.begin() + static_cast<ptrdiff_t>(first),
-            from.begin() + static_cast<ptrdiff_t>(end), slot.host);
-  Check(cudaMemcpyAsync(to + first, slot.host, (end - first) * sizeof(*to), cudaMemcpyHostToDevice,
-                        stream_),
-        "tables");
+  known->resize(from.size());
+  if (first >= end) return;
+  const size_t count = end - first;
+  const Slot<const std::byte*> slot = staging_.Take<const std::byte*>(count);
+  std::copy_n(&from[first], count, slot.host);
+  std::copy_n(&from[first], count, &(*known)[first]);
+  Check(
+      cudaMemcpyAsync(to + first, slot.host, count * sizeof(*to), cudaMemcpyHostToDevice, stream_),
+      "tables");
 }
 
 RowTables TableCache::Get(const KvView& view) {
@@ -70,9 +63,14 @@ RowTables TableCache::Get(const KvView& view) {
     Check(cudaMalloc(reinterpret_cast<void**>(&table.device), bytes), "cudaMalloc");
     table.slices.clear();
     table.sketches.clear();
+    table.revision = 0;
   }
-  Copy(view.slices.subspan(0, count), &table.slices, table.device);
-  Copy(view.sketches.subspan(0, count), &table.sketches, table.device + table.capacity);
+  const bool same = view.revision != 0 && view.revision == table.revision;
+  const size_t first = same ? std::min(view.length, table.length) / kBlockTokens : 0;
+  Copy(view.slices.subspan(0, count), first, &table.slices, table.device);
+  Copy(view.sketches.subspan(0, count), first, &table.sketches, table.device + table.capacity);
+  table.revision = view.revision;
+  table.length = view.length;
   return {.view = view, .slices = table.device, .sketches = table.device + table.capacity};
 }
 

@@ -37,16 +37,21 @@ class TableCache {
     std::vector<const std::byte*> sketches;
     const std::byte** device = nullptr;
     size_t capacity = 0;
+    // Of the latest view.
+    uint64_t revision = 0;
+    uint32_t length = 0;
   };
-  void Copy(absl::Span<const std::byte* const> from, std::vector<const std::byte*>* known,
-            const std::byte** to);
+  // Copies what is new from entry `first` on.
+  void Copy(absl::Span<const std::byte* const> from, size_t first,
+            std::vector<const std::byte*>* known, const std::byte** to);
   void Clear();
   void FreeOutgrown();
 
   const cudaStream_t stream_;
   Arena staging_{Arena::Sides::kBoth};
-  // By the addresses of the view's arrays: names, not promises, since contents are compared. Two
-  // rows of a call with the same names agree in what both have.
+  // By the addresses of the view's arrays: names, not promises, since contents are compared, but
+  // for those that the view's revision vouches for. Two rows of a call with the same names agree in
+  // what both have.
   std::map<std::pair<const void*, const void*>, Table> tables_;
   std::vector<const std::byte**> outgrown_;  // that rows of this call may still use
   size_t bytes_ = 0;

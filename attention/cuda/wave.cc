@@ -31,6 +31,7 @@ size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 }  // namespace
 
 Wave::Wave(const Context& context) : context_(context) {
+  Check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "stream");
   Check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "stream");
   Check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "event");
   Check(cudaEventCreateWithFlags(&attended_, cudaEventDisableTiming), "event");
@@ -43,6 +44,7 @@ Wave::~Wave() {
   cudaEventDestroy(attended_);
   cudaEventDestroy(valued_);
   cudaStreamDestroy(side_);
+  cudaStreamDestroy(context_.stream);
 }
 
 size_t Wave::WeightBytes(const LayerShape& shape, const AttendRow& row) {
@@ -75,13 +77,15 @@ void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadP
     group.begin = WindowBegin(shape.sliding_window, group.row->position);
     group.block_begin = group.begin / kBlockTokens;
     assert(group.proves() == bounded_);
+    group.queries = &inputs_[i].queries;
     head_count_max_ = std::max(head_count_max_, HeadsOf(group));
     chooses_ |= !group.settled() || (group.reads_all && group.has_hidden());
     bounds_values_ |= group.proves();
     TakeInputs(group, &inputs_[i]);
   }
-  pool->ParallelFor(static_cast<uint32_t>(groups_.size()),
-                    [this](uint32_t i, uint32_t) { Fill(i); });
+  pool->ParallelFor(
+      static_cast<uint32_t>(groups_.size()), [this](uint32_t i, uint32_t) { Fill(i); },
+      kGroupsPerThread);
   BuildChoices();
   BuildFirst();
   if (!chooses_) return;
@@ -110,12 +114,13 @@ void Wave::Fill(uint32_t index) {
   Inputs& inputs = inputs_[index];
   const uint32_t dim = shape_->layout.head_dim;
   const uint32_t heads = HeadsOf(group);
-  FillHeadQueries(*shape_, *group.row, group.kv_head, &group.queries);
-  std::copy_n(group.queries.qs.begin(), size_t{heads} * dim, inputs.qs.host);
+  const HeadQueries& queries = inputs.queries;
+  FillHeadQueries(*shape_, *group.row, group.kv_head, &inputs.queries);
+  std::copy_n(queries.qs.begin(), size_t{heads} * dim, inputs.qs.host);
   const uint32_t base = group.block_begin * kBlockTokens;
   for (uint32_t head = 0; head < heads; ++head) {
-    inputs.visible.host[2 * head] = Relative(group.queries.visible_begin[head], base);
-    inputs.visible.host[2 * head + 1] = Relative(group.queries.visible_end[head], base);
+    inputs.visible.host[2 * head] = Relative(queries.visible_begin[head], base);
+    inputs.visible.host[2 * head + 1] = Relative(queries.visible_end[head], base);
   }
   if (group.listed) {
     std::fill_n(inputs.listed.host, BlocksOf(group), 0);
@@ -199,7 +204,9 @@ void Wave::TakeWords(WaveGroup* group, ChoiceGroup* choice) {
   const AttendRow& row = *group->row;
   const bool wants_read = row.selected != nullptr;
   Arena& first = wants_read ? to_host_ : scratch_;
-  Arena& chosen = wants_read || row.plan.lists != nullptr ? to_host_ : scratch_;
+  const bool keeps =
+      row.plan.lists != nullptr && (row.plan.keeps_selection || !group->anchor_queries.empty());
+  Arena& chosen = wants_read || keeps ? to_host_ : scratch_;
   group->first = first.Take<uint64_t>(blocks);
   group->chosen = chosen.Take<uint64_t>(blocks);
   choice->first = group->first.device;
@@ -491,7 +498,11 @@ void Wave::BuildChosen() {
   choice_.part_sums = scratch_.Take<HeadSums>(parts).device;
 }
 
-void Wave::Upload() { to_device_.Upload(context_.stream); }
+void Wave::Upload(cudaStream_t after) {
+  Check(cudaEventRecord(forked_, after), "event");
+  Check(cudaStreamWaitEvent(context_.stream, forked_, 0), "event");
+  to_device_.Upload(context_.stream);
+}
 
 void Wave::Launch(cudaStream_t stream, Stage last) {
   const size_t count = groups_.size();
@@ -530,20 +541,19 @@ void Wave::Launch(cudaStream_t stream, Stage last) {
   Check(cudaStreamWaitEvent(stream, valued_, 0), "event");
 }
 
-void Wave::Download() {
-  to_host_.Download(context_.stream);
-  Check(cudaStreamSynchronize(context_.stream), "wave");
-}
+void Wave::Download() { to_host_.Download(context_.stream); }
+
+void Wave::Wait() { Check(cudaStreamSynchronize(context_.stream), "wave"); }
 
 Partial Wave::Kept(const WaveGroup& group) const {
   const ChoiceStats& stats = *group.stats.host;
   // No job has more tokens than there are.
   const uint32_t first_tokens = stats.always + (group.reads_all ? stats.middle : 0);
-  Partial kept = PartialOf(*shape_, group.queries, bounded_,
+  Partial kept = PartialOf(*shape_, *group.queries, bounded_,
                            std::min(group.first_job_tokens_max, first_tokens),
                            group.first_sums.host, group.first_out.host);
   if (!chooses_) return kept;
-  const Partial chosen = PartialOf(*shape_, group.queries, bounded_, stats.job_tokens_max,
+  const Partial chosen = PartialOf(*shape_, *group.queries, bounded_, stats.job_tokens_max,
                                    group.chosen_sums.host, group.chosen_out.host);
   MergePartials(shape_->layout.head_dim, chosen, &kept);
   return kept;

@@ -26,6 +26,9 @@
 
 namespace kvservice::cuda {
 
+// A thread of the host is worth waking for so many groups.
+inline constexpr uint32_t kGroupsPerThread = 4;
+
 // One group and what its plan asks for, as far as that is known before anything is read.
 struct WaveGroup {
   AttendRow* row = nullptr;
@@ -36,6 +39,10 @@ struct WaveGroup {
   // for nothing. Only without a proof.
   bool listed = false;
   std::vector<uint32_t> list;
+  // An anchor with these queries is made of what is chosen; it has considered the middle up to
+  // covered_end. Empty: none.
+  absl::Span<const float> anchor_queries;
+  uint32_t covered_end = 0;
   // Keys from this token on have their largest norm reported (ChoiceStats::key_squares).
   uint32_t norm_begin = ~uint32_t{0};
   float query_distance = -1.0F;  // for the report
@@ -43,14 +50,14 @@ struct WaveGroup {
   // Set by Build.
   uint32_t begin = 0;  // first token that a query token sees
   uint32_t block_begin = 0;
-  HeadQueries queries;
+  const HeadQueries* queries = nullptr;
   uint32_t first_job_tokens_max = 0;
   // What came back.
   Slot<ChoiceStats> stats;
   Slot<HeadSums> first_sums, chosen_sums;  // [heads]
   Slot<double> first_out, chosen_out;      // [heads][head_dim]
   Slot<DroppedSums> dropped;               // [heads]
-  Slot<uint64_t> first, chosen;            // words, where the row or its lists want them
+  Slot<uint64_t> first, chosen;            // words, where they are wanted
 
   // What is read is known before a weight is.
   bool settled() const { return reads_all || listed; }
@@ -71,12 +78,15 @@ class Wave {
   // Takes groups that are all proven or all not. The shape and rows are borrowed.
   void Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool);
   // To the device; what happens there, up to a stage that is to be timed; back. Launch alone may be
-  // captured in a graph.
-  void Upload();
+  // captured in a graph. Upload begins when what is in `after` now is done, so two waves may be on
+  // their way at the same time; Wait ends when everything has come back.
+  void Upload(cudaStream_t after);
   enum class Stage : uint8_t { kScan, kChoose, kAll };
   void Launch(cudaStream_t stream, Stage last = Stage::kAll);
   void Download();
+  void Wait();
 
+  // The wave's own.
   cudaStream_t stream() const { return context_.stream; }
   size_t size() const { return groups_.size(); }
   const WaveGroup& group(size_t i) const { return groups_[i]; }
@@ -87,6 +97,7 @@ class Wave {
 
  private:
   struct Inputs {
+    HeadQueries queries;
     Slot<float> qs, x, qw, metric;
     Slot<double> norm;
     Slot<uint32_t> visible;
@@ -112,7 +123,7 @@ class Wave {
   void BuildChosen();
   AttendSet SetOf(uint32_t index, const uint64_t* words) const;
 
-  const Context context_;
+  Context context_;
   cudaStream_t side_ = nullptr;
   cudaEvent_t forked_ = nullptr;
   cudaEvent_t attended_ = nullptr;

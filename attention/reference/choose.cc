@@ -318,7 +318,11 @@ Choice Choose(const Plan& plan, absl::Span<const float> queries, HeadRow* row) {
     }
     lists->Insert(row->kv_head(), queries, choice.middle, row->covered_end(), std::move(sharing));
   }
-  lists->SetSelection(row->kv_head(), choice.middle);
+  if (plan.keeps_selection) {
+    lists->SetSelection(row->kv_head(), choice.middle);
+  } else {
+    lists->ClearSelection(row->kv_head());
+  }
   return choice;
 }
 

@@ -1,20 +1,20 @@
 #include "kvservice/cache/sequence.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cassert>
 #include <cstring>
 #include <utility>
 #include <vector>
 
-#include "absl/container/inlined_vector.h"
-
 namespace kvservice {
-namespace {
 
-// Decoding touches one slice, rarely two; prefill chunks go to the heap.
-constexpr size_t kSlicesInline = 2;
-
-}  // namespace
+void PendingWrites::Run(const KvLayout& layout, Device* device) {
+  if (!appends_.empty()) device->Append(layout, appends_);
+  if (!seals_.empty()) device->Seal(layout, seals_);
+  appends_.clear();
+  seals_.clear();
+}
 
 Sequence::Sequence(const CacheShape* shape, BlockPool* pool, Device* device)
     : shape_(shape), pool_(pool), device_(device), layers_(shape->layer_count) {}
@@ -37,18 +37,27 @@ size_t Sequence::bytes() const { return blocks_.size() * shape_->block_bytes() +
 
 AppendOutcome Sequence::Append(uint32_t layer, uint32_t position, uint32_t count,
                                const std::byte* k, const std::byte* v) {
+  PendingWrites writes;
+  const AppendOutcome outcome = Append(layer, position, count, k, v, &writes);
+  writes.Run(shape_->layout, device_);
+  return outcome;
+}
+
+AppendOutcome Sequence::Append(uint32_t layer, uint32_t position, uint32_t count,
+                               const std::byte* k, const std::byte* v, PendingWrites* writes) {
   const uint32_t old_length = layers_[layer].length;
   assert(count > 0 && position <= UINT32_MAX - count);
   if (position > old_length) return AppendOutcome::kGap;
   const uint32_t stored = std::min(count, old_length - position);
+  if (stored > 0) writes->Run(shape_->layout, device_);
   if (!EqualsStored(layer, position, stored, k, v)) return AppendOutcome::kConflict;
   if (stored == count) return AppendOutcome::kDuplicate;
   if (!Reserve(BlockCount(position + count))) return AppendOutcome::kPoolFull;
   const size_t skipped_bytes =
       static_cast<size_t>(stored) * shape_->layout.kv_head_count * shape_->layout.vector_bytes();
-  Write(layer, old_length, count - stored, k + skipped_bytes, v + skipped_bytes);
+  Write(layer, old_length, count - stored, k + skipped_bytes, v + skipped_bytes, writes);
   layers_[layer].length = position + count;
-  SealFull(layer, old_length);
+  SealFull(layer, old_length, writes);
   return AppendOutcome::kStored;
 }
 
@@ -100,35 +109,31 @@ bool Sequence::Reserve(uint32_t block_count) {
 }
 
 void Sequence::Write(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
-                     const std::byte* v) {
+                     const std::byte* v, PendingWrites* writes) const {
   const size_t token_bytes =
       static_cast<size_t>(shape_->layout.kv_head_count) * shape_->layout.vector_bytes();
-  absl::InlinedVector<AppendSlice, kSlicesInline> slices;
   while (count > 0) {
     const uint32_t block = position / kBlockTokens;
     const uint32_t first = position % kBlockTokens;
     const uint32_t part = std::min(count, kBlockTokens - first);
     assert(!blocks_[block].shared());
-    slices.push_back(
+    writes->appends_.push_back(
         {.slice = Slice(layer, block), .first = first, .token_count = part, .k = k, .v = v});
     position += part;
     count -= part;
     k += part * token_bytes;
     v += part * token_bytes;
   }
-  device_->Append(shape_->layout, slices);
 }
 
-void Sequence::SealFull(uint32_t layer, uint32_t old_length) {
-  absl::InlinedVector<SealSlice, kSlicesInline> slices;
+void Sequence::SealFull(uint32_t layer, uint32_t old_length, PendingWrites* writes) const {
   const uint32_t full_end = layers_[layer].length / kBlockTokens;
   for (uint32_t block = old_length / kBlockTokens; block < full_end; ++block) {
-    slices.push_back({.slice = Slice(layer, block),
-                      .sketch = blocks_[block].data() + shape_->SketchOffset(layer),
-                      .block_index = block,
-                      .tables = shape_->TablesOf(layer)});
+    writes->seals_.push_back({.slice = Slice(layer, block),
+                              .sketch = blocks_[block].data() + shape_->SketchOffset(layer),
+                              .block_index = block,
+                              .tables = shape_->TablesOf(layer)});
   }
-  if (!slices.empty()) device_->Seal(shape_->layout, slices);
 }
 
 void Sequence::ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::byte* rows) const {
@@ -139,6 +144,27 @@ void Sequence::ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::b
 }
 
 KvView Sequence::View(uint32_t layer, uint32_t length, ViewArrays* arrays) const {
+  Show(layer, length, 0, arrays);
+  return {.slices = arrays->slices, .sketches = arrays->sketches, .length = length};
+}
+
+KvView Sequence::View(uint32_t layer, uint32_t length) {
+  Layer& state = layers_[layer];
+  const uint32_t sealed_count = length / kBlockTokens;
+  Show(layer, length, std::min(state.shown_sealed, sealed_count), &state.view);
+  state.shown_sealed = sealed_count;
+  // Never the same again in this process, whatever happens to the arrays' addresses.
+  static std::atomic<uint64_t> revisions{0};
+  if (state.revision == 0) state.revision = ++revisions;
+  return {.slices = state.view.slices,
+          .sketches = state.view.sketches,
+          .length = length,
+          .revision = state.revision};
+}
+
+// Entries of the first `length` tokens' blocks, from `first_block` on.
+void Sequence::Show(uint32_t layer, uint32_t length, uint32_t first_block,
+                    ViewArrays* arrays) const {
   assert(length <= layers_[layer].length);
   const uint32_t block_count = BlockCount(length);
   const uint32_t sealed_count = length / kBlockTokens;
@@ -146,12 +172,11 @@ KvView Sequence::View(uint32_t layer, uint32_t length, ViewArrays* arrays) const
   arrays->sketches.resize(block_count);
   const size_t slice_offset = shape_->SliceOffset(layer);
   const size_t sketch_offset = shape_->SketchOffset(layer);
-  for (uint32_t block = 0; block < block_count; ++block) {
+  for (uint32_t block = first_block; block < block_count; ++block) {
     const std::byte* data = blocks_[block].data();
     arrays->slices[block] = data + slice_offset;
     arrays->sketches[block] = block < sealed_count ? data + sketch_offset : nullptr;
   }
-  return {.slices = arrays->slices, .sketches = arrays->sketches, .length = length};
 }
 
 BlockRef Sequence::CopyBlock(const BlockRef& block, uint32_t token_count) const {
@@ -187,7 +212,12 @@ std::unique_ptr<Sequence> Sequence::Fork(uint32_t length) const {
   for (uint32_t i = 0; i < shape_->layer_count; ++i) {
     Layer& layer = child->layers_[i];
     // Lists that know later tokens than the child has stay behind: they are a cache.
-    if (layers_[i].lists_length <= length) layer = layers_[i];
+    if (layers_[i].lists_length <= length) {
+      layer.lists = layers_[i].lists;
+      layer.anchors_max = layers_[i].anchors_max;
+      layer.lists_length = layers_[i].lists_length;
+      layer.list_bytes = layers_[i].list_bytes;
+    }
     layer.length = length;
     child->list_bytes_ += layer.list_bytes;
   }
@@ -207,6 +237,8 @@ bool Sequence::Truncate(uint32_t length) {
   for (uint32_t i = 0; i < shape_->layer_count; ++i) {
     Layer& layer = layers_[i];
     layer.length = std::min(layer.length, length);
+    layer.shown_sealed = std::min(layer.shown_sealed, length / kBlockTokens);
+    layer.revision = 0;
     if (layer.lists == nullptr || layer.lists_length <= length) continue;
     if (layer.lists.use_count() > 1) {
       DropLists(i);

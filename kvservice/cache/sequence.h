@@ -18,6 +18,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/types/span.h"
 #include "attention/device.h"
 #include "attention/kv_layout.h"
@@ -70,6 +71,20 @@ struct ViewArrays {
   std::vector<const std::byte*> sketches;
 };
 
+// What Append leaves for the device to write and to seal, so that the rows of a call go there
+// together. The sources are borrowed until Run; until then nobody may read what is to be written.
+class PendingWrites {
+ public:
+  // Hands everything to the device and is empty again. All writes are of one layout.
+  void Run(const KvLayout& layout, Device* device);
+
+ private:
+  friend class Sequence;
+  // Decoding touches one slice per row; prefill chunks and large batches go to the heap.
+  absl::InlinedVector<AppendSlice, 8> appends_;
+  absl::InlinedVector<SealSlice, 2> seals_;
+};
+
 class Sequence {
  public:
   Sequence(const CacheShape* shape, BlockPool* pool, Device* device);
@@ -90,10 +105,17 @@ class Sequence {
   // in the cache dtype; count >= 1 and position + count fits 32 bits.
   AppendOutcome Append(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
                        const std::byte* v);
+  // The same, but what is to be written waits in `writes`. They are run first where what is stored
+  // has to be compared.
+  AppendOutcome Append(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
+                       const std::byte* v, PendingWrites* writes);
 
   // The first `length` tokens of a layer, at most length(layer). A slice that is cut by `length` is
   // shown unsealed. Valid until the sequence or the arrays change.
   KvView View(uint32_t layer, uint32_t length, ViewArrays* arrays) const;
+  // The same in arrays of the sequence's own, which grow by what is new: a step of decoding does
+  // not visit all blocks. Valid until the sequence changes or shows the layer again.
+  KvView View(uint32_t layer, uint32_t length);
   // Copies the 64 rows of one KV head of a full block to the host's `rows`, layout.row_bytes()
   // each.
   void ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::byte* rows) const;
@@ -129,6 +151,10 @@ class Sequence {
     // Attended length of the latest call that used the lists.
     uint32_t lists_length = 0;
     size_t list_bytes = 0;
+    // The view of the latest call; entries below `shown_sealed` show sealed slices and stay right.
+    ViewArrays view;
+    uint32_t shown_sealed = 0;
+    uint64_t revision = 0;  // of the view; 0 = none yet
   };
 
   std::byte* Slice(uint32_t layer, uint32_t block) const {
@@ -137,9 +163,10 @@ class Sequence {
   bool EqualsStored(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
                     const std::byte* v) const;
   bool Reserve(uint32_t block_count);
+  void Show(uint32_t layer, uint32_t length, uint32_t first_block, ViewArrays* arrays) const;
   void Write(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
-             const std::byte* v);
-  void SealFull(uint32_t layer, uint32_t old_length);
+             const std::byte* v, PendingWrites* writes) const;
+  void SealFull(uint32_t layer, uint32_t old_length, PendingWrites* writes) const;
   // A copy of the first `token_count` tokens of a block in all layers; empty if the pool is full.
   BlockRef CopyBlock(const BlockRef& block, uint32_t token_count) const;
 

@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <barrier>
+#include <mutex>
+#include <set>
 #include <vector>
 
 namespace kvservice {
@@ -48,6 +51,27 @@ TEST(ThreadPool, TasksRunAtTheSameTime) {
     while (here.load() < kThreads) std::this_thread::yield();
   });
   EXPECT_EQ(here.load(), kThreads);
+}
+
+// Six tasks of which two threads are worth it: the two meet, no third one is ever there.
+TEST(ThreadPool, ShortTasksTakeFewThreads) {
+  ThreadPool pool(8);
+  for (int round = 0; round < 50; ++round) {
+    std::mutex mutex;
+    std::set<uint32_t> threads;
+    const auto note = [&](uint32_t /*task*/, uint32_t thread) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      threads.insert(thread);
+    };
+    pool.ParallelFor(6, note, 3);
+    EXPECT_LE(threads.size(), 2U);
+    threads.clear();
+    pool.ParallelFor(6, note, 6);
+    EXPECT_EQ(threads, std::set<uint32_t>{0});
+  }
+  std::barrier meeting(2);
+  pool.ParallelFor(
+      2, [&](uint32_t, uint32_t) { meeting.arrive_and_wait(); }, 1);
 }
 
 TEST(ThreadPool, StartsAndStopsIdle) {

@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -131,7 +133,26 @@ TEST_F(CudaDirect, ListsTakeIt) {
     return call;
   };
   std::unique_ptr<Call> first;
-  EXPECT_EQ(Count([&] { first = at(2000); }), 0U) << "the first call scans";
+  EXPECT_EQ(Count([&] { first = at(2000); }), 2U) << "the first call scans and makes the list";
+  Plan on_cpu = plan;
+  const auto cpu_lists = (*cpu)->NewTokenLists(options.layout, 4);
+  on_cpu.lists = cpu_lists.get();
+  Call cpu_first(same, 2000, 1, same.queries(), on_cpu);
+  cpu_first.Run(cpu->get(), same.shape());
+  for (uint32_t head = 0; head < 2; ++head) {
+    const GroupReport& group = first->groups[head];
+    const GroupReport& other = cpu_first.groups[head];
+    EXPECT_TRUE(group.scanned);
+    EXPECT_EQ(group.tokens_read, other.tokens_read);
+    EXPECT_EQ(group.tokens_scanned, other.tokens_scanned);
+    EXPECT_NEAR(group.key_norm_max, other.key_norm_max, 1e-5F * other.key_norm_max);
+    // Scans round differently, so that of two tokens that weigh the same either may be chosen.
+    std::vector<uint32_t> both;
+    std::set_intersection(first->selected[head].begin(), first->selected[head].end(),
+                          cpu_first.selected[head].begin(), cpu_first.selected[head].end(),
+                          std::back_inserter(both));
+    EXPECT_GE(both.size() + 3, first->selected[head].size());
+  }
   for (const uint32_t length : {2000U, 2030U, 2064U}) {
     plan.local_begin = length - 64;
     std::unique_ptr<Call> call;
@@ -144,6 +165,12 @@ TEST_F(CudaDirect, ListsTakeIt) {
       EXPECT_EQ(call->groups[head].tokens_scanned, 0U);
     }
   }
+  // What verified sharing keeps of a scan is the host's to make.
+  Plan verified = plan;
+  verified.reuse_mass_limit = 0.1F;
+  const auto other_lists = device_->NewTokenLists(options.layout, 4);
+  verified.lists = other_lists.get();
+  EXPECT_EQ(Count([&] { RunPlan(kv, verified); }), 0U);
   // Too much has come: it competes, which takes a scan.
   plan.local_begin = 2600 - 64;
   EXPECT_EQ(Count([&] { at(2600); }), 0U);
@@ -163,6 +190,42 @@ TEST_F(CudaDirect, LongRowsMeetTheirLimits) {
   EXPECT_EQ(Count([&] { call = RunPlan(kv, plan); }), 2U);
   for (const HeadCertificate& c : call->certificates) EXPECT_TRUE(c.met);
   EXPECT_LT(call->groups[0].tokens_read, options.length);
+}
+
+// Tables on the device follow views that say what has stayed the same.
+TEST_F(CudaDirect, TablesFollowRevisions) {
+  CaseOptions options;
+  options.length = 1000;
+  const KvCase kv(device_.get(), options);
+  options.seed += 1;
+  const KvCase other(device_.get(), options);
+  std::vector<const std::byte*> slices;
+  std::vector<const std::byte*> sketches;
+  const auto show = [&](const KvCase& from, uint32_t length) {
+    const KvView view = from.View(length);
+    slices.assign(view.slices.begin(), view.slices.end());
+    sketches.assign(view.sketches.begin(), view.sketches.end());
+    slices.reserve(64);
+    sketches.reserve(64);
+  };
+  slices.reserve(64);
+  sketches.reserve(64);
+  const auto run = [&](const KvCase& from, uint32_t length, uint64_t revision) {
+    show(from, length);
+    Call call(from, length, 1, from.queries(), BasePlan(Source::kAll, length));
+    call.row.view = {
+        .slices = slices, .sketches = sketches, .length = length, .revision = revision};
+    call.Run(device_.get(), from.shape());
+    Call truth(from, length, 1, from.queries(), BasePlan(Source::kAll, length));
+    truth.Run(device_.get(), from.shape());
+    EXPECT_EQ(call.out, truth.out) << length << ", revision " << revision;
+  };
+  for (const uint32_t length : {100U, 101U, 128U, 129U, 1000U, 70U, 300U}) run(kv, length, 1);
+  // Other blocks at the same addresses of the host.
+  run(other, 300, 2);
+  run(other, 1000, 2);
+  run(kv, 640, 3);
+  run(kv, 1000, 3);
 }
 
 TEST_F(CudaDirect, TheSameBytesEveryTime) {

@@ -578,6 +578,34 @@ TEST_P(DevicePlan, FrozenWithoutASelectionScansAll) {
   EXPECT_EQ(RunPlan(*kv, plan)->selected, plain->selected);
 }
 
+// Nor does one that was told to keep none, whatever its lists had before, be it that it chooses or
+// takes a remembered list.
+TEST_P(DevicePlan, SelectionsAreKeptWhereTheyAreWanted) {
+  CaseOptions options;
+  options.length = 420;
+  const auto kv = NewCase(options);
+  for (const Source source : {Source::kScan, Source::kReuse}) {
+    const auto shallow = device_->NewTokenLists(options.layout, 2);
+    Plan plan = BasePlan(source, 420);
+    plan.keep.top_k = 7;
+    plan.lists = shallow.get();
+    Plan deep = BasePlan(Source::kScan, 420);
+    deep.keep.top_k = 40;
+    const auto plain = RunPlan(*kv, deep);
+    deep.frozen_lists = shallow.get();
+    deep.frozen_end = 300;
+    const auto shallow_call = RunPlan(*kv, plan);
+    const auto frozen = RunPlan(*kv, deep);
+    EXPECT_NE(frozen->selected, plain->selected);
+    plan.keeps_selection = false;
+    EXPECT_EQ(RunPlan(*kv, plan)->selected, shallow_call->selected);
+    EXPECT_EQ(RunPlan(*kv, deep)->selected, plain->selected);
+    plan.keeps_selection = true;
+    RunPlan(*kv, plan);
+    EXPECT_EQ(RunPlan(*kv, deep)->selected, frozen->selected);
+  }
+}
+
 // Frozen tokens are not scanned for choosing; hidden ones win over frozen ones.
 TEST_P(DevicePlan, FrozenAndHiddenTogether) {
   CaseOptions options;

@@ -310,10 +310,10 @@ void DirectBench::PrintWave() {
     }
     waves.push_back(std::make_unique<cuda::Wave>(context_));
     waves.back()->Build(layer_, std::move(groups), &pool_);
-    waves.back()->Upload();
-    waves.back()->Launch(context_.stream);
+    waves.back()->Upload(context_.stream);
+    waves.back()->Launch(waves.back()->stream());
+    waves.back()->Wait();
   }
-  Check(cudaStreamSynchronize(context_.stream), "first launches");
   const auto time = [&](cuda::Wave::Stage last) {
     return TimeGraph([&] {
       for (const auto& wave : waves) wave->Launch(context_.stream, last);

@@ -141,20 +141,31 @@ class RemoteDecode {
       }
       const auto receipt = writer.Commit();
       if (!receipt.ok()) return receipt.status();
-      sequences_.push_back(std::move(*sequence));
+      prompts_.push_back(std::move(*sequence));
     }
     return absl::OkStatus();
   }
 
-  // One layer of one step. Positions behind the prompt append the token there; doing so again is
-  // harmless, so all cases can take the same steps.
-  absl::StatusOr<client::AttendResult> Attend(const client::Policy& policy, uint32_t layer,
-                                              uint32_t position, const std::vector<float>& q) {
+  // Forks the prompts for one more case, so that each appends tokens of its own. Returns its index.
+  absl::StatusOr<size_t> AddCase() {
+    std::vector<client::Sequence>& forks = cases_.emplace_back();
+    for (const client::Sequence& prompt : prompts_) {
+      auto fork = prompt.Fork();
+      if (!fork.ok()) return fork.status();
+      forks.push_back(*std::move(fork));
+    }
+    return cases_.size() - 1;
+  }
+
+  // One layer of one step of a case. Positions behind the prompt append the token there.
+  absl::StatusOr<client::AttendResult> Attend(size_t index, const client::Policy& policy,
+                                              uint32_t layer, uint32_t position,
+                                              const std::vector<float>& q) {
     const uint32_t batch = data_->batch();
     const size_t bytes = data_->token_bytes();
     std::vector<client::AttendRow> rows(batch);
     for (uint32_t b = 0; b < batch; ++b) {
-      rows[b].sequence = &sequences_[b];
+      rows[b].sequence = &cases_[index][b];
       rows[b].position = position;
       data_->Tokens(layer, b, position, 1, &k_[b * bytes], &v_[b * bytes]);
     }
@@ -184,7 +195,8 @@ class RemoteDecode {
 
   DecodeData* const data_;
   client::Client* const client_;
-  std::vector<client::Sequence> sequences_;
+  std::vector<client::Sequence> prompts_;
+  std::vector<std::vector<client::Sequence>> cases_;  // [case][batch]
   std::vector<std::byte> k_, v_;
 };
 
@@ -196,6 +208,7 @@ struct Case {
   }
 
   std::string name;
+  size_t sequences = 0;  // of RemoteDecode
   client::Policy policy;
   bool certifies = false;
   double error = 0.0;
@@ -232,7 +245,7 @@ absl::Status Check(DecodeData* data, RemoteDecode* remote, LocalDense* local, ui
   const std::vector<float> q = data->Queries(layer, position);
   const absl::Status status = local->Run(layer, q);
   if (!status.ok()) return status;
-  const auto result = remote->Attend(measured->policy, layer, position, q);
+  const auto result = remote->Attend(measured->sequences, measured->policy, layer, position, q);
   if (!result.ok()) return result.status();
   double difference = 0.0;
   double size = 0.0;
@@ -295,8 +308,9 @@ class Loop {
     for (uint32_t layer = 0; layer < data_->layer_count(); ++layer) {
       const std::vector<float> q = data_->Queries(layer, position);
       absl::StatusOr<client::AttendResult> result;
-      const double seconds =
-          Seconds([&] { result = remote_->Attend(measured->policy, layer, position, q); });
+      const double seconds = Seconds([&] {
+        result = remote_->Attend(measured->sequences, measured->policy, layer, position, q);
+      });
       if (!result.ok()) return result.status();
       step_seconds += seconds;
       measured->call_seconds.push_back(seconds);
@@ -351,8 +365,10 @@ absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* da
   auto local = LocalDense::Make(data, device);
   if (!local.ok()) return local.status();
   // Keys, values and sketches, and room for the tokens of the steps.
+  std::vector<Case> cases = MakeCases(*data);
+  const uint64_t own_blocks = BlockCount(data->step_count() + 2 * kBlockTokens);
   const uint64_t slices = uint64_t{data->batch()} * data->layer_count() *
-                          BlockCount(data->prompt_tokens() + data->step_count() + kBlockTokens);
+                          (BlockCount(data->prompt_tokens()) + cases.size() * own_blocks);
   const auto server = ServerProcess::Start(
       {"--device=" + options.device, absl::StrCat("--threads=", options.thread_count),
        absl::StrCat("--pool-bytes=", slices * data->layout().slice_bytes() * 5 / 4)});
@@ -370,8 +386,10 @@ absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* da
   absl::Status status = remote.Prefill();
   if (!status.ok()) return status;
 
-  std::vector<Case> cases = MakeCases(*data);
   for (Case& measured : cases) {
+    const auto sequences = remote.AddCase();
+    if (!sequences.ok()) return sequences.status();
+    measured.sequences = *sequences;
     for (uint32_t layer = 0; layer < data->layer_count(); ++layer) {
       status = Check(data, &remote, &*local, layer, &measured);
       if (!status.ok()) {

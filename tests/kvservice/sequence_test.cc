@@ -3,8 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <map>
 #include <memory>
+#include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/kvservice/fakes.h"
@@ -170,6 +173,90 @@ TEST_F(SequenceTest, AViewCutsTheSliceItEndsIn) {
       EXPECT_EQ(view.sketches[block] != nullptr, (block + 1) * kBlockTokens <= length);
     }
   }
+}
+
+// A sequence's own arrays show what arrays made anew show, whatever happened in between.
+TEST_F(SequenceTest, AViewOfItsOwnKeepsUp) {
+  Start(64);
+  auto sequence = New();
+  std::mt19937 random(7);
+  ViewArrays arrays;
+  std::map<uint64_t, std::vector<const std::byte*>> named;  // revision -> full blocks
+  const auto expect_views = [&](Sequence* of) {
+    for (uint32_t layer = 0; layer < kLayers; ++layer) {
+      for (int turn = 0; turn < 3; ++turn) {
+        const auto length = static_cast<uint32_t>(random() % (of->length(layer) + 1));
+        const KvView anew = of->View(layer, length, &arrays);
+        const KvView own = of->View(layer, length);
+        ASSERT_EQ(own.length, length);
+        ASSERT_EQ(own.slices, anew.slices);
+        ASSERT_EQ(own.sketches, anew.sketches);
+        ASSERT_NE(own.revision, 0U);
+        std::vector<const std::byte*>& known = named[own.revision];
+        for (uint32_t block = 0; block < length / kBlockTokens; ++block) {
+          if (block == known.size()) known.push_back(own.slices[block]);
+          ASSERT_EQ(known[block], own.slices[block]);
+        }
+      }
+    }
+  };
+  for (int round = 0; round < 60; ++round) {
+    const uint32_t length = sequence->length_max();
+    switch (random() % 4) {
+      case 0:
+        ASSERT_TRUE(sequence->Truncate(static_cast<uint32_t>(random() % (length + 1))));
+        break;
+      case 1: {
+        auto fork = sequence->Fork(length);
+        ASSERT_NE(fork, nullptr);
+        expect_views(sequence.get());
+        if (random() % 2 == 0) std::swap(fork, sequence);
+        expect_views(fork.get());
+        break;
+      }
+      default:
+        AppendAll(sequence.get(), length, Counting(length, 1 + random() % 200));
+    }
+    expect_views(sequence.get());
+    if (sequence->length_max() > 1500) {
+      ASSERT_TRUE(sequence->Truncate(100));
+    }
+  }
+}
+
+// The device hears of the rows of several sequences once, and nobody reads before it has.
+TEST_F(SequenceTest, WritesWaitTogether) {
+  struct CountingDevice : DeviceWrapper {
+    using DeviceWrapper::DeviceWrapper;
+    void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override {
+      appends.push_back(slices.size());
+      DeviceWrapper::Append(layout, slices);
+    }
+    void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) override {
+      seals.push_back(slices.size());
+      DeviceWrapper::Seal(layout, slices);
+    }
+    std::vector<size_t> appends, seals;
+  };
+  Start(8);
+  CountingDevice device(*NewDevice("reference", {}));
+  Sequence one(&shape_, pool_.get(), &device);
+  Sequence other(&shape_, pool_.get(), &device);
+  const Words words = Counting(0, 64);
+  const std::vector<std::byte> k = Bytes(Part::kKey, 0, words);
+  const std::vector<std::byte> v = Bytes(Part::kValue, 0, words);
+  PendingWrites writes;
+  EXPECT_EQ(one.Append(0, 0, 10, k.data(), v.data(), &writes), AppendOutcome::kStored);
+  EXPECT_EQ(other.Append(0, 0, 64, k.data(), v.data(), &writes), AppendOutcome::kStored);
+  EXPECT_TRUE(device.appends.empty());
+  EXPECT_EQ(one.length(0), 10U);
+  // What is stored is compared, so it has to be there.
+  EXPECT_EQ(one.Append(0, 0, 10, k.data(), v.data(), &writes), AppendOutcome::kDuplicate);
+  EXPECT_EQ(device.appends, std::vector<size_t>{2});
+  EXPECT_EQ(device.seals, std::vector<size_t>{1});
+  writes.Run(layout_, &device);
+  EXPECT_EQ(device.appends.size(), 1U) << "there was nothing left";
+  ExpectWords(other, 0, words);
 }
 
 TEST_F(SequenceTest, ForksShareFullBlocksAndThenDiffer) {

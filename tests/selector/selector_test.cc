@@ -230,6 +230,19 @@ TEST(MakePlanTest, EtfFreezesOnlyWithAShallowerList) {
   EXPECT_EQ(MakePlan(policy, context).plan.frozen_lists, nullptr);
 }
 
+TEST(MakePlanTest, SelectionsAreKeptForLayersThatFreeze) {
+  const StepContext context = Step(4, 2000);
+  for (const auto& [selector, keeps] :
+       {std::pair(SelectorKind::kEtf, true), std::pair(SelectorKind::kCpe, true),
+        std::pair(SelectorKind::kCertified, false), std::pair(SelectorKind::kScan, false),
+        std::pair(SelectorKind::kCis, false), std::pair(SelectorKind::kAuto, false)}) {
+    Policy policy = PolicyOf(selector);
+    EXPECT_EQ(MakePlan(policy, context).plan.keeps_selection, keeps);
+    policy.layers = {{.layer_begin = 20, .layer_end = 30, .selector = SelectorKind::kEtf}};
+    EXPECT_TRUE(MakePlan(policy, context).plan.keeps_selection) << "a deeper layer freezes";
+  }
+}
+
 TEST(MakePlanTest, CpeIsTheThreeEditsInARow) {
   NamedLists lists;
   NamedLists shallower;
