@@ -98,6 +98,8 @@ absl::StatusOr<Sequence> Client::CreateSequence(const SequenceOptions& options) 
   return Sequence(core_.get(), handle.id(), handle.generation());
 }
 
+StepBuffers Client::NewStepBuffers(const StepShape& shape) { return {shape, core_->lane.Get()}; }
+
 Sequence Client::Adopt(std::string id, uint64_t generation) {
   return {core_.get(), std::move(id), generation};
 }
@@ -133,7 +135,10 @@ absl::StatusOr<AttendResult> Attend(Core* core, const AttendStep& step) {
   }
   status = streamed.has_value() ? *streamed : core->rpc->Attend(request, deadline, &response);
   if (!status.ok()) return status;
-  absl::StatusOr<AttendResult> result = ResultFromProto(request, response);
+  absl::Span<const std::byte> out;
+  absl::StatusOr<AttendResult> result =
+      ResultFromProto(request, response, {}, step.buffers != nullptr ? &out : nullptr);
+  if (result.ok() && step.buffers != nullptr) step.buffers->KeepOutputs(out, false);
   if (result.ok() && streamed.has_value()) result->transport = Transport::kStream;
   return result;
 }

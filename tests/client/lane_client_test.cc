@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -208,6 +209,72 @@ TEST_F(LaneClientTest, TimeThatIsOverCostsASlotUntilTheAnswer) {
     const absl::StatusOr<Transport> way = Attend(hasty.get(), adopted, 19);
     return way.ok() && *way == Transport::kLane;
   }));
+}
+
+// Calls whose tensors are the library's: in shared memory, and where there is none.
+TEST_F(LaneClientTest, StepBuffersTakeTensorsAndLeaveOutputsInPlace) {
+  client::ClientOptions options = Options();
+  options.lane.calls_max = 1;
+  const auto client = Connect(options);
+  const client::Sequence sequence = Create(client.get(), 20);
+  const client::StepShape shape = {.token_count = 1,
+                                   .query_head_count = layout().query_head_count,
+                                   .kv_head_count = layout().kv_head_count,
+                                   .head_dim = layout().head_dim};
+  const auto step = [&](client::StepBuffers* buffers, uint32_t position, bool store) {
+    const auto put = [&](Part part, DType dtype, absl::Span<std::byte> to) {
+      const std::vector<std::byte> bytes = PartBytes(layout(), dtype, part, 0, {position});
+      ASSERT_EQ(bytes.size(), to.size());
+      std::copy(bytes.begin(), bytes.end(), to.begin());
+    };
+    put(Part::kQuery, DType::kFloat32, buffers->q());
+    put(Part::kKey, layout().dtype, buffers->k());
+    put(Part::kValue, layout().dtype, buffers->v());
+    const std::vector<std::byte> k(buffers->k().begin(), buffers->k().end());
+    const client::AttendRow row = {.sequence = &sequence, .position = position};
+    client::AttendStep made;
+    made.rows = {&row, 1};
+    made.SetBuffers(buffers, store);
+    const absl::StatusOr<client::AttendResult> result = client->Attend(made);
+    ASSERT_TRUE(result.ok()) << result.status();
+    ASSERT_TRUE(result->rows[0].status.ok()) << result->rows[0].status;
+    EXPECT_TRUE(result->rows[0].out.empty());
+    EXPECT_EQ(result->rows[0].lse.size(), layout().query_head_count);
+    const DenseAnswer dense = AttendDensely(
+        {.layout = layout(), .scale = served_->model().scale, .inverse_frequencies = {}}, 0,
+        Counting(0, position + 1), position);
+    EXPECT_LT(NormalizedSquaredError(buffers->out(), dense.out), kOutTolerance);
+    EXPECT_EQ(k, std::vector<std::byte>(buffers->k().begin(), buffers->k().end()));
+  };
+  {
+    client::StepBuffers shared = client->NewStepBuffers(shape);
+    client::StepBuffers own = client->NewStepBuffers(shape);
+    EXPECT_TRUE(shared.out().empty());
+    for (uint32_t position = 20; position < 24; position += 2) {
+      step(&shared, position, true);
+      step(&own, position + 1, true);
+      step(&shared, position, false);
+      step(&own, position, false);
+    }
+    // Its slot is taken, so others take another way.
+    EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kStream);
+    client::StepBuffers moved(std::move(shared));
+    step(&moved, 24, true);
+  }
+  EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kLane);
+}
+
+TEST_F(LaneClientTest, StepBuffersOutliveALaneAndAClient) {
+  std::optional<client::StepBuffers> buffers;
+  {
+    const auto client = Connect(Options());
+    buffers.emplace(client->NewStepBuffers(
+        {.token_count = 1, .query_head_count = 4, .kv_head_count = 2, .head_dim = 64}));
+    served_.reset();
+  }
+  std::fill(buffers->q().begin(), buffers->q().end(), std::byte{1});
+  EXPECT_EQ(buffers->q().size(), 4U * 64U * sizeof(float));
+  EXPECT_EQ(buffers->v().size(), 2U * 64U * 2U);
 }
 
 TEST_F(LaneClientTest, AServerThatGoesAndComesBackIsFoundAgain) {
