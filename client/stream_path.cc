@@ -10,13 +10,14 @@ std::optional<absl::Status> StreamPath::Attend(const v1::AttendRequest& request,
   std::unique_ptr<AttendStream> stream = Take();
   if (stream == nullptr) return std::nullopt;
   absl::Status status = stream->Attend(request, deadline, response);
-  if (absl::IsUnimplemented(status) && !stream->is_open()) {
+  // However a stream ends, repeating its call by another one is safe; only time does not come back.
+  const bool has_ended = !stream->is_open() && !absl::IsDeadlineExceeded(status);
+  if (has_ended && absl::IsUnimplemented(status)) {
     const std::lock_guard<std::mutex> lock(mutex_);
     is_served_ = false;
   }
-  const bool is_for_others = absl::IsUnavailable(status) || absl::IsUnimplemented(status);
   Return(std::move(stream));
-  if (is_for_others) return std::nullopt;
+  if (has_ended || absl::IsUnavailable(status)) return std::nullopt;
   return status;
 }
 
