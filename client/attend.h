@@ -13,6 +13,7 @@
 #include "attention/certificate.h"
 #include "client/options.h"
 #include "client/policy.h"
+#include "client/step_buffers.h"
 #include "client/tensor.h"
 
 namespace kvservice::client {
@@ -55,6 +56,17 @@ struct AttendStep {
   // position before attending.
   TensorView k = {};
   TensorView v = {};
+  // With it outputs are left in its memory, and AttendRowResult.out is empty. Its tensors should be
+  // the step's.
+  StepBuffers* buffers = nullptr;
+
+  // Takes the tensors of `step_buffers`: q, and to be stored k and v.
+  void SetBuffers(StepBuffers* step_buffers, bool store) {
+    buffers = step_buffers;
+    q = step_buffers->q_view();
+    if (store) k = step_buffers->k_view();
+    if (store) v = step_buffers->v_view();
+  }
 };
 
 // One layer of one step of one sequence.
@@ -115,7 +127,7 @@ struct AttendRowResult {
   uint32_t attended_tokens = 0;
   // The selector in force after kAuto, layer overrides and length rules.
   Selector selector = Selector::kDense;
-  // [query_count][query_head_count][head_dim].
+  // [query_count][query_head_count][head_dim]; empty with AttendStep::buffers.
   std::vector<float> out = {};
   // [query_count][query_head_count], natural log of the attended mass.
   std::vector<float> lse = {};
@@ -130,7 +142,7 @@ struct AttendRowResult {
 };
 
 struct AttendResult {
-  // The way that the call took: kUnary or kLane.
+  // The way that the call took; never kAuto.
   Transport transport = Transport::kUnary;
   // Names this call in the server's logs and audits; with the 16 bytes of the epoch and the
   // secret's id also the random numbers of its sampled certificates.

@@ -5,6 +5,7 @@
 #include <array>
 #include <cassert>
 #include <chrono>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -56,7 +57,7 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const ClientOptions& opt
                          std::to_string(options.deadlines.connect.count()) + " ms",
                      kServerUnreachable, {}, {{"endpoint", options.endpoint}});
   }
-  if (options.transport != Transport::kUnary) {
+  if (options.transport == Transport::kAuto || options.transport == Transport::kLane) {
     const absl::Status opened = core->lane.Open();
     if (!opened.ok() && options.transport == Transport::kLane) return opened;
   }
@@ -68,7 +69,9 @@ Client::Client(std::unique_ptr<Core> core) : core_(std::move(core)) {}
 Client::~Client() { assert(core_->borrowers == 0); }
 
 Transport Client::transport() const {
-  return core_->lane.Get() != nullptr ? Transport::kLane : Transport::kUnary;
+  if (core_->lane.Get() != nullptr) return Transport::kLane;
+  const bool streams = core_->options.transport != Transport::kUnary && core_->streams.is_served();
+  return streams ? Transport::kStream : Transport::kUnary;
 }
 
 absl::StatusOr<uint64_t> Client::RegisterModel(const ModelDescription& model) {
@@ -94,6 +97,8 @@ absl::StatusOr<Sequence> Client::CreateSequence(const SequenceOptions& options) 
   const v1::SequenceHandle& handle = response.sequence().handle();
   return Sequence(core_.get(), handle.id(), handle.generation());
 }
+
+StepBuffers Client::NewStepBuffers(const StepShape& shape) { return {shape, core_->lane.Get()}; }
 
 Sequence Client::Adopt(std::string id, uint64_t generation) {
   return {core_.get(), std::move(id), generation};
@@ -124,9 +129,18 @@ absl::StatusOr<AttendResult> Attend(Core* core, const AttendStep& step) {
   }
   PutTensors(step, &request);
   v1::AttendResponse response;
-  status = core->rpc->Attend(request, deadline, &response);
+  std::optional<absl::Status> streamed;
+  if (core->options.transport != Transport::kUnary) {
+    streamed = core->streams.Attend(request, deadline, &response);
+  }
+  status = streamed.has_value() ? *streamed : core->rpc->Attend(request, deadline, &response);
   if (!status.ok()) return status;
-  return ResultFromProto(request, response);
+  absl::Span<const std::byte> out;
+  absl::StatusOr<AttendResult> result =
+      ResultFromProto(request, response, {}, step.buffers != nullptr ? &out : nullptr);
+  if (result.ok() && step.buffers != nullptr) step.buffers->KeepOutputs(out, false);
+  if (result.ok() && streamed.has_value()) result->transport = Transport::kStream;
+  return result;
 }
 
 }  // namespace kvservice::client

@@ -25,6 +25,7 @@
 #include "client/policy.h"
 #include "client/sequence.h"
 #include "client/status.h"
+#include "client/step_buffers.h"
 
 namespace kvservice::client {
 
@@ -50,7 +51,7 @@ class Client {
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
 
-  // The way that the next Attend tries first, kUnary or kLane.
+  // The way that the next Attend tries first; never kAuto.
   Transport transport() const;
 
   // Makes a model known and returns its fingerprint; harmless if it is known already.
@@ -58,6 +59,10 @@ class Client {
   absl::StatusOr<uint64_t> RegisterModel(const ModelDescription& model);
 
   absl::StatusOr<Sequence> CreateSequence(const SequenceOptions& options);
+
+  // Memory for the tensors of calls of one shape, shared with the server if this client has a lane
+  // with a slot to spare that they fit.
+  StepBuffers NewStepBuffers(const StepShape& shape);
 
   // Takes over a sequence that was detached, here or elsewhere.
   Sequence Adopt(std::string id, uint64_t generation);

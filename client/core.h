@@ -14,6 +14,7 @@
 #include "client/lane.h"
 #include "client/options.h"
 #include "client/rpc.h"
+#include "client/stream_path.h"
 
 namespace kvservice::client {
 
@@ -23,11 +24,13 @@ struct Core {
       : options(client_options),
         rpc(NewRpc(client_options)),
         lane(&options),
+        streams(rpc.get()),
         drops(rpc.get(), client_options.deadlines.data) {}
 
   const ClientOptions options;
   const std::unique_ptr<Rpc> rpc;
   LanePath lane;
+  StreamPath streams;
   DropQueue drops;
   // Random, different for every client: request ids begin with it.
   std::string request_id_prefix;

@@ -111,7 +111,7 @@ absl::StatusOr<std::shared_ptr<Lane>> Lane::Open(const ClientOptions& options) {
 std::optional<absl::StatusOr<AttendResult>> Lane::Attend(const AttendStep& step,
                                                          v1::AttendRequest* request,
                                                          steady_clock::time_point deadline) {
-  const std::optional<uint32_t> index = TakeSlot();
+  const std::optional<uint32_t> index = TakeSlot(step.buffers);
   if (!index.has_value()) return std::nullopt;
   if (!PutRequest(*index, step, request)) {
     LeaveSlot(*index, false);
@@ -128,20 +128,29 @@ std::optional<absl::StatusOr<AttendResult>> Lane::Attend(const AttendStep& step,
       LeaveSlot(*index, true);
       return std::nullopt;
   }
-  std::optional<absl::StatusOr<AttendResult>> result = TakeReply(*index, *request);
+  std::optional<absl::StatusOr<AttendResult>> result = TakeReply(*index, *request, step.buffers);
   LeaveSlot(*index, false);
   return result;
 }
 
-std::optional<uint32_t> Lane::TakeSlot() {
+void Lane::Reclaim(uint32_t index) {
+  Slot& slot = slots_[index];
+  if (!slot.is_abandoned || wire::Load(memory_.slot(index)->reply_number) != slot.number) return;
+  slot.is_abandoned = false;
+  slot.is_taken = slot.is_reserved;
+}
+
+std::optional<uint32_t> Lane::TakeSlot(const StepBuffers* buffers) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (buffers != nullptr && buffers->lane_.get() == this) {
+    Reclaim(buffers->slot_);
+    if (slots_[buffers->slot_].is_abandoned) return std::nullopt;
+    return buffers->slot_;
+  }
   for (uint32_t i = 0; i < slots_.size(); ++i) {
-    Slot& slot = slots_[i];
-    if (slot.is_abandoned && wire::Load(memory_.slot(i)->reply_number) == slot.number) {
-      slot = {.number = slot.number};
-    }
-    if (slot.is_taken) continue;
-    slot.is_taken = true;
+    Reclaim(i);
+    if (slots_[i].is_taken) continue;
+    slots_[i].is_taken = true;
     return i;
   }
   return std::nullopt;
@@ -149,8 +158,23 @@ std::optional<uint32_t> Lane::TakeSlot() {
 
 void Lane::LeaveSlot(uint32_t index, bool abandon) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  slots_[index].is_taken = abandon;
+  slots_[index].is_taken = abandon || slots_[index].is_reserved;
   slots_[index].is_abandoned = abandon;
+}
+
+std::optional<uint32_t> Lane::ReserveSlot(size_t tensor_bytes) {
+  if (tensor_bytes >= memory_.shape().request_bytes) return std::nullopt;
+  const std::optional<uint32_t> index = TakeSlot(nullptr);
+  if (!index.has_value()) return std::nullopt;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  slots_[*index].is_reserved = true;
+  return index;
+}
+
+void Lane::ReturnSlot(uint32_t index) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  slots_[index].is_reserved = false;
+  slots_[index].is_taken = slots_[index].is_abandoned;
 }
 
 bool Lane::PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest* request) {
@@ -161,7 +185,9 @@ bool Lane::PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest*
     if (tensor.empty()) return true;
     const uint64_t bytes = tensor.bytes.size();
     if (!wire::IsRange(offset, bytes, end)) return false;
-    std::memcpy(memory_.Range(offset, bytes).data(), tensor.bytes.data(), bytes);
+    std::byte* const place = memory_.Range(offset, bytes).data();
+    // StepBuffers have their tensors in place already.
+    if (place != tensor.bytes.data()) std::memmove(place, tensor.bytes.data(), bytes);
     to->mutable_region()->set_offset_bytes(offset);
     to->mutable_region()->set_length_bytes(bytes);
     offset = AlignUp(offset + bytes, wire::kLaneAlignment);
@@ -171,6 +197,11 @@ bool Lane::PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest*
   if (!put(step.q, request->mutable_q())) return false;
   if (!step.k.empty() && !put(step.k, request->mutable_k())) return false;
   if (!step.v.empty() && !put(step.v, request->mutable_v())) return false;
+  if (const StepBuffers* const buffers = step.buffers;
+      buffers != nullptr && buffers->lane_.get() == this) {
+    // Tensors that this step leaves out are the caller's all the same.
+    offset = std::max(offset, begin + buffers->tensor_bytes());
+  }
   const uint64_t heads = uint64_t{step.q.token_count} * step.q.head_count;
   const uint64_t output_bytes = heads * (step.q.head_dim + 1) * sizeof(float);
   const uint64_t bytes = request->ByteSizeLong();
@@ -231,7 +262,8 @@ bool Lane::IsConnected() const {
 }
 
 std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
-                                                            const v1::AttendRequest& request) {
+                                                            const v1::AttendRequest& request,
+                                                            StepBuffers* buffers) {
   const wire::SlotHead& head = *memory_.slot(index);
   const uint64_t offset = wire::Load(head.reply_offset);
   const uint32_t bytes = wire::Load(head.reply_bytes);
@@ -253,9 +285,16 @@ std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
   }
   v1::AttendResponse response;
   if (!response.ParseFromString(message)) return MalformedReply("message", "does not parse");
-  return ResultFromProto(
-      request, response,
-      {.offset = begin, .bytes = memory_.Range(begin, memory_.shape().reply_bytes)});
+  const ReplyRegion region = {.offset = begin,
+                              .bytes = memory_.Range(begin, memory_.shape().reply_bytes)};
+  absl::Span<const std::byte> out;
+  absl::StatusOr<AttendResult> result =
+      ResultFromProto(request, response, region, buffers != nullptr ? &out : nullptr);
+  if (result.ok() && buffers != nullptr) {
+    // A slot that is not theirs will be somebody else's soon.
+    buffers->KeepOutputs(out, buffers->lane_.get() == this);
+  }
+  return result;
 }
 
 absl::Status LanePath::Open() {

@@ -16,6 +16,7 @@
 #include "absl/status/statusor.h"
 #include "client/attend.h"
 #include "client/options.h"
+#include "client/step_buffers.h"
 #include "kvservice/v1/attention.pb.h"
 #include "wire/file_descriptor.h"
 #include "wire/lane_layout.h"
@@ -36,6 +37,14 @@ class Lane {
       const AttendStep& step, v1::AttendRequest* request,
       std::chrono::steady_clock::time_point deadline);
 
+  // A slot for one caller's calls, whose request area has room for `tensor_bytes` and a message;
+  // nothing when none is to spare. Given back once.
+  std::optional<uint32_t> ReserveSlot(size_t tensor_bytes);
+  void ReturnSlot(uint32_t index);
+  absl::Span<std::byte> RequestMemory(uint32_t index) const {
+    return memory_.Range(memory_.RequestOffset(index), memory_.shape().request_bytes);
+  }
+
   // The server is gone, or answers what is none.
   bool is_broken() const { return is_broken_; }
 
@@ -43,6 +52,8 @@ class Lane {
   struct Slot {
     uint32_t number = 0;
     bool is_taken = false;
+    // For StepBuffers, between their calls too.
+    bool is_reserved = false;
     // Its caller's time was over: free once the answer is there.
     bool is_abandoned = false;
   };
@@ -56,7 +67,10 @@ class Lane {
         spin_(spin),
         slots_(shape.slot_count) {}
 
-  std::optional<uint32_t> TakeSlot();
+  // Of buffers that have one here, theirs.
+  std::optional<uint32_t> TakeSlot(const StepBuffers* buffers);
+  // Needs mutex_ held: the caller who gave up no longer matters once the answer is there.
+  void Reclaim(uint32_t index);
   void LeaveSlot(uint32_t index, bool abandon);
   bool PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest* request);
   // False when the server is gone.
@@ -65,7 +79,8 @@ class Lane {
   bool SpinForReply(uint32_t index) const;
   bool IsConnected() const;
   std::optional<absl::StatusOr<AttendResult>> TakeReply(uint32_t index,
-                                                        const v1::AttendRequest& request);
+                                                        const v1::AttendRequest& request,
+                                                        StepBuffers* buffers);
 
   const FileDescriptor socket_;
   const wire::SharedMemory mapping_;

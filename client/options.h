@@ -35,12 +35,14 @@ enum class Transport : uint8_t {
   kAuto,
   // A gRPC call each.
   kUnary,
+  // gRPC streams that stay open.
+  kStream,
   // Memory shared with a server on the same host (docs/architecture.md), reached by the socket
   // beside the Unix socket that `endpoint` names.
   kLane,
 };
 
-// The shared memory of a client. A call for which there is no room travels as kUnary.
+// The shared memory of a client. A call for which there is no room travels as kStream.
 struct LaneOptions {
   // At a time, 1 to 16.
   uint32_t calls_max = 4;
@@ -58,7 +60,8 @@ struct ClientOptions {
   RetryOptions retry = {};
   // Largest message in either direction; the server has a limit of its own.
   size_t message_bytes_max = size_t{64} << 20;
-  // With kLane Connect fails when there is none: FAILED_PRECONDITION / LANE_UNAVAILABLE.
+  // With kLane Connect fails when there is none: FAILED_PRECONDITION / LANE_UNAVAILABLE. Single
+  // calls may always take a slower way.
   Transport transport = Transport::kAuto;
   LaneOptions lane = {};
 };

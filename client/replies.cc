@@ -298,7 +298,8 @@ absl::Status CheckCall(const v1::AttendRequest& request, const v1::AttendRespons
 
 absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
                                              const v1::AttendResponse& response,
-                                             const ReplyRegion& region) {
+                                             const ReplyRegion& region,
+                                             absl::Span<const std::byte>* out_payload) {
   const absl::Status checked = CheckCall(request, response);
   if (!checked.ok()) return checked;
   const auto& shape = request.q().shape();
@@ -306,6 +307,7 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
   if (!lse.has_value()) return MalformedReply("lse", "is not float32 of the shape of q");
   const auto out = FloatPayload(response.out(), {shape[0], shape[1], shape[2]}, region);
   if (!out.has_value()) return MalformedReply("out", "is not float32 of the shape of q");
+  if (out_payload != nullptr) *out_payload = *out;
   AttendResult result;
   result.call_number = response.call_number();
   result.epoch = response.epoch();
@@ -329,7 +331,9 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
     const size_t begin = place.token_begin * place.head_count;
     const size_t count = place.token_count * place.head_count;
     to.lse = FloatsOf(*lse, begin, count);
-    to.out = FloatsOf(*out, begin * place.head_dim, count * place.head_dim);
+    if (out_payload == nullptr) {
+      to.out = FloatsOf(*out, begin * place.head_dim, count * place.head_dim);
+    }
     const absl::Status status =
         RowFromProto(request.rows(i), request.return_selected(), from, place, &to);
     if (!status.ok()) return status;

@@ -22,10 +22,12 @@ struct ReplyRegion {
   absl::Span<const std::byte> bytes = {};
 };
 
-// Step id, number of rows, sizes of all arrays, sides of all bounds.
+// Step id, number of rows, sizes of all arrays, sides of all bounds. With `out` the outputs are not
+// copied to the rows; it is set to where they lie, in the response or the region.
 absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
                                              const v1::AttendResponse& response,
-                                             const ReplyRegion& region = {});
+                                             const ReplyRegion& region = {},
+                                             absl::Span<const std::byte>* out = nullptr);
 
 // A sequence that exists: its id has 16 bytes and, unless `expected_id` is empty, is that one.
 absl::Status CheckSequence(const v1::Sequence& sequence, const std::string& expected_id);

@@ -85,6 +85,74 @@ class GrpcAppendStream final : public AppendStream {
   bool finished_ = false;
 };
 
+class GrpcAttendStream final : public AttendStream {
+ public:
+  explicit GrpcAttendStream(v1::AttentionService::Stub* stub) : stub_(stub) {}
+  ~GrpcAttendStream() override {
+    context_.TryCancel();
+    queue_.Shutdown();
+    void* tag = nullptr;
+    bool ok = false;
+    while (queue_.Next(&tag, &ok)) {
+    }
+  }
+
+  bool is_open() const override { return is_open_; }
+
+  absl::Status Attend(const v1::AttendRequest& request, steady_clock::time_point deadline,
+                      v1::AttendResponse* response) override {
+    const auto end = After(Until(deadline));
+    is_open_ = false;
+    if (stream_ == nullptr) {
+      stream_ = stub_->AsyncAttendStream(&context_, &queue_, this);
+      const absl::Status started = Await(1, end);
+      if (!started.ok()) return started;
+    }
+    stream_->Write(request, this);
+    stream_->Read(&response_, this);
+    const absl::Status answered = Await(2, end);
+    if (!answered.ok()) return answered;
+    is_open_ = true;
+    *response = std::move(response_);
+    if (!response->has_error()) return absl::OkStatus();
+    const v1::Status& error = response->error();
+    return StatusFromWire(error.code(), error.message(), error.SerializeAsString());
+  }
+
+ private:
+  // The ends of that many operations. When one has failed, the stream's status.
+  absl::Status Await(int operation_count, std::chrono::system_clock::time_point end) {
+    bool all_ok = true;
+    while (operation_count > 0) {
+      void* tag = nullptr;
+      bool ok = false;
+      if (queue_.AsyncNext(&tag, &ok, end) != grpc::CompletionQueue::GOT_EVENT) {
+        return absl::DeadlineExceededError("the server did not answer in time");
+      }
+      all_ok = all_ok && ok;
+      --operation_count;
+    }
+    if (all_ok) return absl::OkStatus();
+    stream_->Finish(&finish_status_, this);
+    void* tag = nullptr;
+    bool ok = false;
+    if (queue_.AsyncNext(&tag, &ok, end) != grpc::CompletionQueue::GOT_EVENT) {
+      return absl::DeadlineExceededError("the server did not answer in time");
+    }
+    const absl::Status status = ToStatus(finish_status_);
+    return status.ok() ? absl::UnavailableError("the server ended the stream") : status;
+  }
+
+  v1::AttentionService::Stub* const stub_;
+  grpc::ClientContext context_;
+  grpc::CompletionQueue queue_;
+  // Written by operations that may end after the call that began them.
+  v1::AttendResponse response_;
+  grpc::Status finish_status_;
+  std::unique_ptr<grpc::ClientAsyncReaderWriter<v1::AttendRequest, v1::AttendResponse>> stream_;
+  bool is_open_ = true;
+};
+
 class GrpcRpc final : public Rpc {
  public:
   explicit GrpcRpc(const ClientOptions& options)
@@ -142,6 +210,9 @@ class GrpcRpc final : public Rpc {
 
   std::unique_ptr<AppendStream> OpenAppend() override {
     return std::make_unique<GrpcAppendStream>(sequences_.get(), deadlines_.admin);
+  }
+  std::unique_ptr<AttendStream> OpenAttend() override {
+    return std::make_unique<GrpcAttendStream>(attention_.get());
   }
 
  private:

@@ -25,6 +25,18 @@ class AppendStream {
   virtual absl::Status Finish(v1::AppendResponse* response) = 0;
 };
 
+// One stream of Attend calls, one at a time. One thread. Deleting it cancels it.
+class AttendStream {
+ public:
+  virtual ~AttendStream() = default;
+  // As Rpc::Attend, but nothing is repeated.
+  virtual absl::Status Attend(const v1::AttendRequest& request,
+                              std::chrono::steady_clock::time_point deadline,
+                              v1::AttendResponse* response) = 0;
+  // False once a call has failed other than by an answer: the stream is of no more use.
+  virtual bool is_open() const = 0;
+};
+
 // Any thread. Responses are valid only when the status is OK.
 class Rpc {
  public:
@@ -51,6 +63,7 @@ class Rpc {
                                 std::chrono::steady_clock::time_point deadline) = 0;
 
   virtual std::unique_ptr<AppendStream> OpenAppend() = 0;
+  virtual std::unique_ptr<AttendStream> OpenAttend() = 0;
 };
 
 std::unique_ptr<Rpc> NewRpc(const ClientOptions& options);

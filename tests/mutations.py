@@ -46,6 +46,8 @@ SCORE = "attention/cpu/score_kernel.cc"
 POPULATION = "attention/cpu/population.cc"
 REPLY = "kvservice/server/convert_attend.cc"
 KEYS = "kvservice/draw_keys.cc"
+LANE = "kvservice/server/lane.cc"
+REGION = "kvservice/server/region_copy.cc"
 
 ATTACK = "*FindsNothing*"
 
@@ -257,6 +259,21 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "static_cast<float>(RelativeOutputError(head))", "convert_test", ""),
     ("reply_value_norm", REPLY, "RoundDownToFloat(head.value_norm_lower)",
      "static_cast<float>(head.value_norm_lower)", "convert_test", ""),
+    # ---- Shared memory is not believed ----
+    ("lane_message_range", LANE,
+     "if (bytes > shape.request_bytes || !wire::IsRange(offset, bytes, memory_.all().size())) {",
+     "if (bytes > shape.request_bytes) {", "lane_test", "*MessagesMustLie*"),
+    ("lane_tensor_range", REGION,
+     "if (!wire::IsRange(range.offset_bytes(), bytes, shared_.size())) {", "if (false) {",
+     "lane_test", "*RangesThatCannotBe*"),
+    ("lane_tensor_total", REGION, "if (!wire::IsRange(used_, bytes, bytes_max_)) {", "if (false) {",
+     "lane_test", "*RangesThatCannotBe*"),
+    ("lane_seals", "wire/shared_memory.cc",
+     "if (seals < 0 || (seals & kSeals) != kSeals) return false;", "if (seals < 0) return false;",
+     "lane_test", "*OnlySealedMemory*"),
+    ("lane_lost_request", LANE,
+     "if (wire::Load(head->request_number) != number) host_->wake();", "", "lane_test",
+     "*RequestsBeforeTheAnswer*"),
 ]]
 
 

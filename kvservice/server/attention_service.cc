@@ -4,6 +4,7 @@
 
 #include "kvservice/server/attend_reply.h"
 #include "kvservice/server/attend_run.h"
+#include "kvservice/server/attend_stream.h"
 #include "kvservice/server/convert.h"
 #include "kvservice/server/service.h"
 #include "kvservice/v1/attention.grpc.pb.h"
@@ -12,9 +13,9 @@ namespace kvservice {
 namespace {
 
 using Declared = v1::AttentionService;
-using NotServed =
-    Declared::WithGenericMethod_AttendStream<Declared::WithGenericMethod_Select<Declared::Service>>;
-using Rpc = Declared::WithRawMethod_Attend<Declared::WithRawMethod_Audit<NotServed>>;
+using NotServed = Declared::WithGenericMethod_Select<Declared::Service>;
+using Rpc = Declared::WithRawMethod_Attend<
+    Declared::WithRawMethod_AttendStream<Declared::WithRawMethod_Audit<NotServed>>>;
 
 using AttendRpcCall = UnaryCall<v1::AttendRequest, v1::AttendResponse>;
 using AuditRpcCall = UnaryCall<v1::AuditRequest, v1::AuditResponse>;
@@ -33,12 +34,19 @@ class AttentionService final : public RpcService {
         attend_(BindMethod("Attend", &host_.calls, &rpc_, &Rpc::RequestAttend, this,
                            &AttentionService::Attend)),
         audit_(BindMethod("Audit", &host_.calls, &rpc_, &Rpc::RequestAudit, this,
-                          &AttentionService::Audit)) {}
+                          &AttentionService::Audit)),
+        attend_stream_{
+            .host = host,
+            .request = [this](grpc::ServerContext* context, AttendStreamMethod::Stream* stream,
+                              grpc::ServerCompletionQueue* queue, void* tag) {
+              rpc_.RequestAttendStream(context, stream, queue, queue, tag);
+            }} {}
 
   grpc::Service* grpc_service() override { return &rpc_; }
   void Listen(grpc::ServerCompletionQueue* queue) override {
     attend_.Listen(&attend_, queue);
     audit_.Listen(&audit_, queue);
+    AttendStream::Listen(&attend_stream_, queue);
   }
 
  private:
@@ -81,6 +89,7 @@ class AttentionService final : public RpcService {
   Rpc rpc_;
   const UnaryMethod<v1::AttendRequest, v1::AttendResponse> attend_;
   const UnaryMethod<v1::AuditRequest, v1::AuditResponse> audit_;
+  const AttendStreamMethod attend_stream_;
 };
 
 }  // namespace

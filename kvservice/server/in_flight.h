@@ -26,6 +26,16 @@ class InFlight {
     if (--call_count_ == 0) empty_.notify_all();
   }
 
+  // A stream that calls come by. Nobody waits for its next call, but for its end.
+  void EnterStream() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++stream_count_;
+  }
+  void LeaveStream() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (--stream_count_ == 0) empty_.notify_all();
+  }
+
   // Takes `bytes`, or nothing (false) when the limit does not allow it.
   bool Reserve(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -43,9 +53,10 @@ class InFlight {
     std::unique_lock<std::mutex> lock(mutex_);
     return empty_.wait_for(lock, time_max, [this] { return call_count_ == 0; });
   }
+  // Nor a stream.
   void WaitUntilEmpty() {
     std::unique_lock<std::mutex> lock(mutex_);
-    empty_.wait(lock, [this] { return call_count_ == 0; });
+    empty_.wait(lock, [this] { return call_count_ == 0 && stream_count_ == 0; });
   }
 
  private:
@@ -53,6 +64,7 @@ class InFlight {
   std::mutex mutex_;
   std::condition_variable empty_;
   size_t call_count_ = 0;
+  size_t stream_count_ = 0;
   size_t bytes_ = 0;
 };
 

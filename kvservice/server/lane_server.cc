@@ -124,9 +124,6 @@ class OneThreadLaneServer final : public LaneServer {
 
   absl::Status Start(Transport* transport);
 
-  uint32_t lane_count() const override { return lane_count_; }
-  uint64_t lanes_total() const override { return lanes_total_; }
-
  private:
   struct Connection {
     FileDescriptor socket;
@@ -162,14 +159,13 @@ class OneThreadLaneServer final : public LaneServer {
   const FileDescriptor wake_;
   std::vector<std::string> tenants_;  // of the listeners
   std::atomic<bool> stopping_{false};
-  std::atomic<uint32_t> lane_count_{0};
-  std::atomic<uint64_t> lanes_total_{0};
 
   std::mutex mutex_;
   // Guarded by mutex_: connections on their way from the accept loop to the thread.
   std::vector<Connection> accepted_;
 
   // The lane thread alone.
+  uint32_t lane_count_ = 0;
   std::vector<Connection> connections_;
   std::vector<pollfd> waits_;
 
@@ -304,7 +300,6 @@ bool OneThreadLaneServer::Open(Connection* connection) {
   if (!lane.ok() || !sent) return false;
   connection->lane = *std::move(lane);
   ++lane_count_;
-  ++lanes_total_;
   return true;
 }
 

@@ -34,9 +34,6 @@ class LaneServer {
  public:
   // Opens no more lanes and closes all. Their calls must have ended, and no new ones be admitted.
   virtual ~LaneServer() = default;
-  // Lanes that are open, and that ever were.
-  virtual uint32_t lane_count() const = 0;
-  virtual uint64_t lanes_total() const = 0;
 };
 
 // Listens and starts the thread. `host` and the transport are borrowed and outlive the server and

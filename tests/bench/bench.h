@@ -22,8 +22,8 @@ struct BenchOptions {
   std::string device = "cpu";
   // Files of tests/eval/trace.py, for the workloads that replay real models.
   std::vector<std::string> traces = {};
-  // How the calls of decode_e2e travel: auto, unary or lane.
-  std::string transport = "auto";
+  // How the calls of decode_e2e travel: some of auto, unary, stream and lane, which take turns.
+  std::vector<std::string> transports = {"auto"};
 };
 
 // One measured figure.

@@ -1,7 +1,7 @@
 // Decode steps through the service: a server in a process of its own, a client that sends q, k and
 // v of one new token per sequence and layer and gets outputs and certificates back. The baseline is
 // what the service has to beat: dense attention over the same keys in the caller's own process, on
-// the same kind of device, with nothing sent anywhere.
+// the same kind of device, with nothing sent anywhere. Calls go by the ways that --transport names.
 //
 // Times are those of one call (one layer of one step) as the caller sees it: the median over steps
 // of the mean over layers. Cases take turns. Sizes are such that keys and values do not stay in the
@@ -147,12 +147,15 @@ class RemoteDecode {
   }
 
   // Forks the prompts for one more case, so that each appends tokens of its own. Returns its index.
-  absl::StatusOr<size_t> AddCase() {
-    std::vector<client::Sequence>& forks = cases_.emplace_back();
+  // `client` is borrowed and makes the case's calls.
+  absl::StatusOr<size_t> AddCase(client::Client* client) {
+    CaseCalls& made = cases_.emplace_back();
+    made.client = client;
     for (const client::Sequence& prompt : prompts_) {
       auto fork = prompt.Fork();
       if (!fork.ok()) return fork.status();
-      forks.push_back(*std::move(fork));
+      const uint64_t generation = fork->generation();
+      made.sequences.push_back(client->Adopt(fork->Detach(), generation));
     }
     return cases_.size() - 1;
   }
@@ -165,7 +168,7 @@ class RemoteDecode {
     const size_t bytes = data_->token_bytes();
     std::vector<client::AttendRow> rows(batch);
     for (uint32_t b = 0; b < batch; ++b) {
-      rows[b].sequence = &cases_[index][b];
+      rows[b].sequence = &cases_[index].sequences[b];
       rows[b].position = position;
       data_->Tokens(layer, b, position, 1, &k_[b * bytes], &v_[b * bytes]);
     }
@@ -176,7 +179,7 @@ class RemoteDecode {
       step.k = View(k_, batch);
       step.v = View(v_, batch);
     }
-    auto result = client_->Attend(step);
+    auto result = cases_[index].client->Attend(step);
     if (!result.ok()) return result.status();
     for (const client::AttendRowResult& row : result->rows) {
       if (!row.status.ok()) return row.status;
@@ -196,7 +199,11 @@ class RemoteDecode {
   DecodeData* const data_;
   client::Client* const client_;
   std::vector<client::Sequence> prompts_;
-  std::vector<std::vector<client::Sequence>> cases_;  // [case][batch]
+  struct CaseCalls {
+    client::Client* client = nullptr;
+    std::vector<client::Sequence> sequences;  // [batch]
+  };
+  std::vector<CaseCalls> cases_;
   std::vector<std::byte> k_, v_;
 };
 
@@ -208,6 +215,7 @@ struct Case {
   }
 
   std::string name;
+  client::Client* client = nullptr;
   size_t sequences = 0;  // of RemoteDecode
   client::Policy policy;
   bool certifies = false;
@@ -265,7 +273,7 @@ absl::Status Check(DecodeData* data, RemoteDecode* remote, LocalDense* local, ui
     }
   }
   if (measured->error > kMassErrorMax) return absl::InternalError("a bound is violated");
-  if (measured->name != "dense") return absl::OkStatus();
+  if (measured->policy.selector != client::Selector::kDense) return absl::OkStatus();
   measured->error = std::max(measured->error, difference / size);
   if (measured->error <= kOutputErrorMax) return absl::OkStatus();
   return absl::InternalError(absl::StrCat("normalised squared error ", measured->error));
@@ -360,12 +368,23 @@ void AddRows(const DecodeData& data, const std::vector<double>& local_seconds,
   }
 }
 
+client::Transport TransportNamed(const std::string& name) {
+  if (name == "unary") return client::Transport::kUnary;
+  if (name == "stream") return client::Transport::kStream;
+  return name == "lane" ? client::Transport::kLane : client::Transport::kAuto;
+}
+
 absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* data,
                      std::vector<Row>* rows) {
   auto local = LocalDense::Make(data, device);
   if (!local.ok()) return local.status();
   // Keys, values and sketches, and room for the tokens of the steps.
-  std::vector<Case> cases = MakeCases(*data);
+  const size_t case_count = MakeCases(*data).size();
+  // Of the first transport, of the second ...
+  std::vector<Case> cases;
+  for (size_t i = 0; i < options.transports.size(); ++i) {
+    for (Case& made : MakeCases(*data)) cases.push_back(std::move(made));
+  }
   const uint64_t own_blocks = BlockCount(data->step_count() + 2 * kBlockTokens);
   const uint64_t slices = uint64_t{data->batch()} * data->layer_count() *
                           (BlockCount(data->prompt_tokens()) + cases.size() * own_blocks);
@@ -377,16 +396,23 @@ absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* da
   client_options.deadlines = {.connect = std::chrono::seconds(10),
                               .data = std::chrono::seconds(60),
                               .admin = std::chrono::seconds(600)};
-  if (options.transport == "unary") client_options.transport = client::Transport::kUnary;
-  if (options.transport == "lane") client_options.transport = client::Transport::kLane;
-  auto client = client::Client::Connect(client_options);
-  if (!client.ok()) return client.status();
-  RemoteDecode remote(data, client->get());
+  std::vector<std::unique_ptr<client::Client>> clients;
+  for (size_t i = 0; i < options.transports.size(); ++i) {
+    client_options.transport = TransportNamed(options.transports[i]);
+    auto client = client::Client::Connect(client_options);
+    if (!client.ok()) return client.status();
+    clients.push_back(*std::move(client));
+    for (size_t c = 0; c < case_count; ++c) {
+      cases[i * case_count + c].client = clients.back().get();
+      if (clients.size() > 1) cases[i * case_count + c].name += "_" + options.transports[i];
+    }
+  }
+  RemoteDecode remote(data, clients.front().get());
   absl::Status status = remote.Prefill();
   if (!status.ok()) return status;
 
   for (Case& measured : cases) {
-    const auto sequences = remote.AddCase();
+    const auto sequences = remote.AddCase(measured.client);
     if (!sequences.ok()) return sequences.status();
     measured.sequences = *sequences;
     for (uint32_t layer = 0; layer < data->layer_count(); ++layer) {

@@ -38,9 +38,11 @@ void Parse(CLI::App* app, Arguments* arguments) {
   app->add_option("--trace", arguments->options.traces,
                   "Traces of real models (tests/eval/trace.py) that decode_e2e replays")
       ->delimiter(',');
-  app->add_option("--transport", arguments->options.transport,
-                  "How the calls of decode_e2e travel: auto, unary or lane (default: auto)")
-      ->check(CLI::IsMember({"auto", "unary", "lane"}));
+  app->add_option("--transport", arguments->options.transports,
+                  "How the calls of decode_e2e travel: some of auto, unary, stream and lane, which "
+                  "take turns (default: auto)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"auto", "unary", "stream", "lane"}));
   app->add_flag("--quick", arguments->options.quick, "Small sizes: checks results, not speed");
   app->add_flag("--list", arguments->list, "List the workloads");
 }

@@ -1,15 +1,17 @@
-// What a call costs there and back, by every way: through gRPC (unary) and through shared memory
-// (lane), against a floor that is measured in the same run and with the same placement: as many
-// bytes written to a Unix socket, read by another process, and written back. Ways take turns.
+// What a call costs there and back, by every way: through gRPC (unary, stream) and through shared
+// memory (lane), against a floor that is measured in the same run and with the same placement: as
+// many bytes written to a Unix socket, read by another process, and written back. Ways take turns.
 //
 // The engine has next to nothing to do: one row attends one token, and the rest of the payload
 // belongs to a row that names no sequence, so that its outputs are zeros. Payloads are of the
 // queries on the way there and of the outputs on the way back, alike. What the engine does all the
 // same is told as "in_server".
 //
+// "lane_in_place" has its queries in shared memory already and reads outputs there (StepBuffers).
+//
 // Placements: "same" has both processes on one CPU, so that no CPU must be woken and both path
 // lengths add up; "split" has one CPU each; "free" leaves it to the system. Where there are two
-// CPUs "lane_spin" has client and server look for messages before they sleep.
+// CPUs "lane_spin" does so too, and has client and server look for messages before they sleep.
 //
 // Ratios are times the floor's. Checks: the outputs of the row that is attended are its value.
 
@@ -23,7 +25,9 @@
 #include <chrono>
 #include <cmath>
 #include <csignal>
+#include <cstring>
 #include <memory>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -114,12 +118,13 @@ class Echo {
 class Caller {
  public:
   static absl::StatusOr<std::unique_ptr<Caller>> Make(const client::ClientOptions& options,
-                                                      size_t payload_bytes) {
+                                                      size_t payload_bytes, bool in_place) {
     auto client = client::Client::Connect(options);
     if (!client.ok()) return client.status();
     std::unique_ptr<Caller> caller(new Caller(*std::move(client), payload_bytes));
     const absl::Status prepared = caller->Prepare();
     if (!prepared.ok()) return prepared;
+    if (in_place) caller->UseBuffers();
     return caller;
   }
   ~Caller() {
@@ -132,11 +137,13 @@ class Caller {
     client::AttendStep step;
     step.rows = absl::MakeSpan(rows_).first(token_count_ == 1 ? 1 : 2);
     step.q = client::Float32View(q_, token_count_, head_count_, kHeadDim);
+    if (buffers_.has_value()) step.SetBuffers(&*buffers_, false);
     auto result = client_->Attend(step);
     if (!result.ok()) return result.status();
     const client::AttendRowResult& row = result->rows[0];
     if (!row.status.ok()) return row.status;
-    for (const float x : row.out) {
+    const absl::Span<const float> out = buffers_.has_value() ? buffers_->out() : row.out;
+    for (const float x : out.first(size_t{head_count_} * kHeadDim)) {
       if (x != 1.0F) return absl::InternalError("an output is not the value");
     }
     in_server_seconds.push_back(static_cast<double>(result->service_ns) * 1e-9);
@@ -176,12 +183,21 @@ class Caller {
     return status;
   }
 
+  void UseBuffers() {
+    buffers_.emplace(client_->NewStepBuffers({.token_count = token_count_,
+                                              .query_head_count = head_count_,
+                                              .kv_head_count = std::max(1U, head_count_ / 16),
+                                              .head_dim = kHeadDim}));
+    std::memcpy(buffers_->q().data(), q_.data(), buffers_->q().size());
+  }
+
   const std::unique_ptr<client::Client> client_;
   const uint32_t token_count_;
   const uint32_t head_count_;
   const std::vector<float> q_;
   std::unique_ptr<client::Sequence> sequence_, foreign_;
   std::vector<client::AttendRow> rows_;
+  std::optional<client::StepBuffers> buffers_;
 };
 
 double Percentile(std::vector<double> samples, double share) {
@@ -192,6 +208,7 @@ double Percentile(std::vector<double> samples, double share) {
 struct Way {
   const char* name;
   client::Transport transport;
+  bool in_place = false;
   bool spins = false;
 };
 
@@ -205,9 +222,11 @@ class Measurement {
 
   absl::Status Run(std::vector<Row>* rows) {
     std::vector<Way> ways = {{"unary", client::Transport::kUnary},
-                             {"lane", client::Transport::kLane}};
+                             {"stream", client::Transport::kStream},
+                             {"lane", client::Transport::kLane},
+                             {"lane_in_place", client::Transport::kLane, true}};
     if (placement_.client_cpu != placement_.peer_cpu) {
-      ways.push_back({"lane_spin", client::Transport::kLane, true});
+      ways.push_back({"lane_spin", client::Transport::kLane, true, true});
     }
     PinTo(placement_.peer_cpu);
     auto quiet = ServerProcess::Start({"--device=cpu", "--threads=1", "--spin-us=0"});
@@ -222,7 +241,7 @@ class Measurement {
       options.transport = way.transport;
       if (way.spins) options.lane.spin = std::chrono::microseconds(kSpinUs);
       options.deadlines.data = std::chrono::seconds(60);
-      auto caller = Caller::Make(options, bytes_);
+      auto caller = Caller::Make(options, bytes_, way.in_place);
       if (!caller.ok()) return caller.status();
       callers.push_back(*std::move(caller));
     }

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -45,7 +46,7 @@ struct Numbers {
   client::TensorView view;
 };
 
-// Every case runs with calls through gRPC and through shared memory.
+// Every case runs with calls of every kind.
 class ClientTest : public ::testing::TestWithParam<client::Transport> {
  protected:
   ClientTest() : client_(Connect()) {}
@@ -553,11 +554,15 @@ TEST(ClientConnectTest, SaysWhenNobodyAnswers) {
   EXPECT_EQ(Line(Client::Connect(options).status()), "INVALID_ARGUMENT REQUEST_INVALID endpoint");
 }
 
+std::string TransportName(const ::testing::TestParamInfo<client::Transport>& parameter) {
+  constexpr std::array kNames = {"Auto", "Unary", "Stream", "Lane"};
+  return kNames[static_cast<size_t>(parameter.param)];
+}
+
 INSTANTIATE_TEST_SUITE_P(Transports, ClientTest,
-                         ::testing::Values(client::Transport::kUnary, client::Transport::kLane),
-                         [](const auto& parameter) {
-                           return parameter.param == client::Transport::kLane ? "Lane" : "Unary";
-                         });
+                         ::testing::Values(client::Transport::kUnary, client::Transport::kStream,
+                                           client::Transport::kLane),
+                         TransportName);
 
 }  // namespace
 }  // namespace kvservice::testing

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -107,18 +108,23 @@ TEST_F(LaneClientTest, TheFasterWayIsTakenWhereThereIsOne) {
   EXPECT_EQ(client->transport(), Transport::kLane);
   const client::Sequence sequence = Create(client.get(), 20);
   EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kLane);
-  client::ClientOptions unary = Options();
-  unary.transport = Transport::kUnary;
-  const auto other = Connect(unary);
-  EXPECT_EQ(other->transport(), Transport::kUnary);
+  for (const Transport transport : {Transport::kUnary, Transport::kStream}) {
+    client::ClientOptions other = Options();
+    other.transport = transport;
+    const auto one = Connect(other);
+    EXPECT_EQ(one->transport(), transport);
+    client::Sequence adopted = one->Adopt(sequence.id(), sequence.generation());
+    EXPECT_EQ(*Attend(one.get(), adopted, 19), transport);
+    adopted.Detach();
+  }
 }
 
-TEST_F(LaneClientTest, WithoutLanesItIsUnary) {
+TEST_F(LaneClientTest, WithoutLanesItIsAStream) {
   Serve(0);
   const auto client = Connect(Options());
-  EXPECT_EQ(client->transport(), Transport::kUnary);
+  EXPECT_EQ(client->transport(), Transport::kStream);
   const client::Sequence sequence = Create(client.get(), 20);
-  EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kUnary);
+  EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kStream);
   client::ClientOptions lane = Options();
   lane.transport = Transport::kLane;
   absl::Status refused = Client::Connect(lane).status();
@@ -126,12 +132,12 @@ TEST_F(LaneClientTest, WithoutLanesItIsUnary) {
   EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
 }
 
-TEST_F(LaneClientTest, WhatTheServerRefusesIsUnary) {
+TEST_F(LaneClientTest, WhatTheServerRefusesIsAStream) {
   const auto first = Connect(Options());
   const auto second = Connect(Options());
   const auto third = Connect(Options());
   EXPECT_EQ(second->transport(), Transport::kLane);
-  EXPECT_EQ(third->transport(), Transport::kUnary);
+  EXPECT_EQ(third->transport(), Transport::kStream);
   client::ClientOptions lane = Options();
   lane.transport = Transport::kLane;
   EXPECT_EQ(client::ReasonOf(Client::Connect(lane).status()), "LANES_EXHAUSTED");
@@ -139,19 +145,19 @@ TEST_F(LaneClientTest, WhatTheServerRefusesIsUnary) {
   EXPECT_FALSE(Client::Connect(lane).ok());
 }
 
-TEST_F(LaneClientTest, CallsThatDoNotFitAreUnary) {
+TEST_F(LaneClientTest, CallsThatDoNotFitAreStreamed) {
   client::ClientOptions options = Options();
   options.lane.call_bytes_max = 4096;
   const auto client = Connect(options);
   const client::Sequence sequence = Create(client.get(), 200);
   EXPECT_EQ(*Attend(client.get(), sequence, 199), Transport::kLane);
   // Its tensors and outputs fit, what it selected does not.
-  EXPECT_EQ(*Attend(client.get(), sequence, 197, 3), Transport::kUnary);
-  EXPECT_EQ(*Attend(client.get(), sequence, 192, 8), Transport::kUnary);
+  EXPECT_EQ(*Attend(client.get(), sequence, 197, 3), Transport::kStream);
+  EXPECT_EQ(*Attend(client.get(), sequence, 192, 8), Transport::kStream);
   EXPECT_EQ(*Attend(client.get(), sequence, 199), Transport::kLane);
 }
 
-TEST_F(LaneClientTest, CallsWithoutASlotAreUnary) {
+TEST_F(LaneClientTest, CallsWithoutASlotAreStreamed) {
   client::ClientOptions options = Options();
   options.lane.calls_max = 1;
   const auto client = Connect(options);
@@ -168,7 +174,7 @@ TEST_F(LaneClientTest, CallsWithoutASlotAreUnary) {
   one.join();
   two.join();
   EXPECT_EQ(first, Transport::kLane);
-  EXPECT_EQ(second, Transport::kUnary);
+  EXPECT_EQ(second, Transport::kStream);
 }
 
 TEST_F(LaneClientTest, TwoMicroBatchesAreInFlight) {
@@ -205,6 +211,72 @@ TEST_F(LaneClientTest, TimeThatIsOverCostsASlotUntilTheAnswer) {
   }));
 }
 
+// Calls whose tensors are the library's: in shared memory, and where there is none.
+TEST_F(LaneClientTest, StepBuffersTakeTensorsAndLeaveOutputsInPlace) {
+  client::ClientOptions options = Options();
+  options.lane.calls_max = 1;
+  const auto client = Connect(options);
+  const client::Sequence sequence = Create(client.get(), 20);
+  const client::StepShape shape = {.token_count = 1,
+                                   .query_head_count = layout().query_head_count,
+                                   .kv_head_count = layout().kv_head_count,
+                                   .head_dim = layout().head_dim};
+  const auto step = [&](client::StepBuffers* buffers, uint32_t position, bool store) {
+    const auto put = [&](Part part, DType dtype, absl::Span<std::byte> to) {
+      const std::vector<std::byte> bytes = PartBytes(layout(), dtype, part, 0, {position});
+      ASSERT_EQ(bytes.size(), to.size());
+      std::copy(bytes.begin(), bytes.end(), to.begin());
+    };
+    put(Part::kQuery, DType::kFloat32, buffers->q());
+    put(Part::kKey, layout().dtype, buffers->k());
+    put(Part::kValue, layout().dtype, buffers->v());
+    const std::vector<std::byte> k(buffers->k().begin(), buffers->k().end());
+    const client::AttendRow row = {.sequence = &sequence, .position = position};
+    client::AttendStep made;
+    made.rows = {&row, 1};
+    made.SetBuffers(buffers, store);
+    const absl::StatusOr<client::AttendResult> result = client->Attend(made);
+    ASSERT_TRUE(result.ok()) << result.status();
+    ASSERT_TRUE(result->rows[0].status.ok()) << result->rows[0].status;
+    EXPECT_TRUE(result->rows[0].out.empty());
+    EXPECT_EQ(result->rows[0].lse.size(), layout().query_head_count);
+    const DenseAnswer dense = AttendDensely(
+        {.layout = layout(), .scale = served_->model().scale, .inverse_frequencies = {}}, 0,
+        Counting(0, position + 1), position);
+    EXPECT_LT(NormalizedSquaredError(buffers->out(), dense.out), kOutTolerance);
+    EXPECT_EQ(k, std::vector<std::byte>(buffers->k().begin(), buffers->k().end()));
+  };
+  {
+    client::StepBuffers shared = client->NewStepBuffers(shape);
+    client::StepBuffers own = client->NewStepBuffers(shape);
+    EXPECT_TRUE(shared.out().empty());
+    for (uint32_t position = 20; position < 24; position += 2) {
+      step(&shared, position, true);
+      step(&own, position + 1, true);
+      step(&shared, position, false);
+      step(&own, position, false);
+    }
+    // Its slot is taken, so others take another way.
+    EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kStream);
+    client::StepBuffers moved(std::move(shared));
+    step(&moved, 24, true);
+  }
+  EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kLane);
+}
+
+TEST_F(LaneClientTest, StepBuffersOutliveALaneAndAClient) {
+  std::optional<client::StepBuffers> buffers;
+  {
+    const auto client = Connect(Options());
+    buffers.emplace(client->NewStepBuffers(
+        {.token_count = 1, .query_head_count = 4, .kv_head_count = 2, .head_dim = 64}));
+    served_.reset();
+  }
+  std::fill(buffers->q().begin(), buffers->q().end(), std::byte{1});
+  EXPECT_EQ(buffers->q().size(), 4U * 64U * sizeof(float));
+  EXPECT_EQ(buffers->v().size(), 2U * 64U * 2U);
+}
+
 TEST_F(LaneClientTest, AServerThatGoesAndComesBackIsFoundAgain) {
   const TemporaryFolder folder;
   const auto serve = [&] {
@@ -223,16 +295,24 @@ TEST_F(LaneClientTest, AServerThatGoesAndComesBackIsFoundAgain) {
   client::ClientOptions options = Options();
   options.endpoint = "unix:" + folder.path() + "/data";
   const auto client = Connect(options);
-  {
-    const client::Sequence sequence = Create(client.get(), 20);
-    EXPECT_EQ(*Attend(client.get(), sequence, 19), Transport::kLane);
+  options.transport = Transport::kStream;
+  const auto streaming = Connect(options);
+  for (int life = 0; life < 2; ++life) {
+    client::Sequence sequence = Create(client.get(), 20);
+    // In its second life first by any way that works, as the others are broken.
+    EXPECT_TRUE(
+        Eventually([&] { return *Attend(client.get(), sequence, 19) == Transport::kLane; }));
+    client::Sequence adopted = streaming->Adopt(sequence.id(), sequence.generation());
+    EXPECT_TRUE(
+        Eventually([&] { return *Attend(streaming.get(), adopted, 19) == Transport::kStream; }));
+    adopted.Detach();
+    if (life > 0) continue;
+    // Dropping it would drop its namesake: ids of test engines repeat.
+    sequence.Detach();
+    running.second.reset();
+    running.first.reset();
+    running = serve();
   }
-  running.second.reset();
-  running.first.reset();
-  running = serve();
-  const client::Sequence sequence = Create(client.get(), 20);
-  // First through gRPC, as the lane is broken; then through a new one.
-  EXPECT_TRUE(Eventually([&] { return *Attend(client.get(), sequence, 19) == Transport::kLane; }));
 }
 
 }  // namespace
