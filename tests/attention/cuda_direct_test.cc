@@ -157,7 +157,17 @@ TEST_F(CudaDirect, ListsTakeIt) {
     EXPECT_EQ(Count([&] { call = RunPlan(kv, plan); }), 2U);
     expect_same(*call, *RunPlan(same, plan));
   }
-  plan = BasePlan(Source::kReuse, 2000, 64);
+}
+
+// A list that is missing is made by a scan, and then reused as it is.
+TEST_F(CudaDirect, AnchorsTakeIt) {
+  auto cpu = NewDevice("cpu", {});
+  ASSERT_TRUE(cpu.ok());
+  CaseOptions options;
+  options.length = 3000;
+  const KvCase kv(device_.get(), options);
+  const KvCase same(cpu->get(), options);
+  Plan plan = BasePlan(Source::kReuse, 2000, 64);
   plan.keep.top_k = 50;
   const auto lists = device_->NewTokenLists(options.layout, 4);
   plan.lists = lists.get();
