@@ -27,7 +27,7 @@ ThreadPool::ThreadPool(uint32_t thread_count, uint32_t spin_us) : spin_(spin_us)
 ThreadPool::~ThreadPool() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    closing_.store(true, std::memory_order_release);
+    closing_ = true;
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
@@ -43,52 +43,58 @@ void ThreadPool::RunTasks(Job* job, uint32_t thread) {
 
 void ThreadPool::ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_thread) {
   if (task_count == 0) return;
+  Job job{.task_count = task_count, .run = task};
   const uint32_t threads = (task_count + tasks_per_thread - 1) / tasks_per_thread;
-  Job job(task_count, task, std::min(threads - 1, static_cast<uint32_t>(workers_.size())));
-  if (job.room == 0) {
+  const uint32_t room = std::min(threads - 1, static_cast<uint32_t>(workers_.size()));
+  if (room == 0) {
     RunTasks(&job, 0);
     return;
   }
-  uint32_t woken = 0;
-  {
+  // Nobody is inside: all that entered the job before have left it.
+  job_ = &job;
+  left_count_ = 0;
+  const uint32_t generation = EntryOf(entry_).generation + 1;
+  entry_ = BitsOf({generation, room});
+  if (sleeping_ > 0) {
+    // A sleeper that has looked in vain waits by now.
     const std::lock_guard<std::mutex> lock(mutex_);
-    job_ = &job;
-    generation_.fetch_add(1, std::memory_order_release);
-    woken = std::min(job.room, sleeping_);
+    for (uint32_t i = std::min<uint32_t>(room, sleeping_); i > 0; --i) wake_.notify_one();
   }
-  for (; woken > 0; --woken) wake_.notify_one();
   RunTasks(&job, 0);
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    job_ = nullptr;  // From here on no worker enters; those inside finish their last task.
-  }
+  const Entry last = EntryOf(entry_.exchange(BitsOf({generation, 0})));
+  WaitUntilLeft(room - last.room);
+}
+
+void ThreadPool::WaitUntilLeft(uint32_t entered) {
   for (uint32_t spin = 0; spin < kSpinMax; ++spin) {
-    if (inside_.load(std::memory_order_acquire) == 0) return;
+    if (left_count_ == entered) return;
     hwy::Pause();
   }
   std::unique_lock<std::mutex> lock(mutex_);
-  left_.wait(lock, [this] { return inside_.load(std::memory_order_acquire) == 0; });
+  caller_sleeps_ = true;
+  left_.wait(lock, [this, entered] { return left_count_ == entered; });
+  caller_sleeps_ = false;
 }
 
-ThreadPool::Job* ThreadPool::EnterJob(uint64_t* seen) {
+bool ThreadPool::Enter(uint32_t* seen) {
+  uint64_t bits = entry_;
+  for (;;) {
+    const Entry entry = EntryOf(bits);
+    *seen = entry.generation;
+    if (entry.room == 0) return false;
+    if (entry_.compare_exchange_weak(bits, bits - 1)) return true;
+  }
+}
+
+void ThreadPool::Leave() {
+  ++left_count_;
+  if (!caller_sleeps_) return;
   const std::lock_guard<std::mutex> lock(mutex_);
-  *seen = generation_.load(std::memory_order_relaxed);
-  if (job_ == nullptr || job_->room == 0) return nullptr;
-  --job_->room;
-  inside_.fetch_add(1, std::memory_order_relaxed);
-  return job_;
+  left_.notify_one();
 }
 
-void ThreadPool::LeaveJob() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (inside_.fetch_sub(1, std::memory_order_release) == 1) left_.notify_one();
-}
-
-bool ThreadPool::SpinForJob(uint64_t seen, uint32_t* spin_limit) const {
-  const auto ready = [this, seen] {
-    return closing_.load(std::memory_order_acquire) ||
-           generation_.load(std::memory_order_acquire) != seen;
-  };
+bool ThreadPool::SpinForJob(uint32_t seen, uint32_t* spin_limit) const {
+  const auto ready = [this, seen] { return closing_ || EntryOf(entry_).generation != seen; };
   if (spin_.count() > 0) {
     const auto end = std::chrono::steady_clock::now() + spin_;
     do {
@@ -110,26 +116,22 @@ bool ThreadPool::SpinForJob(uint64_t seen, uint32_t* spin_limit) const {
   return false;
 }
 
-bool ThreadPool::WaitForJob(uint64_t seen, uint32_t* spin_limit) {
-  if (SpinForJob(seen, spin_limit)) return !closing_.load(std::memory_order_acquire);
+bool ThreadPool::WaitForJob(uint32_t seen, uint32_t* spin_limit) {
+  if (SpinForJob(seen, spin_limit)) return !closing_;
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleeping_;
-  wake_.wait(lock, [this, seen] {
-    return closing_.load(std::memory_order_relaxed) ||
-           generation_.load(std::memory_order_relaxed) != seen;
-  });
+  wake_.wait(lock, [this, seen] { return closing_ || EntryOf(entry_).generation != seen; });
   --sleeping_;
-  return !closing_.load(std::memory_order_relaxed);
+  return !closing_;
 }
 
 void ThreadPool::WorkerLoop(uint32_t thread) {
-  uint64_t seen = 0;
+  uint32_t seen = 0;
   uint32_t spin_limit = kSpinMin;
   while (WaitForJob(seen, &spin_limit)) {
-    Job* job = EnterJob(&seen);
-    if (job == nullptr) continue;
-    RunTasks(job, thread);
-    LeaveJob();
+    if (!Enter(&seen)) continue;
+    RunTasks(job_, thread);
+    Leave();
   }
 }
 

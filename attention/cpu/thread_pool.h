@@ -40,40 +40,51 @@ class ThreadPool {
   void ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_thread = 1);
 
  private:
-  // What the threads of one ParallelFor share. Workers enter and leave it under mutex_, so that a
-  // late one never sees the next.
   struct Job {
-    Job(uint32_t count, Task function, uint32_t workers)
-        : task_count(count), run(function), room(workers) {}
     const uint32_t task_count;
     const Task run;
-    uint32_t room;  // for workers; guarded by mutex_
     std::atomic<uint32_t> next{0};
   };
+  // Number of the latest job, and how many workers may still enter it.
+  struct Entry {
+    uint32_t generation;
+    uint32_t room;
+  };
+  static Entry EntryOf(uint64_t bits) {
+    return {static_cast<uint32_t>(bits >> 32), static_cast<uint32_t>(bits)};
+  }
+  static uint64_t BitsOf(Entry entry) { return uint64_t{entry.generation} << 32 | entry.room; }
 
   static void RunTasks(Job* job, uint32_t thread);
   void WorkerLoop(uint32_t thread);
-  // Spins. True when the generation differs from `seen` or the pool closes.
-  bool SpinForJob(uint64_t seen, uint32_t* spin_limit) const;
-  // Spins, then blocks, until the generation differs from `seen` or the pool closes. Returns false
-  // when it closes.
-  bool WaitForJob(uint64_t seen, uint32_t* spin_limit);
-  // nullptr if the job has ended, or has as many threads as it may have.
-  Job* EnterJob(uint64_t* seen);
-  void LeaveJob();
+  // Spins. True when there is a job after `seen` or the pool closes.
+  bool SpinForJob(uint32_t seen, uint32_t* spin_limit) const;
+  // Spins, then blocks, until there is a job after `seen` or the pool closes. Returns false when it
+  // closes.
+  bool WaitForJob(uint32_t seen, uint32_t* spin_limit);
+  // False if the latest job, whose number `seen` becomes, has ended or has all the workers that it
+  // may have. Those that entered leave.
+  bool Enter(uint32_t* seen);
+  void Leave();
+  void WaitUntilLeft(uint32_t entered);
 
   const std::chrono::microseconds spin_;
   std::vector<std::thread> workers_;
-  // Counts ParallelFor calls; the number of workers inside the current job. Both change under
-  // mutex_ and are read by spinning threads.
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<uint32_t> inside_{0};
+
+  // A worker enters by taking room and leaves by being counted, without a lock: meeting at one is
+  // what short jobs would pay for. Whoever closes a job's room waits for those that took some, so
+  // job_ is read only between entering and leaving.
+  std::atomic<uint64_t> entry_{0};
+  std::atomic<uint32_t> left_count_{0};
+  Job* job_ = nullptr;
+  // Of sequential consistency with entry_ and left_count_: who publishes sees that somebody sleeps,
+  // or the sleeper sees what was published.
+  std::atomic<uint32_t> sleeping_{0};
+  std::atomic<bool> caller_sleeps_{false};
   std::atomic<bool> closing_{false};
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable left_;
-  Job* job_ = nullptr;     // guarded by mutex_
-  uint32_t sleeping_ = 0;  // guarded by mutex_
 };
 
 }  // namespace kvservice

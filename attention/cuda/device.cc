@@ -39,7 +39,7 @@ constexpr int kComputeMajorMin = 8;
 constexpr size_t kWaveBytesMax = size_t{256} << 20;
 constexpr size_t kWaveGroupsMax = 4096;
 // The host's share of a call is small: more threads spend more on meeting than they take over.
-constexpr uint32_t kThreadsMax = 8;
+constexpr uint32_t kThreadsMax = 4;
 
 uint32_t AvailableCpus() {
   cpu_set_t set;
