@@ -4,6 +4,7 @@
 
 #include "kvservice/server/attend_reply.h"
 #include "kvservice/server/attend_run.h"
+#include "kvservice/server/server.h"
 #include "kvservice/server/status.h"
 #include "kvservice/server/tenancy.h"
 
