@@ -195,6 +195,9 @@ class Device {
 struct DeviceOptions {
   // Threads that work inside a call, the caller's included; 0 = one per CPU.
   uint32_t thread_count = 0;
+  // Time for which the CUDA device's threads look for work before they sleep; 0 = it adapts. The
+  // CPU device adapts always: its threads come back to work sooner.
+  uint32_t spin_us = 0;
 };
 
 // name: "reference", "cpu", "cuda" or "auto". INVALID_ARGUMENT for other names; UNAVAILABLE for

@@ -267,7 +267,10 @@ TokenMask Group::ChooseTokens(const ChooseTask& task, ChooseScratch* scratch) {
   if (!by_mass && plan.keep.output_limit > 0.0F) return ChooseForOutput(task, scratch);
   if (!by_mass || plan.prove != Guarantee::kConfidence) return Choose(task, scratch);
   const SampleTask samples{
-      .choose = task, .failure_probability = plan.failure_probability, .draws_max = plan.draws_max};
+      .choose = task,
+      .failure_probability = plan.failure_probability,
+      .draws_max = plan.draws_max,
+      .costs = SampleCostsOf(CountTokens(task.candidates), shape_->layout.vector_bytes())};
   // Where a limit is only reported on, one diffuse head does not make the others read more.
   SamplePlan planned = plan.on_violation == OnViolation::kReport
                            ? PlanSamplesExcusing(samples, scratch)
@@ -284,6 +287,8 @@ TokenMask Group::ChooseTokens(const ChooseTask& task, ChooseScratch* scratch) {
 TokenMask Group::ChooseForOutput(ChooseTask task, ChooseScratch* scratch) const {
   const Plan& plan = row_->plan;
   const double eta = plan.prove == Guarantee::kConfidence ? plan.failure_probability : 0.0;
+  const SampleCosts costs =
+      SampleCostsOf(CountTokens(task.candidates), shape_->layout.vector_bytes());
   TokenMask cheapest;
   double least = std::numeric_limits<double>::infinity();
   for (const uint32_t draws : kDrawOptions) {
@@ -293,7 +298,8 @@ TokenMask Group::ChooseForOutput(ChooseTask task, ChooseScratch* scratch) const 
     task.sample_factor = compensation.factor;
     task.mass_limit = static_cast<float>(compensation.share);
     TokenMask tokens = Choose(task, scratch);
-    const double cost = PlannedVectors(CountTokens(tokens), 0, uint64_t{draws} * head_count());
+    const double cost =
+        PlannedVectors(costs, CountTokens(tokens), head_count(), draws, /*with_values=*/true);
     if (!(cost < least)) continue;
     least = cost;
     cheapest = std::move(tokens);

@@ -43,7 +43,7 @@ class Search {
 
  private:
   double Vectors(uint32_t count, uint32_t draws) const {
-    return PlannedVectors(count, uint64_t{draws} * sampling_, 0);
+    return PlannedVectors(task_.costs, count, sampling_, draws);
   }
 
   const SampleTask& task_;

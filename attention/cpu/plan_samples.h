@@ -9,6 +9,7 @@
 
 #include "attention/cpu/choose.h"
 #include "attention/cpu/token_mask.h"
+#include "attention/sample_plan.h"
 
 namespace kvservice {
 
@@ -23,13 +24,14 @@ struct SampleTask {
   double failure_probability = 0.0;
   // Keys that a head may sample.
   uint32_t draws_max = 0;
+  SampleCosts costs = {};
 };
 
 struct SamplePlan {
   TokenMask chosen;
   uint32_t count = 0;  // tokens chosen
   uint32_t draws = 0;  // keys that every head which is not excused samples, one of kDrawOptions
-  double vectors = 0;  // what reading both takes, see PlannedVectors
+  double vectors = 0;  // what both take, see PlannedVectors
   // A head whose limit the choice meets with least to spare; the first one if none counts.
   uint32_t binding_head = 0;
   // The task's, and a diffuse one.

@@ -552,50 +552,6 @@ namespace kvservice {
 
 HWY_EXPORT(ScanPagesTarget);
 
-namespace {
-
-// Tiles read this many heads at once.
-constexpr size_t kPaddedHeads = 4;
-
-}  // namespace
-
-void PrepareScan(const LayerShape& shape, absl::Span<const float* const> q,
-                 const SketchTable& table, bool bounded, ScanQueries* queries) {
-  const uint32_t head_dim = shape.layout.head_dim;
-  const auto head_count = static_cast<uint32_t>(q.size());
-  const size_t padded = (head_count + kPaddedHeads - 1) / kPaddedHeads * kPaddedHeads;
-  // What the double arithmetic of the query terms may be off by, many times over.
-  constexpr double kUp = 1.0 + 0x1p-40;
-  for (uint32_t j = 0; j < SketchDirections(head_dim); ++j) queries->qw[j].assign(padded, 0.0F);
-  if (bounded) {
-    queries->x_norm.assign(padded, 0.0F);
-    queries->norm.assign(padded, 0.0);
-    queries->weight.assign(padded, 0.0);
-    queries->used.assign(padded, 0.0);
-    queries->x.resize(size_t{head_count} * head_dim);
-  }
-  const TableTerms<double> of_table = MakeTableTerms<double>(head_dim, table);
-  for (uint32_t head = 0; head < head_count; ++head) {
-    const QueryTerms<double> terms =
-        MakeQueryTerms<double>(head_dim, shape.scale, q[head], table, of_table);
-    for (uint32_t j = 0; j < SketchDirections(head_dim); ++j) {
-      queries->qw[j][head] = static_cast<float>(terms.qw[j]);
-    }
-    if (!bounded) continue;
-    float* x = &queries->x[size_t{head} * head_dim];
-    uint32_t used = 0;
-    for (uint32_t c = 0; c < head_dim; ++c) {
-      used += terms.qs[c] != 0.0 ? 1 : 0;
-      x[c] = static_cast<float>(terms.x[c] * (1.0 + 0x1p-22) + 0x1p-126);
-    }
-    queries->used[head] = used;
-    // Covers qs rounded to fp32 (2^-24, or 2^-150 below the normal range) and the sum.
-    queries->norm[head] = terms.norm * (1.0 + 0x1p-23) + 0x1p-120;
-    queries->weight[head] = terms.weight * kUp;
-    queries->x_norm[head] = static_cast<float>(terms.x_norm);
-  }
-}
-
 void ScanWeights::Resize(uint32_t heads, uint32_t first_block, uint32_t blocks, bool with_bounds) {
   head_count = heads;
   block_begin = first_block;

@@ -16,7 +16,7 @@ constexpr uint32_t kSpinMax = 2048;
 
 }  // namespace
 
-ThreadPool::ThreadPool(uint32_t thread_count) {
+ThreadPool::ThreadPool(uint32_t thread_count, uint32_t spin_us) : spin_(spin_us) {
   assert(thread_count >= 1);
   workers_.reserve(thread_count - 1);
   for (uint32_t thread = 1; thread < thread_count; ++thread) {
@@ -84,16 +84,34 @@ void ThreadPool::LeaveJob() {
   if (inside_.fetch_sub(1, std::memory_order_release) == 1) left_.notify_one();
 }
 
-bool ThreadPool::WaitForJob(uint64_t seen, uint32_t* spin_limit) {
+bool ThreadPool::SpinForJob(uint64_t seen, uint32_t* spin_limit) const {
+  const auto ready = [this, seen] {
+    return closing_.load(std::memory_order_acquire) ||
+           generation_.load(std::memory_order_acquire) != seen;
+  };
+  if (spin_.count() > 0) {
+    const auto end = std::chrono::steady_clock::now() + spin_;
+    do {
+      for (uint32_t spin = 0; spin < kSpinMin; ++spin) {
+        if (ready()) return true;
+        hwy::Pause();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+  }
   for (uint32_t spin = 0; spin < *spin_limit; ++spin) {
-    if (closing_.load(std::memory_order_acquire)) return false;
-    if (generation_.load(std::memory_order_acquire) != seen) {
+    if (ready()) {
       *spin_limit = std::min(2 * *spin_limit, kSpinMax);
       return true;
     }
     hwy::Pause();
   }
   *spin_limit = std::max(*spin_limit / 2, kSpinMin);
+  return false;
+}
+
+bool ThreadPool::WaitForJob(uint64_t seen, uint32_t* spin_limit) {
+  if (SpinForJob(seen, spin_limit)) return !closing_.load(std::memory_order_acquire);
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleeping_;
   wake_.wait(lock, [this, seen] {

@@ -1,6 +1,6 @@
 // A fixed set of threads that share the tasks of one call. A call of a few microseconds must not
-// pay for waking a thread, so workers spin for a moment after their last task before they block;
-// how long adapts to how soon work has been arriving.
+// pay for waking a thread, so workers spin for a moment after their last task before they block:
+// for as long as they are told, or for a time that adapts to how soon work has been arriving.
 //
 // One thread at a time may call ParallelFor (the device's caller); the pool is no queue.
 
@@ -8,6 +8,7 @@
 #define KVSERVICE_ATTENTION_CPU_THREAD_POOL_H_
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -23,8 +24,9 @@ class ThreadPool {
   // task: index in [0, task_count). thread: index in [0, thread_count()), for scratch memory.
   using Task = absl::FunctionRef<void(uint32_t task, uint32_t thread)>;
 
-  // thread_count includes the calling thread and is at least 1.
-  explicit ThreadPool(uint32_t thread_count);
+  // thread_count includes the calling thread and is at least 1. spin_us: time for which a worker
+  // spins; 0 = it adapts.
+  explicit ThreadPool(uint32_t thread_count, uint32_t spin_us = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -51,6 +53,8 @@ class ThreadPool {
 
   static void RunTasks(Job* job, uint32_t thread);
   void WorkerLoop(uint32_t thread);
+  // Spins. True when the generation differs from `seen` or the pool closes.
+  bool SpinForJob(uint64_t seen, uint32_t* spin_limit) const;
   // Spins, then blocks, until the generation differs from `seen` or the pool closes. Returns false
   // when it closes.
   bool WaitForJob(uint64_t seen, uint32_t* spin_limit);
@@ -58,6 +62,7 @@ class ThreadPool {
   Job* EnterJob(uint64_t* seen);
   void LeaveJob();
 
+  const std::chrono::microseconds spin_;
   std::vector<std::thread> workers_;
   // Counts ParallelFor calls; the number of workers inside the current job. Both change under
   // mutex_ and are read by spinning threads.

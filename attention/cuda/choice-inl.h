@@ -123,14 +123,57 @@ KVSERVICE_HOST_DEVICE float ThresholdWithin(uint32_t bin, double mass, uint32_t 
   return static_cast<float>(low + (part < 1.0 ? part : 1.0) * (high - low));
 }
 
+// A sample of a group's tokens is taken by runs of eight tokens of a block: one of every so many,
+// that as many are left as one CTA holds in registers.
+inline constexpr uint32_t kRunTokens = 8;
+inline constexpr uint32_t kRunsOfBlock = kWordTokens / kRunTokens;
+KVSERVICE_HOST_DEVICE constexpr uint32_t SampledRuns(uint32_t heads) {
+  return heads <= 8 ? 512 : 256;
+}
+// How many one run stands for.
+KVSERVICE_HOST_DEVICE uint32_t SampleStride(uint32_t blocks, uint32_t heads) {
+  const uint32_t stride = (blocks * kRunsOfBlock + SampledRuns(heads) - 1) / SampledRuns(heads);
+  return stride > 0 ? stride : 1;
+}
+// The i-th run of a sample: any of those that it stands for, so that no place in blocks counts
+// more than others.
+KVSERVICE_HOST_DEVICE uint32_t SampledRun(uint32_t i, uint32_t stride) {
+  constexpr uint32_t kOdd = 0x9e3779b1U;
+  return i * stride + static_cast<uint32_t>(uint64_t{i * kOdd} * stride >> 32);
+}
+
+// Thresholds of a sample are looked for among steps of 64 per octave, from the first bin's first
+// on.
+inline constexpr uint32_t kStepsOfOctave = 64;
+inline constexpr uint32_t kSearchSteps = kBins * 8;
+KVSERVICE_HOST_DEVICE float SearchEdge(uint32_t step) {
+  return FloatOfBits((kFirstBin << kBinShift) + static_cast<int32_t>(step << (kBinShift - 3)));
+}
+// The last step whose edge is not above a score, or the first.
+KVSERVICE_HOST_DEVICE uint32_t SearchStepOf(float score) {
+  const int32_t step = (BitsOf(score) - (kFirstBin << kBinShift)) >> (kBinShift - 3);
+  const int32_t last = static_cast<int32_t>(kSearchSteps) - 1;
+  const int32_t most = step < last ? step : last;
+  return static_cast<uint32_t>(most > 0 ? most : 0);
+}
+
 // Jobs of a set of `tokens` tokens, none of more than about `target`.
 KVSERVICE_HOST_DEVICE uint32_t JobsOf(uint32_t tokens, uint32_t target) {
   return tokens <= target ? 1 : (tokens + target - 1) / target;
 }
-// The job that a word belongs to which `before` tokens of its set come before.
+// Blocks of a span. Jobs begin with spans, so that there are not many places to look at.
+KVSERVICE_HOST_DEVICE uint32_t SpanBlocksOf(uint32_t blocks) {
+  constexpr uint32_t kSpansWanted = 256;
+  constexpr uint32_t kSpanBlocksMax = 8;
+  uint32_t span = 1;
+  while (span < kSpanBlocksMax && span * kSpansWanted < blocks) span *= 2;
+  return span;
+}
+// The job that a word or span belongs to which `before` tokens of its set come before. The tokens
+// times the jobs are below 2^32.
 KVSERVICE_HOST_DEVICE uint32_t JobOfWord(uint32_t before, uint32_t tokens, uint32_t jobs) {
   if (tokens == 0) return 0;
-  const auto job = static_cast<uint32_t>(uint64_t{before} * jobs / tokens);
+  const uint32_t job = before * jobs / tokens;
   return job < jobs ? job : jobs - 1;
 }
 

@@ -16,12 +16,14 @@ namespace kvservice::cuda {
 
 // Heads that a group may have here.
 inline constexpr uint32_t kChoiceHeadsMax = 16;
-// Blocks that one CTA may take.
+// Blocks that one CTA may count, and that one warp may select from; warps of a CTA that selects.
 inline constexpr uint32_t kPartBlocksMax = 256;
+inline constexpr uint32_t kBatchBlocksMax = 32;
+inline constexpr uint32_t kSelectWarps = 4;
 
 // Shares of a head are weight * 2^(reference of the page - reference) * inverse.
 struct HeadScale {
-  double inverse = 1.0;
+  float inverse = 1.0F;
   int32_t reference = 0;
 };
 
@@ -33,13 +35,14 @@ struct ChoiceThreshold {
   uint32_t rank_count = 0;
 };
 
-// What a group came to. Zero before.
+// What a group came to.
 struct ChoiceStats {
   uint32_t always = 0;  // tokens
   uint32_t middle = 0;
   uint32_t scanned = 0;
   uint32_t listed = 0;  // of the middle, by ChoiceGroup::listed
   uint32_t chosen = 0;
+  uint32_t expected = 0;        // to be read of the middle, by the thresholds
   uint32_t everything = 0;      // the middle was read as a whole, chosen or not
   uint32_t job_tokens_max = 0;  // of the attention over what was chosen, at most
   uint32_t open_blocks = 0;     // blocks with values whose norms no sketch bounds
@@ -61,8 +64,8 @@ struct DroppedSums {
   uint32_t seen = 0;  // tokens that the head sees, scanned or not
 };
 
-// One KV head of one row. Words are [block_count]; what is said to be zero is so before each call.
-struct ChoiceGroup {
+// One KV head of one row. Words are [block_count].
+struct alignas(16) ChoiceGroup {
   const std::byte* const* slices = nullptr;    // [block_count]
   const std::byte* const* sketches = nullptr;  // [block_count], null where not sealed
   ChoiceRanges ranges;
@@ -79,9 +82,12 @@ struct ChoiceGroup {
   float mass_limit = 0.0F;  // what is aimed at; 0 = off
   float dense_share = 1.0F;
   uint32_t top_k = 0;
-  uint32_t sampled = kWordTokens;  // tokens of each block that the histogram counts
-  uint32_t part_blocks = 0;        // of a CTA
+  uint32_t sampled = kWordTokens;  // tokens of each block that are counted, with ranks
+  uint32_t part_blocks = 0;        // of a CTA that counts
   uint32_t part_count = 0;
+  uint32_t batch_blocks = 0;         // of a warp that selects
+  uint32_t select_count = 0;         // CTAs that do
+  uint32_t span_blocks = 1;          // of a span, whose chosen tokens are counted
   const uint64_t* listed = nullptr;  // [block_count], tokens of the middle to read at once, or null
   // Keys whose largest norm is wanted: tokens [norm_begin, norm_end) of the sequence, in its
   // blocks.
@@ -91,10 +97,9 @@ struct ChoiceGroup {
   // Made here.
   uint64_t* first = nullptr;  // read whatever is chosen
   uint64_t* to_scan = nullptr;
-  uint64_t* middle = nullptr;
   uint64_t* chosen = nullptr;
   uint32_t* open_blocks = nullptr;  // [block_count]
-  ChoiceStats* stats = nullptr;     // zero
+  ChoiceStats* stats = nullptr;
   // Of the scan and of the attention over `first`.
   const float* weights = nullptr;  // as ScanSet
   const int32_t* reference = nullptr;
@@ -104,14 +109,18 @@ struct ChoiceGroup {
   const uint32_t* visible = nullptr;     // [head_count][2]
   const HeadSums* first_sums = nullptr;  // [head_count]
   // Scratch.
-  HeadScale* scales = nullptr;           // [head_count]
-  uint32_t* counts = nullptr;            // [kBins], zero
-  uint32_t* sums = nullptr;              // [head_count][kBins], zero
-  unsigned long long* hidden = nullptr;  // [head_count], shares in units of 2^-40, zero
-  uint32_t* ticket = nullptr;            // zero
-  uint32_t* ties = nullptr;              // [part_count][kStepsOfBin], with top_k
-  DroppedSums* part_sums = nullptr;      // [part_count][head_count]
-  DroppedSums* dropped = nullptr;        // [head_count]
+  HeadScale* scales = nullptr;       // [head_count]
+  uint32_t* ties = nullptr;          // [select_count][kStepsOfBin], with top_k
+  uint32_t* span_counts = nullptr;   // [spans]
+  DroppedSums* part_sums = nullptr;  // [select_count][head_count]
+  DroppedSums* dropped = nullptr;    // [head_count]
+  // Of this, MarkWords makes zeros; all but tickets are of calls with ranks.
+  uint4* zero = nullptr;
+  uint32_t zero_count = 0;
+  uint32_t* counts = nullptr;            // [kBins]
+  uint32_t* sums = nullptr;              // [head_count][kBins]
+  unsigned long long* hidden = nullptr;  // [head_count], shares in units of 2^-40
+  uint32_t* tickets = nullptr;           // [2]
 };
 
 struct ChoiceCall {
@@ -120,8 +129,15 @@ struct ChoiceCall {
   uint32_t group_count = 0;
   uint32_t block_count_max = 0;
   uint32_t part_count_max = 0;
+  uint32_t select_count_max = 0;
   uint32_t head_count_max = 0;
-  bool ranks = false;  // some group has top_k
+  bool ranks = false;                  // some group has top_k: scores are counted, not sampled
+  bool bounds_values = false;          // some group does
+  bool overlaps = false;               // kernels may start before those before them have ended
+  const ChoiceStats* stats = nullptr;  // [group_count]
+  // Of attentions; MarkWords makes zeros of them.
+  uint32_t* tickets = nullptr;
+  uint32_t tickets_per_group = 0;
   uint32_t norm_tokens_max = 0;
   // Attention over what is chosen: set i is that of group i, complete but for its jobs; the set
   // behind the last has no heads, so that jobs of it do nothing. Jobs are [job_count], at least
@@ -138,13 +154,13 @@ struct ChoiceCall {
 cudaError_t MarkWords(const ChoiceCall& call, cudaStream_t stream);
 // Largest norms of keys, of groups that want them.
 cudaError_t BoundKeys(const ChoiceCall& call, cudaStream_t stream);
-// Value norms that no sketch bounds, after MarkWords.
+// Value norms that no sketch bounds, after MarkWords; FindThresholds has them too.
 cudaError_t BoundOpenValues(const ChoiceCall& call, cudaStream_t stream);
 // After a scan of `to_scan` and attention over `first`, in this order: thresholds; what is chosen
-// by them, and what parts drop; sums of that, and the jobs of attention over `chosen`.
+// by them, sums of what is not, and the jobs of attention over `chosen`.
 cudaError_t FindThresholds(const ChoiceCall& call, cudaStream_t stream);
+cudaError_t CountThresholds(const ChoiceCall& call, cudaStream_t stream);  // of calls with ranks
 cudaError_t SelectTokens(const ChoiceCall& call, cudaStream_t stream);
-cudaError_t CutChosen(const ChoiceCall& call, cudaStream_t stream);
 
 }  // namespace kvservice::cuda
 

@@ -1,72 +1,10 @@
-// Thresholds of a choice: a histogram of the scores, of which every CTA counts a part; the last CTA
-// of a group finds its thresholds.
+// Thresholds of a choice with ranks: a histogram of the scores, of which every CTA counts a part;
+// the last CTA of a group finds its thresholds.
 
 #include "attention/cuda/choice_parts-inl.h"
 
 namespace kvservice::cuda {
 namespace {
-
-// A sum with a power of two of its own.
-struct ScaledTotal {
-  double sum;
-  int32_t reference;
-};
-__device__ __forceinline__ ScaledTotal Join(const ScaledTotal& a, const ScaledTotal& b) {
-  const int32_t reference = max(a.reference, b.reference);
-  return {
-      a.sum * PowerOfTwo64(a.reference - reference) + b.sum * PowerOfTwo64(b.reference - reference),
-      reference};
-}
-
-__device__ inline ScaledTotal JoinOfLanes(ScaledTotal total) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const ScaledTotal other{__shfl_xor_sync(kAllLanes, total.sum, offset),
-                            __shfl_xor_sync(kAllLanes, total.reference, offset)};
-    total = Join(total, other);
-  }
-  return total;
-}
-
-// Enough for a block or two of long rows each, in as many warps as a warp has lanes.
-constexpr uint32_t kNormaliseThreads = kWarp * kWarp;
-
-// What all weights of one head come to: estimates of what was scanned, and the mass of what is read
-// in any case. It scales scores and is part of no bound.
-__global__ void __launch_bounds__(kNormaliseThreads)
-    NormaliseKernel(const __grid_constant__ ChoiceCall call) {
-  const ChoiceGroup& group = call.groups[blockIdx.y];
-  const uint32_t head = blockIdx.x;
-  if (head >= group.head_count) return;
-  __shared__ ScaledTotal of_warps[kWarp];
-  const HeadSums always = group.first_sums[head];
-  const size_t first_page = size_t{head} * group.block_count;
-  ScaledTotal total{.sum = 0.0, .reference = kReferenceMin};
-  for (uint32_t block = threadIdx.x; block < group.block_count; block += kNormaliseThreads) {
-    const uint64_t word = group.to_scan[block];
-    if (word == 0) continue;
-    const size_t page = first_page + block;
-    const float page_sum = group.page_sum[page];
-    const int32_t reference = group.reference[page];
-    const float share = group.bounded ? group.estimate_share[page] : 1.0F;
-    if (!(page_sum > 0.0F && page_sum <= kFloatMax) || !(share > 0.0F)) continue;
-    const float sum = word == ~uint64_t{0} ? page_sum : SumOfWord(group, head, block, word);
-    total = Join(total, {static_cast<double>(sum) * static_cast<double>(share), reference});
-  }
-  total = JoinOfLanes(total);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = total;
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  total = JoinOfLanes(of_warps[threadIdx.x]);
-  if (threadIdx.x != 0) return;
-  if (always.sum > 0.0 && always.sum <= 0x1.fffffffffffffp+1023) {
-    // So that references are those of numbers near 1.
-    const int32_t exponent = ilogb(always.sum);
-    total = Join(total, {scalbn(always.sum, -exponent), always.reference + exponent});
-  }
-  group.scales[head] = {.inverse = total.sum > 0.0 ? 1.0 / total.sum : 1.0,
-                        .reference = total.reference};
-}
 
 // Bins are looked at in spans of a lane each, then the span with the threshold bin by bin.
 constexpr uint32_t kSpanBins = kBins / kWarp;
@@ -102,7 +40,7 @@ __device__ inline float MassThreshold(const ChoiceGroup& group, uint32_t head) {
   return __shfl_sync(kAllLanes, threshold, place);
 }
 
-// The bin that holds the token of rank top_k, and how many of it are kept. One warp; lane 0 writes.
+// The bin that holds the token of rank top_k, and how many of it are kept. One warp, all lanes.
 __device__ inline void RankThreshold(const ChoiceGroup& group, ChoiceThreshold* threshold) {
   const uint32_t lane = threadIdx.x % kWarp;
   // From the top down.
@@ -115,7 +53,8 @@ __device__ inline void RankThreshold(const ChoiceGroup& group, ChoiceThreshold* 
   uint32_t reached = __ballot_sync(kAllLanes, end >= group.top_k);
   if (reached == 0) {
     // There are not so many: all of them.
-    if (lane == 0) threshold->rank_bin = 0, threshold->rank_count = ~0U;
+    threshold->rank_bin = 0;
+    threshold->rank_count = ~0U;
     return;
   }
   const auto owner = static_cast<uint32_t>(__ffs(static_cast<int32_t>(reached))) - 1;
@@ -125,16 +64,25 @@ __device__ inline void RankThreshold(const ChoiceGroup& group, ChoiceThreshold* 
   const uint32_t bins_end = above + SumUpToLane(count);
   reached = __ballot_sync(kAllLanes, bins_end >= group.top_k);
   const auto place = static_cast<uint32_t>(__ffs(static_cast<int32_t>(reached))) - 1;
-  if (lane != place) return;
-  threshold->rank_bin = bin;
-  threshold->rank_count = group.top_k - (bins_end - count);
+  threshold->rank_bin = __shfl_sync(kAllLanes, bin, place);
+  threshold->rank_count = __shfl_sync(kAllLanes, group.top_k - (bins_end - count), place);
+}
+
+// Tokens that the thresholds keep, about: those of their bins count whole. One warp.
+__device__ inline uint32_t CountExpected(const ChoiceGroup& group,
+                                         const ChoiceThreshold& threshold) {
+  uint32_t first = threshold.rank_bin;
+  if (threshold.mass == threshold.mass) first = min(first, BinOf(threshold.mass));
+  uint32_t count = 0;
+  for (uint32_t bin = first + threadIdx.x % kWarp; bin < kBins; bin += kWarp) {
+    count += __ldcg(&group.counts[bin]);
+  }
+  return ExpectedOf(group, SumOverLanes(count) * (kTokens / group.sampled));
 }
 
 // The group's thresholds, by its last CTA.
 __device__ inline void FindThreshold(const ChoiceGroup& group) {
   __shared__ float of_heads[kChoiceHeadsMax];
-  __shared__ ChoiceThreshold threshold;
-  if (threadIdx.x == 0) threshold = ChoiceThreshold();
   const bool by_mass = group.mass_limit > 0.0F;
   for (uint32_t head = threadIdx.x / kWarp; by_mass && head < group.head_count;
        head += kChoiceWarps) {
@@ -142,29 +90,20 @@ __device__ inline void FindThreshold(const ChoiceGroup& group) {
     if (threadIdx.x % kWarp == 0) of_heads[head] = of_head;
   }
   __syncthreads();
-  if (threadIdx.x < kWarp && group.top_k > 0) RankThreshold(group, &threshold);
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  threshold.mass = __int_as_float(0x7fffffff);
+  if (threadIdx.x >= kWarp) return;
+  ChoiceThreshold threshold{.mass = __int_as_float(0x7fffffff)};
+  if (group.top_k > 0) RankThreshold(group, &threshold);
   if (by_mass) {
     threshold.mass = of_heads[0];
     for (uint32_t head = 1; head < group.head_count; ++head) {
       threshold.mass = fminf(threshold.mass, of_heads[head]);
     }
   }
+  const uint32_t expected =
+      by_mass || group.top_k > 0 ? CountExpected(group, threshold) : uint32_t{0};
+  if (threadIdx.x != 0) return;
   group.stats->threshold = threshold;
-}
-
-// Counts what is hidden of a block, whole.
-__device__ inline void AddHidden(const ChoiceGroup& group, uint32_t block, uint64_t hidden,
-                                 unsigned long long* sums) {
-  for (uint32_t head = 0; head < group.head_count; ++head) {
-    const double share = static_cast<double>(SumOfWord(group, head, block, hidden)) *
-                         static_cast<double>(FactorOf(group, head, block));
-    // More than all is all, and so is what is not known.
-    const double most = share < 4.0 ? share : 4.0;
-    atomicAdd(&sums[head], static_cast<unsigned long long>(most * kHiddenUnits));
-  }
+  group.stats->expected = expected;
 }
 
 // What a part's CTA counts.
@@ -175,19 +114,59 @@ struct Histogram {
   unsigned long long hidden[kHeads];
 };
 
+// The blocks of a part, and what their tokens need.
+template <int kHeads>
+struct CountedPart {
+  uint64_t scanned[kPartBlocksMax];
+  uint64_t candidates[kPartBlocksMax];
+  float factors[kPartBlocksMax][kHeads];
+  HeadScale scales[kHeads];
+  Histogram<kHeads> histogram;
+};
+
+// A thread per block.
+template <int kHeads>
+__device__ inline void LoadPart(const ChoiceGroup& group, uint32_t begin, uint32_t count,
+                                CountedPart<kHeads>* part) {
+  static_assert(kPartBlocksMax == kChoiceThreads);
+  const uint32_t i = threadIdx.x;
+  const uint64_t word = i < count ? group.to_scan[begin + i] : 0;
+  int32_t references[kHeads];
+  float page_sums[kHeads];
+#pragma unroll
+  for (int head = 0; head < kHeads; ++head) {
+    const bool there = word != 0 && head < static_cast<int>(group.head_count);
+    const size_t page = size_t{static_cast<uint32_t>(head)} * group.block_count + begin + i;
+    references[head] = there ? group.reference[page] : 0;
+    page_sums[head] = there ? group.page_sum[page] : 0.0F;
+  }
+  part->scanned[i] = word;
+  part->candidates[i] = CandidatesOf(group, begin + i, word);
+  if (threadIdx.x < kHeads) {
+    part->scales[threadIdx.x] = {.inverse = 1.0F, .reference = 0};
+    if (threadIdx.x < group.head_count) part->scales[threadIdx.x] = group.scales[threadIdx.x];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int head = 0; head < kHeads; ++head) {
+    part->factors[i][head] = FactorOf(part->scales[head], references[head], page_sums[head]);
+  }
+  __syncthreads();
+}
+
 // A thread per token.
 template <int kHeads>
-__device__ inline void CountTokens(const ChoiceGroup& group, const Part<kHeads>& part,
-                                   Histogram<kHeads>* histogram) {
+__device__ inline void CountTokens(const ChoiceGroup& group, uint32_t begin, uint32_t count,
+                                   CountedPart<kHeads>* part) {
   const uint32_t sampled = group.sampled;
-  const uint32_t items = part.count * sampled;
+  const uint32_t items = count * sampled;
 #pragma unroll 4
   for (uint32_t i = threadIdx.x; i < items; i += kChoiceThreads) {
     const uint32_t index = i / sampled;
-    const uint32_t block = part.begin + index;
+    const uint32_t block = begin + index;
     // A block's share of the sample turns, so that no place in blocks counts more than others.
     const uint32_t token = i % sampled + block * sampled % kTokens;
-    const bool there = (part.candidates[index] >> token & 1) != 0;
+    const bool there = (part->candidates[index] >> token & 1) != 0;
     float weights[kHeads];
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
@@ -196,54 +175,29 @@ __device__ inline void CountTokens(const ChoiceGroup& group, const Part<kHeads>&
       weights[head] = reads ? group.weights[page * kTokens + token] : 0.0F;
     }
     if (!there) continue;
-    float score = 0.0F;
+    float even = 0.0F;
+    float odd = 0.0F;
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
-      weights[head] = ShareOf(weights[head], part.factors[index][head]);
+      weights[head] = ShareOf(weights[head], part->factors[index][head]);
+      float& score = head % 2 == 0 ? even : odd;
       score = Score(group.largest, score, weights[head]);
     }
-    const uint32_t bin = BinOf(score);
-    atomicAdd(&histogram->counts[bin], 1);
+    const uint32_t bin = BinOf(Score(group.largest, even, odd));
+    atomicAdd(&part->histogram.counts[bin], 1);
     if (group.mass_limit == 0.0F) continue;
     const float scale = kShareUnits / BinEdge(bin + 1);
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
       const uint32_t units = UnitsOf(weights[head], scale);
-      if (units != 0) atomicAdd(&histogram->sums[head][bin], units);
+      if (units != 0) atomicAdd(&part->histogram.sums[head][bin], units);
     }
   }
 }
 
+// Adds what the CTA has counted to what the group has.
 template <int kHeads>
-struct HistogramShared {
-  Part<kHeads> part;
-  Histogram<kHeads> histogram;
-};
-
-template <int kHeads>
-__global__ void __launch_bounds__(kChoiceThreads, 4)
-    HistogramKernel(const __grid_constant__ ChoiceCall call) {
-  const ChoiceGroup& group = call.groups[blockIdx.y];
-  if (blockIdx.x >= group.part_count) return;
-  extern __shared__ uint4 memory[];
-  auto& shared = *reinterpret_cast<HistogramShared<kHeads>*>(memory);
-  __shared__ bool last;
-  auto* zero = reinterpret_cast<uint32_t*>(&shared.histogram);
-  for (uint32_t i = threadIdx.x; i < sizeof(shared.histogram) / sizeof(uint32_t);
-       i += kChoiceThreads) {
-    zero[i] = 0;
-  }
-  shared.part.Load(group);
-  const Part<kHeads>& part = shared.part;
-  Histogram<kHeads>& histogram = shared.histogram;
-  if (group.mass_limit > 0.0F || group.top_k > 0) CountTokens(group, part, &histogram);
-  if (group.mass_limit > 0.0F) {
-    for (uint32_t i = threadIdx.x; i < part.count; i += kChoiceThreads) {
-      const uint64_t hidden = part.scanned[i] & ~part.candidates[i];
-      if (hidden != 0) AddHidden(group, part.begin + i, hidden, histogram.hidden);
-    }
-  }
-  __syncthreads();
+__device__ inline void AddCounts(const ChoiceGroup& group, const Histogram<kHeads>& histogram) {
   for (uint32_t i = threadIdx.x; i < kBins; i += kChoiceThreads) {
     if (histogram.counts[i] != 0) atomicAdd(&group.counts[i], histogram.counts[i]);
   }
@@ -254,9 +208,53 @@ __global__ void __launch_bounds__(kChoiceThreads, 4)
   if (threadIdx.x < group.head_count && histogram.hidden[threadIdx.x] != 0) {
     atomicAdd(&group.hidden[threadIdx.x], histogram.hidden[threadIdx.x]);
   }
+}
+
+// A CTA per group.
+template <int kHeads>
+__global__ void __launch_bounds__(kScaleThreads, 1)
+    ScaleKernel(const __grid_constant__ ChoiceCall call) {
+  __shared__ GroupMemory group_memory;
+  __shared__ RoughTotal of_warps[kScaleWarps];
+  const ChoiceGroup& group = group_memory.Load(call, blockIdx.x);
+  __syncthreads();
+  FindScales<kHeads>(group, of_warps, nullptr);
+}
+
+// A CTA per part, and behind them one per group for norms of values, where they are wanted.
+template <int kHeads>
+__global__ void __launch_bounds__(kChoiceThreads, kHeads <= 8 ? 4 : 2)
+    HistogramKernel(const __grid_constant__ ChoiceCall call) {
+  __shared__ GroupMemory group_memory;
+  const ChoiceGroup& group = group_memory.Load(call, blockIdx.y);
+  __syncthreads();
+  if (blockIdx.x >= group.part_count) {
+    if (blockIdx.x == call.part_count_max && group.bounds_values) BoundOpenBlocks(call, group);
+    return;
+  }
+  extern __shared__ uint4 memory[];
+  auto& part = *reinterpret_cast<CountedPart<kHeads>*>(memory);
+  __shared__ bool last;
+  auto* zero = reinterpret_cast<uint32_t*>(&part.histogram);
+  for (uint32_t i = threadIdx.x; i < sizeof(part.histogram) / sizeof(uint32_t);
+       i += kChoiceThreads) {
+    zero[i] = 0;
+  }
+  const uint32_t begin = blockIdx.x * group.part_blocks;
+  const uint32_t count = min(group.part_blocks, group.block_count - begin);
+  LoadPart<kHeads>(group, begin, count, &part);
+  if (group.mass_limit > 0.0F || group.top_k > 0) CountTokens<kHeads>(group, begin, count, &part);
+  if (group.mass_limit > 0.0F && threadIdx.x < count) {
+    const uint64_t hidden = part.scanned[threadIdx.x] & ~part.candidates[threadIdx.x];
+    if (hidden != 0) {
+      AddHidden(group, part.scales, begin + threadIdx.x, hidden, part.histogram.hidden);
+    }
+  }
+  __syncthreads();
+  AddCounts<kHeads>(group, part.histogram);
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(group.ticket, 1) == group.part_count - 1;
+  if (threadIdx.x == 0) last = atomicAdd(&group.tickets[0], 1) == group.part_count - 1;
   __syncthreads();
   if (!last) return;
   __threadfence();
@@ -265,19 +263,18 @@ __global__ void __launch_bounds__(kChoiceThreads, 4)
 
 template <int kHeads>
 cudaError_t CountHeads(const ChoiceCall& call, cudaStream_t stream) {
-  constexpr auto kBytes = static_cast<uint32_t>(sizeof(HistogramShared<kHeads>));
+  constexpr auto kBytes = static_cast<uint32_t>(sizeof(CountedPart<kHeads>));
   const cudaError_t code = ReserveShared(HistogramKernel<kHeads>, kBytes);
   if (code != cudaSuccess) return code;
-  const dim3 parts(call.part_count_max, call.group_count);
+  ScaleKernel<kHeads><<<call.group_count, kScaleThreads, 0, stream>>>(call);
+  const dim3 parts(call.part_count_max + (call.bounds_values ? 1 : 0), call.group_count);
   HistogramKernel<kHeads><<<parts, kChoiceThreads, kBytes, stream>>>(call);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t FindThresholds(const ChoiceCall& call, cudaStream_t stream) {
-  NormaliseKernel<<<dim3(call.head_count_max, call.group_count), kNormaliseThreads, 0, stream>>>(
-      call);
+cudaError_t CountThresholds(const ChoiceCall& call, cudaStream_t stream) {
   return call.head_count_max <= 4   ? CountHeads<4>(call, stream)
          : call.head_count_max <= 8 ? CountHeads<8>(call, stream)
                                     : CountHeads<16>(call, stream);

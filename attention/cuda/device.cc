@@ -71,7 +71,7 @@ void ReleaseMemory(std::byte* data, size_t /*bytes*/) {
 
 class CudaDevice : public Device {
  public:
-  CudaDevice(uint32_t thread_count, uint32_t multiprocessors);
+  CudaDevice(uint32_t thread_count, uint32_t spin_us, uint32_t multiprocessors);
   ~CudaDevice() override;
 
   std::string_view name() const override { return "cuda"; }
@@ -159,8 +159,8 @@ cuda::Context NewContext(uint32_t multiprocessors, cuda::ScoreMemory* score_memo
   return context;
 }
 
-CudaDevice::CudaDevice(uint32_t thread_count, uint32_t multiprocessors)
-    : pool_(std::min(thread_count, kThreadsMax)),
+CudaDevice::CudaDevice(uint32_t thread_count, uint32_t spin_us, uint32_t multiprocessors)
+    : pool_(std::min(thread_count, kThreadsMax), spin_us),
       choose_scratch_(thread_count),
       proof_scratch_(thread_count),
       context_(NewContext(multiprocessors, &score_memory_)),
@@ -526,7 +526,7 @@ absl::StatusOr<std::unique_ptr<Device>> NewCudaDevice(const DeviceOptions& optio
   absl::StatusOr<uint32_t> multiprocessors = FindGpu();
   if (!multiprocessors.ok()) return multiprocessors.status();
   const uint32_t threads = options.thread_count == 0 ? AvailableCpus() : options.thread_count;
-  return std::make_unique<CudaDevice>(threads, *multiprocessors);
+  return std::make_unique<CudaDevice>(threads, options.spin_us, *multiprocessors);
 }
 
 uint64_t GroupsAnsweredDirectly(const Device& cuda_device) {

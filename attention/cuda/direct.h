@@ -69,10 +69,13 @@ class Direct {
                 std::vector<std::vector<Asked*>>* waves);
   void Begin(const LayerShape& shape, std::vector<Asked*> asked, Flight* flight);
   void Finish(const LayerShape& shape, Flight* flight, std::vector<GroupName>* left);
+  bool MayTryAgain(const Flight& flight, size_t index) const;
+  void Fly(const LayerShape& shape, absl::Span<const AttendRow> rows, std::vector<GroupName>* left);
 
   const cudaStream_t stream_;
   ThreadPool* const pool_;
   std::vector<Asked> all_;
+  std::vector<Asked> again_;
   // One works on the device while the host builds or answers the other.
   std::array<Flight, 2> flights_;
   uint64_t answered_ = 0;

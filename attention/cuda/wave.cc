@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cassert>
+#include <cmath>
 #include <utility>
 
 #include "attention/sample_plan.h"
@@ -15,14 +16,21 @@ namespace {
 // few tokens, and in it.
 constexpr uint32_t kSparseWords = 256;
 constexpr uint32_t kDenseWords = 4;
+// Scans of long rows are faster in more jobs than run side by side: not all take as long.
+constexpr uint32_t kScanRounds = 2;
 // CTAs of a choice that run on one multiprocessor side by side, and blocks that are worth one.
 constexpr uint32_t kChoiceCtas = 4;
 constexpr uint32_t kPartBlocksMin = 32;
-// Longer rows are counted by a sample of at least so many tokens, which leaves a little more of the
-// limit unused.
+// Warps of a selection that are worth having on one multiprocessor, and the least that one takes.
+constexpr uint32_t kSelectPlaces = 32;
+constexpr uint32_t kBatchBlocksMin = 8;
+// Beside ranks, longer rows are counted by a sample of at least so many tokens.
 constexpr uint32_t kTokensCounted = 16384;
 constexpr uint32_t kRunTokensMin = 8;  // of a block: what is read at once
-constexpr double kSampledShare = 0.97;
+
+// The share of a limit that a sample of so many tokens aims at: sums over a sample are off by about
+// 1.3 over the root of its size.
+double SampledShare(double tokens) { return 1.0 - 3.0 / std::sqrt(tokens); }
 
 uint32_t Relative(uint32_t position, uint32_t base) { return std::max(position, base) - base; }
 
@@ -35,14 +43,17 @@ Wave::Wave(const Context& context) : context_(context) {
   Check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "stream");
   Check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "event");
   Check(cudaEventCreateWithFlags(&attended_, cudaEventDisableTiming), "event");
-  Check(cudaEventCreateWithFlags(&valued_, cudaEventDisableTiming), "event");
+  int device = 0;
+  int generation = 0;
+  Check(cudaGetDevice(&device), "device");
+  Check(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device), "device");
+  overlaps_ = generation >= 9;
 }
 
 Wave::~Wave() {
   // Codes are not checked: at the end of a process there may be no device any more.
   cudaEventDestroy(forked_);
   cudaEventDestroy(attended_);
-  cudaEventDestroy(valued_);
   cudaStreamDestroy(side_);
   cudaStreamDestroy(context_.stream);
 }
@@ -68,7 +79,7 @@ void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadP
   to_host_.Reset();
   scratch_.Reset();
   bounded_ = groups_[0].proves();
-  chooses_ = bounds_values_ = false;
+  chooses_ = bounds_values_ = ranks_ = false;
   head_count_max_ = 0;
   while (inputs_.size() < groups_.size()) inputs_.emplace_back();
   choices_.assign(groups_.size(), {});
@@ -81,6 +92,7 @@ void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadP
     head_count_max_ = std::max(head_count_max_, HeadsOf(group));
     chooses_ |= !group.settled() || (group.reads_all && group.has_hidden());
     bounds_values_ |= group.proves();
+    ranks_ |= !group.settled() && group.row->plan.keep.top_k > 0;
     TakeInputs(group, &inputs_[i]);
   }
   pool->ParallelFor(
@@ -88,9 +100,13 @@ void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadP
       kGroupsPerThread);
   BuildChoices();
   BuildFirst();
-  if (!chooses_) return;
-  BuildScan();
-  BuildChosen();
+  if (chooses_) {
+    BuildScan();
+    BuildChosen();
+  }
+  const Slot<ChoiceGroup> slot = to_device_.Take<ChoiceGroup>(choices_.size());
+  std::copy(choices_.begin(), choices_.end(), slot.host);
+  choice_.groups = slot.device;
 }
 
 void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs) {
@@ -178,25 +194,43 @@ void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
   choice->bounds_values = group.proves();
   choice->bounded = bounded_;
   choice->dense_share = plan.dense_share;
-  const uint32_t blocks = choice->block_count;
-  const auto groups = static_cast<uint32_t>(groups_.size());
-  const uint32_t ctas = kChoiceCtas * context_.multiprocessors;
-  const uint32_t wanted = std::min(ctas / groups, (blocks + kPartBlocksMin - 1) / kPartBlocksMin);
-  const uint32_t parts = std::max({1U, wanted, (blocks + kPartBlocksMax - 1) / kPartBlocksMax});
-  choice->part_blocks = (blocks + parts - 1) / parts;
-  choice->part_count = (blocks + choice->part_blocks - 1) / choice->part_blocks;
   if (group.settled()) return;
   choice->top_k = plan.keep.top_k;
   choice->largest = plan.keep.mass_limit > 0.0F || group.proves();
   // Ranks are counted, not estimated.
-  choice->sampled = kBlockTokens;
+  const uint32_t blocks = choice->block_count;
   while (plan.keep.top_k == 0 && choice->sampled > kRunTokensMin &&
          uint64_t{blocks} * choice->sampled / 2 >= kTokensCounted) {
     choice->sampled /= 2;
   }
-  const bool samples = choice->sampled < kBlockTokens;
-  choice->mass_limit = static_cast<float>(static_cast<double>(plan.keep.mass_limit) *
-                                          kPlannedShare * (samples ? kSampledShare : 1.0));
+  double share = 1.0;
+  if (!ranks_ && SampleStride(blocks, head_count_max_) > 1) {
+    share = SampledShare(kRunTokens * SampledRuns(head_count_max_));
+  } else if (ranks_ && choice->sampled < kBlockTokens) {
+    share = SampledShare(static_cast<double>(blocks) * choice->sampled);
+  }
+  choice->mass_limit = static_cast<float>(
+      static_cast<double>(group.mass_limit > 0.0F ? group.mass_limit : plan.keep.mass_limit) *
+      kPlannedShare * share);
+}
+
+// How the choice's kernels share out the group's blocks, of so many of all groups.
+void Wave::SetParts(uint32_t all_blocks, ChoiceGroup* choice) const {
+  const auto ceil = [](uint32_t x, uint32_t y) { return (x + y - 1) / y; };
+  const uint32_t blocks = choice->block_count;
+  const auto groups = static_cast<uint32_t>(groups_.size());
+  const uint32_t ctas = kChoiceCtas * context_.multiprocessors;
+  const uint32_t wanted = std::min(ctas / groups, ceil(blocks, kPartBlocksMin));
+  const uint32_t parts = std::max({1U, wanted, ceil(blocks, kPartBlocksMax)});
+  choice->part_blocks = ceil(blocks, parts);
+  choice->part_count = ceil(blocks, choice->part_blocks);
+  choice->batch_blocks = kBatchBlocksMin;
+  const uint32_t places = kSelectPlaces * context_.multiprocessors;
+  while (choice->batch_blocks < kBatchBlocksMax && all_blocks / choice->batch_blocks > places) {
+    choice->batch_blocks *= 2;
+  }
+  choice->select_count = ceil(blocks, choice->batch_blocks * kSelectWarps);
+  choice->span_blocks = SpanBlocksOf(blocks);
 }
 
 void Wave::TakeWords(WaveGroup* group, ChoiceGroup* choice) {
@@ -212,25 +246,38 @@ void Wave::TakeWords(WaveGroup* group, ChoiceGroup* choice) {
   choice->first = group->first.device;
   choice->chosen = group->chosen.device;
   choice->to_scan = scratch_.Take<uint64_t>(blocks).device;
-  choice->middle = scratch_.Take<uint64_t>(blocks).device;
   if (choice->bounds_values) choice->open_blocks = scratch_.Take<uint32_t>(blocks).device;
 }
 
-// `zero` walks over memory that is zero before a launch.
-void Wave::TakeScratch(const WaveGroup& group, ChoiceGroup* choice, std::byte** zero) {
+void Wave::TakeZeros(ChoiceGroup* choice) {
   const uint32_t heads = choice->head_count;
-  const auto take = [zero](auto** to, size_t count) {
-    *to = reinterpret_cast<std::remove_pointer_t<decltype(to)>>(*zero);
-    *zero += Aligned(count * sizeof(**to));
+  size_t bytes = Aligned(2 * sizeof(uint32_t));
+  if (ranks_) {
+    bytes += Aligned(heads * sizeof(unsigned long long)) + Aligned(kBins * sizeof(uint32_t)) +
+             Aligned(size_t{heads} * kBins * sizeof(uint32_t));
+  }
+  std::byte* zero = scratch_.Take<std::byte>(bytes).device;
+  choice->zero = reinterpret_cast<uint4*>(zero);
+  choice->zero_count = static_cast<uint32_t>(bytes / sizeof(uint4));
+  const auto take = [&zero](auto** to, size_t count) {
+    *to = reinterpret_cast<std::remove_pointer_t<decltype(to)>>(zero);
+    zero += Aligned(count * sizeof(**to));
   };
+  take(&choice->tickets, 2);
+  if (!ranks_) return;
+  take(&choice->hidden, heads);
   take(&choice->counts, kBins);
   take(&choice->sums, size_t{heads} * kBins);
-  take(&choice->hidden, heads);
-  take(&choice->ticket, 1);
+}
+
+void Wave::TakeScratch(const WaveGroup& group, ChoiceGroup* choice) {
+  const uint32_t heads = choice->head_count;
+  TakeZeros(choice);
   choice->scales = scratch_.Take<HeadScale>(heads).device;
-  choice->part_sums = scratch_.Take<DroppedSums>(size_t{choice->part_count} * heads).device;
+  choice->span_counts = scratch_.Take<uint32_t>(choice->block_count).device;
+  choice->part_sums = scratch_.Take<DroppedSums>(size_t{choice->select_count} * heads).device;
   if (choice->top_k > 0) {
-    choice->ties = scratch_.Take<uint32_t>(size_t{choice->part_count} * kStepsOfBin).device;
+    choice->ties = scratch_.Take<uint32_t>(size_t{choice->select_count} * kStepsOfBin).device;
   }
   if (!Scans(group)) return;
   const size_t pages = size_t{heads} * choice->block_count;
@@ -256,22 +303,16 @@ void Wave::TakeResults(WaveGroup* group) {
 void Wave::BuildChoices() {
   const size_t count = groups_.size();
   stats_ = to_host_.Take<ChoiceStats>(count);
-  zero_bytes_ = 0;
-  for (size_t i = 0; i < count; ++i) {
-    SetRanges(groups_[i], &choices_[i]);
-    SetRules(groups_[i], &choices_[i]);
-    const size_t heads = choices_[i].head_count;
-    zero_bytes_ += Aligned(kBins * sizeof(uint32_t)) + Aligned(heads * kBins * sizeof(uint32_t)) +
-                   Aligned(heads * sizeof(unsigned long long)) + Aligned(sizeof(uint32_t));
-  }
+  uint32_t all_blocks = 0;
+  for (const WaveGroup& group : groups_) all_blocks += BlocksOf(group);
   // Of both attentions: a tile may be as small as one head.
-  const size_t ticket_count = 2 * count * head_count_max_;
-  tickets_ = scratch_.Take<uint32_t>(ticket_count);
-  zero_ = scratch_.Take<std::byte>(zero_bytes_);
-  std::byte* zero = zero_.device;
+  tickets_ = scratch_.Take<uint32_t>(2 * count * head_count_max_);
   choice_ = ChoiceCall();
   for (size_t i = 0; i < count; ++i) {
     ChoiceGroup& choice = choices_[i];
+    SetRanges(groups_[i], &choice);
+    SetRules(groups_[i], &choice);
+    SetParts(all_blocks, &choice);
     TakeWords(&groups_[i], &choice);
     TakeResults(&groups_[i]);
     groups_[i].stats = {stats_.host + i, stats_.device + i};
@@ -280,10 +321,10 @@ void Wave::BuildChoices() {
     choice.listed = inputs_[i].listed.device;
     choice.first_sums = groups_[i].first_sums.device;
     choice.dropped = groups_[i].dropped.device;
-    if (chooses_) TakeScratch(groups_[i], &choice, &zero);
+    if (chooses_) TakeScratch(groups_[i], &choice);
     choice_.block_count_max = std::max(choice_.block_count_max, choice.block_count);
     choice_.part_count_max = std::max(choice_.part_count_max, choice.part_count);
-    choice_.ranks |= choice.top_k > 0;
+    choice_.select_count_max = std::max(choice_.select_count_max, choice.select_count);
     if (groups_[i].norm_begin < groups_[i].row->view.length) {
       choice.norm_slices = groups_[i].tables.slices;
       choice.norm_begin = groups_[i].norm_begin;
@@ -292,12 +333,15 @@ void Wave::BuildChoices() {
           std::max(choice_.norm_tokens_max, choice.norm_end - choice.norm_begin);
     }
   }
-  const Slot<ChoiceGroup> slot = to_device_.Take<ChoiceGroup>(count);
-  std::copy(choices_.begin(), choices_.end(), slot.host);
   choice_.shape = ShapeOf(shape_->layout);
-  choice_.groups = slot.device;
   choice_.group_count = static_cast<uint32_t>(count);
   choice_.head_count_max = head_count_max_;
+  choice_.ranks = ranks_;
+  choice_.bounds_values = bounds_values_;
+  choice_.overlaps = overlaps_;
+  choice_.stats = stats_.device;
+  choice_.tickets = tickets_.device;
+  choice_.tickets_per_group = 2 * head_count_max_;
 }
 
 AttendSet Wave::SetOf(uint32_t index, const uint64_t* words) const {
@@ -398,7 +442,7 @@ void Wave::BuildFirst() {
     set.out = groups_[i].first_out.device;
     set.sums = groups_[i].first_sums.device;
     set.job_count = static_cast<uint32_t>(jobs.size() - begin);
-    set.tickets = tickets_.device + size_t{i} * head_count_max_;
+    set.tickets = tickets_.device + size_t{2} * i * head_count_max_;
     if (set.job_count > 1) {
       const size_t parts = size_t{set.job_count} * set.head_count;
       set.part_sums = scratch_.Take<HeadSums>(parts).device;
@@ -454,8 +498,8 @@ void Wave::BuildScan() {
     pages += blocks_of(choice);
   }
   if (sets.empty()) return;
-  const auto target =
-      static_cast<uint32_t>(JobTarget(pages, sets.size(), ScanPlaces(context_), kJobPagesMin));
+  const auto target = static_cast<uint32_t>(
+      JobTarget(pages, sets.size(), kScanRounds * ScanPlaces(context_), kJobPagesMin));
   std::vector<ScanJob> jobs;
   for (uint32_t i = 0; i < sets.size(); ++i) {
     for (uint32_t block = 0; block < scanned[i]; block += target) {
@@ -480,7 +524,7 @@ void Wave::BuildChosen() {
     AttendSet set = SetOf(i, choices_[i].chosen);
     set.out = groups_[i].chosen_out.device;
     set.sums = groups_[i].chosen_sums.device;
-    set.tickets = tickets_.device + size_t{count + i} * head_count_max_;
+    set.tickets = tickets_.device + (size_t{2} * i + 1) * head_count_max_;
     sets.host[i] = set;
   }
   // Without heads: surplus jobs are its.
@@ -505,40 +549,29 @@ void Wave::Upload(cudaStream_t after) {
 }
 
 void Wave::Launch(cudaStream_t stream, Stage last) {
-  const size_t count = groups_.size();
   launch_count_ = 0;
   const auto check = [this](cudaError_t code, const char* what) {
     ++launch_count_;
     Check(code, what);
   };
-  const size_t ticket_bytes = 2 * count * head_count_max_ * sizeof(uint32_t);
-  const auto fork = [&] {
-    Check(cudaEventRecord(forked_, stream), "event");
-    Check(cudaStreamWaitEvent(side_, forked_, 0), "event");
-  };
-  fork();
-  check(cudaMemsetAsync(tickets_.device, 0, ticket_bytes, side_), "clear");
-  if (chooses_) check(cudaMemsetAsync(zero_.device, 0, zero_bytes_, side_), "clear");
-  check(cudaMemsetAsync(stats_.device, 0, count * sizeof(ChoiceStats), stream), "clear");
   check(MarkWords(choice_, stream), "mark");
+  if (last == Stage::kMark) return;
   // What is read in any case is attended to while the sketches are scanned.
-  fork();
+  Check(cudaEventRecord(forked_, stream), "event");
+  Check(cudaStreamWaitEvent(side_, forked_, 0), "event");
   check(cuda::Attend(first_, side_), "attend");
-  Check(cudaEventRecord(attended_, side_), "event");
-  if (bounds_values_) check(BoundOpenValues(choice_, side_), "values");
+  if (bounds_values_ && !chooses_) check(BoundOpenValues(choice_, side_), "values");
   if (choice_.norm_tokens_max > 0) check(BoundKeys(choice_, side_), "keys");
-  Check(cudaEventRecord(valued_, side_), "event");
+  Check(cudaEventRecord(attended_, side_), "event");
   if (chooses_ && scan_.job_count > 0) check(cuda::Scan(scan_, stream), "scan");
   Check(cudaStreamWaitEvent(stream, attended_, 0), "event");
-  if (chooses_ && last != Stage::kScan) {
-    check(FindThresholds(choice_, stream), "thresholds");
-    check(SelectTokens(choice_, stream), "select");
-    check(CutChosen(choice_, stream), "jobs");
-    // The first two are two kernels, the other with ranks.
-    launch_count_ += choice_.ranks ? 2 : 1;
-    if (last == Stage::kAll) check(cuda::Attend(chosen_, stream), "attend");
-  }
-  Check(cudaStreamWaitEvent(stream, valued_, 0), "event");
+  if (!chooses_ || last == Stage::kScan) return;
+  check(FindThresholds(choice_, stream), "thresholds");
+  if (last == Stage::kThresholds) return;
+  check(SelectTokens(choice_, stream), "select");
+  // With ranks thresholds are two kernels, and so is this.
+  if (choice_.ranks) launch_count_ += 2;
+  if (last == Stage::kAll) check(cuda::Attend(chosen_, stream), "attend");
 }
 
 void Wave::Download() { to_host_.Download(context_.stream); }

@@ -27,7 +27,7 @@
 namespace kvservice::cuda {
 
 // A thread of the host is worth waking for so many groups.
-inline constexpr uint32_t kGroupsPerThread = 4;
+inline constexpr uint32_t kGroupsPerThread = 8;
 
 // One group and what its plan asks for, as far as that is known before anything is read.
 struct WaveGroup {
@@ -39,6 +39,10 @@ struct WaveGroup {
   // for nothing. Only without a proof.
   bool listed = false;
   std::vector<uint32_t> list;
+  // What the choice aims at instead of the plan's mass_limit; 0 = that.
+  float mass_limit = 0.0F;
+  // Tokens that were scanned for it before.
+  uint32_t scanned_before = 0;
   // An anchor with these queries is made of what is chosen; it has considered the middle up to
   // covered_end. Empty: none.
   absl::Span<const float> anchor_queries;
@@ -81,7 +85,7 @@ class Wave {
   // captured in a graph. Upload begins when what is in `after` now is done, so two waves may be on
   // their way at the same time; Wait ends when everything has come back.
   void Upload(cudaStream_t after);
-  enum class Stage : uint8_t { kScan, kChoose, kAll };
+  enum class Stage : uint8_t { kMark, kScan, kThresholds, kChoose, kAll };
   void Launch(cudaStream_t stream, Stage last = Stage::kAll);
   void Download();
   void Wait();
@@ -112,8 +116,10 @@ class Wave {
   void Fill(uint32_t index);
   void SetRanges(const WaveGroup& group, ChoiceGroup* choice) const;
   void SetRules(const WaveGroup& group, ChoiceGroup* choice) const;
+  void SetParts(uint32_t all_blocks, ChoiceGroup* choice) const;
   void TakeWords(WaveGroup* group, ChoiceGroup* choice);
-  void TakeScratch(const WaveGroup& group, ChoiceGroup* choice, std::byte** zero);
+  void TakeScratch(const WaveGroup& group, ChoiceGroup* choice);
+  void TakeZeros(ChoiceGroup* choice);
   void TakeResults(WaveGroup* group);
   void BuildChoices();
   void BuildFirst();
@@ -127,7 +133,6 @@ class Wave {
   cudaStream_t side_ = nullptr;
   cudaEvent_t forked_ = nullptr;
   cudaEvent_t attended_ = nullptr;
-  cudaEvent_t valued_ = nullptr;
   const LayerShape* shape_ = nullptr;
   std::vector<WaveGroup> groups_;
   std::deque<Inputs> inputs_;
@@ -135,15 +140,15 @@ class Wave {
   bool bounded_ = false;
   bool chooses_ = false;
   bool bounds_values_ = false;
+  bool overlaps_ = false;
+  bool ranks_ = false;
   uint32_t head_count_max_ = 0;
   uint32_t launch_count_ = 0;
   Arena to_device_{Arena::Sides::kBoth};
   Arena to_host_{Arena::Sides::kBoth};
   Arena scratch_{Arena::Sides::kDevice};
   Slot<ChoiceStats> stats_;
-  Slot<std::byte> zero_;
-  size_t zero_bytes_ = 0;
-  Slot<uint32_t> tickets_;
+  Slot<uint32_t> tickets_;  // [groups][2][head_count_max]
   ChoiceCall choice_;
   ScanCall scan_;
   AttendCall first_, chosen_;

@@ -192,8 +192,11 @@ Tokens Scan(const Plan& plan, const Middle& middle, HeadRow* row) {
   const double eta = plan.prove == Guarantee::kConfidence ? plan.failure_probability : 0.0;
   Tokens cheapest;
   double least = std::numeric_limits<double>::infinity();
-  const auto consider = [&](Tokens tokens, uint64_t keys, uint64_t rows) {
-    const double cost = PlannedVectors(static_cast<uint32_t>(tokens.size()), keys, rows);
+  const SampleCosts costs =
+      SampleCostsOf(static_cast<uint32_t>(middle.open.size()), row->shape().layout.vector_bytes());
+  const auto consider = [&](Tokens tokens, uint32_t draws, bool with_values) {
+    const double cost = PlannedVectors(costs, static_cast<uint32_t>(tokens.size()),
+                                       row->head_count(), draws, with_values);
     if (!(cost < least)) return;
     least = cost;
     cheapest = std::move(tokens);
@@ -201,14 +204,14 @@ Tokens Scan(const Plan& plan, const Middle& middle, HeadRow* row) {
   for (const uint32_t draws : kDrawOptions) {
     if (draws > 0 && (eta == 0.0 || draws > plan.draws_max)) break;
     if (draws > 0 && plan.keep.mass_limit == 0.0F && plan.keep.output_limit == 0.0F) break;
-    const uint64_t all_draws = uint64_t{draws} * row->head_count();
     if (plan.keep.output_limit > 0.0F && plan.keep.mass_limit == 0.0F) {
       const CompensationPlan compensation =
           PlanCompensation(static_cast<double>(plan.keep.output_limit), eta, draws);
-      consider(Strongest(plan, middle, compensation.factor, compensation.share, row), 0, all_draws);
+      consider(Strongest(plan, middle, compensation.factor, compensation.share, row), draws,
+               /*with_values=*/true);
     } else {
-      consider(Strongest(plan, middle, SampleFactor(eta, draws), plan.keep.mass_limit, row),
-               all_draws, 0);
+      consider(Strongest(plan, middle, SampleFactor(eta, draws), plan.keep.mass_limit, row), draws,
+               /*with_values=*/false);
     }
   }
   return cheapest;

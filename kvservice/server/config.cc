@@ -178,7 +178,7 @@ void AddEngineFlags(CLI::App* app, Config* config) {
   engine->spin_us = DefaultSpinUs();
   AddCount(app, "--spin-us",
            "Microseconds for which idle threads look for more calls before they sleep; costs two "
-           "CPUs while calls come",
+           "CPUs while calls come, with a GPU up to ten",
            &engine->spin_us, 0, kSpinUsMax);
   AddTime(app, "--lease-default", "Time after which an unused sequence expires",
           &engine->lease_default_ms);

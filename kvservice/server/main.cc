@@ -121,7 +121,9 @@ bool Announce(const Server& server, const std::string& ready_file) {
 absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
                                                     const std::optional<DrawSecret>& draw_secret,
                                                     spdlog::logger* logger) {
-  absl::StatusOr<std::unique_ptr<Device>> device = NewDevice(config.device, config.device_options);
+  DeviceOptions device_options = config.device_options;
+  device_options.spin_us = config.server.engine.spin_us;
+  absl::StatusOr<std::unique_ptr<Device>> device = NewDevice(config.device, device_options);
   if (!device.ok()) return device.status();
   EngineOptions options = config.server.engine;
   options.draw_secret = draw_secret;

@@ -81,8 +81,8 @@ BruteForce TryAll(const Weights& from, const SampleTask& task) {
     if (draws > task.draws_max) break;
     const size_t count =
         CountBySorting(from, task.choose, SampleFactor(task.failure_probability, draws));
-    const double vectors =
-        PlannedVectors(static_cast<uint32_t>(count), draws * sampling, /*rows=*/0);
+    const double vectors = PlannedVectors(task.costs, static_cast<uint32_t>(count),
+                                          static_cast<uint32_t>(sampling), draws);
     if (vectors < best.vectors) best = {draws, count, vectors};
   }
   return best;
@@ -108,6 +108,7 @@ TEST(CpuPlanSamples, FindsWhatTryingAllOptionsFinds) {
       const Weights from(heads, seed, spread, /*bounded=*/true, /*blocks=*/seed < 4 ? 150 : 20);
       for (const float limit : {0.3F, 0.02F}) {
         SampleTask task = TaskOf(from, limit, seed % 2 == 0 ? 1e-9 : 1e-3);
+        if (seed % 2 == 0) task.costs = SampleCostsOf(CountTokens(from.candidates), 512);
         task.choose.planned_share = seed % 3 == 0 ? 0.5 : kPlannedShare;
         if (heads > 1 && seed % 5 == 0) task.choose.excused.set(1);
         const BruteForce best = TryAll(from, task);
@@ -117,11 +118,9 @@ TEST(CpuPlanSamples, FindsWhatTryingAllOptionsFinds) {
         // Among tokens within a step of the scores any may be taken.
         EXPECT_LE(plan.vectors, best.vectors * 1.02 + 4.0);
         EXPECT_EQ(plan.count, CountTokens(plan.chosen));
-        EXPECT_EQ(
-            plan.vectors,
-            PlannedVectors(
-                plan.count,
-                uint64_t{plan.draws} * (heads - static_cast<uint32_t>(plan.excused.count())), 0));
+        EXPECT_EQ(plan.vectors,
+                  PlannedVectors(task.costs, plan.count,
+                                 heads - static_cast<uint32_t>(plan.excused.count()), plan.draws));
         EXPECT_TRUE(IsSubset(plan.chosen, from.candidates));
         EXPECT_EQ(plan.excused, task.choose.excused);
         ++(plan.draws == 0 ? without_samples : with_samples);

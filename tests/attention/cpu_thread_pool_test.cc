@@ -76,6 +76,7 @@ TEST(ThreadPool, ShortTasksTakeFewThreads) {
 
 TEST(ThreadPool, StartsAndStopsIdle) {
   for (int i = 0; i < 50; ++i) const ThreadPool pool(3);
+  for (int i = 0; i < 50; ++i) const ThreadPool pool(3, 1000);
 }
 
 }  // namespace

@@ -124,6 +124,42 @@ TEST(CudaChoice, WhatIsInfiniteIsKept) {
   EXPECT_EQ(ThresholdOf(none, none, 0.0), BinEdge(kBins)) << "nothing is there";
 }
 
+TEST(CudaChoice, SamplesTakeOneRunOfEverySoMany) {
+  for (const uint32_t heads : {4U, 16U}) {
+    for (const uint32_t blocks : {1U, 100U, 512U, 2048U, 2049U, 16384U}) {
+      const uint32_t stride = SampleStride(blocks, heads);
+      const uint32_t runs = SampledRuns(heads);
+      EXPECT_GE(runs * stride, blocks * kRunsOfBlock) << "all of them are stood for";
+      std::vector<uint32_t> of_block(kRunsOfBlock);
+      for (uint32_t i = 0; i < runs; ++i) {
+        const uint32_t run = SampledRun(i, stride);
+        EXPECT_EQ(run / stride, i);
+        ++of_block[run % kRunsOfBlock];
+      }
+      const double even = runs / static_cast<double>(kRunsOfBlock);
+      for (const uint32_t count : of_block) EXPECT_NEAR(count, even, even / 2);
+    }
+  }
+}
+
+TEST(CudaChoice, SearchStepsAreOneAfterTheOther) {
+  for (uint32_t step = 0; step < kSearchSteps; ++step) {
+    EXPECT_EQ(SearchStepOf(SearchEdge(step)), step);
+    EXPECT_LT(SearchEdge(step), SearchEdge(step + 1));
+  }
+  EXPECT_EQ(SearchEdge(kSearchSteps), BinEdge(kBins));
+  EXPECT_EQ(SearchStepOf(0.0F), 0U);
+  EXPECT_EQ(SearchStepOf(std::numeric_limits<float>::infinity()), kSearchSteps - 1);
+}
+
+TEST(CudaChoice, SpansAreFew) {
+  for (uint32_t blocks = 1; blocks <= 16384; ++blocks) {
+    const uint32_t span = SpanBlocksOf(blocks);
+    EXPECT_TRUE(std::has_single_bit(span) && span <= 8);
+    EXPECT_LE((blocks + span - 1) / span, blocks <= 2048 ? 256U : 2048U);
+  }
+}
+
 TEST(CudaChoice, JobsShareTokensEvenly) {
   std::mt19937 random(3);
   for (int i = 0; i < 300; ++i) {

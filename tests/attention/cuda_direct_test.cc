@@ -95,6 +95,40 @@ TEST_F(CudaDirect, LimitsThatDoNotHoldAreTheHosts) {
 }
 
 // Lists are read as they are; what the CPU device reads is what has to be read.
+// A choice that aimed too low is made once more before the host is asked.
+TEST_F(CudaDirect, ChoicesAreMadeTwice) {
+  CaseOptions options;
+  options.length = 3000;
+  const KvCase kv(device_.get(), options);
+  for (const OnViolation on_violation : {OnViolation::kGrow, OnViolation::kFail}) {
+    Plan plan = BasePlan(Source::kScan, options.length);
+    plan.dense_share = 1.0F;
+    plan.keep.mass_limit = 0.4F;
+    plan.prove = Guarantee::kDeterministic;
+    plan.on_violation = on_violation;
+    std::unique_ptr<Call> once;
+    plan.max_dropped_mass = 0.4F;
+    EXPECT_EQ(Count([&] { once = RunPlan(kv, plan); }), 2U);
+    plan.max_dropped_mass = 0.1F;
+    std::unique_ptr<Call> twice;
+    EXPECT_EQ(Count([&] { twice = RunPlan(kv, plan); }), 2U);
+    for (const HeadCertificate& c : twice->certificates) {
+      EXPECT_TRUE(c.met);
+      EXPECT_LE(c.dropped_mass_upper.value, 0.1);
+    }
+    for (uint32_t head = 0; head < 2; ++head) {
+      EXPECT_GT(twice->groups[head].tokens_read, once->groups[head].tokens_read);
+      EXPECT_EQ(twice->groups[head].tokens_scanned, 2 * once->groups[head].tokens_scanned);
+    }
+    // Not for ever.
+    plan.max_dropped_mass = 1e-9F;
+    plan.keep.mass_limit = 0.4F;
+    if (on_violation == OnViolation::kGrow) {
+      EXPECT_EQ(Count([&] { twice = RunPlan(kv, plan); }), 0U);
+    }
+  }
+}
+
 TEST_F(CudaDirect, ListsTakeIt) {
   auto cpu = NewDevice("cpu", {});
   ASSERT_TRUE(cpu.ok());
@@ -123,7 +157,17 @@ TEST_F(CudaDirect, ListsTakeIt) {
     EXPECT_EQ(Count([&] { call = RunPlan(kv, plan); }), 2U);
     expect_same(*call, *RunPlan(same, plan));
   }
-  plan = BasePlan(Source::kReuse, 2000, 64);
+}
+
+// A list that is missing is made by a scan, and then reused as it is.
+TEST_F(CudaDirect, AnchorsTakeIt) {
+  auto cpu = NewDevice("cpu", {});
+  ASSERT_TRUE(cpu.ok());
+  CaseOptions options;
+  options.length = 3000;
+  const KvCase kv(device_.get(), options);
+  const KvCase same(cpu->get(), options);
+  Plan plan = BasePlan(Source::kReuse, 2000, 64);
   plan.keep.top_k = 50;
   const auto lists = device_->NewTokenLists(options.layout, 4);
   plan.lists = lists.get();

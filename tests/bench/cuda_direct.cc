@@ -320,7 +320,11 @@ void DirectBench::PrintWave() {
     });
   };
   using Stage = cuda::Wave::Stage;
+  Print("  mark", time(Stage::kMark));
+  std::printf("\n");
   Print("  mark, scan, attend always", time(Stage::kScan));
+  std::printf("\n");
+  Print("  and find thresholds", time(Stage::kThresholds));
   std::printf("\n");
   Print("  and choose", time(Stage::kChoose));
   std::printf("\n");
