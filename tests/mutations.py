@@ -272,7 +272,8 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "if (seals < 0 || (seals & kSeals) != kSeals) return false;", "if (seals < 0) return false;",
      "lane_test", "*OnlySealedMemory*"),
     ("lane_lost_request", LANE,
-     "if (wire::Load(head->request_number) != number) host_->wake();", "", "lane_test",
+     "if (wire::Load(head->request_number) != number) host_->wake();",
+     "static_cast<void>(number);", "lane_test",
      "*RequestsBeforeTheAnswer*"),
 ]]
 

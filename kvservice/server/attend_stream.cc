@@ -4,6 +4,7 @@
 
 #include "kvservice/server/attend_reply.h"
 #include "kvservice/server/attend_run.h"
+#include "kvservice/server/server.h"
 #include "kvservice/server/status.h"
 #include "kvservice/server/tenancy.h"
 
@@ -60,17 +61,16 @@ void AttendStream::Read(bool ok) {
     ++call_count_;
     Proceed();
   }
-  Call* const begun = call.get();
-  const absl::Status status = Begin(begun);
+  const absl::Status status = Begin(call.get());
   if (!status.ok()) {
     Answer(std::move(call), status);
     return;
   }
-  call.release();
-  begun->run.call.done = [this, begun](const absl::Status& done) {
-    Answer(std::unique_ptr<Call>(begun), done);
+  Call* const owned_by_done = call.release();
+  owned_by_done->run.call.done = [this, owned_by_done](const absl::Status& done) {
+    Answer(std::unique_ptr<Call>(owned_by_done), done);
   };
-  method_->host.engine->Attend(&begun->run.call);
+  method_->host.engine->Attend(&owned_by_done->run.call);
 }
 
 absl::Status AttendStream::Begin(Call* call) {

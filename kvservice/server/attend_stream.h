@@ -29,9 +29,6 @@
 
 namespace kvservice {
 
-// Two micro-batches, and the next of each on its way.
-inline constexpr uint32_t kStreamCallsMax = 4;
-
 // What the attention service says about its AttendStream method; borrowed, outlives all streams.
 struct AttendStreamMethod {
   using Stream = grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>;

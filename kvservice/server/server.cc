@@ -209,6 +209,7 @@ absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
                   {"requests_bytes_max", options_.requests_bytes_max},
                   {"connections_max", options_.connections_max},
                   {"streams_per_connection_max", options_.streams_per_connection_max},
+                  {"stream_calls_max", kStreamCallsMax},
                   {"lanes_max", options_.lanes_max},
                   {"lane_bytes_max", options_.lane_bytes_max},
                   {"pool_bytes", options_.engine.pool_bytes},

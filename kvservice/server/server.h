@@ -23,6 +23,9 @@ class logger;
 
 namespace kvservice {
 
+// Calls of one AttendStream with the engine at a time: two micro-batches, and the next of each.
+inline constexpr uint32_t kStreamCallsMax = 4;
+
 struct ServerOptions {
   // At least one; every address must be local. A listener's tenant owns everything created through
   // it.

@@ -12,7 +12,6 @@
 #include <utility>
 #include <vector>
 
-#include "kvservice/server/attend_stream.h"
 #include "kvservice/v1/attention.grpc.pb.h"
 #include "kvservice/v1/sequence.grpc.pb.h"
 #include "tests/server/raw_call.h"

@@ -303,6 +303,7 @@ TEST_F(LaneTest, WhoeverSaysNothingOrNonsenseIsHungUpOn) {
 
 TEST_F(LaneTest, LanesAreCounted) {
   std::vector<std::unique_ptr<RawLane>> lanes;
+  lanes.reserve(4);
   for (int i = 0; i < 4; ++i) lanes.push_back(std::make_unique<RawLane>(endpoint()));
   const FileDescriptor memory = Memory(F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
   const auto one_more = [&] {
