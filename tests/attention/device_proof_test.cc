@@ -101,12 +101,21 @@ TEST_P(DeviceProof, HeadsDrawDifferentTokens) {
             call.certificates[1].log_dropped_upper.value);
 }
 
+// Where rows are long enough to pay for drawing.
 TEST_P(DeviceProof, SamplesSaveReading) {
-  Plan plan = ScanPlan(Guarantee::kDeterministic, OnViolation::kGrow);
+  CaseOptions options = kv_->options();
+  options.layout.head_dim = 256;
+  options.length = 6000;
+  const KvCase kv(device_.get(), options);
+  Plan plan = BasePlan(Source::kScan, options.length);
+  plan.dense_share = 1.0F;
+  plan.prove = Guarantee::kDeterministic;
+  plan.on_violation = OnViolation::kGrow;
+  plan.failure_probability = 1e-3;
   plan.keep.mass_limit = plan.max_dropped_mass = 0.3F;
-  const auto always = Execute(plan);
+  const auto always = RunPlan(kv, plan);
   plan.prove = Guarantee::kConfidence;
-  const auto sampled = Execute(plan);
+  const auto sampled = RunPlan(kv, plan);
   // A GPU reads faster than its host draws: it samples only where it has to.
   EXPECT_LE(TokensRead(*sampled), TokensRead(*always));
   EXPECT_TRUE(device_->name() == "cuda" || TokensRead(*sampled) < TokensRead(*always));
