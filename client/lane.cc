@@ -18,6 +18,7 @@
 #include "client/status.h"
 #include "kvservice/v1/error_details.pb.h"
 #include "kvservice/v1/lane.pb.h"
+#include "wire/default_spin.h"
 #include "wire/lane_socket.h"
 
 namespace kvservice::client {
@@ -104,8 +105,9 @@ absl::StatusOr<std::shared_ptr<Lane>> Lane::Open(const ClientOptions& options) {
   if (memory.bytes().empty()) return Unavailable("the system gives no memory");
   const absl::Status opened = Introduce(socket.get(), shape, file.get());
   if (!opened.ok()) return opened;
-  return std::shared_ptr<Lane>(
-      new Lane(std::move(socket), std::move(memory), shape, options.lane.spin));
+  const std::chrono::microseconds spin =
+      options.lane.spin.value_or(std::chrono::microseconds(wire::DefaultSpinUs()));
+  return std::shared_ptr<Lane>(new Lane(std::move(socket), std::move(memory), shape, spin));
 }
 
 std::optional<absl::StatusOr<AttendResult>> Lane::Attend(const AttendStep& step,

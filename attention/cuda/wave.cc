@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cassert>
 #include <cmath>
 #include <utility>
@@ -99,7 +100,7 @@ void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadP
       static_cast<uint32_t>(groups_.size()), [this](uint32_t i, uint32_t) { Fill(i); },
       kGroupsPerThread);
   BuildChoices();
-  BuildFirst();
+  BuildFirst(pool);
   if (chooses_) {
     BuildScan();
     BuildChosen();
@@ -356,8 +357,9 @@ AttendSet Wave::SetOf(uint32_t index, const uint64_t* words) const {
 }
 
 // What is read in any case lies in known places, so its jobs are cut here, at even distances.
-void Wave::CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJob>* jobs) {
+void Wave::CutFirst(uint32_t index, uint32_t words_per_job) {
   const ChoiceGroup& choice = choices_[index];
+  std::vector<AttendJob>* const jobs = &inputs_[index].first_jobs;
   const uint32_t local = std::min(choice.ranges.local_begin / kWordTokens, choice.block_count);
   uint32_t job = 0;
   const auto cut = [&](uint32_t begin, uint32_t end, uint32_t step) {
@@ -379,41 +381,30 @@ void Wave::CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJo
 }
 
 // Jobs of about as many tokens each: those of the list, and of the local window all.
-void Wave::CutListed(uint32_t index, uint64_t tokens_per_job, std::vector<AttendJob>* jobs) {
-  const WaveGroup& group = groups_[index];
+void Wave::CutListed(uint32_t index, uint64_t tokens_per_job) {
   const ChoiceGroup& choice = choices_[index];
-  const uint32_t base = group.block_begin * kBlockTokens;
+  const uint64_t* const listed = inputs_[index].listed.host;
+  const uint32_t local = choice.ranges.local_begin / kWordTokens;
   uint32_t job = 0;
   uint32_t first = 0;
   uint64_t tokens = choice.ranges.sink_end;
-  const auto add = [&](uint32_t word, uint64_t count) {
-    if (tokens >= tokens_per_job && word > first) {
-      jobs->push_back(
-          {.set = index, .index = job++, .first_word = first, .word_count = word - first});
-      first = word;
-      tokens = 0;
-    }
-    tokens += count;
+  const auto cut = [&](uint32_t end) {
+    inputs_[index].first_jobs.push_back(
+        {.set = index, .index = job++, .first_word = first, .word_count = end - first});
+    first = end;
+    tokens = 0;
   };
-  uint32_t last = 0;
-  for (const uint32_t position : group.list) {
-    const uint32_t word = (position - base) / kWordTokens;
-    // Tokens of one word stay together.
-    if (word == last) {
-      ++tokens;
-    } else {
-      add(word, 1);
-    }
-    last = word;
+  for (uint32_t word = 0; word < choice.block_count; ++word) {
+    const uint32_t count =
+        word < local ? static_cast<uint32_t>(std::popcount(listed[word])) : kWordTokens;
+    // A job ends before the word that begins the next one.
+    if (count > 0 && tokens >= tokens_per_job && word > first) cut(word);
+    tokens += count;
   }
-  for (uint32_t word = choice.ranges.local_begin / kWordTokens; word < choice.block_count; ++word) {
-    add(word, kWordTokens);
-  }
-  jobs->push_back(
-      {.set = index, .index = job, .first_word = first, .word_count = choice.block_count - first});
+  cut(choice.block_count);
 }
 
-void Wave::BuildFirst() {
+void Wave::BuildFirst(ThreadPool* pool) {
   const auto count = static_cast<uint32_t>(groups_.size());
   first_ = AttendCall();
   first_.shape = choice_.shape;
@@ -429,19 +420,31 @@ void Wave::BuildFirst() {
   }
   const uint64_t tokens = JobTarget(total, count, AttendPlaces(context_, first_), kJobTokensMin);
   const auto words_per_job = static_cast<uint32_t>((tokens + kWordTokens - 1) / kWordTokens);
+  bool lists = false;
+  for (const WaveGroup& group : groups_) lists |= group.listed;
+  pool->ParallelFor(
+      count,
+      [&](uint32_t i, uint32_t) {
+        inputs_[i].first_jobs.clear();
+        if (groups_[i].listed) {
+          CutListed(i, tokens);
+        } else {
+          CutFirst(i, words_per_job);
+        }
+      },
+      lists ? kGroupsPerThread : count);
+  size_t job_count = 0;
+  for (uint32_t i = 0; i < count; ++i) job_count += inputs_[i].first_jobs.size();
+  const Slot<AttendJob> jobs = to_device_.Take<AttendJob>(job_count);
+  AttendJob* to = jobs.host;
   const Slot<AttendSet> sets = to_device_.Take<AttendSet>(count);
-  std::vector<AttendJob> jobs;
   for (uint32_t i = 0; i < count; ++i) {
-    const size_t begin = jobs.size();
-    if (groups_[i].listed) {
-      CutListed(i, tokens, &jobs);
-    } else {
-      CutFirst(i, words_per_job, &jobs);
-    }
+    const std::vector<AttendJob>& own_jobs = inputs_[i].first_jobs;
+    to = std::copy(own_jobs.begin(), own_jobs.end(), to);
     AttendSet set = SetOf(i, choices_[i].first);
     set.out = groups_[i].first_out.device;
     set.sums = groups_[i].first_sums.device;
-    set.job_count = static_cast<uint32_t>(jobs.size() - begin);
+    set.job_count = static_cast<uint32_t>(own_jobs.size());
     set.tickets = tickets_.device + size_t{2} * i * head_count_max_;
     if (set.job_count > 1) {
       const size_t parts = size_t{set.job_count} * set.head_count;
@@ -450,11 +453,9 @@ void Wave::BuildFirst() {
     }
     sets.host[i] = set;
   }
-  const Slot<AttendJob> slot = to_device_.Take<AttendJob>(jobs.size());
-  std::copy(jobs.begin(), jobs.end(), slot.host);
   first_.sets = sets.device;
-  first_.jobs = slot.device;
-  first_.job_count = static_cast<uint32_t>(jobs.size());
+  first_.jobs = jobs.device;
+  first_.job_count = static_cast<uint32_t>(job_count);
 }
 
 void Wave::BuildScan() {

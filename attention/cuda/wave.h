@@ -107,6 +107,7 @@ class Wave {
     Slot<uint32_t> visible;
     Slot<uint64_t> listed;  // words
     ScanQueries scan;
+    std::vector<AttendJob> first_jobs;
   };
 
   bool Scans(const WaveGroup& group) const;
@@ -122,9 +123,9 @@ class Wave {
   void TakeZeros(ChoiceGroup* choice);
   void TakeResults(WaveGroup* group);
   void BuildChoices();
-  void BuildFirst();
-  void CutFirst(uint32_t index, uint32_t words_per_job, std::vector<AttendJob>* jobs);
-  void CutListed(uint32_t index, uint64_t tokens_per_job, std::vector<AttendJob>* jobs);
+  void BuildFirst(ThreadPool* pool);
+  void CutFirst(uint32_t index, uint32_t words_per_job);
+  void CutListed(uint32_t index, uint64_t tokens_per_job);
   void BuildScan();
   void BuildChosen();
   AttendSet SetOf(uint32_t index, const uint64_t* words) const;

@@ -12,7 +12,6 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -20,6 +19,7 @@
 #include "kvservice/server/policy_file.h"
 #include "kvservice/server/quantity.h"
 #include "kvservice/server/transport.h"
+#include "wire/default_spin.h"
 
 namespace kvservice {
 namespace {
@@ -30,12 +30,6 @@ constexpr char kAdminSuffix[] = ".admin";
 constexpr char kNoAdmin[] = "none";
 constexpr uint32_t kThreadsMax = 1024;
 constexpr uint32_t kSpinUsMax = 1'000'000;
-
-// Only where the threads that spin leave enough CPUs to the others.
-uint32_t DefaultSpinUs() {
-  constexpr uint32_t kCpusMin = 8;
-  return std::thread::hardware_concurrency() < kCpusMin ? 0 : 500;
-}
 
 // What the flags hold before it is put together.
 struct Flags {
@@ -175,7 +169,7 @@ void AddEngineFlags(CLI::App* app, Config* config) {
   AddCount(app, "--models-max", "Registered models", &engine->models_max);
   AddCount(app, "--queue-calls-max", "Calls waiting for the engine", &engine->queue_calls_max);
   AddCount(app, "--rows-max", "Rows of one attend call", &engine->rows_max);
-  engine->spin_us = DefaultSpinUs();
+  engine->spin_us = wire::DefaultSpinUs();
   AddCount(app, "--spin-us",
            "Microseconds for which idle threads look for more calls before they sleep; costs two "
            "CPUs while calls come, with a GPU up to ten",

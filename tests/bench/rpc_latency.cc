@@ -239,7 +239,7 @@ class Measurement {
       client::ClientOptions options;
       options.endpoint = (way.spins ? *spinning : *quiet)->endpoint();
       options.transport = way.transport;
-      if (way.spins) options.lane.spin = std::chrono::microseconds(kSpinUs);
+      options.lane.spin = std::chrono::microseconds(way.spins ? kSpinUs : 0);
       options.deadlines.data = std::chrono::seconds(60);
       auto caller = Caller::Make(options, bytes_, way.in_place);
       if (!caller.ok()) return caller.status();
