@@ -60,7 +60,6 @@ struct QueryTerms {
   std::array<Real, kHeadDimMax> qs;             // scale * q
   std::array<Real, kHeadDimMax> x;              // |p_c| / M_c
   std::array<Real, kSketchDirectionsMax> qw{};  // (W / M^2)^T qs
-  Real norm = 0;                                // ||qs||
   Real x_norm = 0;                              // ||x||
   Real weight = 0;                              // ||qs|| + sum_j |qw_j| ||W_j||
 };
@@ -75,58 +74,34 @@ struct PageTerms {
   Real eps_radius = 0;                          // (1 + 2^-12) B rmax, the factor of kRadiusScale[r]
 };
 
-// What a scan needs of a table, for all queries; zero for directions that it has not.
-template <typename Real>
-struct TableTerms {
-  using OfDirections = std::array<Real, kSketchDirectionsMax>;
-  std::array<OfDirections, kHeadDimMax> w;      // W
-  std::array<OfDirections, kHeadDimMax> along;  // W / M^2
-  OfDirections norm{};                          // ||W_j||
-};
-
-template <typename Real>
-TableTerms<Real> MakeTableTerms(uint32_t head_dim, const SketchTable& table) {
-  TableTerms<Real> terms;
-  std::array<Real, kSketchDirectionsMax> squares{};
-  for (uint32_t c = 0; c < head_dim; ++c) {
-    const Real m = table.metric[c];
-    terms.w[c] = terms.along[c] = {};
-    for (uint32_t j = 0; j < SketchDirections(head_dim); ++j) {
-      const Real w = table.weights[j * head_dim + c];
-      terms.w[c][j] = w;
-      terms.along[c][j] = w / (m * m);
-      squares[j] += w * w;
-    }
-  }
-  for (uint32_t j = 0; j < SketchDirections(head_dim); ++j) terms.norm[j] = std::sqrt(squares[j]);
-  return terms;
-}
-
-// Sums run over the channels with all directions side by side: one after the other they would wait
-// for every addition.
 template <typename Real>
 QueryTerms<Real> MakeQueryTerms(uint32_t head_dim, float scale, const float* q,
-                                const SketchTable& table, const TableTerms<Real>& of_table) {
+                                const SketchTable& table) {
   QueryTerms<Real> terms;
+  std::array<Real, kHeadDimMax> p;
   Real squares = 0;
-  typename TableTerms<Real>::OfDirections qw{};
   for (uint32_t c = 0; c < head_dim; ++c) {
-    const Real qs = static_cast<Real>(scale) * static_cast<Real>(q[c]);
-    terms.qs[c] = qs;
-    squares += qs * qs;
-    for (uint32_t j = 0; j < kSketchDirectionsMax; ++j) qw[j] += of_table.along[c][j] * qs;
+    terms.qs[c] = static_cast<Real>(scale) * static_cast<Real>(q[c]);
+    p[c] = terms.qs[c];
+    squares += terms.qs[c] * terms.qs[c];
   }
-  terms.qw = qw;
-  terms.norm = std::sqrt(squares);
-  terms.weight = terms.norm;
-  for (uint32_t j = 0; j < kSketchDirectionsMax; ++j) {
-    terms.weight += std::fabs(terms.qw[j]) * of_table.norm[j];
+  terms.weight = std::sqrt(squares);
+  for (uint32_t j = 0; j < SketchDirections(head_dim); ++j) {
+    const float* w = &table.weights[j * head_dim];
+    Real along = 0;
+    Real w_squares = 0;
+    for (uint32_t c = 0; c < head_dim; ++c) {
+      const Real m = table.metric[c];
+      along += static_cast<Real>(w[c]) / (m * m) * terms.qs[c];
+      w_squares += static_cast<Real>(w[c]) * static_cast<Real>(w[c]);
+    }
+    for (uint32_t c = 0; c < head_dim; ++c) p[c] -= along * static_cast<Real>(w[c]);
+    terms.qw[j] = along;
+    terms.weight += std::fabs(along) * std::sqrt(w_squares);
   }
   squares = 0;
   for (uint32_t c = 0; c < head_dim; ++c) {
-    Real p = terms.qs[c];
-    for (uint32_t j = 0; j < kSketchDirectionsMax; ++j) p -= qw[j] * of_table.w[c][j];
-    terms.x[c] = std::fabs(p) / static_cast<Real>(table.metric[c]);
+    terms.x[c] = std::fabs(p[c]) / static_cast<Real>(table.metric[c]);
     squares += terms.x[c] * terms.x[c];
   }
   terms.x_norm = std::sqrt(squares);

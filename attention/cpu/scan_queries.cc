@@ -31,7 +31,7 @@ HWY_INLINE Doubles Widen(const float* x) {
 }
 HWY_INLINE double Sum(Doubles x) { return hn::GetLane(hn::SumOfLanes(DoubleTag(), x)); }
 
-// As TableTerms, directions in rows.
+// What the terms of all heads of a group take from its table.
 struct Table {
   uint32_t directions = 0;
   const float* metric = nullptr;

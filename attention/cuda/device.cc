@@ -161,8 +161,8 @@ cuda::Context NewContext(uint32_t multiprocessors, cuda::ScoreMemory* score_memo
 
 CudaDevice::CudaDevice(uint32_t thread_count, uint32_t spin_us, uint32_t multiprocessors)
     : pool_(std::min(thread_count, kThreadsMax), spin_us),
-      choose_scratch_(thread_count),
-      proof_scratch_(thread_count),
+      choose_scratch_(pool_.thread_count()),
+      proof_scratch_(pool_.thread_count()),
       context_(NewContext(multiprocessors, &score_memory_)),
       tables_(context_.stream),
       direct_(context_, &pool_),

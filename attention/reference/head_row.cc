@@ -110,10 +110,9 @@ const PageTerms<double>& HeadRow::TermsOf(uint32_t head, uint32_t block) {
   const SketchTable& table = row_.tables[kv_head_];
   const uint32_t head_dim = shape_.layout.head_dim;
   if (query_terms_.empty()) {
-    const TableTerms<double> of_table = MakeTableTerms<double>(head_dim, table);
     for (uint32_t h = 0; h < head_count(); ++h) {
-      query_terms_.push_back(MakeQueryTerms<double>(
-          head_dim, shape_.scale, row_.q + OutputIndex(h) * head_dim, table, of_table));
+      query_terms_.push_back(MakeQueryTerms<double>(head_dim, shape_.scale,
+                                                    row_.q + OutputIndex(h) * head_dim, table));
     }
   }
   std::optional<PageTerms<double>>& terms = pages_[head * size_t{BlockCount(end())} + block];

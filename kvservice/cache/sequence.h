@@ -5,7 +5,8 @@
 // layer. A slice is sealed (its sketch is made) exactly when all its tokens are below its layer's
 // length. A block that is shared with another sequence is full in all layers of both, so nobody
 // writes it; the last, partial block is never shared. Operations that need memory take it first and
-// change nothing if there is too little. Lengths grow after the bytes are there.
+// change nothing if there is too little. Lengths grow when the bytes are there, or wait in a
+// PendingWrites, which whoever holds it runs before anything else is done with the sequence.
 //
 // Belongs to the executor thread. The shape, the pool and the device are borrowed and outlive the
 // sequence; the pool's memory is host memory.

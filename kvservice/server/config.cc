@@ -171,8 +171,8 @@ void AddEngineFlags(CLI::App* app, Config* config) {
   AddCount(app, "--rows-max", "Rows of one attend call", &engine->rows_max);
   engine->spin_us = wire::DefaultSpinUs();
   AddCount(app, "--spin-us",
-           "Microseconds for which idle threads look for more calls before they sleep; costs two "
-           "CPUs while calls come, with a GPU up to ten",
+           "Microseconds for which idle threads look for more calls before they sleep; costs three "
+           "CPUs while calls come, with a GPU six",
            &engine->spin_us, 0, kSpinUsMax);
   AddTime(app, "--lease-default", "Time after which an unused sequence expires",
           &engine->lease_default_ms);

@@ -117,8 +117,7 @@ class Scan {
   void ForEachToken(const Check& check) const {
     const SketchLayout layout(shape_.layout.head_dim);
     for (uint32_t head = 0; head < heads_.head_count; ++head) {
-      const auto query = MakeQueryTerms<double>(layout.dim, shape_.scale, q_[head], table_,
-                                                MakeTableTerms<double>(layout.dim, table_));
+      const auto query = MakeQueryTerms<double>(layout.dim, shape_.scale, q_[head], table_);
       for (uint32_t block = 0; block < block_count_; ++block) {
         const SketchPage page(layout, view_.sketches[block] + kv_head_ * layout.page_bytes);
         const auto terms = MakePageTerms(layout, page, table_, query);

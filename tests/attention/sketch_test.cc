@@ -134,9 +134,7 @@ int CheckIntervals(const KvCase& kv, const std::vector<float>& q, uint32_t block
   EncodeSketchPage(layout, kv.Row(0, block * kBlockTokens), block, kv.tables()[0], bytes.data);
   const SketchPage page(at, bytes.data);
   const float scale = kv.shape().scale;
-  const SketchTable& table = kv.tables()[0];
-  const auto query = MakeQueryTerms<Real>(layout.head_dim, scale, q.data(), table,
-                                          MakeTableTerms<Real>(layout.head_dim, table));
+  const auto query = MakeQueryTerms<Real>(layout.head_dim, scale, q.data(), kv.tables()[0]);
   const auto terms = MakePageTerms<Real>(at, page, kv.tables()[0], query);
   int informative = 0;
   for (uint32_t token = 0; token < kBlockTokens; ++token) {
@@ -395,8 +393,7 @@ TEST(SketchScan, IntervalsAreTight) {
   const KvCase kv(device.get(), options);
   const SketchLayout at(128);
   const auto query =
-      MakeQueryTerms<double>(128, kv.shape().scale, kv.queries().data(), kv.tables()[0],
-                             MakeTableTerms<double>(128, kv.tables()[0]));
+      MakeQueryTerms<double>(128, kv.shape().scale, kv.queries().data(), kv.tables()[0]);
   std::vector<double> errors;
   for (const std::byte* sketch : kv.View(options.length).sketches) {
     const SketchPage page(at, sketch);

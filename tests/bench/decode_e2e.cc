@@ -25,6 +25,7 @@
 #include "tests/bench/decode_data.h"
 #include "tests/bench/server_process.h"
 #include "tests/bench/workloads.h"
+#include "wire/default_spin.h"
 
 namespace kvservice::bench {
 namespace {
@@ -435,7 +436,8 @@ absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* da
 }  // namespace
 
 absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows) {
-  auto device = NewDevice(options.device, {.thread_count = options.thread_count});
+  auto device = NewDevice(options.device,
+                          {.thread_count = options.thread_count, .spin_us = wire::DefaultSpinUs()});
   if (!device.ok()) return device.status();
   const auto run = [&](DecodeData* data) {
     const absl::Status status = RunData(options, device->get(), data, rows);
