@@ -1,5 +1,6 @@
 #include "client/lane.h"
 
+#include <google/protobuf/arena.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
@@ -32,6 +33,7 @@ constexpr std::string_view kUnixPrefix = "unix:";
 constexpr milliseconds kConnectionCheck{100};
 // The server's reason for an answer that does not fit a slot.
 constexpr char kReplyTooLarge[] = "REPLY_TOO_LARGE";
+constexpr size_t kReplyArenaBytes = size_t{64} << 10;
 // Between attempts to open a lane that broke.
 constexpr milliseconds kReopenPause{1'000};
 
@@ -285,7 +287,13 @@ std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
     if (is_for_others) return std::nullopt;
     return status;
   }
-  v1::AttendResponse response;
+  // That of a few rows needs no other memory.
+  std::array<char, kReplyArenaBytes> block;
+  google::protobuf::ArenaOptions arena_options;
+  arena_options.initial_block = block.data();
+  arena_options.initial_block_size = block.size();
+  google::protobuf::Arena arena(arena_options);
+  auto& response = *google::protobuf::Arena::CreateMessage<v1::AttendResponse>(&arena);
   if (!response.ParseFromString(message)) return MalformedReply("message", "does not parse");
   const ReplyRegion region = {.offset = begin,
                               .bytes = memory_.Range(begin, memory_.shape().reply_bytes)};

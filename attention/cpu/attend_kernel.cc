@@ -487,8 +487,8 @@ void Partial::Resize(uint32_t head_count, uint32_t head_dim) {
 
 void MergePartials(uint32_t head_dim, const Partial& part, Partial* total) {
   for (uint32_t head = 0; head < total->lse.size(); ++head) {
-    MergePartial(&total->out[size_t{head} * head_dim], &total->lse[head],
-                 &part.out[size_t{head} * head_dim], part.lse[head], head_dim);
+    MergePartial(total->out.data() + size_t{head} * head_dim, &total->lse[head],
+                 part.out.data() + size_t{head} * head_dim, part.lse[head], head_dim);
     total->lower[head] = Add(total->lower[head], part.lower[head]);
     total->upper[head] = Add(total->upper[head], part.upper[head]);
     // Every weight keeps its own error; the merge adds that of two lse, of at most 2^20, as

@@ -45,7 +45,8 @@ struct Partial {
   std::vector<double> arithmetic;
 };
 
-// Adds `part` (a disjoint set of tokens) to `total`.
+// Adds `part` (a disjoint set of tokens) to `total`. With a head_dim of 0 the masses alone: outputs
+// may be empty.
 void MergePartials(uint32_t head_dim, const Partial& part, Partial* total);
 
 // Memory of one thread for AttendTokens; grows to the largest group it has seen.

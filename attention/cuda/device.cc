@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
 #include <cassert>
 #include <cmath>
 #include <cstring>
@@ -39,7 +40,9 @@ constexpr int kComputeMajorMin = 8;
 constexpr size_t kWaveBytesMax = size_t{256} << 20;
 constexpr size_t kWaveGroupsMax = 4096;
 // The host's share of a call is small: more threads spend more on meeting than they take over.
-constexpr uint32_t kThreadsMax = 4;
+constexpr uint32_t kThreadsMax = 8;
+// What is appended is read by the kernel where the host has it, if it is little: decoding.
+constexpr size_t kReadInPlaceBytesMax = size_t{256} << 10;
 
 uint32_t AvailableCpus() {
   cpu_set_t set;
@@ -96,7 +99,8 @@ class CudaDevice : public Device {
     Slot<uint8_t> value_codes;
   };
 
-  void Stage();
+  Arena* Stage();
+  void Staged();
   void Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows);
   void LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows);
   void LoadRow(const LayerShape& shape, const AttendRow& row, RowData* data);
@@ -124,9 +128,13 @@ class CudaDevice : public Device {
   std::vector<ProofScratch> proof_scratch_;    // likewise
   cuda::ScoreMemory score_memory_;
   cuda::Context context_;
-  // What Append and Seal write, until the device has it.
-  Arena staging_{Arena::Sides::kBoth};
-  cudaEvent_t staged_ = nullptr;
+  // What Append and Seal write, until the device has it: in turns, so that they seldom wait.
+  struct Staging {
+    Arena arena{Arena::Sides::kBoth};
+    cudaEvent_t done = nullptr;
+  };
+  std::array<Staging, 2> staging_;
+  uint32_t staged_ = 0;  // the one that was used last
   // Of one call.
   Arena to_device_{Arena::Sides::kBoth};
   Arena to_host_{Arena::Sides::kBoth};
@@ -135,7 +143,9 @@ class CudaDevice : public Device {
   cuda::Direct direct_;
   std::vector<GroupName> left_;  // what the host decides
   std::vector<RowData> row_data_;
-  std::vector<std::vector<float>> unrotated_;  // [row][query_head_count][head_dim]
+  // [row]: [query_head_count][head_dim], of rows that reuse lists.
+  std::vector<absl::Span<const float>> unrotated_;
+  std::vector<std::vector<float>> turned_;  // what they are where queries have to be turned
   // Of one wave.
   cuda::Readings readings_;
   std::deque<Group> groups_;
@@ -167,11 +177,13 @@ CudaDevice::CudaDevice(uint32_t thread_count, uint32_t spin_us, uint32_t multipr
       tables_(context_.stream),
       direct_(context_, &pool_),
       readings_(context_) {
-  Check(cudaEventCreateWithFlags(&staged_, cudaEventDisableTiming), "event");
+  for (Staging& staging : staging_) {
+    Check(cudaEventCreateWithFlags(&staging.done, cudaEventDisableTiming), "event");
+  }
 }
 
 CudaDevice::~CudaDevice() {
-  cudaEventDestroy(staged_);
+  for (const Staging& staging : staging_) cudaEventDestroy(staging.done);
   cudaFree(const_cast<float*>(context_.radius_scale));
   cudaStreamDestroy(context_.stream);
 }
@@ -200,39 +212,51 @@ void CudaDevice::Copy(absl::Span<const MemoryCopy> copies) {
 }
 
 // Begins to stage what Append and Seal write. They do not wait for the device, only for what they
-// staged the time before.
-void CudaDevice::Stage() {
-  Check(cudaEventSynchronize(staged_), "stage");
-  staging_.Reset();
+// staged the time before the last.
+Arena* CudaDevice::Stage() {
+  staged_ ^= 1;
+  Staging& staging = staging_[staged_];
+  Check(cudaEventSynchronize(staging.done), "stage");
+  staging.arena.Reset();
+  return &staging.arena;
+}
+
+void CudaDevice::Staged() {
+  Check(cudaEventRecord(staging_[staged_].done, context_.stream), "stage");
 }
 
 void CudaDevice::Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) {
-  Stage();
+  Arena* const staging = Stage();
   const size_t token_bytes = size_t{layout.kv_head_count} * layout.vector_bytes();
-  const Slot<cuda::AppendItem> items = staging_.Take<cuda::AppendItem>(slices.size());
+  size_t token_count = 0;
+  for (const AppendSlice& slice : slices) token_count += slice.token_count;
+  const bool in_place = 2 * token_count * token_bytes <= kReadInPlaceBytesMax;
+  const Slot<cuda::AppendItem> items = staging->Take<cuda::AppendItem>(slices.size());
   uint32_t count = 0;
   for (const AppendSlice& slice : slices) {
     assert(slice.first + slice.token_count <= kBlockTokens);
     if (slice.token_count == 0) continue;
     const size_t bytes = slice.token_count * token_bytes;
-    const Slot<std::byte> k = staging_.Take<std::byte>(bytes);
-    const Slot<std::byte> v = staging_.Take<std::byte>(bytes);
+    const Slot<std::byte> k = staging->Take<std::byte>(bytes);
+    const Slot<std::byte> v = staging->Take<std::byte>(bytes);
     std::memcpy(k.host, slice.k, bytes);
     std::memcpy(v.host, slice.v, bytes);
     items.host[count++] = {.slice = slice.slice,
-                           .k = k.device,
-                           .v = v.device,
+                           .k = in_place ? k.host : k.device,
+                           .v = in_place ? v.host : v.device,
                            .first = slice.first,
                            .token_count = slice.token_count};
   }
-  staging_.Upload(context_.stream);
-  Check(cuda::Append(cuda::ShapeOf(layout), items.device, count, context_.stream), "append");
-  Check(cudaEventRecord(staged_, context_.stream), "append");
+  if (!in_place) staging->Upload(context_.stream);
+  Check(cuda::Append(cuda::ShapeOf(layout), in_place ? items.host : items.device, count,
+                     context_.stream),
+        "append");
+  Staged();
 }
 
 void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) {
   if (slices.empty()) return;
-  Stage();
+  Arena* const staging = Stage();
   const SketchLayout sketch(layout.head_dim);
   const uint32_t heads = layout.kv_head_count;
   // Tables are the same for all slices of a sequence.
@@ -242,11 +266,11 @@ void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices
   };
   std::map<const SketchTable*, DeviceTable> tables;
   const auto upload = [&](const std::vector<float>& numbers) {
-    const Slot<float> slot = staging_.Take<float>(numbers.size());
+    const Slot<float> slot = staging->Take<float>(numbers.size());
     std::copy(numbers.begin(), numbers.end(), slot.host);
     return slot.device;
   };
-  const Slot<cuda::SealItem> items = staging_.Take<cuda::SealItem>(slices.size() * heads);
+  const Slot<cuda::SealItem> items = staging->Take<cuda::SealItem>(slices.size() * heads);
   uint32_t count = 0;
   for (const SealSlice& slice : slices) {
     for (uint32_t head = 0; head < heads; ++head) {
@@ -261,21 +285,25 @@ void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices
                              .block_index = slice.block_index};
     }
   }
-  staging_.Upload(context_.stream);
+  staging->Upload(context_.stream);
   Check(cuda::Seal(cuda::ShapeOf(layout), items.device, count, context_.stream), "seal");
-  Check(cudaEventRecord(staged_, context_.stream), "seal");
+  Staged();
 }
 
 // An anchor is found by, and made for, the newest query.
 void CudaDevice::Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows) {
   const size_t token_floats = size_t{shape.layout.query_head_count} * shape.layout.head_dim;
-  if (unrotated_.size() < rows.size()) unrotated_.resize(rows.size());
+  unrotated_.assign(rows.size(), {});
+  if (turned_.size() < rows.size()) turned_.resize(rows.size());
   for (size_t i = 0; i < rows.size(); ++i) {
     const AttendRow& row = rows[i];
     if (row.plan.source != Source::kReuse) continue;
-    unrotated_[i].resize(token_floats);
-    UnrotateQueries(shape, row.view.length - 1, row.q + (row.query_count - 1) * token_floats,
-                    unrotated_[i].data());
+    const float* const q = row.q + (row.query_count - 1) * token_floats;
+    unrotated_[i] = absl::MakeConstSpan(q, token_floats);
+    if (shape.rotary_style == RotaryStyle::kNone) continue;
+    turned_[i].resize(token_floats);
+    UnrotateQueries(shape, row.view.length - 1, q, turned_[i].data());
+    unrotated_[i] = turned_[i];
   }
 }
 
@@ -356,7 +384,7 @@ void CudaDevice::Prepare(const LayerShape& shape, absl::Span<AttendRow> rows,
         data.value_codes.host == nullptr ? nullptr : data.value_codes.host + at * kBlockTokens);
     absl::Span<const float> anchor;
     if (rows[row].plan.source == Source::kReuse) {
-      anchor = absl::MakeConstSpan(unrotated_[row]).subspan(kv_head * head_floats, head_floats);
+      anchor = unrotated_[row].subspan(kv_head * head_floats, head_floats);
     }
     groups_[i].Prepare(shape, &rows[row], kv_head, &readers_[i], anchor);
   });

@@ -17,8 +17,6 @@ namespace {
 // their own.
 constexpr size_t kWaveBytesMax = size_t{1} << 30;
 constexpr size_t kWaveGroupsMax = 4096;
-// So many groups keep the device busy in two waves.
-constexpr size_t kSharedGroupsMin = 32;
 // Of a part's blocks, times as many parts as sums of a histogram can count.
 constexpr uint32_t kBlocksMax = 16384;
 
@@ -73,8 +71,7 @@ class Answerer {
  private:
   uint32_t head_count() const { return group_.queries->head_count; }
 
-  HeadEvidence EvidenceOf(uint32_t head, const ValueNorms& norms, std::vector<float>* output) {
-    const uint32_t dim = shape_.layout.head_dim;
+  HeadEvidence EvidenceOf(uint32_t head, const ValueNorms& norms) const {
     const Guarantee prove = row_.plan.prove;
     HeadEvidence evidence;
     evidence.log_kept = kept_.lse[head];
@@ -102,11 +99,7 @@ class Answerer {
       }
     }
     if (prove == Guarantee::kNone) return evidence;
-    output->resize(dim);
-    for (uint32_t c = 0; c < dim; ++c) {
-      (*output)[c] = static_cast<float>(kept_.out[size_t{head} * dim + c]);
-    }
-    evidence.output = output->data();
+    evidence.output = group_.out.host + size_t{head} * shape_.layout.head_dim;
     evidence.value_norm_lower = norms.lower;
     evidence.value_norm_upper = norms.upper;
     evidence.arithmetic_error = OutputArithmeticError(norms, kept_.arithmetic[head]);
@@ -127,7 +120,6 @@ class Answerer {
     }
     const bool insists =
         row_.plan.prove == Guarantee::kConfidence || row_.plan.on_violation != OnViolation::kReport;
-    std::vector<float> output;
     HeadProof proof;
     certificates_.clear();
     for (uint32_t head = 0; head < head_count(); ++head) {
@@ -135,7 +127,7 @@ class Answerer {
                               .query_head = static_cast<uint16_t>(head % group_size),
                               .query_token = head / group_size};
       proof.Begin(plan, shape_.layout.head_dim, row_.draw_key, stream);
-      proof.Prove(EvidenceOf(head, norms, &output), LogMassLower(), 0, nullptr);
+      proof.Prove(EvidenceOf(head, norms), LogMassLower(), 0, nullptr);
       if (insists && !proof.met()) return false;
       certificates_.push_back(proof.certificate());
     }
@@ -151,9 +143,7 @@ class Answerer {
       row_.certificates[index] = certificates_[head];
       row_.certificates[index].action = action;
       row_.lse[index] = static_cast<float>(kept_.lse[head]);
-      for (uint32_t c = 0; c < dim; ++c) {
-        row_.out[index * dim + c] = static_cast<float>(kept_.out[size_t{head} * dim + c]);
-      }
+      std::copy_n(group_.out.host + size_t{head} * dim, dim, row_.out + index * dim);
     }
     GroupReport& report = row_.groups[group_.kv_head];
     report = GroupReport();
@@ -189,7 +179,7 @@ class Answerer {
     if (anchor_.anchor >= 0) lists->Touch(group_.kv_head, static_cast<uint32_t>(anchor_.anchor));
     if (everything_ || !plan.keeps_selection) lists->ClearSelection(group_.kv_head);
     if (group_.listed) {
-      if (plan.keeps_selection) lists->SetSelection(group_.kv_head, group_.list);
+      if (plan.keeps_selection) RememberList(lists);
       return;
     }
     if (!everything_) return RememberChoice(lists);
@@ -197,6 +187,12 @@ class Answerer {
     // From the next position on: this one, if it is asked for again, is tried again.
     const uint32_t begin = row_.position + 1;
     lists->SetDense(group_.kv_head, begin, begin + plan.dense_positions);
+  }
+
+  void RememberList(HostLists* lists) const {
+    std::vector<uint32_t> read(group_.list.begin(), group_.list.end());
+    for (uint32_t at = group_.fresh_begin; at < group_.fresh_end; ++at) read.push_back(at);
+    lists->SetSelection(group_.kv_head, read);
   }
 
   void RememberChoice(HostLists* lists) const {
@@ -240,8 +236,11 @@ bool Direct::Takes(const LayerShape& shape, const AttendRow& row) {
 
 namespace {
 
+uint32_t LocalBegin(const AttendRow& row) { return std::min(row.plan.local_begin, row.position); }
+
 // The first token of the middle that a choice of this call has not considered (HostLists).
-uint32_t CoveredEnd(const AttendRow& row, uint32_t local_begin) {
+uint32_t CoveredEnd(const AttendRow& row) {
+  const uint32_t local_begin = LocalBegin(row);
   for (uint32_t block = 0; block * kBlockTokens < local_begin; ++block) {
     if (row.view.sketches[block] == nullptr) {
       return std::max(block * kBlockTokens, row.plan.sink_end);
@@ -250,25 +249,19 @@ uint32_t CoveredEnd(const AttendRow& row, uint32_t local_begin) {
   return local_begin;
 }
 
-// Positions of `list` and of [fresh_begin, fresh_end) that lie in [begin, end).
-std::vector<uint32_t> ListOf(absl::Span<const uint32_t> list, uint32_t fresh_begin,
-                             uint32_t fresh_end, uint32_t begin, uint32_t end) {
+// Positions of an ascending list that lie in [begin, end).
+absl::Span<const uint32_t> PartOf(absl::Span<const uint32_t> list, uint32_t begin, uint32_t end) {
   const auto first = std::lower_bound(list.begin(), list.end(), begin);
   const auto last = std::lower_bound(first, list.end(), end);
-  std::vector<uint32_t> positions(first, last);
-  // Lists hold nothing from where they have looked on.
-  for (uint32_t at = std::max(fresh_begin, begin); at < std::min(fresh_end, end); ++at) {
-    positions.push_back(at);
-  }
-  return positions;
+  return list.subspan(static_cast<size_t>(first - list.begin()), static_cast<size_t>(last - first));
 }
 
 }  // namespace
 
 // What is asked of one group; any thread, one per KV head.
 void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
-                 absl::Span<const RowTables> tables, absl::Span<const std::vector<float>> unrotated,
-                 Asked* asked) const {
+                 absl::Span<const RowTables> tables,
+                 absl::Span<const absl::Span<const float>> unrotated, Asked* asked) const {
   AttendRow& row = rows[asked->name.row];
   const Plan& plan = row.plan;
   const uint32_t kv_head = asked->name.kv_head;
@@ -284,62 +277,58 @@ void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
                                                  : Kind::kChoosing;
     return;
   }
-  const uint32_t local_begin = std::min(plan.local_begin, row.position);
+  const uint32_t local_begin = LocalBegin(row);
   const uint32_t begin = std::max(
       {plan.sink_end, plan.visible_begin, WindowBegin(shape.sliding_window, row.position)});
   if (plan.source == Source::kReuse) {
     HostLists* const lists = ListsOf(row);
     const size_t floats = size_t{shape.layout.group_size()} * shape.layout.head_dim;
-    const auto queries =
-        absl::MakeConstSpan(unrotated[asked->name.row]).subspan(kv_head * floats, floats);
+    const auto queries = unrotated[asked->name.row].subspan(kv_head * floats, floats);
     asked->anchor = FindReusable(*lists, shape, plan, kv_head, row.view.length - 1, queries);
     group.norm_begin = lists->key_norm_end(kv_head);
     if (asked->anchor.anchor < 0) {
       // What an anchor of verified sharing remembers of a scan is made by the host.
       if (plan.reuse_mass_limit > 0.0F || !ChoosesDirectly(plan.keep)) return;
       group.anchor_queries = queries;
-      group.covered_end = CoveredEnd(row, local_begin);
+      group.covered_end = covered_ends_[asked->name.row];
       asked->kind = Kind::kChoosing;
       return;
     }
     const auto index = static_cast<uint32_t>(asked->anchor.anchor);
     const HostLists::Anchor& anchor = lists->anchor(kv_head, index);
-    const uint32_t covered_end = std::max(anchor.covered_end, CoveredEnd(row, local_begin));
+    const uint32_t covered_end = std::max(anchor.covered_end, covered_ends_[asked->name.row]);
     const uint32_t fresh_begin = std::max(anchor.covered_end, begin);
     // Then they compete, which takes a scan.
     if (covered_end > fresh_begin && covered_end - fresh_begin > kFreshTokensMax) return;
-    group.list = ListOf(anchor.tokens, fresh_begin, covered_end, begin, local_begin);
+    group.list = PartOf(anchor.tokens, begin, local_begin);
+    // Lists hold nothing from where they have looked on.
+    group.fresh_begin = fresh_begin;
+    group.fresh_end = std::max(fresh_begin, std::min(covered_end, local_begin));
     group.query_distance = lists->QueryDistance(kv_head, index, queries);
   } else {
     const uint32_t first = plan.given_offsets[kv_head];
-    group.list = ListOf(plan.given.subspan(first, plan.given_offsets[kv_head + 1] - first), 0, 0,
-                        begin, local_begin);
+    group.list = PartOf(plan.given.subspan(first, plan.given_offsets[kv_head + 1] - first), begin,
+                        local_begin);
   }
   // Whether the set is so large that everything is read instead depends on what sketches mark; the
   // host knows, where it is near.
   const double visible = static_cast<double>(row.view.length) - begin;  // at least
   const double planned =
-      static_cast<double>(group.list.size()) + plan.sink_end + (row.view.length - local_begin);
+      static_cast<double>(group.listed_count()) + plan.sink_end + (row.view.length - local_begin);
   if (planned > 0.5 * static_cast<double>(plan.dense_share) * visible) return;
   group.listed = true;
   asked->kind = Kind::kSettled;
 }
 
-// Groups of one kind in waves: enough to share the work of the host with that of the device, none
-// with too many weights.
+// Groups of one kind in waves, none with too many weights.
 void Direct::CutWaves(absl::Span<const AttendRow> rows, const LayerShape& shape, Kind kind,
                       std::vector<std::vector<Asked*>>* waves) {
-  size_t count = 0;
-  for (const Asked& asked : all_) count += asked.kind == kind ? 1 : 0;
-  if (count == 0) return;
-  const size_t parts = count >= kSharedGroupsMin ? 2 : 1;
-  const size_t groups_max = std::min((count + parts - 1) / parts, kWaveGroupsMax);
   size_t bytes = 0;
   bool open = false;
   for (Asked& asked : all_) {
     if (asked.kind != kind) continue;
     const size_t more = kind == Kind::kSettled ? 0 : Wave::WeightBytes(shape, rows[asked.name.row]);
-    if (!open || bytes + more > kWaveBytesMax || waves->back().size() == groups_max) {
+    if (!open || bytes + more > kWaveBytesMax || waves->back().size() == kWaveGroupsMax) {
       waves->emplace_back();
       bytes = 0;
       open = true;
@@ -353,11 +342,7 @@ void Direct::Begin(const LayerShape& shape, std::vector<Asked*> asked, Flight* f
   flight->asked = std::move(asked);
   std::vector<WaveGroup> groups(flight->asked.size());
   for (size_t i = 0; i < groups.size(); ++i) groups[i] = std::move(flight->asked[i]->group);
-  Wave& wave = *flight->wave;
-  wave.Build(shape, std::move(groups), pool_);
-  wave.Upload(stream_);
-  wave.Launch(wave.stream());
-  wave.Download();
+  flight->wave->Fly(shape, std::move(groups), pool_, stream_);
 }
 
 void Direct::Finish(const LayerShape& shape, Flight* flight, std::vector<GroupName>* left) {
@@ -421,12 +406,15 @@ void Direct::Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
 
 void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
                     absl::Span<const RowTables> tables,
-                    absl::Span<const std::vector<float>> unrotated, std::vector<GroupName>* left) {
+                    absl::Span<const absl::Span<const float>> unrotated,
+                    std::vector<GroupName>* left) {
   all_.clear();
+  covered_ends_.assign(rows.size(), 0);
   bool compares = false;  // what a row asks for takes some work
   for (uint32_t i = 0; i < rows.size(); ++i) {
     if (!Takes(shape, rows[i])) continue;
     compares |= rows[i].plan.source == Source::kReuse || rows[i].plan.source == Source::kGiven;
+    if (rows[i].plan.source == Source::kReuse) covered_ends_[i] = CoveredEnd(rows[i]);
     for (uint32_t kv_head = 0; kv_head < shape.layout.kv_head_count; ++kv_head) {
       all_.emplace_back();
       all_.back().name = {i, kv_head};

@@ -41,8 +41,8 @@ class Direct {
   // newest query token's queries before rotation, of rows that reuse lists. Adds to `left` the
   // groups that are not answered.
   void Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
-              absl::Span<const RowTables> tables, absl::Span<const std::vector<float>> unrotated,
-              std::vector<GroupName>* left);
+              absl::Span<const RowTables> tables,
+              absl::Span<const absl::Span<const float>> unrotated, std::vector<GroupName>* left);
 
   // Groups that were answered here so far, for tests: a path that is never taken tests nothing.
   uint64_t answered() const { return answered_; }
@@ -58,7 +58,7 @@ class Direct {
     ReusableAnchor anchor;
   };
   void Ask(const LayerShape& shape, absl::Span<AttendRow> rows, absl::Span<const RowTables> tables,
-           absl::Span<const std::vector<float>> unrotated, Asked* asked) const;
+           absl::Span<const absl::Span<const float>> unrotated, Asked* asked) const;
   // A wave on its way and what it was made of.
   struct Flight {
     explicit Flight(const Context& context) : wave(std::make_unique<Wave>(context)) {}
@@ -74,9 +74,10 @@ class Direct {
 
   const cudaStream_t stream_;
   ThreadPool* const pool_;
+  std::vector<uint32_t> covered_ends_;  // [row], of rows that reuse lists
   std::vector<Asked> all_;
   std::vector<Asked> again_;
-  // One works on the device while the host builds or answers the other.
+  // Of several, one works on the device while the host builds or answers the other.
   std::array<Flight, 2> flights_;
   uint64_t answered_ = 0;
 };

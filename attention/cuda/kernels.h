@@ -138,6 +138,23 @@ struct AttendTiling {
 AttendTiling AttendTilingOf(const AttendCall& call);
 cudaError_t Attend(const AttendCall& call, cudaStream_t stream);
 
+// Outputs of one KV head of one row: means over two disjoint sets of tokens, by their masses.
+struct MergeSet {
+  const HeadSums* first_sums = nullptr;   // [head_count]
+  const double* first_out = nullptr;      // [head_count][head_dim]
+  const HeadSums* chosen_sums = nullptr;  // null: there is only the first
+  const double* chosen_out = nullptr;
+  float* out = nullptr;  // [head_count][head_dim]
+  uint32_t head_count = 0;
+};
+struct MergeCall {
+  const MergeSet* sets = nullptr;
+  uint32_t set_count = 0;
+  uint32_t head_count_max = 0;
+  uint32_t head_dim = 0;
+};
+cudaError_t MergeOutputs(const MergeCall& call, cudaStream_t stream);
+
 // ---- Scan ---------------------------------------------------------------------------------------
 
 // Weights of all heads of one KV head of one row, as ScanWeights (attention/cpu/scan_kernel.h).

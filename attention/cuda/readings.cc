@@ -94,22 +94,39 @@ CacheShape ShapeOf(const KvLayout& layout) {
   return shape;
 }
 
+namespace {
+
+void SetMasses(const LayerShape& shape, const HeadQueries& queries, bool bounded,
+               uint32_t chain_tokens, const HeadSums* sums, Partial* part) {
+  for (uint32_t head = 0; head < queries.head_count; ++head) {
+    part->lse[head] =
+        sums[head].sum == 0.0 ? kLogZero : sums[head].reference * kLn2 + std::log(sums[head].sum);
+    if (bounded) {
+      BoundMass(shape, queries.norm[head], sums[head], chain_tokens, head, part);
+    } else {
+      part->upper[head] = {std::numeric_limits<double>::infinity()};
+      part->arithmetic[head] = std::numeric_limits<double>::infinity();
+    }
+  }
+}
+
+}  // namespace
+
 Partial PartialOf(const LayerShape& shape, const HeadQueries& queries, bool bounded,
                   uint32_t chain_tokens, const HeadSums* sums, const double* out) {
   const uint32_t dim = shape.layout.head_dim;
   Partial part;
   part.Resize(queries.head_count, dim);
   if (out != nullptr) std::copy_n(out, size_t{queries.head_count} * dim, part.out.begin());
-  for (uint32_t head = 0; head < queries.head_count; ++head) {
-    part.lse[head] =
-        sums[head].sum == 0.0 ? kLogZero : sums[head].reference * kLn2 + std::log(sums[head].sum);
-    if (bounded) {
-      BoundMass(shape, queries.norm[head], sums[head], chain_tokens, head, &part);
-    } else {
-      part.upper[head] = {std::numeric_limits<double>::infinity()};
-      part.arithmetic[head] = std::numeric_limits<double>::infinity();
-    }
-  }
+  SetMasses(shape, queries, bounded, chain_tokens, sums, &part);
+  return part;
+}
+
+Partial MassesOf(const LayerShape& shape, const HeadQueries& queries, bool bounded,
+                 uint32_t chain_tokens, const HeadSums* sums) {
+  Partial part;
+  part.Resize(queries.head_count, 0);
+  SetMasses(shape, queries, bounded, chain_tokens, sums, &part);
   return part;
 }
 

@@ -1,5 +1,5 @@
-// Kernels that read or write single rows: appends, exact logits, and what plans and proofs read of
-// sketches and values.
+// Kernels that read or write single rows: appends, exact logits, outputs of two attentions, and
+// what plans and proofs read of sketches and values.
 
 #include "attention/cuda/elements-inl.h"
 
@@ -108,6 +108,37 @@ __global__ void ScoreKernel(const ScoreCall call) {
   if (lane == 0) call.scores[index] = {.logit = logit, .key_squares = squares};
 }
 
+// A CTA per head and set. Doubles throughout, but for the output: what the merge adds to an
+// output's error is far below the margin that MergePartials counts for it.
+__global__ void MergeKernel(const MergeCall call) {
+  const MergeSet set = call.sets[blockIdx.x];
+  const uint32_t head = blockIdx.y;
+  if (head >= set.head_count) return;
+  HeadSums first = set.first_sums[head];
+  HeadSums chosen;  // empty
+  if (set.chosen_sums != nullptr) chosen = set.chosen_sums[head];
+  // An empty set's output counts for nothing, whatever it is.
+  if (first.sum == 0.0) first.reference = chosen.reference;
+  if (chosen.sum == 0.0) chosen.reference = first.reference;
+  const int32_t top = max(first.reference, chosen.reference);
+  const double first_weight = scalbn(first.sum, first.reference - top);
+  const double chosen_weight = scalbn(chosen.sum, chosen.reference - top);
+  const double total = first_weight + chosen_weight;
+  const size_t begin = size_t{head} * call.head_dim;
+  for (uint32_t c = threadIdx.x; c < call.head_dim; c += kThreads) {
+    double out = 0.0;
+    if (chosen.sum == 0.0) {
+      out = set.first_out[begin + c];
+    } else if (first.sum == 0.0) {
+      out = set.chosen_out[begin + c];
+    } else {
+      out = first_weight * set.first_out[begin + c] + chosen_weight * set.chosen_out[begin + c];
+      out /= total;
+    }
+    set.out[begin + c] = static_cast<float>(out);
+  }
+}
+
 // Norms are not negative, so they are ordered as integers are.
 template <int kType>
 __global__ void LargestKeyKernel(const KeyNormCall call) {
@@ -159,6 +190,12 @@ cudaError_t Score(const ScoreCall& call, cudaStream_t stream) {
   } else {
     ScoreKernel<kBfloat16><<<grid, kThreads, 0, stream>>>(call);
   }
+  return cudaGetLastError();
+}
+
+cudaError_t MergeOutputs(const MergeCall& call, cudaStream_t stream) {
+  if (call.set_count == 0) return cudaSuccess;
+  MergeKernel<<<dim3(call.set_count, call.head_count_max), kThreads, 0, stream>>>(call);
   return cudaGetLastError();
 }
 

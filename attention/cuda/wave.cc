@@ -22,6 +22,8 @@ constexpr uint32_t kScanRounds = 2;
 // CTAs of a choice that run on one multiprocessor side by side, and blocks that are worth one.
 constexpr uint32_t kChoiceCtas = 4;
 constexpr uint32_t kPartBlocksMin = 32;
+// So many groups keep the device busy with a quarter of them.
+constexpr uint32_t kDividedGroupsMin = 32;
 // Warps of a selection that are worth having on one multiprocessor, and the least that one takes.
 constexpr uint32_t kSelectPlaces = 32;
 constexpr uint32_t kBatchBlocksMin = 8;
@@ -42,8 +44,9 @@ size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 Wave::Wave(const Context& context) : context_(context) {
   Check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "stream");
   Check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "stream");
-  Check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "event");
-  Check(cudaEventCreateWithFlags(&attended_, cudaEventDisableTiming), "event");
+  for (cudaEvent_t* event : {&forked_, &uploaded_, &attended_}) {
+    Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
+  }
   int device = 0;
   int generation = 0;
   Check(cudaGetDevice(&device), "device");
@@ -53,8 +56,7 @@ Wave::Wave(const Context& context) : context_(context) {
 
 Wave::~Wave() {
   // Codes are not checked: at the end of a process there may be no device any more.
-  cudaEventDestroy(forked_);
-  cudaEventDestroy(attended_);
+  for (cudaEvent_t event : {forked_, uploaded_, attended_}) cudaEventDestroy(event);
   cudaStreamDestroy(side_);
   cudaStreamDestroy(context_.stream);
 }
@@ -73,14 +75,16 @@ uint32_t Wave::HeadsOf(const WaveGroup& group) const {
   return group.row->query_count * shape_->layout.group_size();
 }
 
-void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool) {
+// Everything but the queries.
+void Wave::Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool) {
   shape_ = &shape;
   groups_ = std::move(groups);
   to_device_.Reset();
+  for (Arena& arena : queries_) arena.Reset();
   to_host_.Reset();
   scratch_.Reset();
   bounded_ = groups_[0].proves();
-  chooses_ = bounds_values_ = ranks_ = false;
+  lists_ = chooses_ = bounds_values_ = ranks_ = false;
   head_count_max_ = 0;
   while (inputs_.size() < groups_.size()) inputs_.emplace_back();
   choices_.assign(groups_.size(), {});
@@ -91,38 +95,58 @@ void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadP
     assert(group.proves() == bounded_);
     group.queries = &inputs_[i].queries;
     head_count_max_ = std::max(head_count_max_, HeadsOf(group));
+    lists_ |= group.listed;
     chooses_ |= !group.settled() || (group.reads_all && group.has_hidden());
     bounds_values_ |= group.proves();
     ranks_ |= !group.settled() && group.row->plan.keep.top_k > 0;
-    TakeInputs(group, &inputs_[i]);
   }
-  pool->ParallelFor(
-      static_cast<uint32_t>(groups_.size()), [this](uint32_t i, uint32_t) { Fill(i); },
-      kGroupsPerThread);
+  SetParts();
+  for (uint32_t part = 0; part < part_count_; ++part) {
+    for (uint32_t i = part_begin(part); i < ends_[part].groups; ++i) {
+      TakeInputs(groups_[i], &inputs_[i], &queries_[part]);
+    }
+  }
   BuildChoices();
   BuildFirst(pool);
   if (chooses_) {
     BuildScan();
     BuildChosen();
   }
+  BuildMerge();
   const Slot<ChoiceGroup> slot = to_device_.Take<ChoiceGroup>(choices_.size());
   std::copy(choices_.begin(), choices_.end(), slot.host);
   choice_.groups = slot.device;
 }
 
-void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs) {
+// The first part is small: the device waits for its queries, and its scan takes longer than the
+// host's work on the others.
+void Wave::SetParts() {
+  const auto count = static_cast<uint32_t>(groups_.size());
+  part_count_ = chooses_ && !lists_ && count >= kDividedGroupsMin ? 2 : 1;
+  ends_ = {};
+  if (part_count_ > 1) ends_[0].groups = count / 4;
+  ends_[part_count_ - 1].groups = count;
+}
+
+void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs, Arena* arena) {
   const uint32_t dim = shape_->layout.head_dim;
   const uint32_t heads = HeadsOf(group);
-  inputs->qs = to_device_.Take<float>(size_t{heads} * dim);
-  inputs->visible = to_device_.Take<uint32_t>(size_t{2} * heads);
+  inputs->qs = arena->Take<float>(size_t{heads} * dim);
+  inputs->visible = arena->Take<uint32_t>(size_t{2} * heads);
   inputs->listed = {};
-  if (group.listed) inputs->listed = to_device_.Take<uint64_t>(BlocksOf(group));
+  if (group.listed) inputs->listed = arena->Take<uint64_t>(BlocksOf(group));
   if (!Scans(group)) return;
-  inputs->qw = to_device_.Take<float>(size_t{SketchDirections(dim)} * heads);
+  inputs->qw = arena->Take<float>(size_t{SketchDirections(dim)} * heads);
   if (!bounded_) return;
-  inputs->metric = to_device_.Take<float>(dim);
-  inputs->x = to_device_.Take<float>(size_t{heads} * dim);
-  inputs->norm = to_device_.Take<double>(size_t{4} * heads);
+  inputs->metric = arena->Take<float>(dim);
+  inputs->x = arena->Take<float>(size_t{heads} * dim);
+  inputs->norm = arena->Take<double>(size_t{4} * heads);
+}
+
+void Wave::FillPart(uint32_t part, ThreadPool* pool) {
+  const uint32_t begin = part_begin(part);
+  pool->ParallelFor(
+      ends_[part].groups - begin, [&](uint32_t i, uint32_t) { Fill(begin + i); }, kGroupsPerThread);
 }
 
 // Any thread, one per group.
@@ -141,9 +165,13 @@ void Wave::Fill(uint32_t index) {
   }
   if (group.listed) {
     std::fill_n(inputs.listed.host, BlocksOf(group), 0);
-    for (const uint32_t position : group.list) {
+    const auto mark = [&](uint32_t position) {
       inputs.listed.host[(position - base) / kWordTokens] |= uint64_t{1}
                                                              << (position % kWordTokens);
+    };
+    for (const uint32_t position : group.list) mark(position);
+    for (uint32_t position = group.fresh_begin; position < group.fresh_end; ++position) {
+      mark(position);
     }
   }
   if (!Scans(group)) return;
@@ -216,7 +244,7 @@ void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
 }
 
 // How the choice's kernels share out the group's blocks, of so many of all groups.
-void Wave::SetParts(uint32_t all_blocks, ChoiceGroup* choice) const {
+void Wave::ShareOut(uint32_t all_blocks, ChoiceGroup* choice) const {
   const auto ceil = [](uint32_t x, uint32_t y) { return (x + y - 1) / y; };
   const uint32_t blocks = choice->block_count;
   const auto groups = static_cast<uint32_t>(groups_.size());
@@ -290,15 +318,20 @@ void Wave::TakeScratch(const WaveGroup& group, ChoiceGroup* choice) {
   choice->estimate_share = scratch_.Take<float>(pages).device;
 }
 
-void Wave::TakeResults(WaveGroup* group) {
-  const uint32_t heads = HeadsOf(*group);
+void Wave::TakeResults(uint32_t index) {
+  WaveGroup& group = groups_[index];
+  Inputs& inputs = inputs_[index];
+  const uint32_t heads = HeadsOf(group);
   const size_t channels = size_t{heads} * shape_->layout.head_dim;
-  group->first_sums = to_host_.Take<HeadSums>(heads);
-  group->first_out = to_host_.Take<double>(channels);
+  group.out = to_host_.Take<float>(channels);
+  group.first_sums = to_host_.Take<HeadSums>(heads);
+  inputs.first_out = scratch_.Take<double>(channels);
+  group.chosen_sums = {};
+  inputs.chosen_out = {};
   if (!chooses_) return;
-  group->chosen_sums = to_host_.Take<HeadSums>(heads);
-  group->chosen_out = to_host_.Take<double>(channels);
-  group->dropped = to_host_.Take<DroppedSums>(heads);
+  group.chosen_sums = to_host_.Take<HeadSums>(heads);
+  inputs.chosen_out = scratch_.Take<double>(channels);
+  group.dropped = to_host_.Take<DroppedSums>(heads);
 }
 
 void Wave::BuildChoices() {
@@ -309,13 +342,13 @@ void Wave::BuildChoices() {
   // Of both attentions: a tile may be as small as one head.
   tickets_ = scratch_.Take<uint32_t>(2 * count * head_count_max_);
   choice_ = ChoiceCall();
-  for (size_t i = 0; i < count; ++i) {
+  for (uint32_t i = 0; i < count; ++i) {
     ChoiceGroup& choice = choices_[i];
     SetRanges(groups_[i], &choice);
     SetRules(groups_[i], &choice);
-    SetParts(all_blocks, &choice);
+    ShareOut(all_blocks, &choice);
     TakeWords(&groups_[i], &choice);
-    TakeResults(&groups_[i]);
+    TakeResults(i);
     groups_[i].stats = {stats_.host + i, stats_.device + i};
     choice.stats = stats_.device + i;
     choice.visible = inputs_[i].visible.device;
@@ -382,24 +415,39 @@ void Wave::CutFirst(uint32_t index, uint32_t words_per_job) {
 
 // Jobs of about as many tokens each: those of the list, and of the local window all.
 void Wave::CutListed(uint32_t index, uint64_t tokens_per_job) {
+  const WaveGroup& group = groups_[index];
   const ChoiceGroup& choice = choices_[index];
-  const uint64_t* const listed = inputs_[index].listed.host;
-  const uint32_t local = choice.ranges.local_begin / kWordTokens;
-  uint32_t job = 0;
+  std::vector<AttendJob>* const jobs = &inputs_[index].first_jobs;
+  const uint32_t base = group.block_begin * kBlockTokens;
+  const auto word_of = [&](size_t i) { return (group.list[i] - base) / kWordTokens; };
   uint32_t first = 0;
   uint64_t tokens = choice.ranges.sink_end;
   const auto cut = [&](uint32_t end) {
-    inputs_[index].first_jobs.push_back(
-        {.set = index, .index = job++, .first_word = first, .word_count = end - first});
+    if (end <= first) return;
+    jobs->push_back({.set = index,
+                     .index = static_cast<uint32_t>(jobs->size()),
+                     .first_word = first,
+                     .word_count = end - first});
     first = end;
     tokens = 0;
   };
-  for (uint32_t word = 0; word < choice.block_count; ++word) {
-    const uint32_t count =
-        word < local ? static_cast<uint32_t>(std::popcount(listed[word])) : kWordTokens;
-    // A job ends before the word that begins the next one.
-    if (count > 0 && tokens >= tokens_per_job && word > first) cut(word);
-    tokens += count;
+  // A job ends with the word that fills it.
+  for (size_t i = 0; i < group.list.size();) {
+    const size_t wanted = std::max<uint64_t>(tokens_per_job, tokens + 1) - tokens;
+    if (wanted > group.list.size() - i) {
+      tokens += group.list.size() - i;
+      break;
+    }
+    i += wanted;
+    const uint32_t word = word_of(i - 1);
+    while (i < group.list.size() && word_of(i) == word) ++i;
+    cut(word + 1);
+  }
+  tokens += group.fresh_end - group.fresh_begin;
+  const uint32_t local = std::min(choice.ranges.local_begin / kWordTokens, choice.block_count);
+  for (uint32_t word = std::max(local, first); word < choice.block_count; ++word) {
+    if (tokens >= tokens_per_job) cut(word);
+    tokens += kWordTokens;
   }
   cut(choice.block_count);
 }
@@ -416,12 +464,10 @@ void Wave::BuildFirst(ThreadPool* pool) {
     const ChoiceGroup& choice = choices_[i];
     if (choice.reads_middle) total += uint64_t{choice.block_count} * kWordTokens;
     if (!groups_[i].listed) continue;
-    total += groups_[i].list.size() + choice.ranges.end - choice.ranges.local_begin;
+    total += groups_[i].listed_count() + choice.ranges.end - choice.ranges.local_begin;
   }
   const uint64_t tokens = JobTarget(total, count, AttendPlaces(context_, first_), kJobTokensMin);
   const auto words_per_job = static_cast<uint32_t>((tokens + kWordTokens - 1) / kWordTokens);
-  bool lists = false;
-  for (const WaveGroup& group : groups_) lists |= group.listed;
   pool->ParallelFor(
       count,
       [&](uint32_t i, uint32_t) {
@@ -432,7 +478,7 @@ void Wave::BuildFirst(ThreadPool* pool) {
           CutFirst(i, words_per_job);
         }
       },
-      lists ? kGroupsPerThread : count);
+      lists_ ? kGroupsPerThread : count);
   size_t job_count = 0;
   for (uint32_t i = 0; i < count; ++i) job_count += inputs_[i].first_jobs.size();
   const Slot<AttendJob> jobs = to_device_.Take<AttendJob>(job_count);
@@ -442,7 +488,7 @@ void Wave::BuildFirst(ThreadPool* pool) {
     const std::vector<AttendJob>& own_jobs = inputs_[i].first_jobs;
     to = std::copy(own_jobs.begin(), own_jobs.end(), to);
     AttendSet set = SetOf(i, choices_[i].first);
-    set.out = groups_[i].first_out.device;
+    set.out = inputs_[i].first_out.device;
     set.sums = groups_[i].first_sums.device;
     set.job_count = static_cast<uint32_t>(own_jobs.size());
     set.tickets = tickets_.device + size_t{2} * i * head_count_max_;
@@ -458,6 +504,30 @@ void Wave::BuildFirst(ThreadPool* pool) {
   first_.job_count = static_cast<uint32_t>(job_count);
 }
 
+ScanSet Wave::ScanSetOf(uint32_t index) const {
+  const ChoiceGroup& choice = choices_[index];
+  const Inputs& inputs = inputs_[index];
+  ScanSet set;
+  set.sketches = choice.sketches;
+  set.tokens = choice.to_scan;
+  set.metric = inputs.metric.device;
+  set.qs = inputs.qs.device;
+  set.x = inputs.x.device;
+  set.qw = inputs.qw.device;
+  set.norm = inputs.norm.device;
+  set.visible = inputs.visible.device;
+  // The choice only reads what is written here.
+  set.weights = const_cast<float*>(choice.weights);
+  set.reference = const_cast<int32_t*>(choice.reference);
+  set.page_sum = const_cast<float*>(choice.page_sum);
+  set.lower_share = const_cast<float*>(choice.lower_share);
+  set.estimate_share = const_cast<float*>(choice.estimate_share);
+  set.head_count = choice.head_count;
+  set.kv_head = choice.kv_head;
+  set.block_count = choice.block_count;
+  return set;
+}
+
 void Wave::BuildScan() {
   scan_ = ScanCall();
   scan_.shape = choice_.shape;
@@ -469,52 +539,36 @@ void Wave::BuildScan() {
   const auto blocks_of = [](const ChoiceGroup& choice) {
     return std::min(choice.block_count, choice.ranges.local_begin / kWordTokens + 1);
   };
-  std::vector<ScanSet> sets;
-  std::vector<uint32_t> scanned;
   uint64_t pages = 0;
+  uint32_t set_count = 0;
   for (uint32_t i = 0; i < groups_.size(); ++i) {
     if (!Scans(groups_[i])) continue;
-    const ChoiceGroup& choice = choices_[i];
-    const Inputs& inputs = inputs_[i];
-    ScanSet set;
-    set.sketches = choice.sketches;
-    set.tokens = choice.to_scan;
-    set.metric = inputs.metric.device;
-    set.qs = inputs.qs.device;
-    set.x = inputs.x.device;
-    set.qw = inputs.qw.device;
-    set.norm = inputs.norm.device;
-    set.visible = inputs.visible.device;
-    // The choice only reads what is written here.
-    set.weights = const_cast<float*>(choice.weights);
-    set.reference = const_cast<int32_t*>(choice.reference);
-    set.page_sum = const_cast<float*>(choice.page_sum);
-    set.lower_share = const_cast<float*>(choice.lower_share);
-    set.estimate_share = const_cast<float*>(choice.estimate_share);
-    set.head_count = choice.head_count;
-    set.kv_head = choice.kv_head;
-    set.block_count = choice.block_count;
-    sets.push_back(set);
-    scanned.push_back(blocks_of(choice));
-    pages += blocks_of(choice);
+    pages += blocks_of(choices_[i]);
+    ++set_count;
   }
-  if (sets.empty()) return;
+  if (set_count == 0) return;
   const auto target = static_cast<uint32_t>(
-      JobTarget(pages, sets.size(), kScanRounds * ScanPlaces(context_), kJobPagesMin));
-  std::vector<ScanJob> jobs;
-  for (uint32_t i = 0; i < sets.size(); ++i) {
-    for (uint32_t block = 0; block < scanned[i]; block += target) {
-      jobs.push_back(
-          {.set = i, .first_block = block, .block_count = std::min(target, scanned[i] - block)});
+      JobTarget(pages, set_count, kScanRounds * ScanPlaces(context_), kJobPagesMin));
+  const Slot<ScanSet> sets = to_device_.Take<ScanSet>(set_count);
+  const Slot<ScanJob> jobs = to_device_.Take<ScanJob>(pages / target + set_count);
+  uint32_t set = 0;
+  uint32_t job = 0;
+  for (uint32_t part = 0; part < part_count_; ++part) {
+    for (uint32_t i = part_begin(part); i < ends_[part].groups; ++i) {
+      if (!Scans(groups_[i])) continue;
+      sets.host[set] = ScanSetOf(i);
+      const uint32_t blocks = blocks_of(choices_[i]);
+      for (uint32_t block = 0; block < blocks; block += target) {
+        jobs.host[job++] = {
+            .set = set, .first_block = block, .block_count = std::min(target, blocks - block)};
+      }
+      ++set;
     }
+    ends_[part].scan_jobs = job;
   }
-  const Slot<ScanSet> set_slot = to_device_.Take<ScanSet>(sets.size());
-  std::copy(sets.begin(), sets.end(), set_slot.host);
-  const Slot<ScanJob> job_slot = to_device_.Take<ScanJob>(jobs.size());
-  std::copy(jobs.begin(), jobs.end(), job_slot.host);
-  scan_.sets = set_slot.device;
-  scan_.jobs = job_slot.device;
-  scan_.job_count = static_cast<uint32_t>(jobs.size());
+  scan_.sets = sets.device;
+  scan_.jobs = jobs.device;
+  scan_.job_count = job;
 }
 
 void Wave::BuildChosen() {
@@ -523,7 +577,7 @@ void Wave::BuildChosen() {
   const Slot<AttendSet> sets = to_device_.Take<AttendSet>(count + 1);
   for (uint32_t i = 0; i < count; ++i) {
     AttendSet set = SetOf(i, choices_[i].chosen);
-    set.out = groups_[i].chosen_out.device;
+    set.out = inputs_[i].chosen_out.device;
     set.sums = groups_[i].chosen_sums.device;
     set.tickets = tickets_.device + (size_t{2} * i + 1) * head_count_max_;
     sets.host[i] = set;
@@ -543,39 +597,112 @@ void Wave::BuildChosen() {
   choice_.part_sums = scratch_.Take<HeadSums>(parts).device;
 }
 
+void Wave::BuildMerge() {
+  const auto count = static_cast<uint32_t>(groups_.size());
+  const Slot<MergeSet> sets = to_device_.Take<MergeSet>(count);
+  for (uint32_t i = 0; i < count; ++i) {
+    sets.host[i] = {.first_sums = groups_[i].first_sums.device,
+                    .first_out = inputs_[i].first_out.device,
+                    .chosen_sums = groups_[i].chosen_sums.device,
+                    .chosen_out = inputs_[i].chosen_out.device,
+                    .out = groups_[i].out.device,
+                    .head_count = HeadsOf(groups_[i])};
+  }
+  merge_ = {.sets = sets.device,
+            .set_count = count,
+            .head_count_max = head_count_max_,
+            .head_dim = shape_->layout.head_dim};
+}
+
+void Wave::Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool,
+               cudaStream_t after) {
+  Lay(shape, std::move(groups), pool);
+  launch_count_ = 0;
+  const cudaStream_t stream = context_.stream;
+  Check(cudaEventRecord(forked_, after), "event");
+  Check(cudaStreamWaitEvent(stream, forked_, 0), "event");
+  to_device_.Upload(stream);
+  // Lists come with the queries.
+  if (!lists_) Run(MarkWords(choice_, stream), "mark");
+  FillPart(0, pool);
+  queries_[0].Upload(stream);
+  if (lists_) Run(MarkWords(choice_, stream), "mark");
+  Fork(stream);
+  LaunchScan(0, stream);
+  if (part_count_ > 1) {
+    FillPart(1, pool);
+    queries_[1].Upload(side_);
+    Check(cudaEventRecord(uploaded_, side_), "event");
+    Check(cudaStreamWaitEvent(stream, uploaded_, 0), "event");
+    LaunchScan(1, stream);
+  }
+  LaunchFirst();
+  LaunchRest(stream, Stage::kAll);
+  to_host_.Download(stream);
+}
+
+void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool) {
+  Lay(shape, std::move(groups), pool);
+  for (uint32_t part = 0; part < part_count_; ++part) FillPart(part, pool);
+}
+
 void Wave::Upload(cudaStream_t after) {
   Check(cudaEventRecord(forked_, after), "event");
   Check(cudaStreamWaitEvent(context_.stream, forked_, 0), "event");
   to_device_.Upload(context_.stream);
+  for (uint32_t part = 0; part < part_count_; ++part) queries_[part].Upload(context_.stream);
 }
 
 void Wave::Launch(cudaStream_t stream, Stage last) {
   launch_count_ = 0;
-  const auto check = [this](cudaError_t code, const char* what) {
-    ++launch_count_;
-    Check(code, what);
-  };
-  check(MarkWords(choice_, stream), "mark");
+  Run(MarkWords(choice_, stream), "mark");
   if (last == Stage::kMark) return;
-  // What is read in any case is attended to while the sketches are scanned.
-  Check(cudaEventRecord(forked_, stream), "event");
-  Check(cudaStreamWaitEvent(side_, forked_, 0), "event");
-  check(cuda::Attend(first_, side_), "attend");
-  if (bounds_values_ && !chooses_) check(BoundOpenValues(choice_, side_), "values");
-  if (choice_.norm_tokens_max > 0) check(BoundKeys(choice_, side_), "keys");
-  Check(cudaEventRecord(attended_, side_), "event");
-  if (chooses_ && scan_.job_count > 0) check(cuda::Scan(scan_, stream), "scan");
-  Check(cudaStreamWaitEvent(stream, attended_, 0), "event");
-  if (!chooses_ || last == Stage::kScan) return;
-  check(FindThresholds(choice_, stream), "thresholds");
-  if (last == Stage::kThresholds) return;
-  check(SelectTokens(choice_, stream), "select");
-  // With ranks thresholds are two kernels, and so is this.
-  if (choice_.ranks) launch_count_ += 2;
-  if (last == Stage::kAll) check(cuda::Attend(chosen_, stream), "attend");
+  Fork(stream);
+  for (uint32_t part = 0; part < part_count_; ++part) LaunchScan(part, stream);
+  LaunchFirst();
+  LaunchRest(stream, last);
 }
 
-void Wave::Download() { to_host_.Download(context_.stream); }
+void Wave::Run(cudaError_t code, const char* what) {
+  ++launch_count_;
+  Check(code, what);
+}
+
+// What is read in any case is attended to while the sketches are scanned.
+void Wave::Fork(cudaStream_t stream) {
+  Check(cudaEventRecord(forked_, stream), "event");
+  Check(cudaStreamWaitEvent(side_, forked_, 0), "event");
+}
+
+void Wave::LaunchScan(uint32_t part, cudaStream_t stream) {
+  const uint32_t begin = part == 0 ? 0 : ends_[part - 1].scan_jobs;
+  ScanCall call = scan_;
+  call.jobs += begin;
+  call.job_count = ends_[part].scan_jobs - begin;
+  if (call.job_count > 0) Run(cuda::Scan(call, stream), "scan");
+}
+
+void Wave::LaunchFirst() {
+  Run(cuda::Attend(first_, side_), "attend");
+  if (bounds_values_ && !chooses_) Run(BoundOpenValues(choice_, side_), "values");
+  if (choice_.norm_tokens_max > 0) Run(BoundKeys(choice_, side_), "keys");
+  Check(cudaEventRecord(attended_, side_), "event");
+}
+
+void Wave::LaunchRest(cudaStream_t stream, Stage last) {
+  Check(cudaStreamWaitEvent(stream, attended_, 0), "event");
+  if (last == Stage::kScan) return;
+  if (chooses_) {
+    Run(FindThresholds(choice_, stream), "thresholds");
+    if (last == Stage::kThresholds) return;
+    Run(SelectTokens(choice_, stream), "select");
+    // With ranks thresholds are two kernels, and so is this.
+    if (choice_.ranks) launch_count_ += 2;
+    if (last == Stage::kChoose) return;
+    Run(cuda::Attend(chosen_, stream), "attend");
+  }
+  Run(MergeOutputs(merge_, stream), "merge");
+}
 
 void Wave::Wait() { Check(cudaStreamSynchronize(context_.stream), "wave"); }
 
@@ -583,13 +710,13 @@ Partial Wave::Kept(const WaveGroup& group) const {
   const ChoiceStats& stats = *group.stats.host;
   // No job has more tokens than there are.
   const uint32_t first_tokens = stats.always + (group.reads_all ? stats.middle : 0);
-  Partial kept = PartialOf(*shape_, *group.queries, bounded_,
-                           std::min(group.first_job_tokens_max, first_tokens),
-                           group.first_sums.host, group.first_out.host);
+  Partial kept =
+      MassesOf(*shape_, *group.queries, bounded_,
+               std::min(group.first_job_tokens_max, first_tokens), group.first_sums.host);
   if (!chooses_) return kept;
-  const Partial chosen = PartialOf(*shape_, *group.queries, bounded_, stats.job_tokens_max,
-                                   group.chosen_sums.host, group.chosen_out.host);
-  MergePartials(shape_->layout.head_dim, chosen, &kept);
+  const Partial chosen =
+      MassesOf(*shape_, *group.queries, bounded_, stats.job_tokens_max, group.chosen_sums.host);
+  MergePartials(/*head_dim=*/0, chosen, &kept);
   return kept;
 }
 

@@ -1,6 +1,10 @@
 // Groups (one KV head of one row each) whose plans are simple, on their way through the device in
 // one go: mark what is read in any case, scan, attend to the first part, choose, attend to what was
-// chosen. Nothing in between waits for the host, and what comes back is a few numbers per head.
+// chosen, add up. Nothing in between waits for the host, and what comes back is outputs and a few
+// numbers per head.
+//
+// Large waves go in two parts: while the sketches of the first part's groups are scanned, the host
+// prepares the queries of the second.
 //
 // Built, launched and looked at by one thread, but for Fill.
 
@@ -8,6 +12,7 @@
 #define KVSERVICE_ATTENTION_CUDA_WAVE_H_
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -35,10 +40,13 @@ struct WaveGroup {
   RowTables tables;
   uint32_t kv_head = 0;
   bool reads_all = false;  // without a choice
-  // A list that is settled, in place of a choice: positions of the middle, ascending. Others count
-  // for nothing. Only without a proof.
+  // A list that is settled, in place of a choice: positions of the middle, ascending, and behind
+  // them all of [fresh_begin, fresh_end). Others count for nothing. Only without a proof. The list
+  // is borrowed until the wave has been built and answered.
   bool listed = false;
-  std::vector<uint32_t> list;
+  absl::Span<const uint32_t> list;
+  uint32_t fresh_begin = 0;
+  uint32_t fresh_end = 0;
   // What the choice aims at instead of the plan's mass_limit; 0 = that.
   float mass_limit = 0.0F;
   // Tokens that were scanned for it before.
@@ -59,12 +67,15 @@ struct WaveGroup {
   // What came back.
   Slot<ChoiceStats> stats;
   Slot<HeadSums> first_sums, chosen_sums;  // [heads]
-  Slot<double> first_out, chosen_out;      // [heads][head_dim]
+  Slot<float> out;                         // [heads][head_dim]
   Slot<DroppedSums> dropped;               // [heads]
   Slot<uint64_t> first, chosen;            // words, where they are wanted
 
   // What is read is known before a weight is.
   bool settled() const { return reads_all || listed; }
+  uint32_t listed_count() const {
+    return static_cast<uint32_t>(list.size()) + fresh_end - fresh_begin;
+  }
   bool proves() const { return row->plan.prove != Guarantee::kNone; }
   bool has_hidden() const { return row->plan.visible_begin > std::max(row->plan.sink_end, begin); }
 };
@@ -79,33 +90,44 @@ class Wave {
   // Tokens of weights that a group of this row takes room for, times heads.
   static size_t WeightBytes(const LayerShape& shape, const AttendRow& row);
 
-  // Takes groups that are all proven or all not. The shape and rows are borrowed.
-  void Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool);
-  // To the device; what happens there, up to a stage that is to be timed; back. Launch alone may be
-  // captured in a graph. Upload begins when what is in `after` now is done, so two waves may be on
+  // Takes groups that are all proven or all not, sends them to the device, when what is in `after`
+  // now is done, and asks for the results. The shape and rows are borrowed. Two waves may be on
   // their way at the same time; Wait ends when everything has come back.
+  void Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool,
+           cudaStream_t after);
+  void Wait();
+
+  // The same in steps, for measuring: all that the host does; to the device, behind what `after`
+  // holds; what happens there, up to a stage. Launch alone may be captured in a graph.
+  void Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool);
   void Upload(cudaStream_t after);
   enum class Stage : uint8_t { kMark, kScan, kThresholds, kChoose, kAll };
   void Launch(cudaStream_t stream, Stage last = Stage::kAll);
-  void Download();
-  void Wait();
 
   // The wave's own.
   cudaStream_t stream() const { return context_.stream; }
   size_t size() const { return groups_.size(); }
   const WaveGroup& group(size_t i) const { return groups_[i]; }
-  // Attention of all heads over what was read, and whether something was left to be chosen from.
+  // Masses of all heads over what was read (`out` is empty: see WaveGroup::out), and whether
+  // something was left to be chosen from.
   Partial Kept(const WaveGroup& group) const;
   bool chooses() const { return chooses_; }
   uint32_t launch_count() const { return launch_count_; }
 
  private:
+  static constexpr uint32_t kParts = 2;
+  // Groups and jobs of scans up to here.
+  struct PartEnd {
+    uint32_t groups = 0;
+    uint32_t scan_jobs = 0;
+  };
   struct Inputs {
     HeadQueries queries;
     Slot<float> qs, x, qw, metric;
     Slot<double> norm;
     Slot<uint32_t> visible;
-    Slot<uint64_t> listed;  // words
+    Slot<uint64_t> listed;               // words
+    Slot<double> first_out, chosen_out;  // [heads][head_dim], on the device alone
     ScanQueries scan;
     std::vector<AttendJob> first_jobs;
   };
@@ -113,32 +135,48 @@ class Wave {
   bool Scans(const WaveGroup& group) const;
   uint32_t BlocksOf(const WaveGroup& group) const;
   uint32_t HeadsOf(const WaveGroup& group) const;
-  void TakeInputs(const WaveGroup& group, Inputs* inputs);
+  void TakeInputs(const WaveGroup& group, Inputs* inputs, Arena* arena);
+  void Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool);
+  void SetParts();
+  uint32_t part_begin(uint32_t part) const { return part == 0 ? 0 : ends_[part - 1].groups; }
+  void FillPart(uint32_t part, ThreadPool* pool);
   void Fill(uint32_t index);
   void SetRanges(const WaveGroup& group, ChoiceGroup* choice) const;
   void SetRules(const WaveGroup& group, ChoiceGroup* choice) const;
-  void SetParts(uint32_t all_blocks, ChoiceGroup* choice) const;
+  void ShareOut(uint32_t all_blocks, ChoiceGroup* choice) const;
   void TakeWords(WaveGroup* group, ChoiceGroup* choice);
   void TakeScratch(const WaveGroup& group, ChoiceGroup* choice);
   void TakeZeros(ChoiceGroup* choice);
-  void TakeResults(WaveGroup* group);
+  void TakeResults(uint32_t index);
   void BuildChoices();
   void BuildFirst(ThreadPool* pool);
   void CutFirst(uint32_t index, uint32_t words_per_job);
   void CutListed(uint32_t index, uint64_t tokens_per_job);
+  ScanSet ScanSetOf(uint32_t index) const;
   void BuildScan();
   void BuildChosen();
+  void BuildMerge();
   AttendSet SetOf(uint32_t index, const uint64_t* words) const;
+
+  void Run(cudaError_t code, const char* what);
+  void Fork(cudaStream_t stream);
+  void LaunchScan(uint32_t part, cudaStream_t stream);
+  void LaunchFirst();
+  void LaunchRest(cudaStream_t stream, Stage last);
 
   Context context_;
   cudaStream_t side_ = nullptr;
   cudaEvent_t forked_ = nullptr;
+  cudaEvent_t uploaded_ = nullptr;
   cudaEvent_t attended_ = nullptr;
   const LayerShape* shape_ = nullptr;
   std::vector<WaveGroup> groups_;
   std::deque<Inputs> inputs_;
   std::vector<ChoiceGroup> choices_;
+  uint32_t part_count_ = 1;
+  std::array<PartEnd, kParts> ends_;
   bool bounded_ = false;
+  bool lists_ = false;
   bool chooses_ = false;
   bool bounds_values_ = false;
   bool overlaps_ = false;
@@ -146,6 +184,7 @@ class Wave {
   uint32_t head_count_max_ = 0;
   uint32_t launch_count_ = 0;
   Arena to_device_{Arena::Sides::kBoth};
+  std::array<Arena, kParts> queries_{Arena(Arena::Sides::kBoth), Arena(Arena::Sides::kBoth)};
   Arena to_host_{Arena::Sides::kBoth};
   Arena scratch_{Arena::Sides::kDevice};
   Slot<ChoiceStats> stats_;
@@ -153,6 +192,7 @@ class Wave {
   ChoiceCall choice_;
   ScanCall scan_;
   AttendCall first_, chosen_;
+  MergeCall merge_;
 };
 
 }  // namespace kvservice::cuda

@@ -202,6 +202,14 @@ void ColumnToProto(const std::vector<Report>& reports, float Report::*member,
 }
 
 void GroupsToProto(const std::vector<GroupReport>& groups, v1::GroupReports* to) {
+  const int count = static_cast<int>(groups.size());
+  to->mutable_action()->Reserve(count);
+  to->mutable_scanned()->Reserve(count);
+  to->mutable_tokens_read()->Reserve(count);
+  to->mutable_tokens_scanned()->Reserve(count);
+  to->mutable_similarity()->Reserve(count);
+  to->mutable_keys_sampled()->Reserve(count);
+  to->mutable_rows_sampled()->Reserve(count);
   for (const GroupReport& group : groups) {
     to->add_action(ActionToProto(group.action));
     to->add_scanned(group.scanned);

@@ -37,8 +37,20 @@ absl::Status ReplyTooLarge(uint64_t bytes, uint64_t bytes_max) {
        .metadata = {{"bytes", std::to_string(bytes)}, {"bytes_max", std::to_string(bytes_max)}}});
 }
 
-// A call in a slot.
+// Of a slot, for the messages of a call: those of 8 rows and 32 heads fit.
+constexpr size_t kArenaBytes = size_t{64} << 10;
+
+google::protobuf::ArenaOptions OptionsOf(absl::Span<char> block) {
+  google::protobuf::ArenaOptions options;
+  options.initial_block = block.data();
+  options.initial_block_size = block.size();
+  return options;
+}
+
+// A call in a slot. The block is borrowed.
 struct LaneCall {
+  explicit LaneCall(absl::Span<char> block) : arena(OptionsOf(block)) {}
+
   Arena arena;
   v1::AttendRequest* const request = Arena::CreateMessage<v1::AttendRequest>(&arena);
   v1::AttendResponse* const response = Arena::CreateMessage<v1::AttendResponse>(&arena);
@@ -58,6 +70,10 @@ struct Lane::Slot {
   // A private copy of the message, in either direction.
   std::string message;
   RegionCopy region;
+  // Kept from call to call, so that decoding allocates and clears no large buffers.
+  const std::unique_ptr<char[]> arena = std::make_unique_for_overwrite<char[]>(kArenaBytes);
+  std::vector<float> out;
+  std::vector<float> lse;
   std::optional<LaneCall> call;
 };
 
@@ -99,7 +115,9 @@ bool Lane::Take(uint32_t index) {
   if (number == slot.number) return false;
   slot.number = number;
   slot.is_busy = true;
-  slot.call.emplace();
+  slot.call.emplace(absl::MakeSpan(slot.arena.get(), kArenaBytes));
+  slot.call->run.call.out = std::move(slot.out);
+  slot.call->run.call.lse = std::move(slot.lse);
   slot.call->run.arrived_ns = host_->service.calls.clock->SteadyNowNs();
   host_->service.calls.in_flight->Enter();
   const absl::Status status = Begin(index);
@@ -154,6 +172,8 @@ void Lane::Reply(uint32_t index, const absl::Status& status) {
   const uint64_t duration_ns = calls.clock->SteadyNowNs() - slot.call->run.arrived_ns;
   const size_t reserved_bytes = slot.call->reserved_bytes;
   const uint32_t number = slot.number;
+  slot.out = std::move(slot.call->run.call.out);
+  slot.lse = std::move(slot.call->run.call.lse);
   slot.call.reset();
   slot.is_busy = false;
   // The lane thread may have passed by the next request while the slot was still busy.
@@ -179,14 +199,16 @@ absl::Status Lane::WriteAnswer(uint32_t index) {
   out->mutable_region()->set_offset_bytes(out_offset);
   out->mutable_region()->set_length_bytes(out_bytes);
   const uint64_t offset = AlignUp(out_offset + out_bytes);
-  const uint64_t bytes = offset + response->ByteSizeLong() - lse_offset;
+  const size_t message_bytes = response->ByteSizeLong();
+  const uint64_t bytes = offset + message_bytes - lse_offset;
   if (bytes > memory_.shape().reply_bytes) {
     return ReplyTooLarge(bytes, memory_.shape().reply_bytes);
   }
   std::memcpy(memory_.Range(lse_offset, lse_bytes).data(), run.call.lse.data(), lse_bytes);
   StoreOutput(run.output_dtype, run.call.out, memory_.Range(out_offset, out_bytes).data());
   // Not into the shared memory: what serializing does there is protobuf's business.
-  response->SerializeToString(&slot.message);
+  slot.message.resize(message_bytes);
+  response->SerializeWithCachedSizesToArray(reinterpret_cast<uint8_t*>(slot.message.data()));
   WriteMessage(index, 0, offset, slot.message);
   return absl::OkStatus();
 }

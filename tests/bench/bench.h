@@ -8,7 +8,10 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -24,6 +27,9 @@ struct BenchOptions {
   std::vector<std::string> traces = {};
   // How the calls of decode_e2e travel: some of auto, unary, stream and lane, which take turns.
   std::vector<std::string> transports = {"auto"};
+  // Sizes of the planted data of decode_e2e, as "sequences x tokens"; empty: its own.
+  std::vector<std::string> sizes = {};
+  uint32_t step_count = 41;  // of decode_e2e, on planted data
 };
 
 // One measured figure.
@@ -41,6 +47,9 @@ struct Row {
   // comment names.
   double error = 0.0;
 };
+
+// Two numbers above 0 with an x between them, as 8x32768; nothing if it is anything else.
+std::optional<std::pair<uint32_t, uint32_t>> ParseSize(std::string_view text);
 
 // Median of `samples`; reorders them.
 double Median(std::vector<double>* samples);

@@ -1,7 +1,8 @@
 // Decode steps through the service: a server in a process of its own, a client that sends q, k and
 // v of one new token per sequence and layer and gets outputs and certificates back. The baseline is
 // what the service has to beat: dense attention over the same keys in the caller's own process, on
-// the same kind of device, with nothing sent anywhere. Calls go by the ways that --transport names.
+// the same kind of device, with nothing sent anywhere. Calls go by the ways that --transport names;
+// their tensors are in StepBuffers, which the ways other than shared memory copy.
 //
 // Times are those of one call (one layer of one step) as the caller sees it: the median over steps
 // of the mean over layers. Cases take turns. Sizes are such that keys and values do not stay in the
@@ -15,6 +16,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <map>
 #include <memory>
 #include <utility>
 
@@ -152,6 +155,7 @@ class RemoteDecode {
   absl::StatusOr<size_t> AddCase(client::Client* client) {
     CaseCalls& made = cases_.emplace_back();
     made.client = client;
+    made.buffers = BuffersOf(client);
     for (const client::Sequence& prompt : prompts_) {
       auto fork = prompt.Fork();
       if (!fork.ok()) return fork.status();
@@ -161,25 +165,28 @@ class RemoteDecode {
     return cases_.size() - 1;
   }
 
-  // One layer of one step of a case. Positions behind the prompt append the token there.
-  absl::StatusOr<client::AttendResult> Attend(size_t index, const client::Policy& policy,
-                                              uint32_t layer, uint32_t position,
-                                              const std::vector<float>& q) {
-    const uint32_t batch = data_->batch();
+  // Tensors of a case's next call, where its caller has them before it calls. `position` and
+  // queries, [batch][query_head_count][head_dim], as Attend's.
+  void Prepare(size_t index, uint32_t layer, uint32_t position, const std::vector<float>& q) {
+    const client::StepBuffers& buffers = *cases_[index].buffers;
     const size_t bytes = data_->token_bytes();
+    for (uint32_t b = 0; b < data_->batch(); ++b) {
+      data_->Tokens(layer, b, position, 1, &buffers.k()[b * bytes], &buffers.v()[b * bytes]);
+    }
+    std::memcpy(buffers.q().data(), q.data(), q.size() * sizeof(float));
+  }
+
+  // One layer of one step of a case, prepared. Positions behind the prompt append the token there.
+  absl::StatusOr<client::AttendResult> Attend(size_t index, const client::Policy& policy,
+                                              uint32_t layer, uint32_t position) {
+    const uint32_t batch = data_->batch();
     std::vector<client::AttendRow> rows(batch);
     for (uint32_t b = 0; b < batch; ++b) {
       rows[b].sequence = &cases_[index].sequences[b];
       rows[b].position = position;
-      data_->Tokens(layer, b, position, 1, &k_[b * bytes], &v_[b * bytes]);
     }
     client::AttendStep step{.layer = layer, .rows = rows, .policy = policy};
-    const KvLayout& layout = data_->layout();
-    step.q = client::Float32View(q, batch, layout.query_head_count, layout.head_dim);
-    if (position >= data_->prompt_tokens()) {
-      step.k = View(k_, batch);
-      step.v = View(v_, batch);
-    }
+    step.SetBuffers(cases_[index].buffers, /*store=*/position >= data_->prompt_tokens());
     auto result = cases_[index].client->Attend(step);
     if (!result.ok()) return result.status();
     for (const client::AttendRowResult& row : result->rows) {
@@ -188,7 +195,21 @@ class RemoteDecode {
     return result;
   }
 
+  // Of a case's last call, [batch][query_head_count][head_dim].
+  absl::Span<const float> out(size_t index) const { return cases_[index].buffers->out(); }
+
  private:
+  // Cases of one client take turns with its buffers.
+  client::StepBuffers* BuffersOf(client::Client* client) {
+    const auto known = buffers_.find(client);
+    if (known != buffers_.end()) return &known->second;
+    const KvLayout& layout = data_->layout();
+    const client::StepShape shape{.token_count = data_->batch(),
+                                  .query_head_count = layout.query_head_count,
+                                  .kv_head_count = layout.kv_head_count,
+                                  .head_dim = layout.head_dim};
+    return &buffers_.emplace(client, client->NewStepBuffers(shape)).first->second;
+  }
   client::TensorView View(const std::vector<std::byte>& bytes, uint32_t tokens) const {
     return {.dtype = client::DType::kBfloat16,
             .token_count = tokens,
@@ -202,8 +223,10 @@ class RemoteDecode {
   std::vector<client::Sequence> prompts_;
   struct CaseCalls {
     client::Client* client = nullptr;
+    client::StepBuffers* buffers = nullptr;
     std::vector<client::Sequence> sequences;  // [batch]
   };
+  std::map<client::Client*, client::StepBuffers> buffers_;
   std::vector<CaseCalls> cases_;
   std::vector<std::byte> k_, v_;
 };
@@ -221,7 +244,7 @@ struct Case {
   client::Policy policy;
   bool certifies = false;
   double error = 0.0;
-  std::vector<double> step_seconds, call_seconds, service_seconds;
+  std::vector<double> step_seconds, call_seconds, queue_seconds, service_seconds;
   double tokens_read = 0.0;  // over all calls, sequences and KV heads
   double scans = 0.0;
   double groups = 0.0;
@@ -254,18 +277,20 @@ absl::Status Check(DecodeData* data, RemoteDecode* remote, LocalDense* local, ui
   const std::vector<float> q = data->Queries(layer, position);
   const absl::Status status = local->Run(layer, q);
   if (!status.ok()) return status;
-  const auto result = remote->Attend(measured->sequences, measured->policy, layer, position, q);
+  remote->Prepare(measured->sequences, layer, position, q);
+  const auto result = remote->Attend(measured->sequences, measured->policy, layer, position);
   if (!result.ok()) return result.status();
   double difference = 0.0;
   double size = 0.0;
-  size_t at = 0;
+  const absl::Span<const float> out = remote->out(measured->sequences);
+  if (out.size() != local->out.size()) return absl::InternalError("outputs are missing");
+  for (size_t i = 0; i < out.size(); ++i) {
+    const double truth = local->out[i];
+    difference += (static_cast<double>(out[i]) - truth) * (static_cast<double>(out[i]) - truth);
+    size += truth * truth;
+  }
   size_t head = 0;
   for (const client::AttendRowResult& row : result->rows) {
-    for (const float x : row.out) {
-      const double truth = local->out[at++];
-      difference += (static_cast<double>(x) - truth) * (static_cast<double>(x) - truth);
-      size += truth * truth;
-    }
     for (size_t h = 0; h < row.lse.size() && measured->certifies; ++h) {
       const double kept = static_cast<double>(row.lse[h]) - static_cast<double>(local->lse[head++]);
       const double bound = row.certificates[h].dropped_mass_upper.value;
@@ -292,16 +317,24 @@ class Loop {
       : data_(data), remote_(remote), local_(local) {}
 
   absl::Status Step(uint32_t position, std::vector<Case>* cases) {
+    // Made beforehand: between two calls a model computes for less time than this takes.
+    queries_.clear();
+    for (size_t i = 0; i < (cases->size() + 1) * data_->layer_count(); ++i) {
+      const auto layer = static_cast<uint32_t>(i % data_->layer_count());
+      queries_.push_back(data_->Queries(layer, position));
+    }
     double seconds = 0.0;
     for (uint32_t layer = 0; layer < data_->layer_count(); ++layer) {
-      const std::vector<float> q = data_->Queries(layer, position);
       absl::Status status;
-      seconds += Seconds([&] { status = local_->Run(layer, q); });
+      seconds += Seconds([&] { status = local_->Run(layer, queries_[layer]); });
       if (!status.ok()) return status;
     }
     local_seconds.push_back(seconds / data_->layer_count());
+    size_t first = 0;
     for (Case& measured : *cases) {
-      const absl::Status status = Take(position, &measured);
+      first += data_->layer_count();
+      const auto queries = absl::MakeConstSpan(queries_).subspan(first, data_->layer_count());
+      const absl::Status status = Take(position, queries, &measured);
       if (!status.ok()) {
         return absl::Status(status.code(), absl::StrCat(measured.name, ": ", status.message()));
       }
@@ -312,17 +345,20 @@ class Loop {
   std::vector<double> local_seconds;
 
  private:
-  absl::Status Take(uint32_t position, Case* measured) {
+  // queries: [layer_count][batch][query_head_count][head_dim]
+  absl::Status Take(uint32_t position, absl::Span<const std::vector<float>> queries,
+                    Case* measured) {
     double step_seconds = 0.0;
     for (uint32_t layer = 0; layer < data_->layer_count(); ++layer) {
-      const std::vector<float> q = data_->Queries(layer, position);
+      remote_->Prepare(measured->sequences, layer, position, queries[layer]);
       absl::StatusOr<client::AttendResult> result;
       const double seconds = Seconds([&] {
-        result = remote_->Attend(measured->sequences, measured->policy, layer, position, q);
+        result = remote_->Attend(measured->sequences, measured->policy, layer, position);
       });
       if (!result.ok()) return result.status();
       step_seconds += seconds;
       measured->call_seconds.push_back(seconds);
+      measured->queue_seconds.push_back(static_cast<double>(result->queue_ns) * 1e-9);
       measured->service_seconds.push_back(static_cast<double>(result->service_ns) * 1e-9);
       for (const client::AttendRowResult& row : result->rows) {
         for (const client::GroupReport& group : row.groups) {
@@ -339,6 +375,7 @@ class Loop {
   DecodeData* const data_;
   RemoteDecode* const remote_;
   LocalDense* const local_;
+  std::vector<std::vector<float>> queries_;  // of a step: [1 + cases][layer_count], local first
 };
 
 void AddRows(const DecodeData& data, const std::vector<double>& local_seconds,
@@ -361,6 +398,9 @@ void AddRows(const DecodeData& data, const std::vector<double>& local_seconds,
   for (const Case& measured : cases) {
     add_time(measured.name, Percentile(measured.step_seconds, 0.5), measured.error);
     add_time(measured.name + "_p99", Percentile(measured.call_seconds, 0.99), 0.0);
+    // From when the message was seen to when the engine took the call, and from there to the
+    // answer.
+    add_time(measured.name + "_queued", Percentile(measured.queue_seconds, 0.5), 0.0);
     add_time(measured.name + "_in_server", Percentile(measured.service_seconds, 0.5), 0.0);
     const double tokens = measured.tokens_read / measured.groups;
     add(measured.name + "_tokens", tokens, "tokens", "length", tokens / data.prompt_tokens(), 0.0);
@@ -455,8 +495,12 @@ absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows) {
   std::vector<std::pair<uint32_t, uint32_t>> sizes = {{1, 64}, {1, 32768}, {2, 32768}};
   if (options.device == "cuda") sizes = {{1, 64}, {1, 32768}, {1, 131072}, {8, 32768}, {8, 131072}};
   if (options.quick) sizes = {{1, 64}, {2, 3000}};
+  if (!options.sizes.empty()) {
+    sizes.clear();
+    for (const std::string& text : options.sizes) sizes.push_back(*ParseSize(text));
+  }
   for (const auto& [batch, prompt_tokens] : sizes) {
-    const auto data = MakePlantedData(batch, prompt_tokens, options.quick ? 2 : 41);
+    const auto data = MakePlantedData(batch, prompt_tokens, options.quick ? 2 : options.step_count);
     const absl::Status status = run(data.get());
     if (!status.ok()) return status;
   }

@@ -28,6 +28,10 @@ struct Arguments {
   BenchOptions options;
 };
 
+std::string CheckSize(const std::string& text) {
+  return ParseSize(text).has_value() ? "" : text + " is not sequences x tokens, as 8x32768";
+}
+
 void Parse(CLI::App* app, Arguments* arguments) {
   app->add_option("--workload", arguments->workloads, "Workloads to run (default: all)")
       ->delimiter(',');
@@ -43,6 +47,13 @@ void Parse(CLI::App* app, Arguments* arguments) {
                   "take turns (default: auto)")
       ->delimiter(',')
       ->check(CLI::IsMember({"auto", "unary", "stream", "lane"}));
+  app->add_option("--sizes", arguments->options.sizes,
+                  "Sizes of the planted data of decode_e2e, as 8x32768: sequences x tokens "
+                  "(default: its own)")
+      ->delimiter(',')
+      ->check(CheckSize);
+  app->add_option("--steps", arguments->options.step_count, "Steps of each of these (default: 41)")
+      ->check(CLI::Range(1, 100'000));
   app->add_flag("--quick", arguments->options.quick, "Small sizes: checks results, not speed");
   app->add_flag("--list", arguments->list, "List the workloads");
 }

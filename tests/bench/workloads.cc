@@ -1,7 +1,9 @@
 #include "tests/bench/workloads.h"
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
+#include <system_error>
 
 namespace kvservice::bench {
 
@@ -14,6 +16,17 @@ const std::vector<Workload>& Workloads() {
        RunRpcLatency},
   };
   return *kWorkloads;
+}
+
+std::optional<std::pair<uint32_t, uint32_t>> ParseSize(std::string_view text) {
+  std::pair<uint32_t, uint32_t> size;
+  const char* const end = text.data() + text.size();
+  const auto first = std::from_chars(text.data(), end, size.first);
+  if (first.ec != std::errc() || first.ptr == end || *first.ptr != 'x') return std::nullopt;
+  const auto second = std::from_chars(first.ptr + 1, end, size.second);
+  if (second.ec != std::errc() || second.ptr != end) return std::nullopt;
+  if (size.first == 0 || size.second == 0) return std::nullopt;
+  return size;
 }
 
 double Median(std::vector<double>* samples) {
