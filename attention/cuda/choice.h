@@ -40,7 +40,7 @@ struct ChoiceStats {
   uint32_t always = 0;  // tokens
   uint32_t middle = 0;
   uint32_t scanned = 0;
-  uint32_t listed = 0;  // of the middle, by ChoiceGroup::listed
+  uint32_t listed = 0;  // of the middle, by ChoiceGroup::listed, read or competing
   uint32_t chosen = 0;
   uint32_t expected = 0;        // to be read of the middle, by the thresholds
   uint32_t everything = 0;      // the middle was read as a whole, chosen or not
@@ -76,6 +76,7 @@ struct alignas(16) ChoiceGroup {
   bool reads_middle = false;  // at once
   bool scans_middle = false;
   bool scans_hidden = false;
+  bool competes = false;  // of the middle `listed` alone is scanned and chosen from
   bool bounds_values = false;
   bool bounded = false;
   bool largest = false;     // scores are the largest share, else the sum
@@ -85,10 +86,11 @@ struct alignas(16) ChoiceGroup {
   uint32_t sampled = kWordTokens;  // tokens of each block that are counted, with ranks
   uint32_t part_blocks = 0;        // of a CTA that counts
   uint32_t part_count = 0;
-  uint32_t batch_blocks = 0;         // of a warp that selects
-  uint32_t select_count = 0;         // CTAs that do
-  uint32_t span_blocks = 1;          // of a span, whose chosen tokens are counted
-  const uint64_t* listed = nullptr;  // [block_count], tokens of the middle to read at once, or null
+  uint32_t batch_blocks = 0;  // of a warp that selects
+  uint32_t select_count = 0;  // CTAs that do
+  uint32_t span_blocks = 1;   // of a span, whose chosen tokens are counted
+  // [block_count], tokens of the middle to read at once, or that compete; or null
+  const uint64_t* listed = nullptr;
   // Keys whose largest norm is wanted: tokens [norm_begin, norm_end) of the sequence, in its
   // blocks.
   const std::byte* const* norm_slices = nullptr;

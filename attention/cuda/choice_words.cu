@@ -45,10 +45,11 @@ __device__ __forceinline__ void MarkBlock(const ChoiceCall& call, const ChoiceGr
   }
   const ChoiceWords words = WordsOf(group.ranges, block, exact);
   const uint64_t hidden = words.all & ~words.always & ~words.middle;
-  const uint64_t to_scan =
-      (group.scans_middle ? words.middle : 0) | (group.scans_hidden ? hidden : 0);
   const uint64_t list = group.listed != nullptr ? group.listed[block] & words.middle : 0;
-  group.first[block] = words.always | list | (group.reads_middle ? words.middle : 0);
+  const uint64_t pool = group.competes ? list : words.middle;
+  const uint64_t to_scan = (group.scans_middle ? pool : 0) | (group.scans_hidden ? hidden : 0);
+  const uint64_t at_once = (group.competes ? 0 : list) | (group.reads_middle ? words.middle : 0);
+  group.first[block] = words.always | at_once;
   group.to_scan[block] = to_scan;
   sums->always += static_cast<uint32_t>(__popcll(words.always));
   sums->middle += static_cast<uint32_t>(__popcll(words.middle));

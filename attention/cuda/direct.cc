@@ -62,6 +62,8 @@ class Answerer {
   bool Answer() {
     // Sums of what is hidden go with those of the choice.
     if (everything_ && !group_.reads_all && hidden_ > 0) return false;
+    // What competed for a list is not known then.
+    if (everything_ && group_.competes) return false;
     if (!Prove()) return false;
     Write();
     Remember();
@@ -78,7 +80,7 @@ class Answerer {
     evidence.kept_lower = kept_.lower[head];
     evidence.kept_upper = kept_.upper[head];
     // Lists come without a proof, and all heads of their one query token see the same tokens.
-    if (group_.listed && stats_.listed < stats_.middle + hidden_) return evidence;
+    if (group_.has_list() && stats_.listed < stats_.middle + hidden_) return evidence;
     const bool drops = chooses_ && group_.dropped.host[head].seen > 0;
     if (!drops) {
       evidence.level = Level::kExact;
@@ -148,9 +150,9 @@ class Answerer {
     GroupReport& report = row_.groups[group_.kv_head];
     report = GroupReport();
     report.action = action;
-    report.scanned = !group_.settled();
-    report.tokens_read =
-        stats_.always + stats_.listed + (everything_ ? stats_.middle : stats_.chosen);
+    report.scanned = !group_.settled() && !group_.competes;
+    report.tokens_read = stats_.always + (everything_ ? stats_.middle : stats_.chosen);
+    if (group_.listed) report.tokens_read += stats_.listed;
     report.tokens_scanned = group_.scanned_before + stats_.scanned;
     if (row_.plan.source == Source::kReuse) ReportReuse(&report);
     if (row_.selected == nullptr) return;
@@ -197,13 +199,53 @@ class Answerer {
 
   void RememberChoice(HostLists* lists) const {
     const bool keeps = row_.plan.keeps_selection;
-    if (!keeps && group_.anchor_queries.empty()) return;
+    if (!keeps && !group_.competes && group_.anchor_queries.empty()) return;
     const size_t blocks = BlockCount(row_.view.length) - group_.block_begin;
     std::vector<uint32_t> positions =
         PositionsOf(absl::MakeConstSpan(group_.chosen.host, blocks), group_.block_begin);
     if (keeps) lists->SetSelection(group_.kv_head, positions);
+    if (group_.competes) return Complete(lists, std::move(positions));
     if (group_.anchor_queries.empty()) return;
-    lists->Insert(group_.kv_head, group_.anchor_queries, std::move(positions), group_.covered_end);
+    lists->Insert(group_.kv_head, group_.anchor_queries, std::move(positions), group_.covered_end,
+                  group_.verifies ? TermsOfAnchor() : SharingTerms());
+  }
+
+  // ln of what was read, in any case and of the choice by its estimates, for one of the newest
+  // query token's heads.
+  double LogRead(uint32_t i) const {
+    const HeadSums& first = group_.first_sums.host[head_count() - shape_.layout.group_size() + i];
+    const HeadSums& chosen = group_.anchor_sums.host[i];
+    return ScaledSum{first.sum + chosen.sum, first.reference}.Log();
+  }
+  // And of what competed or was scanned, and was not chosen.
+  double LogLeft(uint32_t i) const {
+    const DroppedSums& dropped = group_.dropped.host[head_count() - shape_.layout.group_size() + i];
+    return ScaledSum{dropped.weight, dropped.reference}.Log();
+  }
+
+  SharingTerms TermsOfAnchor() const {
+    const uint32_t group_size = shape_.layout.group_size();
+    const uint32_t dim = shape_.layout.head_dim;
+    SharingTerms terms;
+    terms.queries.reserve(group_.anchor_queries.size());
+    for (const float q : group_.anchor_queries) terms.queries.push_back(shape_.scale * q);
+    for (uint32_t i = 0; i < group_size; ++i) {
+      terms.log_odds.push_back(static_cast<float>(LogLeft(i) - LogRead(i)));
+    }
+    const float* const shift = group_.anchor_shift.host;
+    terms.shift.assign(shift, shift + size_t{group_size} * dim);
+    terms.variance.assign(group_.anchor_variance.host, group_.anchor_variance.host + dim);
+    return terms;
+  }
+
+  void Complete(HostLists* lists, std::vector<uint32_t> positions) const {
+    const auto index = static_cast<uint32_t>(anchor_.anchor);
+    const bool leaves = stats_.listed > positions.size();
+    lists->Complete(group_.kv_head, index, std::move(positions), group_.covered_end);
+    if (!group_.verifies || !leaves) return;
+    for (uint32_t i = 0; i < shape_.layout.group_size(); ++i) {
+      lists->Leave(group_.kv_head, index, i, LogLeft(i) - LogRead(i));
+    }
   }
 
   const LayerShape& shape_;
@@ -287,9 +329,9 @@ void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
     asked->anchor = FindReusable(*lists, shape, plan, kv_head, row.view.length - 1, queries);
     group.norm_begin = lists->key_norm_end(kv_head);
     if (asked->anchor.anchor < 0) {
-      // What an anchor of verified sharing remembers of a scan is made by the host.
-      if (plan.reuse_mass_limit > 0.0F || !ChoosesDirectly(plan.keep)) return;
+      if (!ChoosesDirectly(plan.keep)) return;
       group.anchor_queries = queries;
+      group.verifies = plan.reuse_mass_limit > 0.0F;
       group.covered_end = covered_ends_[asked->name.row];
       asked->kind = Kind::kChoosing;
       return;
@@ -298,13 +340,20 @@ void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
     const HostLists::Anchor& anchor = lists->anchor(kv_head, index);
     const uint32_t covered_end = std::max(anchor.covered_end, covered_ends_[asked->name.row]);
     const uint32_t fresh_begin = std::max(anchor.covered_end, begin);
-    // Then they compete, which takes a scan.
-    if (covered_end > fresh_begin && covered_end - fresh_begin > kFreshTokensMax) return;
     group.list = PartOf(anchor.tokens, begin, local_begin);
     // Lists hold nothing from where they have looked on.
     group.fresh_begin = fresh_begin;
     group.fresh_end = std::max(fresh_begin, std::min(covered_end, local_begin));
     group.query_distance = lists->QueryDistance(kv_head, index, queries);
+    // Those that sketches mark `exact` are counted too, as only the device knows them.
+    if (group.fresh_end - group.fresh_begin > kFreshTokensMax) {
+      group.competes = true;
+      group.places = std::max(static_cast<uint32_t>(group.list.size()), plan.keep.top_k);
+      group.verifies = !anchor.sharing.empty();
+      group.covered_end = covered_end;
+      asked->kind = Kind::kChoosing;
+      return;
+    }
   } else {
     const uint32_t first = plan.given_offsets[kv_head];
     group.list = PartOf(plan.given.subspan(first, plan.given_offsets[kv_head + 1] - first), begin,

@@ -35,6 +35,11 @@ constexpr uint32_t kRunTokensMin = 8;  // of a block: what is read at once
 // 1.3 over the root of its size.
 double SampledShare(double tokens) { return 1.0 - 3.0 / std::sqrt(tokens); }
 
+// Tokens that are chosen by rank.
+uint32_t PlacesOf(const WaveGroup& group) {
+  return group.competes ? group.places : group.row->plan.keep.top_k;
+}
+
 uint32_t Relative(uint32_t position, uint32_t base) { return std::max(position, base) - base; }
 
 size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -95,10 +100,10 @@ void Wave::Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
     assert(group.proves() == bounded_);
     group.queries = &inputs_[i].queries;
     head_count_max_ = std::max(head_count_max_, HeadsOf(group));
-    lists_ |= group.listed;
+    lists_ |= group.has_list();
     chooses_ |= !group.settled() || (group.reads_all && group.has_hidden());
     bounds_values_ |= group.proves();
-    ranks_ |= !group.settled() && group.row->plan.keep.top_k > 0;
+    ranks_ |= !group.settled() && PlacesOf(group) > 0;
   }
   SetParts();
   for (uint32_t part = 0; part < part_count_; ++part) {
@@ -108,9 +113,11 @@ void Wave::Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
   }
   BuildChoices();
   BuildFirst(pool);
+  anchors_ = AnchorCall();
   if (chooses_) {
     BuildScan();
     BuildChosen();
+    BuildAnchors();
   }
   BuildMerge();
   const Slot<ChoiceGroup> slot = to_device_.Take<ChoiceGroup>(choices_.size());
@@ -134,7 +141,7 @@ void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs, Arena* arena) {
   inputs->qs = arena->Take<float>(size_t{heads} * dim);
   inputs->visible = arena->Take<uint32_t>(size_t{2} * heads);
   inputs->listed = {};
-  if (group.listed) inputs->listed = arena->Take<uint64_t>(BlocksOf(group));
+  if (group.has_list()) inputs->listed = arena->Take<uint64_t>(BlocksOf(group));
   if (!Scans(group)) return;
   inputs->qw = arena->Take<float>(size_t{SketchDirections(dim)} * heads);
   if (!bounded_) return;
@@ -163,7 +170,7 @@ void Wave::Fill(uint32_t index) {
     inputs.visible.host[2 * head] = Relative(queries.visible_begin[head], base);
     inputs.visible.host[2 * head + 1] = Relative(queries.visible_end[head], base);
   }
-  if (group.listed) {
+  if (group.has_list()) {
     std::fill_n(inputs.listed.host, BlocksOf(group), 0);
     const auto mark = [&](uint32_t position) {
       inputs.listed.host[(position - base) / kWordTokens] |= uint64_t{1}
@@ -224,11 +231,12 @@ void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
   choice->bounded = bounded_;
   choice->dense_share = plan.dense_share;
   if (group.settled()) return;
-  choice->top_k = plan.keep.top_k;
+  choice->competes = group.competes;
+  choice->top_k = PlacesOf(group);
   choice->largest = plan.keep.mass_limit > 0.0F || group.proves();
   // Ranks are counted, not estimated.
   const uint32_t blocks = choice->block_count;
-  while (plan.keep.top_k == 0 && choice->sampled > kRunTokensMin &&
+  while (choice->top_k == 0 && choice->sampled > kRunTokensMin &&
          uint64_t{blocks} * choice->sampled / 2 >= kTokensCounted) {
     choice->sampled /= 2;
   }
@@ -238,6 +246,7 @@ void Wave::SetRules(const WaveGroup& group, ChoiceGroup* choice) const {
   } else if (ranks_ && choice->sampled < kBlockTokens) {
     share = SampledShare(static_cast<double>(blocks) * choice->sampled);
   }
+  if (group.competes) return;
   choice->mass_limit = static_cast<float>(
       static_cast<double>(group.mass_limit > 0.0F ? group.mass_limit : plan.keep.mass_limit) *
       kPlannedShare * share);
@@ -267,8 +276,8 @@ void Wave::TakeWords(WaveGroup* group, ChoiceGroup* choice) {
   const AttendRow& row = *group->row;
   const bool wants_read = row.selected != nullptr;
   Arena& first = wants_read ? to_host_ : scratch_;
-  const bool keeps =
-      row.plan.lists != nullptr && (row.plan.keeps_selection || !group->anchor_queries.empty());
+  const bool keeps = row.plan.lists != nullptr && (row.plan.keeps_selection || group->competes ||
+                                                   !group->anchor_queries.empty());
   Arena& chosen = wants_read || keeps ? to_host_ : scratch_;
   group->first = first.Take<uint64_t>(blocks);
   group->chosen = chosen.Take<uint64_t>(blocks);
@@ -614,6 +623,49 @@ void Wave::BuildMerge() {
             .head_dim = shape_->layout.head_dim};
 }
 
+void Wave::BuildAnchors() {
+  const uint32_t group_size = shape_->layout.group_size();
+  const auto verifies = [](const WaveGroup& group) { return group.verifies; };
+  const auto count = static_cast<uint32_t>(std::count_if(groups_.begin(), groups_.end(), verifies));
+  if (count == 0) return;
+  const Slot<AnchorSet> sets = to_device_.Take<AnchorSet>(count);
+  uint32_t index = 0;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    WaveGroup& group = groups_[i];
+    if (!group.verifies) continue;
+    const ChoiceGroup& choice = choices_[i];
+    group.anchor_sums = to_host_.Take<HeadSums>(group_size);
+    AnchorSet set;
+    set.slices = choice.slices;
+    set.sketches = choice.sketches;
+    set.first = choice.first;
+    set.to_scan = choice.to_scan;
+    set.chosen = choice.chosen;
+    set.weights = choice.weights;
+    set.reference = choice.reference;
+    set.page_sum = choice.page_sum;
+    set.first_sums = choice.first_sums;
+    set.qs = inputs_[i].qs.device;
+    set.visible = choice.visible;
+    set.kv_head = group.kv_head;
+    set.block_count = choice.block_count;
+    set.first_head = choice.head_count - group_size;
+    set.chosen_sums = group.anchor_sums.device;
+    if (!group.competes) {
+      group.anchor_shift = to_host_.Take<float>(size_t{group_size} * shape_->layout.head_dim);
+      group.anchor_variance = to_host_.Take<float>(shape_->layout.head_dim);
+      set.shift = group.anchor_shift.device;
+      set.variance = group.anchor_variance.device;
+    }
+    sets.host[index++] = set;
+  }
+  anchors_ = {.shape = choice_.shape,
+              .softcap = shape_->logit_softcap,
+              .sets = sets.device,
+              .set_count = count,
+              .group_size = group_size};
+}
+
 void Wave::Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool,
                cudaStream_t after) {
   Lay(shape, std::move(groups), pool);
@@ -699,7 +751,14 @@ void Wave::LaunchRest(cudaStream_t stream, Stage last) {
     // With ranks thresholds are two kernels, and so is this.
     if (choice_.ranks) launch_count_ += 2;
     if (last == Stage::kChoose) return;
+    if (anchors_.set_count > 0) {
+      // Beside the attention over what was chosen.
+      Fork(stream);
+      Run(DescribeAnchors(anchors_, side_), "anchors");
+      Check(cudaEventRecord(attended_, side_), "event");
+    }
     Run(cuda::Attend(chosen_, stream), "attend");
+    if (anchors_.set_count > 0) Check(cudaStreamWaitEvent(stream, attended_, 0), "event");
   }
   Run(MergeOutputs(merge_, stream), "merge");
 }

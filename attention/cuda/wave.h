@@ -23,6 +23,7 @@
 #include "attention/cpu/head_queries.h"
 #include "attention/cpu/scan_kernel.h"
 #include "attention/cpu/thread_pool.h"
+#include "attention/cuda/anchors.h"
 #include "attention/cuda/arena.h"
 #include "attention/cuda/choice.h"
 #include "attention/cuda/kernels.h"
@@ -40,21 +41,24 @@ struct WaveGroup {
   RowTables tables;
   uint32_t kv_head = 0;
   bool reads_all = false;  // without a choice
-  // A list that is settled, in place of a choice: positions of the middle, ascending, and behind
-  // them all of [fresh_begin, fresh_end). Others count for nothing. Only without a proof. The list
-  // is borrowed until the wave has been built and answered.
+  // A list: positions of the middle, ascending, and behind them all of [fresh_begin, fresh_end).
+  // Others count for nothing. Only without a proof. It is settled, in place of a choice; or its
+  // tokens compete for so many places. Borrowed until the wave has been built and answered.
   bool listed = false;
+  bool competes = false;
   absl::Span<const uint32_t> list;
   uint32_t fresh_begin = 0;
   uint32_t fresh_end = 0;
+  uint32_t places = 0;
   // What the choice aims at instead of the plan's mass_limit; 0 = that.
   float mass_limit = 0.0F;
   // Tokens that were scanned for it before.
   uint32_t scanned_before = 0;
-  // An anchor with these queries is made of what is chosen; it has considered the middle up to
-  // covered_end. Empty: none.
+  // An anchor with these queries is made of what is chosen, and remembers what verified sharing
+  // estimates from. Empty: none.
   absl::Span<const float> anchor_queries;
-  uint32_t covered_end = 0;
+  bool verifies = false;
+  uint32_t covered_end = 0;  // the choice has considered the middle up to here
   // Keys from this token on have their largest norm reported (ChoiceStats::key_squares).
   uint32_t norm_begin = ~uint32_t{0};
   float query_distance = -1.0F;  // for the report
@@ -70,9 +74,13 @@ struct WaveGroup {
   Slot<float> out;                         // [heads][head_dim]
   Slot<DroppedSums> dropped;               // [heads]
   Slot<uint64_t> first, chosen;            // words, where they are wanted
+  // Of verified sharing, see AnchorSet.
+  Slot<HeadSums> anchor_sums;
+  Slot<float> anchor_shift, anchor_variance;
 
   // What is read is known before a weight is.
   bool settled() const { return reads_all || listed; }
+  bool has_list() const { return listed || competes; }
   uint32_t listed_count() const {
     return static_cast<uint32_t>(list.size()) + fresh_end - fresh_begin;
   }
@@ -156,6 +164,7 @@ class Wave {
   void BuildScan();
   void BuildChosen();
   void BuildMerge();
+  void BuildAnchors();
   AttendSet SetOf(uint32_t index, const uint64_t* words) const;
 
   void Run(cudaError_t code, const char* what);
@@ -176,7 +185,7 @@ class Wave {
   uint32_t part_count_ = 1;
   std::array<PartEnd, kParts> ends_;
   bool bounded_ = false;
-  bool lists_ = false;
+  bool lists_ = false;  // some group has a list
   bool chooses_ = false;
   bool bounds_values_ = false;
   bool overlaps_ = false;
@@ -193,6 +202,7 @@ class Wave {
   ScanCall scan_;
   AttendCall first_, chosen_;
   MergeCall merge_;
+  AnchorCall anchors_;
 };
 
 }  // namespace kvservice::cuda

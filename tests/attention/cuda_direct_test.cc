@@ -1,6 +1,7 @@
 // The CUDA device's direct path (attention/cuda/direct.h): that it is taken where it should be, and
 // that what it answers is right. The tests of all devices run through it too; here it is counted.
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,12 +11,16 @@
 #include <vector>
 
 #include "attention/cuda/device.h"
+#include "attention/host_lists.h"
 #include "tests/attention/kv_case.h"
 #include "tests/attention/oracle.h"
 #include "tests/attention/plan_check.h"
 
 namespace kvservice::testing {
 namespace {
+
+using ::testing::FloatNear;
+using ::testing::Pointwise;
 
 class CudaDirect : public ::testing::Test {
  protected:
@@ -207,15 +212,128 @@ TEST_F(CudaDirect, AnchorsTakeIt) {
       EXPECT_EQ(call->groups[head].tokens_scanned, 0U);
     }
   }
-  // What verified sharing keeps of a scan is the host's to make.
-  Plan verified = plan;
-  verified.reuse_mass_limit = 0.1F;
-  const auto other_lists = device_->NewTokenLists(options.layout, 4);
-  verified.lists = other_lists.get();
-  EXPECT_EQ(Count([&] { RunPlan(kv, verified); }), 0U);
-  // Too much has come: it competes, which takes a scan.
-  plan.local_begin = 2600 - 64;
-  EXPECT_EQ(Count([&] { at(2600); }), 0U);
+}
+
+// A step of sharing on this device and on the CPU device, each with lists of its own.
+struct SharingStep {
+  std::unique_ptr<Call> cuda;
+  std::unique_ptr<Call> cpu;
+};
+
+// Scans round differently, so that of two tokens that weigh the same either may be chosen, and
+// estimates differ as scans do.
+void ExpectSameStep(const SharingStep& step) {
+  for (uint32_t head = 0; head < 2; ++head) {
+    const GroupReport& group = step.cuda->groups[head];
+    const GroupReport& other = step.cpu->groups[head];
+    EXPECT_EQ(group.action, other.action);
+    EXPECT_EQ(group.scanned, other.scanned);
+    EXPECT_EQ(group.tokens_read, other.tokens_read);
+    EXPECT_EQ(group.tokens_scanned, other.tokens_scanned);
+    EXPECT_EQ(group.similarity, other.similarity);
+    EXPECT_NEAR(group.sharing_estimate, other.sharing_estimate, 0.01F);
+    std::vector<uint32_t> both;
+    std::set_intersection(step.cuda->selected[head].begin(), step.cuda->selected[head].end(),
+                          step.cpu->selected[head].begin(), step.cpu->selected[head].end(),
+                          std::back_inserter(both));
+    EXPECT_GE(both.size() + 3, step.cuda->selected[head].size());
+  }
+}
+
+// Returns how many anchors have the very same list on both devices; what those remember must agree
+// closely. A list with another token of nearly the same score may shift a head's masses a little.
+uint32_t ExpectSameAnchors(const KvLayout& layout, const TokenLists& cuda, const TokenLists& cpu) {
+  const auto& lists = static_cast<const HostLists&>(cuda);
+  const auto& others = static_cast<const HostLists&>(cpu);
+  uint32_t equal = 0;
+  for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
+    EXPECT_EQ(lists.anchor_count(head), others.anchor_count(head));
+    for (uint32_t i = 0; i < lists.anchor_count(head); ++i) {
+      const HostLists::Anchor& anchor = lists.anchor(head, i);
+      const HostLists::Anchor& other = others.anchor(head, i);
+      const bool same = anchor.tokens == other.tokens;
+      equal += same ? 1 : 0;
+      const float tolerance = same ? 2e-3F : 5e-2F;
+      EXPECT_EQ(anchor.covered_end, other.covered_end);
+      EXPECT_EQ(anchor.tokens.size(), other.tokens.size());
+      const SharingTerms& terms = anchor.sharing;
+      const SharingTerms& expected = other.sharing;
+      EXPECT_EQ(terms.queries, expected.queries);
+      EXPECT_THAT(terms.log_odds, Pointwise(FloatNear(tolerance), expected.log_odds));
+      // Boxes do not depend on the choice.
+      EXPECT_THAT(terms.variance, Pointwise(FloatNear(1e-4F), expected.variance));
+      EXPECT_THAT(terms.shift, Pointwise(FloatNear(tolerance), expected.shift));
+    }
+  }
+  return equal;
+}
+
+// What verified sharing remembers of a scan is made on the device, and what has come since a list
+// was made competes for its places there.
+TEST_F(CudaDirect, VerifiedSharingTakesIt) {
+  auto cpu = NewDevice("cpu", {});
+  ASSERT_TRUE(cpu.ok());
+  uint32_t equal = 0;
+  for (const KvLayout& layout :
+       {KvLayout{.query_head_count = 4, .kv_head_count = 2, .head_dim = 64},
+        KvLayout{.query_head_count = 10, .kv_head_count = 2, .head_dim = 128},
+        KvLayout{
+            .query_head_count = 2, .kv_head_count = 2, .head_dim = 256, .dtype = DType::kFloat16},
+        KvLayout{.query_head_count = 32,
+        .kv_head_count = 2,
+        .head_dim = 80,
+        .dtype = DType::kFloat32}}) {
+    for (const Keys keys : {Keys::kNormal, Keys::kWideLogits}) {
+      SCOPED_TRACE(::testing::Message()
+                   << layout.query_head_count << " heads, keys " << static_cast<int>(keys));
+      CaseOptions options;
+      options.layout = layout;
+      options.length = 5000;
+      options.keys = keys;
+      KvCase kv(device_.get(), options);
+      KvCase same(cpu->get(), options);
+      kv.mutable_shape()->logit_softcap = same.mutable_shape()->logit_softcap =
+          keys == Keys::kNormal ? 0.0F : 50.0F;
+      Plan plan = BasePlan(Source::kReuse, 3000, 64);
+      plan.keep.top_k = 50;
+      // Whatever is estimated is small enough.
+      plan.reuse_mass_limit = 1.0F;
+      const auto lists = device_->NewTokenLists(layout, 4);
+      const auto cpu_lists = (*cpu)->NewTokenLists(layout, 4);
+      const auto at = [&](uint32_t length) {
+        SharingStep step;
+        plan.local_begin = length - 64;
+        plan.lists = lists.get();
+        step.cuda = std::make_unique<Call>(kv, length, 1, kv.queries(), plan);
+        EXPECT_EQ(Count([&] { step.cuda->Run(device_.get(), kv.shape()); }), 2U) << length;
+        plan.lists = cpu_lists.get();
+        step.cpu = std::make_unique<Call>(same, length, 1, same.queries(), plan);
+        step.cpu->Run(cpu->get(), same.shape());
+        ExpectSameStep(step);
+        equal += ExpectSameAnchors(layout, *lists, *cpu_lists);
+        return step;
+      };
+      EXPECT_TRUE(at(3000).cuda->groups[0].scanned);
+      for (const uint32_t length : {3001U, 3064U}) {
+        const SharingStep step = at(length);
+        EXPECT_EQ(step.cuda->groups[0].action, Action::kReused);
+        EXPECT_EQ(step.cuda->groups[0].tokens_scanned, 0U);
+      }
+      for (const uint32_t length : {3200U, 5000U}) {
+        const SharingStep step = at(length);
+        EXPECT_EQ(step.cuda->groups[0].action, Action::kReused);
+        EXPECT_FALSE(step.cuda->groups[0].scanned);
+        EXPECT_GT(step.cuda->groups[0].tokens_scanned, 64U);
+        // As many as before.
+        EXPECT_EQ(ChosenOf(kv, *step.cuda, 0).size(), 50U);
+      }
+      // Another query makes another anchor.
+      plan.reuse_mass_limit = 0.0F;
+      plan.min_cosine = 1.1F;
+      EXPECT_TRUE(at(5000).cuda->groups[0].scanned);
+    }
+  }
+  EXPECT_GT(equal, 20U) << "anchors that could be compared closely";
 }
 
 // Rows of more than 32k tokens are counted by a sample.
