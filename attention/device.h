@@ -201,8 +201,8 @@ struct DeviceOptions {
 };
 
 // name: "reference", "cpu", "cuda" or "auto". INVALID_ARGUMENT for other names; UNAVAILABLE for
-// "cuda" where there is no GPU, or the build is without it. "auto" is the CPU: on a
-// GPU plans that sample, grow or verify what they share are still decided by the host, slowly.
+// "cuda" where there is no GPU, or the build is without it. "auto" is that device where there is
+// one, else the CPU; Device::name() says which.
 absl::StatusOr<std::unique_ptr<Device>> NewDevice(std::string_view name,
                                                   const DeviceOptions& options);
 

@@ -553,7 +553,9 @@ absl::StatusOr<uint32_t> FindGpu() {
 absl::StatusOr<std::unique_ptr<Device>> NewCudaDevice(const DeviceOptions& options) {
   absl::StatusOr<uint32_t> multiprocessors = FindGpu();
   if (!multiprocessors.ok()) return multiprocessors.status();
-  const uint32_t threads = options.thread_count == 0 ? AvailableCpus() : options.thread_count;
+  // The others are the callers'.
+  const uint32_t threads =
+      options.thread_count == 0 ? std::max(1U, AvailableCpus() / 2) : options.thread_count;
   return std::make_unique<CudaDevice>(threads, options.spin_us, *multiprocessors);
 }
 

@@ -108,15 +108,9 @@ __device__ __forceinline__ double PowerOfTwo64(int32_t exponent) {
   return exponent < -1000 ? 0.0 : __hiloint2double((exponent + 1023) << 20, 0);
 }
 
-// Lets a kernel have so much dynamic shared memory, and as many CTAs of it run side by side as fit:
-// left alone, the driver may keep most of the memory for the cache.
 template <typename Kernel>
 cudaError_t ReserveShared(Kernel* kernel, size_t bytes) {
-  const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                static_cast<int>(bytes));
-  if (code != cudaSuccess) return code;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                              cudaSharedmemCarveoutMaxShared);
+  return RaiseSharedLimit(reinterpret_cast<const void*>(kernel), bytes);
 }
 
 template <typename T>

@@ -34,6 +34,11 @@ struct CacheShape {
   uint32_t page_bytes = 0;
 };
 
+// Lets a kernel have so much dynamic shared memory, and as many CTAs of it run side by side as fit:
+// left alone, the driver may keep most of the memory for the cache. The limit is the process's and
+// is only ever raised. Any thread.
+cudaError_t RaiseSharedLimit(const void* kernel, size_t bytes);
+
 // ---- Append -------------------------------------------------------------------------------------
 
 // Rows [token_count][kv_head_count] of K and of V, contiguous, and where they go.

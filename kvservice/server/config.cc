@@ -156,8 +156,8 @@ void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
 
 void AddEngineFlags(CLI::App* app, Config* config) {
   EngineOptions* const engine = &config->server.engine;
-  AddChoice(app, "--device", "Where attention runs", &config->device,
-            {"auto", "cpu", "cuda", "reference"});
+  AddChoice(app, "--device", "Where attention runs; auto: on a GPU if there is one",
+            &config->device, {"auto", "cpu", "cuda", "reference"});
   AddCount(app, "--threads", "Threads that compute; 0 = one per CPU",
            &config->device_options.thread_count, 0, kThreadsMax);
   AddBytes(app, "--pool-bytes", "Memory for keys, values and sketches, reserved at start",
@@ -172,7 +172,7 @@ void AddEngineFlags(CLI::App* app, Config* config) {
   engine->spin_us = wire::DefaultSpinUs();
   AddCount(app, "--spin-us",
            "Microseconds for which idle threads look for more calls before they sleep; costs three "
-           "CPUs while calls come, with a GPU six",
+           "CPUs while calls come, with a GPU up to ten",
            &engine->spin_us, 0, kSpinUsMax);
   AddTime(app, "--lease-default", "Time after which an unused sequence expires",
           &engine->lease_default_ms);
