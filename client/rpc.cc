@@ -3,6 +3,7 @@
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 #include <grpcpp/create_channel.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
 
@@ -14,6 +15,7 @@
 #include <utility>
 
 #include "client/error.h"
+#include "client/payload_message.h"
 #include "client/retry.h"
 #include "kvservice/v1/attention.grpc.pb.h"
 #include "kvservice/v1/model.grpc.pb.h"
@@ -56,32 +58,89 @@ std::shared_ptr<grpc::Channel> NewChannel(const ClientOptions& options) {
   return grpc::CreateCustomChannel(options.endpoint, grpc::InsecureChannelCredentials(), arguments);
 }
 
+constexpr char kAppendMethod[] = "/kvservice.v1.SequenceService/Append";
+// The size at which streams are fastest.
+constexpr size_t kAppendBytesAim = size_t{1} << 20;
+
+grpc::ByteBuffer Bytes(const PayloadMessage& message) {
+  grpc::Slice slice(message.bytes());
+  message.Write(const_cast<uint8_t*>(slice.begin()));
+  return {&slice, 1};
+}
+
 class GrpcAppendStream final : public AppendStream {
  public:
-  GrpcAppendStream(v1::SequenceService::Stub* stub, milliseconds deadline) {
+  GrpcAppendStream(const std::shared_ptr<grpc::Channel>& channel, milliseconds deadline)
+      : stub_(channel) {
     context_.set_deadline(After(deadline));
-    writer_ = stub->Append(&context_, &response_);
+    stream_ = stub_.PrepareCall(&context_, kAppendMethod, &queue_);
+    stream_->StartCall(this);
+    is_open_ = Await();
   }
   ~GrpcAppendStream() override {
-    if (finished_) return;
-    context_.TryCancel();
-    writer_->Finish();
+    if (!finished_) {
+      context_.TryCancel();
+      grpc::Status status;
+      stream_->Finish(&status, this);
+      Await();
+    }
+    queue_.Shutdown();
+    void* tag = nullptr;
+    bool ok = false;
+    while (queue_.Next(&tag, &ok)) {
+    }
   }
 
-  bool Write(const v1::AppendRequest& request) override { return writer_->Write(request); }
+  Transport transport() const override { return Transport::kStream; }
+  AppendLimits limits() const override {
+    return {.token_bytes_aim = kAppendBytesAim, .bytes_max = SIZE_MAX};
+  }
+
+  bool Write(const AppendPart& part) override {
+    if (!is_open_) return false;
+    PayloadMessage message(&part.request);
+    if (!part.query_sample.empty()) {
+      message.Add(v1::AppendRequest::kQuerySampleFieldNumber, part.query_sample);
+    }
+    message.Add(v1::AppendRequest::kKFieldNumber, part.k);
+    message.Add(v1::AppendRequest::kVFieldNumber, part.v);
+    stream_->Write(Bytes(message), this);
+    is_open_ = Await();
+    return is_open_;
+  }
 
   absl::Status Finish(v1::AppendResponse* response) override {
     finished_ = true;
-    writer_->WritesDone();
-    absl::Status status = ToStatus(writer_->Finish());
-    *response = std::move(response_);
-    return status;
+    grpc::ByteBuffer bytes;
+    if (is_open_) {
+      stream_->WritesDone(this);
+      Await();
+      stream_->Read(&bytes, this);
+      is_open_ = Await();
+    }
+    grpc::Status status;
+    stream_->Finish(&status, this);
+    Await();
+    if (!status.ok()) return ToStatus(status);
+    const grpc::Status parsed =
+        grpc::SerializationTraits<v1::AppendResponse>::Deserialize(&bytes, response);
+    return is_open_ && parsed.ok() ? absl::OkStatus()
+                                   : MalformedReply("message", "is no AppendResponse");
   }
 
  private:
+  // The end of the operation under way; whether it worked. The call's deadline bounds it.
+  bool Await() {
+    void* tag = nullptr;
+    bool ok = false;
+    return queue_.Next(&tag, &ok) && ok;
+  }
+
+  grpc::GenericStub stub_;
   grpc::ClientContext context_;
-  v1::AppendResponse response_;
-  std::unique_ptr<grpc::ClientWriter<v1::AppendRequest>> writer_;
+  grpc::CompletionQueue queue_;
+  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> stream_;
+  bool is_open_ = false;
   bool finished_ = false;
 };
 
@@ -209,7 +268,7 @@ class GrpcRpc final : public Rpc {
   }
 
   std::unique_ptr<AppendStream> OpenAppend() override {
-    return std::make_unique<GrpcAppendStream>(sequences_.get(), deadlines_.admin);
+    return std::make_unique<GrpcAppendStream>(channel_, deadlines_.admin);
   }
   std::unique_ptr<AttendStream> OpenAttend() override {
     return std::make_unique<GrpcAttendStream>(attention_.get());

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "absl/status/status.h"
+#include "client/append_part.h"
 #include "client/options.h"
 #include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/model.pb.h"
@@ -19,8 +20,10 @@ namespace kvservice::client {
 class AppendStream {
  public:
   virtual ~AppendStream() = default;
+  virtual AppendLimits limits() const = 0;
+  virtual Transport transport() const = 0;
   // Blocks while the server is behind. False: the stream has ended and Finish tells why.
-  virtual bool Write(const v1::AppendRequest& request) = 0;
+  virtual bool Write(const AppendPart& part) = 0;
   // Blocks until the server has applied everything. Once.
   virtual absl::Status Finish(v1::AppendResponse* response) = 0;
 };
