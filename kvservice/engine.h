@@ -56,8 +56,8 @@ struct SequenceId {
   friend bool operator==(const SequenceId&, const SequenceId&) = default;
 };
 
-// A tensor as it arrived: row-major, contiguous, little endian, its shape not yet checked. `field` is how
-// errors name it ("q").
+// A tensor as it arrived: row-major, contiguous, little endian, its shape not yet checked. `field`
+// is how errors name it ("q").
 struct TensorView {
   DType dtype = DType::kFloat32;
   absl::Span<const int64_t> shape;

@@ -2,6 +2,9 @@
 // memory (lane), against a floor that is measured in the same run and with the same placement: as
 // many bytes written to a Unix socket, read by another process, and written back. Ways take turns.
 //
+// "grpc_echo" is the floor of what goes by gRPC: as many bytes there and back between two processes
+// that do nothing but gRPC (tests/bench/grpc_echo.h).
+//
 // The engine has next to nothing to do: one row attends one token, and the rest of the payload
 // belongs to a row that names no sequence, so that its outputs are zeros. Payloads are of the
 // queries on the way there and of the outputs on the way back, alike. What the engine does all the
@@ -33,6 +36,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/client.h"
+#include "tests/bench/grpc_echo.h"
 #include "tests/bench/server_process.h"
 #include "tests/bench/workloads.h"
 #include "wire/file_descriptor.h"
@@ -217,7 +221,9 @@ class Measurement {
   Measurement(const BenchOptions& options, const Placement& placement, size_t bytes)
       : placement_(placement),
         bytes_(bytes),
-        round_count_(options.quick ? 2 : 20),
+        round_count_(getenv("ONLYWAY") ? 100
+                     : options.quick   ? 2
+                                       : 20),
         call_count_(options.quick ? 5 : (bytes > 256 << 10 ? 25 : 100)) {}
 
   absl::Status Run(std::vector<Row>* rows) {
@@ -228,11 +234,17 @@ class Measurement {
     if (placement_.client_cpu != placement_.peer_cpu) {
       ways.push_back({"lane_spin", client::Transport::kLane, true, true});
     }
+    if (getenv("ONLYWAY")) {
+      ways = {getenv("ONLYWAY")[0] == 'u' ? Way{"unary", client::Transport::kUnary}
+                                          : Way{"stream", client::Transport::kStream}};
+    }
     PinTo(placement_.peer_cpu);
     auto quiet = ServerProcess::Start({"--device=cpu", "--threads=1", "--spin-us=0"});
+    auto grpc_echo = GrpcEcho::Start(bytes_);
     auto spinning =
         ServerProcess::Start({"--device=cpu", "--threads=1", absl::StrCat("--spin-us=", kSpinUs)});
     PinTo(placement_.client_cpu);
+    if (!grpc_echo.ok()) return grpc_echo.status();
     if (!quiet.ok() || !spinning.ok()) return quiet.ok() ? spinning.status() : quiet.status();
     std::vector<std::unique_ptr<Caller>> callers;
     for (const Way& way : ways) {
@@ -245,10 +257,12 @@ class Measurement {
       if (!caller.ok()) return caller.status();
       callers.push_back(*std::move(caller));
     }
-    const absl::Status status = Measure(callers);
+    const absl::Status status = Measure(callers, grpc_echo->get());
     PinTo(-1);
     if (!status.ok()) return status;
     Report("raw_socket", floor_seconds_, rows);
+    Report("grpc_echo_unary", echo_unary_seconds_, rows);
+    Report("grpc_echo_stream", echo_stream_seconds_, rows);
     for (size_t i = 0; i < ways.size(); ++i) {
       Report(ways[i].name, callers[i]->seconds, rows);
       Report(absl::StrCat(ways[i].name, "_in_server"), callers[i]->in_server_seconds, rows);
@@ -257,12 +271,14 @@ class Measurement {
   }
 
  private:
-  absl::Status Measure(const std::vector<std::unique_ptr<Caller>>& callers) {
+  absl::Status Measure(const std::vector<std::unique_ptr<Caller>>& callers, GrpcEcho* grpc_echo) {
     Echo echo(bytes_, placement_.peer_cpu);
     bool echoed = true;
     for (int round = -1; round < round_count_; ++round) {
       if (round == 0) {  // the one before warmed up
         floor_seconds_.clear();
+        echo_unary_seconds_.clear();
+        echo_stream_seconds_.clear();
         for (const auto& caller : callers) {
           caller->seconds.clear();
           caller->in_server_seconds.clear();
@@ -270,6 +286,13 @@ class Measurement {
       }
       for (int i = 0; i < call_count_; ++i) {
         floor_seconds_.push_back(Seconds([&] { echoed = echo.Call() && echoed; }));
+      }
+      for (int i = 0; i < call_count_; ++i) {
+        echo_unary_seconds_.push_back(Seconds([&] { echoed = grpc_echo->CallUnary() && echoed; }));
+      }
+      for (int i = 0; i < call_count_; ++i) {
+        echo_stream_seconds_.push_back(
+            Seconds([&] { echoed = grpc_echo->CallStream() && echoed; }));
       }
       for (const auto& caller : callers) {
         for (int i = 0; i < call_count_; ++i) {
@@ -300,7 +323,7 @@ class Measurement {
   const size_t bytes_;
   const int round_count_;
   const int call_count_;
-  std::vector<double> floor_seconds_;
+  std::vector<double> floor_seconds_, echo_unary_seconds_, echo_stream_seconds_;
 };
 
 }  // namespace
@@ -311,6 +334,10 @@ absl::Status RunRpcLatency(const BenchOptions& options, std::vector<Row>* rows) 
     placements.insert(placements.begin() + 1, {"split", 0, 1});
   std::vector<size_t> sizes = {4 << 10, 64 << 10, 256 << 10, 1 << 20};
   if (options.quick) sizes = {4 << 10, 64 << 10};
+  if (getenv("SAME")) {
+    placements.resize(1);
+    sizes = {64 << 10};
+  }
   for (const Placement& placement : placements) {
     for (const size_t bytes : sizes) {
       const absl::Status status = Measurement(options, placement, bytes).Run(rows);
