@@ -17,7 +17,6 @@
 #include "client/error.h"
 #include "client/payload_message.h"
 #include "client/retry.h"
-#include "kvservice/v1/attention.grpc.pb.h"
 #include "kvservice/v1/model.grpc.pb.h"
 #include "kvservice/v1/sequence.grpc.pb.h"
 
@@ -59,6 +58,8 @@ std::shared_ptr<grpc::Channel> NewChannel(const ClientOptions& options) {
 }
 
 constexpr char kAppendMethod[] = "/kvservice.v1.SequenceService/Append";
+constexpr char kAttendMethod[] = "/kvservice.v1.AttentionService/Attend";
+constexpr char kAttendStreamMethod[] = "/kvservice.v1.AttentionService/AttendStream";
 // The size at which streams are fastest.
 constexpr size_t kAppendBytesAim = size_t{1} << 20;
 
@@ -66,6 +67,12 @@ grpc::ByteBuffer Bytes(const PayloadMessage& message) {
   grpc::Slice slice(message.bytes());
   message.Write(const_cast<uint8_t*>(slice.begin()));
   return {&slice, 1};
+}
+
+// Empties the bytes.
+template <typename Message>
+bool Parse(grpc::ByteBuffer* bytes, Message* message) {
+  return grpc::SerializationTraits<Message>::Deserialize(bytes, message).ok();
 }
 
 class GrpcAppendStream final : public AppendStream {
@@ -122,10 +129,8 @@ class GrpcAppendStream final : public AppendStream {
     stream_->Finish(&status, this);
     Await();
     if (!status.ok()) return ToStatus(status);
-    const grpc::Status parsed =
-        grpc::SerializationTraits<v1::AppendResponse>::Deserialize(&bytes, response);
-    return is_open_ && parsed.ok() ? absl::OkStatus()
-                                   : MalformedReply("message", "is no AppendResponse");
+    return is_open_ && Parse(&bytes, response) ? absl::OkStatus()
+                                               : MalformedReply("message", "is no AppendResponse");
   }
 
  private:
@@ -146,7 +151,7 @@ class GrpcAppendStream final : public AppendStream {
 
 class GrpcAttendStream final : public AttendStream {
  public:
-  explicit GrpcAttendStream(v1::AttentionService::Stub* stub) : stub_(stub) {}
+  explicit GrpcAttendStream(const std::shared_ptr<grpc::Channel>& channel) : stub_(channel) {}
   ~GrpcAttendStream() override {
     context_.TryCancel();
     queue_.Shutdown();
@@ -158,21 +163,22 @@ class GrpcAttendStream final : public AttendStream {
 
   bool is_open() const override { return is_open_; }
 
-  absl::Status Attend(const v1::AttendRequest& request, steady_clock::time_point deadline,
+  absl::Status Attend(const PayloadMessage& request, steady_clock::time_point deadline,
                       v1::AttendResponse* response) override {
     const auto end = After(Until(deadline));
     is_open_ = false;
     if (stream_ == nullptr) {
-      stream_ = stub_->AsyncAttendStream(&context_, &queue_, this);
+      stream_ = stub_.PrepareCall(&context_, kAttendStreamMethod, &queue_);
+      stream_->StartCall(this);
       const absl::Status started = Await(1, end);
       if (!started.ok()) return started;
     }
-    stream_->Write(request, this);
-    stream_->Read(&response_, this);
+    stream_->Write(Bytes(request), this);
+    stream_->Read(&reply_, this);
     const absl::Status answered = Await(2, end);
     if (!answered.ok()) return answered;
+    if (!Parse(&reply_, response)) return MalformedReply("message", "is no AttendResponse");
     is_open_ = true;
-    *response = std::move(response_);
     if (!response->has_error()) return absl::OkStatus();
     const v1::Status& error = response->error();
     return StatusFromWire(error.code(), error.message(), error.SerializeAsString());
@@ -202,13 +208,13 @@ class GrpcAttendStream final : public AttendStream {
     return status.ok() ? absl::UnavailableError("the server ended the stream") : status;
   }
 
-  v1::AttentionService::Stub* const stub_;
+  grpc::GenericStub stub_;
   grpc::ClientContext context_;
   grpc::CompletionQueue queue_;
   // Written by operations that may end after the call that began them.
-  v1::AttendResponse response_;
+  grpc::ByteBuffer reply_;
   grpc::Status finish_status_;
-  std::unique_ptr<grpc::ClientAsyncReaderWriter<v1::AttendRequest, v1::AttendResponse>> stream_;
+  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> stream_;
   bool is_open_ = true;
 };
 
@@ -220,7 +226,7 @@ class GrpcRpc final : public Rpc {
         channel_(NewChannel(options)),
         models_(v1::ModelService::NewStub(channel_)),
         sequences_(v1::SequenceService::NewStub(channel_)),
-        attention_(v1::AttentionService::NewStub(channel_)) {}
+        generic_(channel_) {}
 
   bool WaitUntilConnected(milliseconds deadline) override {
     return channel_->WaitForConnected(After(deadline));
@@ -248,10 +254,10 @@ class GrpcRpc final : public Rpc {
     return Call(sequences_.get(), &v1::SequenceService::Stub::Get, request, response,
                 deadlines_.data, Repeat::kAlways);
   }
-  absl::Status Attend(const v1::AttendRequest& request, steady_clock::time_point deadline,
+  absl::Status Attend(const PayloadMessage& request, steady_clock::time_point deadline,
                       v1::AttendResponse* response) override {
-    return Call(attention_.get(), &v1::AttentionService::Stub::Attend, request, response,
-                Until(deadline), Repeat::kAlways);
+    return Repeated(Until(deadline), Repeat::kAlways,
+                    [&](milliseconds left) { return AttemptAttend(request, left, response); });
   }
   absl::Status Drop(const v1::DropRequest& request) override {
     v1::DropResponse response;
@@ -271,7 +277,7 @@ class GrpcRpc final : public Rpc {
     return std::make_unique<GrpcAppendStream>(channel_, deadlines_.admin);
   }
   std::unique_ptr<AttendStream> OpenAttend() override {
-    return std::make_unique<GrpcAttendStream>(attention_.get());
+    return std::make_unique<GrpcAttendStream>(channel_);
   }
 
  private:
@@ -287,16 +293,42 @@ class GrpcRpc final : public Rpc {
     return ToStatus((stub->*method)(&context, request, response));
   }
 
+  absl::Status AttemptAttend(const PayloadMessage& request, milliseconds deadline,
+                             v1::AttendResponse* response) {
+    grpc::ClientContext context;
+    context.set_deadline(After(deadline));
+    grpc::CompletionQueue queue;
+    grpc::ByteBuffer reply;
+    grpc::Status status;
+    const auto call = generic_.PrepareUnaryCall(&context, kAttendMethod, Bytes(request), &queue);
+    call->StartCall();
+    call->Finish(&reply, &status, this);
+    void* tag = nullptr;
+    bool ok = false;
+    queue.Next(&tag, &ok);
+    if (!status.ok()) return ToStatus(status);
+    return Parse(&reply, response) ? absl::OkStatus()
+                                   : MalformedReply("message", "is no AttendResponse");
+  }
+
   // `attempts`, if given, is set to the number of attempts made.
   template <typename Stub, typename Request, typename Response>
   absl::Status Call(Stub* stub, Method<Stub, Request, Response> method, const Request& request,
                     Response* response, milliseconds deadline, Repeat repeat,
                     uint32_t* attempts = nullptr) {
+    return Repeated(deadline, repeat, [&](milliseconds left) {
+      if (attempts != nullptr) ++*attempts;
+      return Attempt(stub, method, request, response, left);
+    });
+  }
+
+  // `attempt` takes the time that is left.
+  template <typename OneAttempt>
+  absl::Status Repeated(milliseconds deadline, Repeat repeat, const OneAttempt& attempt) {
     const steady_clock::time_point end = steady_clock::now() + deadline;
     Backoff backoff(retry_, repeat, seeds_.fetch_add(1, std::memory_order_relaxed));
     for (;;) {
-      if (attempts != nullptr) ++*attempts;
-      absl::Status status = Attempt(stub, method, request, response, Until(end));
+      absl::Status status = attempt(Until(end));
       if (status.ok()) return status;
       const std::optional<milliseconds> pause = backoff.Next(status, Until(end));
       if (!pause.has_value()) return status;
@@ -309,7 +341,7 @@ class GrpcRpc final : public Rpc {
   const std::shared_ptr<grpc::Channel> channel_;  // gRPC's API shares channels.
   const std::unique_ptr<v1::ModelService::Stub> models_;
   const std::unique_ptr<v1::SequenceService::Stub> sequences_;
-  const std::unique_ptr<v1::AttentionService::Stub> attention_;
+  grpc::GenericStub generic_;
   // Different clients and calls must not pause alike.
   std::atomic<uint64_t> seeds_{
       static_cast<uint64_t>(steady_clock::now().time_since_epoch().count())};

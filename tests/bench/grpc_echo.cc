@@ -12,8 +12,13 @@
 
 #include <array>
 #include <chrono>
+#include <condition_variable>
+#include <deque>
 #include <filesystem>
+#include <functional>
+#include <mutex>
 #include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -22,32 +27,71 @@ namespace {
 
 constexpr char kUnaryMethod[] = "/echo/Unary";
 constexpr char kStreamMethod[] = "/echo/Stream";
+// The same with answers by another thread than the queue's.
+constexpr char kUnaryByThreadMethod[] = "/echo/UnaryByThread";
+constexpr char kStreamByThreadMethod[] = "/echo/StreamByThread";
 constexpr char kFlag[] = "--grpc-echo";
+
+// Runs what it is given, in turn, on a thread of its own. Never deleted: the process is killed.
+class Replier {
+ public:
+  Replier() : thread_([this] { Run(); }) {}
+
+  void Push(std::function<void()> reply) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      replies_.push_back(std::move(reply));
+    }
+    changed_.notify_one();
+  }
+
+ private:
+  void Run() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return !replies_.empty(); });
+      const std::function<void()> reply = std::move(replies_.front());
+      replies_.pop_front();
+      lock.unlock();
+      reply();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  // Guarded by mutex_; each client has one call at a time.
+  std::deque<std::function<void()>> replies_;
+  std::thread thread_;
+};
+
+struct EchoServer {
+  grpc::AsyncGenericService service;
+  std::unique_ptr<grpc::ServerCompletionQueue> queue;
+  Replier replier;
+};
 
 // A call of the server: reads, and writes what it has read, until its client has said everything.
 class EchoCall {
  public:
-  static void Listen(grpc::AsyncGenericService* service, grpc::ServerCompletionQueue* queue) {
-    auto* const call = new EchoCall(service, queue);
-    service->RequestCall(&call->context_, &call->stream_, queue, queue, call);
+  static void Listen(EchoServer* server) {
+    auto* const call = new EchoCall(server);
+    grpc::ServerCompletionQueue* const queue = server->queue.get();
+    server->service.RequestCall(&call->context_, &call->stream_, queue, queue, call);
   }
 
   void Complete(bool ok) {
     switch (next_) {
       case Next::kArrive:
         if (!ok) return Delete();
-        Listen(service_, queue_);
+        Listen(server_);
         return Read();
       case Next::kRead:
         if (!ok) return Finish();
-        if (context_.method() == kStreamMethod) {
-          next_ = Next::kWrite;
-          stream_.Write(bytes_, this);
-        } else {
-          next_ = Next::kFinish;
-          stream_.WriteAndFinish(bytes_, {}, grpc::Status::OK, this);
+        if (context_.method() == kStreamByThreadMethod ||
+            context_.method() == kUnaryByThreadMethod) {
+          return server_->replier.Push([this] { Reply(); });
         }
-        return;
+        return Reply();
       case Next::kWrite:
         return ok ? Read() : Finish();
       case Next::kFinish:
@@ -58,8 +102,15 @@ class EchoCall {
  private:
   enum class Next { kArrive, kRead, kWrite, kFinish };
 
-  EchoCall(grpc::AsyncGenericService* service, grpc::ServerCompletionQueue* queue)
-      : service_(service), queue_(queue) {}
+  explicit EchoCall(EchoServer* server) : server_(server) {}
+
+  void Reply() {
+    const bool is_stream =
+        context_.method() == kStreamMethod || context_.method() == kStreamByThreadMethod;
+    next_ = is_stream ? Next::kWrite : Next::kFinish;
+    if (is_stream) return stream_.Write(bytes_, this);
+    stream_.WriteAndFinish(bytes_, {}, grpc::Status::OK, this);
+  }
 
   void Read() {
     next_ = Next::kRead;
@@ -71,8 +122,7 @@ class EchoCall {
   }
   void Delete() { delete this; }
 
-  grpc::AsyncGenericService* const service_;
-  grpc::ServerCompletionQueue* const queue_;
+  EchoServer* const server_;
   grpc::GenericServerContext context_;
   grpc::GenericServerAsyncReaderWriter stream_{&context_};
   grpc::ByteBuffer bytes_;
@@ -94,8 +144,7 @@ class ProcessEcho final : public GrpcEcho {
     stub_ = std::make_unique<grpc::GenericStub>(channel_);
   }
   ~ProcessEcho() override {
-    stream_context_.TryCancel();
-    stream_.reset();
+    for (Stream& stream : streams_) stream.context.TryCancel();
     queue_.Shutdown();
     void* tag = nullptr;
     bool ok = false;
@@ -112,29 +161,37 @@ class ProcessEcho final : public GrpcEcho {
     return channel_->WaitForConnected(std::chrono::system_clock::now() + kTimeMax);
   }
 
-  bool CallUnary() override {
+  bool CallUnary(bool by_thread) override {
     grpc::ClientContext context;
     grpc::ByteBuffer reply;
     grpc::Status status;
-    const auto call = stub_->PrepareUnaryCall(&context, kUnaryMethod, Message(), &queue_);
+    const auto call = stub_->PrepareUnaryCall(
+        &context, by_thread ? kUnaryByThreadMethod : kUnaryMethod, Message(), &queue_);
     call->StartCall();
     call->Finish(&reply, &status, this);
     return Await(1) && status.ok() && reply.Length() == bytes_;
   }
 
-  bool CallStream() override {
-    if (stream_ == nullptr) {
-      stream_ = stub_->PrepareCall(&stream_context_, kStreamMethod, &queue_);
-      stream_->StartCall(this);
+  bool CallStream(bool by_thread) override {
+    Stream& stream = streams_[by_thread ? 1 : 0];
+    if (stream.rpc == nullptr) {
+      stream.rpc = stub_->PrepareCall(&stream.context,
+                                      by_thread ? kStreamByThreadMethod : kStreamMethod, &queue_);
+      stream.rpc->StartCall(this);
       if (!Await(1)) return false;
     }
     grpc::ByteBuffer reply;
-    stream_->Write(Message(), this);
-    stream_->Read(&reply, this);
+    stream.rpc->Write(Message(), this);
+    stream.rpc->Read(&reply, this);
     return Await(2) && reply.Length() == bytes_;
   }
 
  private:
+  struct Stream {
+    grpc::ClientContext context;
+    std::unique_ptr<grpc::GenericClientAsyncReaderWriter> rpc;
+  };
+
   grpc::ByteBuffer Message() const {
     const grpc::Slice slice(bytes_);
     return {&slice, 1};
@@ -155,25 +212,24 @@ class ProcessEcho final : public GrpcEcho {
   std::shared_ptr<grpc::Channel> channel_;  // gRPC's API shares channels.
   std::unique_ptr<grpc::GenericStub> stub_;
   grpc::CompletionQueue queue_;
-  grpc::ClientContext stream_context_;
-  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> stream_;
+  std::array<Stream, 2> streams_;
 };
 
 }  // namespace
 
 int ServeGrpcEcho(const std::string& path) {
-  grpc::AsyncGenericService service;
+  auto* const echo = new EchoServer;
   grpc::ServerBuilder builder;
   builder.SetMaxReceiveMessageSize(-1);
   builder.AddListeningPort("unix:" + path, grpc::InsecureServerCredentials());
-  builder.RegisterAsyncGenericService(&service);
-  const auto queue = builder.AddCompletionQueue();
+  builder.RegisterAsyncGenericService(&echo->service);
+  echo->queue = builder.AddCompletionQueue();
   const auto server = builder.BuildAndStart();
   if (server == nullptr) return 1;
-  EchoCall::Listen(&service, queue.get());
+  EchoCall::Listen(echo);
   void* tag = nullptr;
   bool ok = false;
-  while (queue->Next(&tag, &ok)) static_cast<EchoCall*>(tag)->Complete(ok);
+  while (echo->queue->Next(&tag, &ok)) static_cast<EchoCall*>(tag)->Complete(ok);
   return 0;
 }
 

@@ -23,10 +23,11 @@ class GrpcEcho {
   static absl::StatusOr<std::unique_ptr<GrpcEcho>> Start(size_t bytes);
   virtual ~GrpcEcho() = default;
 
-  // There and back once, by a call of its own and by a stream that stays open. False when something
-  // else came back than as many bytes.
-  virtual bool CallUnary() = 0;
-  virtual bool CallStream() = 0;
+  // There and back once, by a call of its own and by a stream that stays open; answered by the
+  // thread that has received it, or handed to another one as a service's work is. False when
+  // something else came back than as many bytes.
+  virtual bool CallUnary(bool by_thread) = 0;
+  virtual bool CallStream(bool by_thread) = 0;
 };
 
 }  // namespace kvservice::bench

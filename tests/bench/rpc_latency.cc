@@ -2,8 +2,9 @@
 // memory (lane), against a floor that is measured in the same run and with the same placement: as
 // many bytes written to a Unix socket, read by another process, and written back. Ways take turns.
 //
-// "grpc_echo" is the floor of what goes by gRPC: as many bytes there and back between two processes
-// that do nothing but gRPC (tests/bench/grpc_echo.h).
+// "grpc_unary" and "grpc_stream" are the floors of what goes by gRPC: as many bytes there and back
+// between two processes that do nothing but gRPC (tests/bench/grpc_echo.h). "hop": the same, but
+// that another thread answers than the one that has received the message.
 //
 // The engine has next to nothing to do: one row attends one token, and the rest of the payload
 // belongs to a row that names no sequence, so that its outputs are zeros. Payloads are of the
@@ -216,14 +217,22 @@ struct Way {
   bool spins = false;
 };
 
+struct EchoWay {
+  const char* name;
+  bool is_stream;
+  bool by_thread;
+};
+constexpr std::array<EchoWay, 4> kEchoWays = {{{"grpc_unary", false, false},
+                                               {"grpc_unary_hop", false, true},
+                                               {"grpc_stream", true, false},
+                                               {"grpc_stream_hop", true, true}}};
+
 class Measurement {
  public:
   Measurement(const BenchOptions& options, const Placement& placement, size_t bytes)
       : placement_(placement),
         bytes_(bytes),
-        round_count_(getenv("ONLYWAY") ? 100
-                     : options.quick   ? 2
-                                       : 20),
+        round_count_(options.quick ? 2 : 20),
         call_count_(options.quick ? 5 : (bytes > 256 << 10 ? 25 : 100)) {}
 
   absl::Status Run(std::vector<Row>* rows) {
@@ -233,10 +242,6 @@ class Measurement {
                              {"lane_in_place", client::Transport::kLane, true}};
     if (placement_.client_cpu != placement_.peer_cpu) {
       ways.push_back({"lane_spin", client::Transport::kLane, true, true});
-    }
-    if (getenv("ONLYWAY")) {
-      ways = {getenv("ONLYWAY")[0] == 'u' ? Way{"unary", client::Transport::kUnary}
-                                          : Way{"stream", client::Transport::kStream}};
     }
     PinTo(placement_.peer_cpu);
     auto quiet = ServerProcess::Start({"--device=cpu", "--threads=1", "--spin-us=0"});
@@ -261,8 +266,9 @@ class Measurement {
     PinTo(-1);
     if (!status.ok()) return status;
     Report("raw_socket", floor_seconds_, rows);
-    Report("grpc_echo_unary", echo_unary_seconds_, rows);
-    Report("grpc_echo_stream", echo_stream_seconds_, rows);
+    for (size_t way = 0; way < kEchoWays.size(); ++way) {
+      Report(kEchoWays[way].name, echo_seconds_[way], rows);
+    }
     for (size_t i = 0; i < ways.size(); ++i) {
       Report(ways[i].name, callers[i]->seconds, rows);
       Report(absl::StrCat(ways[i].name, "_in_server"), callers[i]->in_server_seconds, rows);
@@ -277,8 +283,7 @@ class Measurement {
     for (int round = -1; round < round_count_; ++round) {
       if (round == 0) {  // the one before warmed up
         floor_seconds_.clear();
-        echo_unary_seconds_.clear();
-        echo_stream_seconds_.clear();
+        for (std::vector<double>& seconds : echo_seconds_) seconds.clear();
         for (const auto& caller : callers) {
           caller->seconds.clear();
           caller->in_server_seconds.clear();
@@ -287,12 +292,15 @@ class Measurement {
       for (int i = 0; i < call_count_; ++i) {
         floor_seconds_.push_back(Seconds([&] { echoed = echo.Call() && echoed; }));
       }
-      for (int i = 0; i < call_count_; ++i) {
-        echo_unary_seconds_.push_back(Seconds([&] { echoed = grpc_echo->CallUnary() && echoed; }));
-      }
-      for (int i = 0; i < call_count_; ++i) {
-        echo_stream_seconds_.push_back(
-            Seconds([&] { echoed = grpc_echo->CallStream() && echoed; }));
+      for (size_t way = 0; way < kEchoWays.size(); ++way) {
+        const EchoWay& echo_way = kEchoWays[way];
+        for (int i = 0; i < call_count_; ++i) {
+          echo_seconds_[way].push_back(Seconds([&] {
+            echoed = (echo_way.is_stream ? grpc_echo->CallStream(echo_way.by_thread)
+                                         : grpc_echo->CallUnary(echo_way.by_thread)) &&
+                     echoed;
+          }));
+        }
       }
       for (const auto& caller : callers) {
         for (int i = 0; i < call_count_; ++i) {
@@ -323,7 +331,8 @@ class Measurement {
   const size_t bytes_;
   const int round_count_;
   const int call_count_;
-  std::vector<double> floor_seconds_, echo_unary_seconds_, echo_stream_seconds_;
+  std::vector<double> floor_seconds_;
+  std::array<std::vector<double>, kEchoWays.size()> echo_seconds_;
 };
 
 }  // namespace
@@ -334,10 +343,6 @@ absl::Status RunRpcLatency(const BenchOptions& options, std::vector<Row>* rows) 
     placements.insert(placements.begin() + 1, {"split", 0, 1});
   std::vector<size_t> sizes = {4 << 10, 64 << 10, 256 << 10, 1 << 20};
   if (options.quick) sizes = {4 << 10, 64 << 10};
-  if (getenv("SAME")) {
-    placements.resize(1);
-    sizes = {64 << 10};
-  }
   for (const Placement& placement : placements) {
     for (const size_t bytes : sizes) {
       const absl::Status status = Measurement(options, placement, bytes).Run(rows);
