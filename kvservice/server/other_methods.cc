@@ -51,7 +51,7 @@ grpc::ByteBuffer HealthReply(HealthStatus status) {
 
 // listening -> (arrives) -> finishing                             -> deleted    not there
 //                        -> reading -> finishing                  -> deleted    Check
-//                        -> reading -> watching <-> writing -> (client gone) -> finishing -> deleted
+//                        -> reading -> watching <-> writing -> (client gone) -> finishing
 //
 // Deleted when the call is done as well, of which gRPC tells besides.
 class OtherMethodCall final {

@@ -13,6 +13,8 @@ const std::vector<Workload>& Workloads() {
       {"append", "bulk prefill by lane and stream, against one CPU's copies in memory", RunAppend},
       {"rpc_latency", "a call there and back by every way, against a raw Unix socket",
        RunRpcLatency},
+      {"rpc_idle", "the first call after two idle seconds, by every way", RunRpcIdle},
+      {"rpc_throughput", "calls per second of two workers, against one", RunRpcThroughput},
   };
   return *kWorkloads;
 }

@@ -24,6 +24,12 @@ absl::Status RunAppend(const BenchOptions& options, std::vector<Row>* rows);
 // A call there and back by every way, against as many bytes through a raw Unix socket.
 absl::Status RunRpcLatency(const BenchOptions& options, std::vector<Row>* rows);
 
+// The first call after two idle seconds, by every way.
+absl::Status RunRpcIdle(const BenchOptions& options, std::vector<Row>* rows);
+
+// What two workers get done, against one.
+absl::Status RunRpcThroughput(const BenchOptions& options, std::vector<Row>* rows);
+
 }  // namespace kvservice::bench
 
 #endif  // KVSERVICE_TESTS_BENCH_WORKLOADS_H_
