@@ -2,20 +2,21 @@
 
 #include <algorithm>
 #include <functional>
+#include <optional>
 #include <utility>
 
+#include "client/append_part.h"
 #include "client/core.h"
 #include "client/error.h"
+#include "client/lane_append.h"
 #include "client/replies.h"
 #include "client/requests.h"
 
 namespace kvservice::client {
 namespace {
 
-// Keys and values of one message: the size at which streams are fastest.
-constexpr size_t kMessageBytes = size_t{1} << 20;
 // Sampled queries of one message, as the server allows them.
-constexpr ptrdiff_t kSampleTokensMax = 256;
+constexpr size_t kSampleTokensMax = 256;
 
 absl::Status CheckPair(const TensorView& k, const TensorView& v) {
   absl::Status status = CheckTensor(k, "k");
@@ -46,30 +47,47 @@ absl::Status CheckSample(const QuerySample& sample, uint32_t position, uint32_t 
   return InvalidRequest("query_sample_positions", "are not ascending positions of the tokens");
 }
 
+// Nothing if a message cannot take even the least of it.
+std::optional<AppendCut> CutFor(const AppendLimits& limits, const TensorView& k,
+                                const QuerySample& sample) {
+  const size_t token_bytes = 2 * k.bytes.size() / k.token_count;
+  if (token_bytes > limits.bytes_max) return std::nullopt;
+  // Queries may take half of a message that is no larger than its keys and values could be.
+  const size_t room = sample.q.empty() ? limits.bytes_max : limits.bytes_max / 2;
+  const size_t tokens = std::max<size_t>(1, std::min(limits.token_bytes_aim, room) / token_bytes);
+  AppendCut cut{.tokens = static_cast<uint32_t>(tokens)};
+  const size_t left = limits.bytes_max - tokens * token_bytes;
+  if (sample.q.empty()) return cut;
+  if (sample.positions.empty()) {
+    return sample.q.bytes.size() <= left ? std::optional(cut) : std::nullopt;
+  }
+  const size_t query_bytes = sample.q.bytes.size() / sample.q.token_count;
+  cut.sample_tokens = static_cast<uint32_t>(std::min(kSampleTokensMax, left / query_bytes));
+  return cut.sample_tokens > 0 ? std::optional(cut) : std::nullopt;
+}
+
 // The queries of a message's tokens [begin, *end); where there are too many of them for one message
 // it ends earlier. Those without positions travel with the first message.
-void PutSample(const QuerySample& sample, uint64_t begin, bool is_first, uint64_t* end,
-               v1::AppendRequest* request) {
-  request->clear_query_sample();
-  request->clear_query_sample_positions();
+void PutSample(const QuerySample& sample, const AppendCut& cut, uint64_t begin, bool is_first,
+               uint64_t* end, AppendPart* part) {
+  part->query_sample = {};
+  part->request.clear_query_sample_positions();
   if (sample.q.empty()) return;
   const absl::Span<const uint32_t> positions = sample.positions;
   if (positions.empty()) {
-    if (is_first) {
-      TensorToProto(sample.q, 0, sample.q.token_count, request->mutable_query_sample());
-    }
+    if (is_first) part->query_sample = sample.q;
     return;
   }
   const auto first = std::lower_bound(positions.begin(), positions.end(), begin);
   auto last = std::lower_bound(first, positions.end(), *end);
-  if (last - first > kSampleTokensMax) {
-    last = first + kSampleTokensMax;
+  if (last - first > cut.sample_tokens) {
+    last = first + cut.sample_tokens;
     *end = *last;
   }
   if (first == last) return;
-  TensorToProto(sample.q, static_cast<uint32_t>(first - positions.begin()),
-                static_cast<uint32_t>(last - first), request->mutable_query_sample());
-  request->mutable_query_sample_positions()->Add(first, last);
+  part->query_sample = TokensOf(sample.q, static_cast<uint32_t>(first - positions.begin()),
+                                static_cast<uint32_t>(last - first));
+  part->request.mutable_query_sample_positions()->Add(first, last);
 }
 
 }  // namespace
@@ -95,25 +113,39 @@ absl::Status AppendWriter::Write(uint32_t layer, uint32_t position, const Tensor
     const absl::Status finished = FinishStream();
     if (!finished.ok()) return finished;
   }
+  std::optional<AppendCut> cut;
+  if (stream_ != nullptr) cut = CutFor(stream_->limits(), k, sample);
+  if (stream_ != nullptr && !cut.has_value()) {
+    const absl::Status finished = FinishStream();
+    if (!finished.ok()) return finished;
+  }
   if (stream_ == nullptr) {
-    stream_ = core_->rpc->OpenAppend();
+    stream_ = OpenLaneAppend(core_);
+    if (stream_ != nullptr) cut = CutFor(stream_->limits(), k, sample);
+    // Streams take messages of any size.
+    if (!cut.has_value()) stream_ = core_->rpc->OpenAppend();
+    if (!cut.has_value()) cut = CutFor(stream_->limits(), k, sample);
     opened_ = now;
   }
+  return WriteParts(layer, position, k, v, sample, *cut);
+}
 
-  v1::AppendRequest request;
-  *request.mutable_handle() = MakeHandle(id_, generation_);
-  request.set_layer(layer);
-  const size_t token_bytes = 2 * k.bytes.size() / k.token_count;
-  const auto step = static_cast<uint32_t>(std::max<size_t>(1, kMessageBytes / token_bytes));
+absl::Status AppendWriter::WriteParts(uint32_t layer, uint32_t position, const TensorView& k,
+                                      const TensorView& v, const QuerySample& sample,
+                                      const AppendCut& cut) {
+  AppendPart part;
+  *part.request.mutable_handle() = MakeHandle(id_, generation_);
+  part.request.set_layer(layer);
   uint32_t count = 0;
   for (uint32_t begin = 0; begin < k.token_count; begin += count) {
-    uint64_t end = uint64_t{position} + std::min(k.token_count, begin + step);
-    PutSample(sample, uint64_t{position} + begin, begin == 0, &end, &request);
+    uint64_t end =
+        uint64_t{position} + std::min<uint64_t>(k.token_count, uint64_t{begin} + cut.tokens);
+    PutSample(sample, cut, uint64_t{position} + begin, begin == 0, &end, &part);
     count = static_cast<uint32_t>(end - position) - begin;
-    request.set_position(position + begin);
-    TensorToProto(k, begin, count, request.mutable_k());
-    TensorToProto(v, begin, count, request.mutable_v());
-    if (!stream_->Write(request)) return FinishStream();
+    part.request.set_position(position + begin);
+    part.k = TokensOf(k, begin, count);
+    part.v = TokensOf(v, begin, count);
+    if (!stream_->Write(part)) return FinishStream();
     ++sent_;
   }
   return absl::OkStatus();
@@ -127,6 +159,7 @@ absl::StatusOr<Receipt> AppendWriter::Commit() {
 
 absl::Status AppendWriter::FinishStream() {
   v1::AppendResponse response;
+  receipt_.transport = stream_->transport();
   status_ = stream_->Finish(&response);
   stream_.reset();
   if (status_.ok()) status_ = CheckSequence(response.sequence(), id_);

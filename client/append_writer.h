@@ -1,4 +1,5 @@
-// Prefill: a stream of keys and values into one sequence.
+// Prefill: keys and values for one sequence, through the client's lane where it has one, else by a
+// stream.
 
 #ifndef KVSERVICE_CLIENT_APPEND_WRITER_H_
 #define KVSERVICE_CLIENT_APPEND_WRITER_H_
@@ -11,11 +12,13 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "client/options.h"
 #include "client/tensor.h"
 
 namespace kvservice::client {
 
 class AppendStream;
+struct AppendCut;
 struct Core;
 
 // What the server has applied of a writer's messages.
@@ -26,6 +29,8 @@ struct Receipt {
   // Messages applied, and how many of them were stored already in full.
   uint64_t message_count = 0;
   uint64_t duplicate_count = 0;
+  // How the latest of them travelled: kLane or kStream.
+  Transport transport = Transport::kStream;
 };
 
 // Some queries of the tokens that are written.
@@ -40,9 +45,13 @@ struct QuerySample {
 };
 
 // Made by Sequence::Append. One thread; the client outlives it. Messages are applied one by one and
-// in order, and repeating one is harmless: after an error, whatever was applied stays, and writing
-// goes on from Sequence::Describe. Nothing is repeated by itself. Deleting a writer without Commit
+// in order, and repeating one is harmless: after an error, whatever was applied stays (through a
+// lane also of the message behind the one that failed, if it is another layer's), and writing goes
+// on from Sequence::Describe. Nothing is repeated by itself. Deleting a writer without Commit
 // abandons what is still under way.
+//
+// Between Write and Commit a writer holds up to four of its client's lane's slots
+// (LaneOptions::calls_max), all writers together at most half of them.
 class AppendWriter {
  public:
   AppendWriter(Core* core, std::string id, uint64_t generation);
@@ -65,6 +74,8 @@ class AppendWriter {
   absl::StatusOr<Receipt> Commit();
 
  private:
+  absl::Status WriteParts(uint32_t layer, uint32_t position, const TensorView& k,
+                          const TensorView& v, const QuerySample& sample, const AppendCut& cut);
   absl::Status FinishStream();
 
   Core* core_;

@@ -11,6 +11,7 @@
 
 #include "client/core.h"
 #include "client/error.h"
+#include "client/payload_message.h"
 #include "client/replies.h"
 #include "client/requests.h"
 
@@ -38,6 +39,37 @@ absl::StatusOr<std::string> RandomName() {
     name += kDigits[byte & 15U];
   }
   return name;
+}
+
+// Takes the tensors out of a request for as long as it lives: what a lane needs of them is not what
+// a message has.
+class WithoutTensors {
+ public:
+  explicit WithoutTensors(v1::AttendRequest* request)
+      : request_(request),
+        q_(request->release_q()),
+        k_(request->release_k()),
+        v_(request->release_v()) {}
+  ~WithoutTensors() {
+    request_->set_allocated_q(q_.release());
+    request_->set_allocated_k(k_.release());
+    request_->set_allocated_v(v_.release());
+  }
+  WithoutTensors(const WithoutTensors&) = delete;
+  WithoutTensors& operator=(const WithoutTensors&) = delete;
+
+ private:
+  v1::AttendRequest* const request_;
+  // nullptr where there is none.
+  std::unique_ptr<v1::Tensor> q_, k_, v_;
+};
+
+PayloadMessage MessageOf(const AttendStep& step, const v1::AttendRequest* request) {
+  PayloadMessage message(request);
+  message.Add(v1::AttendRequest::kQFieldNumber, step.q);
+  if (!step.k.empty()) message.Add(v1::AttendRequest::kKFieldNumber, step.k);
+  if (!step.v.empty()) message.Add(v1::AttendRequest::kVFieldNumber, step.v);
+  return message;
 }
 
 }  // namespace
@@ -127,13 +159,16 @@ absl::StatusOr<AttendResult> Attend(Core* core, const AttendStep& step) {
       return *std::move(answer);
     }
   }
-  PutTensors(step, &request);
   v1::AttendResponse response;
   std::optional<absl::Status> streamed;
-  if (core->options.transport != Transport::kUnary) {
-    streamed = core->streams.Attend(request, deadline, &response);
+  {
+    const WithoutTensors control(&request);
+    const PayloadMessage message = MessageOf(step, &request);
+    if (core->options.transport != Transport::kUnary) {
+      streamed = core->streams.Attend(message, deadline, &response);
+    }
+    status = streamed.has_value() ? *streamed : core->rpc->Attend(message, deadline, &response);
   }
-  status = streamed.has_value() ? *streamed : core->rpc->Attend(request, deadline, &response);
   if (!status.ok()) return status;
   absl::Span<const std::byte> out;
   absl::StatusOr<AttendResult> result =

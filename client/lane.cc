@@ -214,10 +214,15 @@ bool Lane::PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest*
   }
   request->SerializeWithCachedSizesToArray(
       reinterpret_cast<uint8_t*>(memory_.Range(offset, bytes).data()));
+  PutHead(index, wire::kLaneAttend, offset, bytes);
+  return true;
+}
+
+void Lane::PutHead(uint32_t index, uint32_t method, uint64_t offset, uint64_t bytes) {
   wire::SlotHead* const head = memory_.slot(index);
+  wire::Store(&head->request_method, method);
   wire::Store(&head->request_offset, offset);
   wire::Store(&head->request_bytes, static_cast<uint32_t>(bytes));
-  return true;
 }
 
 bool Lane::Ring(uint32_t index) {
@@ -228,6 +233,72 @@ bool Lane::Ring(uint32_t index) {
   const char byte = 0;
   // A full socket holds bytes that the server has not read yet, and will.
   return send(socket_.get(), &byte, 1, MSG_DONTWAIT | MSG_NOSIGNAL) == 1 || errno == EAGAIN;
+}
+
+bool Lane::BeginAppend(uint32_t index, const AppendPart& part) {
+  v1::AppendRequest request = part.request;
+  uint64_t offset = memory_.RequestOffset(index);
+  const auto put = [&](const TensorView& tensor, v1::Tensor* to) {
+    const uint64_t bytes = tensor.bytes.size();
+    std::memcpy(memory_.Range(offset, bytes).data(), tensor.bytes.data(), bytes);
+    DescribeTensor(tensor, tensor.token_count, to);
+    to->mutable_region()->set_offset_bytes(offset);
+    to->mutable_region()->set_length_bytes(bytes);
+    offset = AlignUp(offset + bytes, wire::kLaneAlignment);
+  };
+  put(part.k, request.mutable_k());
+  put(part.v, request.mutable_v());
+  if (!part.query_sample.empty()) put(part.query_sample, request.mutable_query_sample());
+  const uint64_t bytes = request.ByteSizeLong();
+  request.SerializeWithCachedSizesToArray(
+      reinterpret_cast<uint8_t*>(memory_.Range(offset, bytes).data()));
+  PutHead(index, wire::kLaneAppend, offset, bytes);
+  // Together: whoever has the lower number is seen first.
+  const std::lock_guard<std::mutex> lock(mutex_);
+  wire::Store(&memory_.slot(index)->request_order, ++append_order_);
+  if (Ring(index)) return true;
+  is_broken_ = true;
+  return false;
+}
+
+absl::StatusOr<v1::AppendResponse> Lane::EndAppend(uint32_t index,
+                                                   steady_clock::time_point deadline) {
+  switch (Wait(index, deadline)) {
+    case Outcome::kAnswered:
+      break;
+    case Outcome::kTimeOver:
+      return absl::DeadlineExceededError("the server did not answer in time");
+    case Outcome::kBroken:
+      is_broken_ = true;
+      return absl::UnavailableError("the server is gone");
+  }
+  std::string message;
+  absl::Status status = TakeMessage(index, &message);
+  if (!status.ok()) return status;
+  v1::AppendResponse response;
+  if (!response.ParseFromString(message)) return MalformedReply("message", "does not parse");
+  return response;
+}
+
+std::vector<uint32_t> Lane::ReserveAppendSlots(uint32_t count) {
+  std::vector<uint32_t> indices;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (uint32_t i = 0; i < slots_.size(); ++i) {
+    if (indices.size() == count || append_slots_ + 1 > slots_.size() / 2) break;
+    Reclaim(i);
+    if (slots_[i].is_taken) continue;
+    slots_[i].is_taken = true;
+    slots_[i].is_reserved = true;
+    ++append_slots_;
+    indices.push_back(i);
+  }
+  return indices;
+}
+
+void Lane::ReturnAppendSlot(uint32_t index) {
+  ReturnSlot(index);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  --append_slots_;
 }
 
 bool Lane::SpinForReply(uint32_t index) const {
@@ -265,9 +336,7 @@ bool Lane::IsConnected() const {
   return got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR));
 }
 
-std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
-                                                            const v1::AttendRequest& request,
-                                                            StepBuffers* buffers) {
+absl::Status Lane::TakeMessage(uint32_t index, std::string* message) {
   const wire::SlotHead& head = *memory_.slot(index);
   const uint64_t offset = wire::Load(head.reply_offset);
   const uint32_t bytes = wire::Load(head.reply_bytes);
@@ -278,11 +347,19 @@ std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
     return MalformedReply("reply_offset", "is not in the slot");
   }
   const absl::Span<const std::byte> range = memory_.Range(offset, bytes);
-  const std::string message(reinterpret_cast<const char*>(range.data()), range.size());
-  if (code != 0) {
-    v1::Status error;
-    error.ParseFromString(message);
-    absl::Status status = StatusFromWire(static_cast<int>(code), error.message(), message);
+  message->assign(reinterpret_cast<const char*>(range.data()), range.size());
+  if (code == 0) return absl::OkStatus();
+  v1::Status error;
+  error.ParseFromString(*message);
+  return StatusFromWire(static_cast<int>(code), error.message(), *message);
+}
+
+std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
+                                                            const v1::AttendRequest& request,
+                                                            StepBuffers* buffers) {
+  std::string message;
+  const absl::Status status = TakeMessage(index, &message);
+  if (!status.ok()) {
     const bool is_for_others = absl::IsUnavailable(status) || ReasonOf(status) == kReplyTooLarge;
     if (is_for_others) return std::nullopt;
     return status;
@@ -295,6 +372,7 @@ std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
   google::protobuf::Arena arena(arena_options);
   auto& response = *google::protobuf::Arena::CreateMessage<v1::AttendResponse>(&arena);
   if (!response.ParseFromString(message)) return MalformedReply("message", "does not parse");
+  const uint64_t begin = memory_.ReplyOffset(index);
   const ReplyRegion region = {.offset = begin,
                               .bytes = memory_.Range(begin, memory_.shape().reply_bytes)};
   absl::Span<const std::byte> out;

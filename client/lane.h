@@ -1,5 +1,5 @@
-// Attend calls through memory shared with a server on the same host (wire/lane_layout.h). Inside
-// the library only.
+// Attend and Append calls through memory shared with a server on the same host
+// (wire/lane_layout.h). Inside the library only.
 
 #ifndef KVSERVICE_CLIENT_LANE_H_
 #define KVSERVICE_CLIENT_LANE_H_
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "client/append_part.h"
 #include "client/attend.h"
 #include "client/options.h"
 #include "client/step_buffers.h"
@@ -37,14 +38,31 @@ class Lane {
       const AttendStep& step, v1::AttendRequest* request,
       std::chrono::steady_clock::time_point deadline);
 
+  // One append's message through a slot that was reserved, after the answer to the one before: puts
+  // it there and tells the server. Messages are taken in the order of these calls. False when the
+  // server is gone.
+  bool BeginAppend(uint32_t index, const AppendPart& part);
+  // Waits for the answer. UNAVAILABLE when the server is gone before.
+  absl::StatusOr<v1::AppendResponse> EndAppend(uint32_t index,
+                                               std::chrono::steady_clock::time_point deadline);
+  // Nobody waits for the answer any more, which may still come.
+  void AbandonAppend(uint32_t index) { LeaveSlot(index, true); }
+  // Up to `count` slots for appends, which have at most half of all; none when there are none to
+  // spare. Each is given back once.
+  std::vector<uint32_t> ReserveAppendSlots(uint32_t count);
+  void ReturnAppendSlot(uint32_t index);
+
   // A slot for one caller's calls, whose request area has room for `tensor_bytes` and a message;
   // nothing when none is to spare. Given back once.
   std::optional<uint32_t> ReserveSlot(size_t tensor_bytes);
   void ReturnSlot(uint32_t index);
+  uint64_t request_bytes() const { return memory_.shape().request_bytes; }
   absl::Span<std::byte> RequestMemory(uint32_t index) const {
     return memory_.Range(memory_.RequestOffset(index), memory_.shape().request_bytes);
   }
 
+  // Asks the system; one call.
+  bool IsConnected() const;
   // The server is gone, or answers what is none.
   bool is_broken() const { return is_broken_; }
 
@@ -74,10 +92,13 @@ class Lane {
   void LeaveSlot(uint32_t index, bool abandon);
   bool PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest* request);
   // False when the server is gone.
+  // Tells the server of the message at `offset` of the memory.
+  void PutHead(uint32_t index, uint32_t method, uint64_t offset, uint64_t bytes);
   bool Ring(uint32_t index);
   Outcome Wait(uint32_t index, std::chrono::steady_clock::time_point deadline);
   bool SpinForReply(uint32_t index) const;
-  bool IsConnected() const;
+  // The answer's message, or the error.
+  absl::Status TakeMessage(uint32_t index, std::string* message);
   std::optional<absl::StatusOr<AttendResult>> TakeReply(uint32_t index,
                                                         const v1::AttendRequest& request,
                                                         StepBuffers* buffers);
@@ -91,6 +112,8 @@ class Lane {
   std::mutex mutex_;
   // Guarded by mutex_, but for the number, which is the taker's.
   std::vector<Slot> slots_;
+  uint32_t append_slots_ = 0;
+  uint32_t append_order_ = 0;
 };
 
 // The lane of a client, opened again some time after it broke. Any thread.

@@ -46,7 +46,7 @@ enum class Transport : uint8_t {
 // The shared memory of a client. A call for which there is no room travels as kStream.
 struct LaneOptions {
   // At a time, 1 to 16.
-  uint32_t calls_max = 4;
+  uint32_t calls_max = 8;
   // Tensors and message of one call, in either direction; takes memory only as it is used.
   size_t call_bytes_max = size_t{2} << 20;
   // For how long a calling thread looks for the answer before it sleeps: sooner awake, and a CPU

@@ -246,15 +246,6 @@ void DescribeTensor(const TensorView& tensor, uint32_t count, v1::Tensor* to) {
   to->add_shape(tensor.head_dim);
 }
 
-void TensorToProto(const TensorView& tensor, uint32_t begin, uint32_t count, v1::Tensor* to) {
-  DescribeTensor(tensor, count, to);
-  to->clear_region();
-  const size_t token_bytes = tensor.bytes.size() / tensor.token_count;
-  const absl::Span<const std::byte> part =
-      tensor.bytes.subspan(begin * token_bytes, count * token_bytes);
-  to->set_data(part.data(), part.size());
-}
-
 absl::Status StepToProto(const AttendStep& step, v1::AttendRequest* request) {
   if (step.rows.empty()) return InvalidRequest("rows", "is empty");
   request->set_layer(step.layer);
@@ -280,13 +271,6 @@ absl::Status StepToProto(const AttendStep& step, v1::AttendRequest* request) {
   DescribeTensor(step.k, step.k.token_count, request->mutable_k());
   DescribeTensor(step.v, step.v.token_count, request->mutable_v());
   return absl::OkStatus();
-}
-
-void PutTensors(const AttendStep& step, v1::AttendRequest* request) {
-  TensorToProto(step.q, 0, step.q.token_count, request->mutable_q());
-  if (step.k.empty()) return;
-  TensorToProto(step.k, 0, step.k.token_count, request->mutable_k());
-  TensorToProto(step.v, 0, step.v.token_count, request->mutable_v());
 }
 
 }  // namespace kvservice::client

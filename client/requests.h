@@ -30,15 +30,11 @@ absl::Status CheckTensor(const TensorView& tensor, const std::string& field);
 
 // Type and shape of tokens of a tensor that has been checked.
 void DescribeTensor(const TensorView& tensor, uint32_t count, v1::Tensor* to);
-// Tokens [begin, begin + count) of a tensor that has been checked.
-void TensorToProto(const TensorView& tensor, uint32_t begin, uint32_t count, v1::Tensor* to);
 
 // INVALID_ARGUMENT / REQUEST_INVALID for contradictions: no rows, rows without a sequence, tensors
 // whose tokens are not the rows', one of k and v alone. Tensors are described and have no payload
 // yet.
 absl::Status StepToProto(const AttendStep& step, v1::AttendRequest* request);
-// Puts the payloads of the tensors into the request.
-void PutTensors(const AttendStep& step, v1::AttendRequest* request);
 
 }  // namespace kvservice::client
 

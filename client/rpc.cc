@@ -3,6 +3,7 @@
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 #include <grpcpp/create_channel.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
 
@@ -14,8 +15,8 @@
 #include <utility>
 
 #include "client/error.h"
+#include "client/payload_message.h"
 #include "client/retry.h"
-#include "kvservice/v1/attention.grpc.pb.h"
 #include "kvservice/v1/model.grpc.pb.h"
 #include "kvservice/v1/sequence.grpc.pb.h"
 
@@ -56,38 +57,101 @@ std::shared_ptr<grpc::Channel> NewChannel(const ClientOptions& options) {
   return grpc::CreateCustomChannel(options.endpoint, grpc::InsecureChannelCredentials(), arguments);
 }
 
+constexpr char kAppendMethod[] = "/kvservice.v1.SequenceService/Append";
+constexpr char kAttendMethod[] = "/kvservice.v1.AttentionService/Attend";
+constexpr char kAttendStreamMethod[] = "/kvservice.v1.AttentionService/AttendStream";
+// The size at which streams are fastest.
+constexpr size_t kAppendBytesAim = size_t{1} << 20;
+
+grpc::ByteBuffer Bytes(const PayloadMessage& message) {
+  grpc::Slice slice(message.bytes());
+  message.Write(const_cast<uint8_t*>(slice.begin()));
+  return {&slice, 1};
+}
+
+// Empties the bytes.
+template <typename Message>
+bool Parse(grpc::ByteBuffer* bytes, Message* message) {
+  return grpc::SerializationTraits<Message>::Deserialize(bytes, message).ok();
+}
+
 class GrpcAppendStream final : public AppendStream {
  public:
-  GrpcAppendStream(v1::SequenceService::Stub* stub, milliseconds deadline) {
+  GrpcAppendStream(const std::shared_ptr<grpc::Channel>& channel, milliseconds deadline)
+      : stub_(channel) {
     context_.set_deadline(After(deadline));
-    writer_ = stub->Append(&context_, &response_);
+    stream_ = stub_.PrepareCall(&context_, kAppendMethod, &queue_);
+    stream_->StartCall(this);
+    is_open_ = Await();
   }
   ~GrpcAppendStream() override {
-    if (finished_) return;
-    context_.TryCancel();
-    writer_->Finish();
+    if (!finished_) {
+      context_.TryCancel();
+      grpc::Status status;
+      stream_->Finish(&status, this);
+      Await();
+    }
+    queue_.Shutdown();
+    void* tag = nullptr;
+    bool ok = false;
+    while (queue_.Next(&tag, &ok)) {
+    }
   }
 
-  bool Write(const v1::AppendRequest& request) override { return writer_->Write(request); }
+  Transport transport() const override { return Transport::kStream; }
+  AppendLimits limits() const override {
+    return {.token_bytes_aim = kAppendBytesAim, .bytes_max = SIZE_MAX};
+  }
+
+  bool Write(const AppendPart& part) override {
+    if (!is_open_) return false;
+    PayloadMessage message(&part.request);
+    if (!part.query_sample.empty()) {
+      message.Add(v1::AppendRequest::kQuerySampleFieldNumber, part.query_sample);
+    }
+    message.Add(v1::AppendRequest::kKFieldNumber, part.k);
+    message.Add(v1::AppendRequest::kVFieldNumber, part.v);
+    stream_->Write(Bytes(message), this);
+    is_open_ = Await();
+    return is_open_;
+  }
 
   absl::Status Finish(v1::AppendResponse* response) override {
     finished_ = true;
-    writer_->WritesDone();
-    absl::Status status = ToStatus(writer_->Finish());
-    *response = std::move(response_);
-    return status;
+    grpc::ByteBuffer bytes;
+    if (is_open_) {
+      stream_->WritesDone(this);
+      Await();
+      stream_->Read(&bytes, this);
+      is_open_ = Await();
+    }
+    grpc::Status status;
+    stream_->Finish(&status, this);
+    Await();
+    if (!status.ok()) return ToStatus(status);
+    return is_open_ && Parse(&bytes, response) ? absl::OkStatus()
+                                               : MalformedReply("message", "is no AppendResponse");
   }
 
  private:
+  // The end of the operation under way; whether it worked. The call's deadline bounds it.
+  bool Await() {
+    void* tag = nullptr;
+    bool ok = false;
+    return queue_.Next(&tag, &ok) && ok;
+  }
+
+  grpc::GenericStub stub_;
   grpc::ClientContext context_;
-  v1::AppendResponse response_;
-  std::unique_ptr<grpc::ClientWriter<v1::AppendRequest>> writer_;
+  grpc::CompletionQueue queue_;
+  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> stream_;
+  bool is_open_ = false;
   bool finished_ = false;
 };
 
 class GrpcAttendStream final : public AttendStream {
  public:
-  explicit GrpcAttendStream(v1::AttentionService::Stub* stub) : stub_(stub) {}
+  explicit GrpcAttendStream(const std::shared_ptr<grpc::Channel>& channel) : stub_(channel) {}
   ~GrpcAttendStream() override {
     context_.TryCancel();
     queue_.Shutdown();
@@ -99,21 +163,22 @@ class GrpcAttendStream final : public AttendStream {
 
   bool is_open() const override { return is_open_; }
 
-  absl::Status Attend(const v1::AttendRequest& request, steady_clock::time_point deadline,
+  absl::Status Attend(const PayloadMessage& request, steady_clock::time_point deadline,
                       v1::AttendResponse* response) override {
     const auto end = After(Until(deadline));
     is_open_ = false;
     if (stream_ == nullptr) {
-      stream_ = stub_->AsyncAttendStream(&context_, &queue_, this);
+      stream_ = stub_.PrepareCall(&context_, kAttendStreamMethod, &queue_);
+      stream_->StartCall(this);
       const absl::Status started = Await(1, end);
       if (!started.ok()) return started;
     }
-    stream_->Write(request, this);
-    stream_->Read(&response_, this);
+    stream_->Write(Bytes(request), this);
+    stream_->Read(&reply_, this);
     const absl::Status answered = Await(2, end);
     if (!answered.ok()) return answered;
+    if (!Parse(&reply_, response)) return MalformedReply("message", "is no AttendResponse");
     is_open_ = true;
-    *response = std::move(response_);
     if (!response->has_error()) return absl::OkStatus();
     const v1::Status& error = response->error();
     return StatusFromWire(error.code(), error.message(), error.SerializeAsString());
@@ -143,13 +208,13 @@ class GrpcAttendStream final : public AttendStream {
     return status.ok() ? absl::UnavailableError("the server ended the stream") : status;
   }
 
-  v1::AttentionService::Stub* const stub_;
+  grpc::GenericStub stub_;
   grpc::ClientContext context_;
   grpc::CompletionQueue queue_;
   // Written by operations that may end after the call that began them.
-  v1::AttendResponse response_;
+  grpc::ByteBuffer reply_;
   grpc::Status finish_status_;
-  std::unique_ptr<grpc::ClientAsyncReaderWriter<v1::AttendRequest, v1::AttendResponse>> stream_;
+  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> stream_;
   bool is_open_ = true;
 };
 
@@ -161,7 +226,7 @@ class GrpcRpc final : public Rpc {
         channel_(NewChannel(options)),
         models_(v1::ModelService::NewStub(channel_)),
         sequences_(v1::SequenceService::NewStub(channel_)),
-        attention_(v1::AttentionService::NewStub(channel_)) {}
+        generic_(channel_) {}
 
   bool WaitUntilConnected(milliseconds deadline) override {
     return channel_->WaitForConnected(After(deadline));
@@ -189,10 +254,10 @@ class GrpcRpc final : public Rpc {
     return Call(sequences_.get(), &v1::SequenceService::Stub::Get, request, response,
                 deadlines_.data, Repeat::kAlways);
   }
-  absl::Status Attend(const v1::AttendRequest& request, steady_clock::time_point deadline,
+  absl::Status Attend(const PayloadMessage& request, steady_clock::time_point deadline,
                       v1::AttendResponse* response) override {
-    return Call(attention_.get(), &v1::AttentionService::Stub::Attend, request, response,
-                Until(deadline), Repeat::kAlways);
+    return Repeated(Until(deadline), Repeat::kAlways,
+                    [&](milliseconds left) { return AttemptAttend(request, left, response); });
   }
   absl::Status Drop(const v1::DropRequest& request) override {
     v1::DropResponse response;
@@ -209,10 +274,10 @@ class GrpcRpc final : public Rpc {
   }
 
   std::unique_ptr<AppendStream> OpenAppend() override {
-    return std::make_unique<GrpcAppendStream>(sequences_.get(), deadlines_.admin);
+    return std::make_unique<GrpcAppendStream>(channel_, deadlines_.admin);
   }
   std::unique_ptr<AttendStream> OpenAttend() override {
-    return std::make_unique<GrpcAttendStream>(attention_.get());
+    return std::make_unique<GrpcAttendStream>(channel_);
   }
 
  private:
@@ -228,16 +293,42 @@ class GrpcRpc final : public Rpc {
     return ToStatus((stub->*method)(&context, request, response));
   }
 
+  absl::Status AttemptAttend(const PayloadMessage& request, milliseconds deadline,
+                             v1::AttendResponse* response) {
+    grpc::ClientContext context;
+    context.set_deadline(After(deadline));
+    grpc::CompletionQueue queue;
+    grpc::ByteBuffer reply;
+    grpc::Status status;
+    const auto call = generic_.PrepareUnaryCall(&context, kAttendMethod, Bytes(request), &queue);
+    call->StartCall();
+    call->Finish(&reply, &status, this);
+    void* tag = nullptr;
+    bool ok = false;
+    queue.Next(&tag, &ok);
+    if (!status.ok()) return ToStatus(status);
+    return Parse(&reply, response) ? absl::OkStatus()
+                                   : MalformedReply("message", "is no AttendResponse");
+  }
+
   // `attempts`, if given, is set to the number of attempts made.
   template <typename Stub, typename Request, typename Response>
   absl::Status Call(Stub* stub, Method<Stub, Request, Response> method, const Request& request,
                     Response* response, milliseconds deadline, Repeat repeat,
                     uint32_t* attempts = nullptr) {
+    return Repeated(deadline, repeat, [&](milliseconds left) {
+      if (attempts != nullptr) ++*attempts;
+      return Attempt(stub, method, request, response, left);
+    });
+  }
+
+  // `attempt` takes the time that is left.
+  template <typename OneAttempt>
+  absl::Status Repeated(milliseconds deadline, Repeat repeat, const OneAttempt& attempt) {
     const steady_clock::time_point end = steady_clock::now() + deadline;
     Backoff backoff(retry_, repeat, seeds_.fetch_add(1, std::memory_order_relaxed));
     for (;;) {
-      if (attempts != nullptr) ++*attempts;
-      absl::Status status = Attempt(stub, method, request, response, Until(end));
+      absl::Status status = attempt(Until(end));
       if (status.ok()) return status;
       const std::optional<milliseconds> pause = backoff.Next(status, Until(end));
       if (!pause.has_value()) return status;
@@ -250,7 +341,7 @@ class GrpcRpc final : public Rpc {
   const std::shared_ptr<grpc::Channel> channel_;  // gRPC's API shares channels.
   const std::unique_ptr<v1::ModelService::Stub> models_;
   const std::unique_ptr<v1::SequenceService::Stub> sequences_;
-  const std::unique_ptr<v1::AttentionService::Stub> attention_;
+  grpc::GenericStub generic_;
   // Different clients and calls must not pause alike.
   std::atomic<uint64_t> seeds_{
       static_cast<uint64_t>(steady_clock::now().time_since_epoch().count())};

@@ -8,7 +8,9 @@
 #include <memory>
 
 #include "absl/status/status.h"
+#include "client/append_part.h"
 #include "client/options.h"
+#include "client/payload_message.h"
 #include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/model.pb.h"
 #include "kvservice/v1/sequence.pb.h"
@@ -19,8 +21,10 @@ namespace kvservice::client {
 class AppendStream {
  public:
   virtual ~AppendStream() = default;
+  virtual AppendLimits limits() const = 0;
+  virtual Transport transport() const = 0;
   // Blocks while the server is behind. False: the stream has ended and Finish tells why.
-  virtual bool Write(const v1::AppendRequest& request) = 0;
+  virtual bool Write(const AppendPart& part) = 0;
   // Blocks until the server has applied everything. Once.
   virtual absl::Status Finish(v1::AppendResponse* response) = 0;
 };
@@ -30,7 +34,7 @@ class AttendStream {
  public:
   virtual ~AttendStream() = default;
   // As Rpc::Attend, but nothing is repeated.
-  virtual absl::Status Attend(const v1::AttendRequest& request,
+  virtual absl::Status Attend(const PayloadMessage& request,
                               std::chrono::steady_clock::time_point deadline,
                               v1::AttendResponse* response) = 0;
   // False once a call has failed other than by an answer: the stream is of no more use.
@@ -53,7 +57,8 @@ class Rpc {
   virtual absl::Status Truncate(const v1::TruncateRequest& request,
                                 v1::TruncateResponse* response) = 0;
   virtual absl::Status Get(const v1::GetRequest& request, v1::GetResponse* response) = 0;
-  virtual absl::Status Attend(const v1::AttendRequest& request,
+  // `request` is an AttendRequest.
+  virtual absl::Status Attend(const PayloadMessage& request,
                               std::chrono::steady_clock::time_point deadline,
                               v1::AttendResponse* response) = 0;
   // NOT_FOUND after a lost first attempt is OK: that attempt did it.

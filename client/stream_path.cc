@@ -4,7 +4,7 @@
 
 namespace kvservice::client {
 
-std::optional<absl::Status> StreamPath::Attend(const v1::AttendRequest& request,
+std::optional<absl::Status> StreamPath::Attend(const PayloadMessage& request,
                                                std::chrono::steady_clock::time_point deadline,
                                                v1::AttendResponse* response) {
   std::unique_ptr<AttendStream> stream = Take();

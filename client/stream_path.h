@@ -26,7 +26,7 @@ class StreamPath {
 
   // The answer; nothing if the call must take another way, which is safe: all streams are busy, the
   // server knows none, is going down or is gone.
-  std::optional<absl::Status> Attend(const v1::AttendRequest& request,
+  std::optional<absl::Status> Attend(const PayloadMessage& request,
                                      std::chrono::steady_clock::time_point deadline,
                                      v1::AttendResponse* response);
   // False once the server has said that it knows none.

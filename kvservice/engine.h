@@ -56,13 +56,15 @@ struct SequenceId {
   friend bool operator==(const SequenceId&, const SequenceId&) = default;
 };
 
-// A tensor as it arrived: row-major, contiguous, little endian, not yet checked. `field` is how
-// errors name it ("q").
+// A tensor as it arrived: row-major, contiguous, little endian, its shape not yet checked. `field`
+// is how errors name it ("q").
 struct TensorView {
   DType dtype = DType::kFloat32;
   absl::Span<const int64_t> shape;
   absl::Span<const std::byte> bytes;
   std::string_view field;
+  // Whoever made it knows already that every element is finite.
+  bool is_finite = false;
 };
 
 struct EngineOptions {

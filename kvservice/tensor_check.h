@@ -32,6 +32,10 @@ struct TensorExpectation {
 // TENSOR_SIZE_MISMATCH, checked in this order.
 absl::Status CheckTensor(const TensorView& tensor, const TensorExpectation& expected);
 
+// Copies elements of a known type, and says whether all of what it copied is finite: cheaper than
+// to look at them when they have left the nearest cache. `from` may change meanwhile.
+bool CopyFinite(DType dtype, const std::byte* from, size_t bytes, std::byte* to);
+
 // INVALID_ARGUMENT / TENSOR_NOT_FINITE, with the index of the first NaN or infinity within the
 // tensor, if there is one among elements [begin, begin + count).
 absl::Status CheckFinite(const TensorView& tensor, size_t begin, size_t count);

@@ -1,5 +1,6 @@
-// A lane: the way of a client's Attend calls through memory that it shares with a server on the
-// same host. This header is the contract between the two; a version of it is fixed by kLaneVersion.
+// A lane: the way of a client's Attend and Append calls through memory that it shares with a server
+// on the same host. This header is the contract between the two; a version of it is fixed by
+// kLaneVersion.
 //
 // The client connects to the Unix socket beside the server's (its path with kLaneSuffix after it),
 // sends one message, an OpenLaneRequest (proto/kvservice/v1/lane.proto) of at most
@@ -9,11 +10,19 @@
 //     LaneHead | SlotHead of slot 0 | SlotHead of slot 1 ...          rounded up to whole pages
 //     request area of slot 0 | reply area of slot 0 | request area of slot 1 ...
 //
-// A slot carries one call at a time. The client writes tensors and a serialized AttendRequest (its
-// tensors are ranges of the memory) into the slot's request area, tells where the message lies, and
-// makes request_number another number than it was. The server answers in the reply area and makes
-// reply_number equal to request_number: an AttendResponse whose tensors are ranges of the reply
-// area, or, with a code other than 0, a Status. Until then the slot belongs to the server.
+// A slot carries one call at a time. The client writes tensors and a serialized request (its
+// tensors are ranges of the memory) into the slot's request area, tells which method it is for and
+// where the message lies, and makes request_number another number than it was. The server answers
+// in the reply area and makes reply_number equal to request_number: the method's response, whose
+// tensors are ranges of the reply area, or, with a code other than 0, a Status. Until then the slot
+// belongs to the server.
+//
+// Attend (AttendRequest, AttendResponse) is as the unary call; calls of different slots are taken
+// in any order. Append (AppendRequest, AppendResponse) is one message of an Append stream: applied
+// on its own, and its response has the counts of this message and no sequence. Appends that wait
+// in several slots are taken in the order of request_order, which the client counts up from call to
+// call through the whole lane. One that fails stops none of those behind it, which are harmless
+// where they are not refused: what is stored is never changed by them.
 //
 // Whoever sleeps has said so before looking for the last time, and the other one wakes it: the
 // client by any byte on the socket, the server by a futex on reply_number. Both are hints, and
@@ -33,7 +42,9 @@
 
 namespace kvservice::wire {
 
-inline constexpr uint32_t kLaneVersion = 1;
+// Version 1 has no request_method and no request_order; what is there are zeros.
+inline constexpr uint32_t kLaneVersion = 2;
+inline constexpr uint32_t kLaneVersionMin = 1;
 inline constexpr char kLaneSuffix[] = ".lane";
 inline constexpr size_t kLaneMessageBytesMax = 4096;
 inline constexpr uint32_t kLaneSlotsMax = 16;
@@ -49,6 +60,10 @@ struct LaneShape {
   uint64_t reply_bytes = 0;
 };
 
+// Values of request_method.
+inline constexpr uint32_t kLaneAttend = 0;
+inline constexpr uint32_t kLaneAppend = 1;
+
 struct alignas(kLaneAlignment) LaneHead {
   // Written by the server: it must be woken.
   uint32_t server_asleep;
@@ -60,6 +75,8 @@ struct SlotHead {
   uint32_t request_bytes;
   // From the start of the memory.
   uint64_t request_offset;
+  uint32_t request_method;
+  uint32_t request_order;
 
   alignas(kLaneAlignment) uint32_t reply_number;
   // Canonical gRPC code of the call.

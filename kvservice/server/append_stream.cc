@@ -1,7 +1,6 @@
 #include "kvservice/server/append_stream.h"
 
 #include <cassert>
-#include <optional>
 #include <utility>
 
 #include "kvservice/error.h"
@@ -69,29 +68,9 @@ absl::StatusOr<AppendCall> AppendStream::NextCall() {
   reserved_bytes_ = bytes;
   const absl::Status parsed = ParseMessage(&buffer_, &message_);
   if (!parsed.ok()) return parsed;
-
-  absl::StatusOr<SequenceId> id = IdFromProto(message_.handle().id(), "handle.id");
-  if (!id.ok()) return id.status();
-  absl::StatusOr<TensorView> k = TensorFromProto(message_.k(), "k");
-  if (!k.ok()) return k.status();
-  absl::StatusOr<TensorView> v = TensorFromProto(message_.v(), "v");
-  if (!v.ok()) return v.status();
-  std::optional<TensorView> query_sample;
-  if (message_.has_query_sample()) {
-    absl::StatusOr<TensorView> sample = TensorFromProto(message_.query_sample(), "query_sample");
-    if (!sample.ok()) return sample.status();
-    query_sample = *sample;
-  }
-  sequence_ = *id;
-  return AppendCall{.tenant = tenant_,
-                    .id = *id,
-                    .generation = message_.handle().generation(),
-                    .layer = message_.layer(),
-                    .position = message_.position(),
-                    .k = *k,
-                    .v = *v,
-                    .query_sample = query_sample,
-                    .query_sample_positions = message_.query_sample_positions()};
+  absl::StatusOr<AppendCall> call = AppendFromProto(message_, tenant_, nullptr);
+  if (call.ok()) sequence_ = call->id;
+  return call;
 }
 
 void AppendStream::Applied(absl::StatusOr<AppendResult> result) {

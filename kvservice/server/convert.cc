@@ -88,9 +88,8 @@ absl::Status UnknownDTypeError(const std::string& path, int value) {
 namespace {
 
 // The payload that is a range of a region. The shape has been checked.
-absl::StatusOr<absl::Span<const std::byte>> RegionPayload(const v1::Tensor& tensor, DType dtype,
-                                                          std::string_view field,
-                                                          RegionCopy* region) {
+absl::StatusOr<RegionCopy::Copied> RegionPayload(const v1::Tensor& tensor, DType dtype,
+                                                 std::string_view field, RegionCopy* region) {
   const std::string path = Path(field, "region");
   if (region == nullptr) {
     return InvalidField(path, "TENSOR_REGION_NOT_SERVED",
@@ -101,7 +100,7 @@ absl::StatusOr<absl::Span<const std::byte>> RegionPayload(const v1::Tensor& tens
   }
   const std::optional<size_t> bytes = TensorBytes(dtype, tensor.shape());
   if (!bytes.has_value()) return CheckSize(tensor, dtype, field);
-  return region->Copy(tensor.region(), *bytes, field);
+  return region->Copy(tensor.region(), dtype, *bytes, field);
 }
 
 }  // namespace
@@ -112,10 +111,13 @@ absl::StatusOr<TensorView> TensorFromProto(const v1::Tensor& tensor, std::string
   if (!dtype.has_value()) return UnknownDTypeError(Path(field, "dtype"), tensor.dtype());
   absl::Status status = CheckShape(tensor, field);
   if (status.ok() && tensor.has_region()) {
-    const absl::StatusOr<absl::Span<const std::byte>> payload =
-        RegionPayload(tensor, *dtype, field, region);
+    const absl::StatusOr<RegionCopy::Copied> payload = RegionPayload(tensor, *dtype, field, region);
     if (!payload.ok()) return payload.status();
-    return TensorView{.dtype = *dtype, .shape = tensor.shape(), .bytes = *payload, .field = field};
+    return TensorView{.dtype = *dtype,
+                      .shape = tensor.shape(),
+                      .bytes = payload->bytes,
+                      .field = field,
+                      .is_finite = payload->is_finite};
   }
   if (status.ok()) status = CheckSize(tensor, *dtype, field);
   if (!status.ok()) return status;
@@ -124,6 +126,32 @@ absl::StatusOr<TensorView> TensorFromProto(const v1::Tensor& tensor, std::string
                     .shape = tensor.shape(),
                     .bytes = {reinterpret_cast<const std::byte*>(data.data()), data.size()},
                     .field = field};
+}
+
+absl::StatusOr<AppendCall> AppendFromProto(const v1::AppendRequest& request,
+                                           const std::string& tenant, RegionCopy* region) {
+  absl::StatusOr<SequenceId> id = IdFromProto(request.handle().id(), "handle.id");
+  if (!id.ok()) return id.status();
+  absl::StatusOr<TensorView> k = TensorFromProto(request.k(), "k", region);
+  if (!k.ok()) return k.status();
+  absl::StatusOr<TensorView> v = TensorFromProto(request.v(), "v", region);
+  if (!v.ok()) return v.status();
+  std::optional<TensorView> query_sample;
+  if (request.has_query_sample()) {
+    absl::StatusOr<TensorView> sample =
+        TensorFromProto(request.query_sample(), "query_sample", region);
+    if (!sample.ok()) return sample.status();
+    query_sample = *sample;
+  }
+  return AppendCall{.tenant = tenant,
+                    .id = *id,
+                    .generation = request.handle().generation(),
+                    .layer = request.layer(),
+                    .position = request.position(),
+                    .k = *k,
+                    .v = *v,
+                    .query_sample = query_sample,
+                    .query_sample_positions = request.query_sample_positions()};
 }
 
 absl::StatusOr<SequenceId> IdFromProto(std::string_view id, std::string_view field) {

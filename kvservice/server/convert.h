@@ -63,6 +63,11 @@ struct AttendPolicies {
 absl::Status AttendFromProto(const v1::AttendRequest& request, const PolicyRegistry& registry,
                              RegionCopy* region, AttendPolicies* policies, AttendCall* call);
 
+// Tensors are borrowed from `request`, or copied to `region` (may be nullptr) and borrowed from
+// there. The engine checks the result further.
+absl::StatusOr<AppendCall> AppendFromProto(const v1::AppendRequest& request,
+                                           const std::string& tenant, RegionCopy* region);
+
 // What the caller asked `out` to be; FLOAT32 by default. INVALID_ARGUMENT / TENSOR_DTYPE_UNKNOWN.
 absl::StatusOr<DType> OutputDTypeFromProto(const v1::AttendRequest& request);
 

@@ -2,12 +2,15 @@
 
 #include <google/protobuf/arena.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <utility>
 
+#include "absl/container/inlined_vector.h"
 #include "kvservice/error.h"
 #include "kvservice/server/attend_run.h"
+#include "kvservice/server/convert.h"
 #include "kvservice/server/region_copy.h"
 #include "kvservice/server/status.h"
 
@@ -19,6 +22,9 @@ using google::protobuf::Arena;
 uint64_t AlignUp(uint64_t offset) {
   return (offset + wire::kLaneAlignment - 1) / wire::kLaneAlignment * wire::kLaneAlignment;
 }
+
+// In the order of a client's calls, whose numbers come round.
+bool IsBefore(uint32_t a, uint32_t b) { return static_cast<int32_t>(a - b) < 0; }
 
 absl::Status MessageOutOfRange(uint64_t offset, uint32_t bytes, const wire::LaneShape& shape) {
   return InvalidField("request_offset", "LANE_RANGE_INVALID",
@@ -37,6 +43,13 @@ absl::Status ReplyTooLarge(uint64_t bytes, uint64_t bytes_max) {
        .metadata = {{"bytes", std::to_string(bytes)}, {"bytes_max", std::to_string(bytes_max)}}});
 }
 
+absl::Status MethodUnknown(uint32_t method) {
+  return InvalidField("request_method", "LANE_METHOD_UNKNOWN",
+                      "the slot's request_method is " + std::to_string(method) + ", expected " +
+                          std::to_string(wire::kLaneAttend) + " (Attend) or " +
+                          std::to_string(wire::kLaneAppend) + " (Append)");
+}
+
 // Of a slot, for the messages of a call: those of 8 rows and 32 heads fit.
 constexpr size_t kArenaBytes = size_t{64} << 10;
 
@@ -47,14 +60,17 @@ google::protobuf::ArenaOptions OptionsOf(absl::Span<char> block) {
   return options;
 }
 
-// A call in a slot. The block is borrowed.
+// A call in a slot; the messages are of its method. The block is borrowed.
 struct LaneCall {
   explicit LaneCall(absl::Span<char> block) : arena(OptionsOf(block)) {}
 
   Arena arena;
-  v1::AttendRequest* const request = Arena::CreateMessage<v1::AttendRequest>(&arena);
-  v1::AttendResponse* const response = Arena::CreateMessage<v1::AttendResponse>(&arena);
+  uint32_t method = 0;
+  v1::AttendRequest* request = nullptr;
+  v1::AppendRequest* append = nullptr;
   AttendRun run;
+  bool was_duplicate = false;  // an append's tokens
+  uint64_t arrived_ns = 0;
   size_t reserved_bytes = 0;
 };
 
@@ -92,14 +108,24 @@ Lane::~Lane() = default;
 
 bool Lane::TakeRequests() {
   bool any = false;
-  for (uint32_t i = 0; i < memory_.shape().slot_count; ++i) any = Take(i) || any;
+  std::optional<uint32_t> last_append;
+  for (uint32_t i = 0; i < memory_.shape().slot_count; ++i) {
+    const std::optional<Request> request = Look(i);
+    if (!request.has_value()) continue;
+    any = true;
+    if (request->method != wire::kLaneAppend) {
+      Take(*request);
+    } else if (!last_append.has_value() || IsBefore(*last_append, request->order)) {
+      last_append = request->order;
+    }
+  }
+  if (last_append.has_value()) TakeAppends(*last_append);
   return any;
 }
 
 bool Lane::HasRequests() const {
   for (uint32_t i = 0; i < memory_.shape().slot_count; ++i) {
-    const Slot& slot = slots_[i];
-    if (!slot.is_busy && wire::Load(memory_.slot(i)->request_number) != slot.number) return true;
+    if (Look(i).has_value()) return true;
   }
   return false;
 }
@@ -108,40 +134,95 @@ void Lane::SetAsleep(bool asleep) const {
   wire::Store(&memory_.head()->server_asleep, uint32_t{asleep});
 }
 
-bool Lane::Take(uint32_t index) {
-  Slot& slot = slots_[index];
-  if (slot.is_busy) return false;
-  const uint32_t number = wire::Load(memory_.slot(index)->request_number);
-  if (number == slot.number) return false;
-  slot.number = number;
+std::optional<Lane::Request> Lane::Look(uint32_t index) const {
+  const Slot& slot = slots_[index];
+  if (slot.is_busy) return std::nullopt;
+  const wire::SlotHead& head = *memory_.slot(index);
+  const uint32_t number = wire::Load(head.request_number);
+  if (number == slot.number) return std::nullopt;
+  return Request{.index = index,
+                 .number = number,
+                 .method = wire::Load(head.request_method),
+                 .order = wire::Load(head.request_order)};
+}
+
+// Whatever was there before `last` is there by now too, also where the first look came too early
+// for it; what came after it may have gaps and is left to the next time.
+void Lane::TakeAppends(uint32_t last) {
+  absl::InlinedVector<Request, wire::kLaneSlotsMax> appends;
+  for (uint32_t i = 0; i < memory_.shape().slot_count; ++i) {
+    const std::optional<Request> request = Look(i);
+    if (request.has_value() && request->method == wire::kLaneAppend &&
+        !IsBefore(last, request->order)) {
+      appends.push_back(*request);
+    }
+  }
+  // Distances from one number: whatever a client makes of them, they have an order.
+  std::sort(appends.begin(), appends.end(),
+            [last](const Request& a, const Request& b) { return last - a.order > last - b.order; });
+  for (const Request& request : appends) Take(request);
+}
+
+void Lane::Take(const Request& request) {
+  Slot& slot = slots_[request.index];
+  slot.number = request.number;
   slot.is_busy = true;
   slot.call.emplace(absl::MakeSpan(slot.arena.get(), kArenaBytes));
   slot.call->run.call.out = std::move(slot.out);
   slot.call->run.call.lse = std::move(slot.lse);
-  slot.call->run.arrived_ns = host_->service.calls.clock->SteadyNowNs();
+  slot.call->method = request.method;
+  slot.call->arrived_ns = host_->service.calls.clock->SteadyNowNs();
   host_->service.calls.in_flight->Enter();
-  const absl::Status status = Begin(index);
-  if (!status.ok()) {
-    Reply(index, status);
-    return true;
-  }
-  AttendCall* const call = &slot.call->run.call;
-  call->done = [lane = shared_from_this(), index](const absl::Status& done) {
-    lane->Reply(index, done);
-  };
-  host_->service.engine->Attend(call);
-  return true;
+  const absl::Status status = Begin(request.index);
+  if (!status.ok()) Reply(request.index, status);
 }
 
+// An error unless the engine has the call.
 absl::Status Lane::Begin(uint32_t index) {
-  Slot& slot = slots_[index];
   if (absl::Status admitted = host_->service.calls.gate->Admit(); !admitted.ok()) return admitted;
   absl::Status status = CopyMessage(index);
   if (!status.ok()) return status;
-  v1::AttendRequest* const request = slot.call->request;
-  if (!request->ParseFromString(slot.message)) return MessageMalformed(*request);
-  slot.region.Clear();
-  return PrepareAttend(*request, *host_->service.policies, tenant_, &slot.region, &slot.call->run);
+  slots_[index].region.Clear();
+  switch (slots_[index].call->method) {
+    case wire::kLaneAttend:
+      return BeginAttend(index);
+    case wire::kLaneAppend:
+      return BeginAppend(index);
+    default:
+      return MethodUnknown(slots_[index].call->method);
+  }
+}
+
+absl::Status Lane::BeginAttend(uint32_t index) {
+  Slot& slot = slots_[index];
+  LaneCall* const call = &*slot.call;
+  call->request = Arena::CreateMessage<v1::AttendRequest>(&call->arena);
+  if (!call->request->ParseFromString(slot.message)) return MessageMalformed(*call->request);
+  const absl::Status status =
+      PrepareAttend(*call->request, *host_->service.policies, tenant_, &slot.region, &call->run);
+  if (!status.ok()) return status;
+  call->run.arrived_ns = call->arrived_ns;
+  call->run.call.done = [lane = shared_from_this(), index](const absl::Status& done) {
+    lane->Reply(index, done);
+  };
+  host_->service.engine->Attend(&call->run.call);
+  return absl::OkStatus();
+}
+
+absl::Status Lane::BeginAppend(uint32_t index) {
+  Slot& slot = slots_[index];
+  LaneCall* const call = &*slot.call;
+  call->append = Arena::CreateMessage<v1::AppendRequest>(&call->arena);
+  if (!call->append->ParseFromString(slot.message)) return MessageMalformed(*call->append);
+  absl::StatusOr<AppendCall> append = AppendFromProto(*call->append, tenant_, &slot.region);
+  if (!append.ok()) return append.status();
+  host_->service.engine->Append(
+      *std::move(append),
+      [lane = shared_from_this(), index](const absl::StatusOr<AppendResult>& result) {
+        if (result.ok()) lane->slots_[index].call->was_duplicate = result->duplicate;
+        lane->Reply(index, result.status());
+      });
+  return absl::OkStatus();
 }
 
 absl::Status Lane::CopyMessage(uint32_t index) {
@@ -163,13 +244,15 @@ absl::Status Lane::CopyMessage(uint32_t index) {
 void Lane::Reply(uint32_t index, const absl::Status& status) {
   Slot& slot = slots_[index];
   wire::SlotHead* const head = memory_.slot(index);
-  const absl::Status answer = status.ok() ? WriteAnswer(index) : status;
+  const bool is_append = slot.call->method == wire::kLaneAppend;
+  absl::Status answer = status;
+  if (status.ok()) answer = is_append ? WriteAppendAnswer(index) : WriteAnswer(index);
   if (!answer.ok()) WriteError(index, answer);
   wire::Store(&head->reply_number, slot.number);
   if (wire::Load(head->client_asleep) != 0) wire::Wake(&head->reply_number);
 
   const CallHost& calls = host_->service.calls;
-  const uint64_t duration_ns = calls.clock->SteadyNowNs() - slot.call->run.arrived_ns;
+  const uint64_t duration_ns = calls.clock->SteadyNowNs() - slot.call->arrived_ns;
   const size_t reserved_bytes = slot.call->reserved_bytes;
   const uint32_t number = slot.number;
   slot.out = std::move(slot.call->run.call.out);
@@ -178,13 +261,13 @@ void Lane::Reply(uint32_t index, const absl::Status& status) {
   slot.is_busy = false;
   // The lane thread may have passed by the next request while the slot was still busy.
   if (wire::Load(head->request_number) != number) host_->wake();
-  calls.gate->Ended("Attend", tenant_, answer, duration_ns);
+  calls.gate->Ended(is_append ? "Append" : "Attend", tenant_, answer, duration_ns);
   calls.in_flight->Leave(reserved_bytes);
 }
 
 absl::Status Lane::WriteAnswer(uint32_t index) {
   Slot& slot = slots_[index];
-  v1::AttendResponse* const response = slot.call->response;
+  auto* const response = Arena::CreateMessage<v1::AttendResponse>(&slot.call->arena);
   const AttendRun& run = slot.call->run;
   DescribeAttend(*slot.call->request, run, host_->service.calls.clock, response);
   v1::Tensor* const lse = response->mutable_lse();
@@ -210,6 +293,14 @@ absl::Status Lane::WriteAnswer(uint32_t index) {
   slot.message.resize(message_bytes);
   response->SerializeWithCachedSizesToArray(reinterpret_cast<uint8_t*>(slot.message.data()));
   WriteMessage(index, 0, offset, slot.message);
+  return absl::OkStatus();
+}
+
+absl::Status Lane::WriteAppendAnswer(uint32_t index) {
+  v1::AppendResponse response;
+  response.set_message_count(1);
+  response.set_duplicate_count(slots_[index].call->was_duplicate ? 1 : 0);
+  WriteMessage(index, 0, memory_.ReplyOffset(index), response.SerializeAsString());
   return absl::OkStatus();
 }
 

@@ -4,7 +4,7 @@
 //
 // A slot is the lane thread's until it has given the call to the engine; the engine's thread
 // answers and gives the slot back. A client that breaks the rules (a new request before the answer,
-// changes while it waits) confuses nobody but itself.
+// changes while it waits, an order that is none) confuses nobody but itself.
 
 #ifndef KVSERVICE_KVSERVICE_SERVER_LANE_H_
 #define KVSERVICE_KVSERVICE_SERVER_LANE_H_
@@ -13,6 +13,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -46,13 +47,27 @@ class Lane final : public std::enable_shared_from_this<Lane> {
 
  private:
   struct Slot;
+  // A request as it was seen.
+  struct Request {
+    uint32_t index = 0;
+    uint32_t number = 0;
+    uint32_t method = 0;
+    uint32_t order = 0;
+  };
 
-  bool Take(uint32_t index);
+  // The request that waits in a slot, if there is one.
+  std::optional<Request> Look(uint32_t index) const;
+  // The appends that wait; `last` is the latest of those that were seen.
+  void TakeAppends(uint32_t last);
+  void Take(const Request& request);
   absl::Status Begin(uint32_t index);
+  absl::Status BeginAttend(uint32_t index);
+  absl::Status BeginAppend(uint32_t index);
   absl::Status CopyMessage(uint32_t index);
   // On the thread that has the slot, once per call.
   void Reply(uint32_t index, const absl::Status& status);
   absl::Status WriteAnswer(uint32_t index);
+  absl::Status WriteAppendAnswer(uint32_t index);
   void WriteError(uint32_t index, const absl::Status& status);
   void WriteMessage(uint32_t index, uint32_t code, uint64_t offset, const std::string& message);
 

@@ -54,9 +54,10 @@ absl::Status CheckPeer(int socket) {
 }
 
 absl::StatusOr<wire::LaneShape> CheckShape(const v1::OpenLaneRequest& request, size_t bytes_max) {
-  if (request.version() != wire::kLaneVersion) {
+  if (request.version() < wire::kLaneVersionMin || request.version() > wire::kLaneVersion) {
     return MakeError(absl::StatusCode::kFailedPrecondition,
                      "version is " + std::to_string(request.version()) + ", expected " +
+                         std::to_string(wire::kLaneVersionMin) + " to " +
                          std::to_string(wire::kLaneVersion),
                      {.reason = "LANE_VERSION_UNSUPPORTED",
                       .field = "version",
@@ -150,7 +151,8 @@ class OneThreadLaneServer final : public LaneServer {
   // False when the connection is over.
   bool Hear(Connection* connection, short events);
   bool Open(Connection* connection);
-  absl::StatusOr<std::shared_ptr<Lane>> NewLane(const Connection& connection);
+  // Sets `version` to the lane's.
+  absl::StatusOr<std::shared_ptr<Lane>> NewLane(const Connection& connection, uint32_t* version);
   void Close(size_t index);
 
   const LaneServerOptions options_;
@@ -288,11 +290,12 @@ bool OneThreadLaneServer::Hear(Connection* connection, short events) {
 
 bool OneThreadLaneServer::Open(Connection* connection) {
   const uint64_t started_ns = host_.service.calls.clock->SteadyNowNs();
-  absl::StatusOr<std::shared_ptr<Lane>> lane = NewLane(*connection);
+  uint32_t version = wire::kLaneVersion;
+  absl::StatusOr<std::shared_ptr<Lane>> lane = NewLane(*connection, &version);
   // The end of the connection, before anything came.
   if (!lane.ok() && absl::IsCancelled(lane.status())) return false;
   v1::OpenLaneResponse response;
-  response.set_version(wire::kLaneVersion);
+  response.set_version(version);
   if (!lane.ok()) *response.mutable_error() = StatusToProto(lane.status());
   const bool sent = wire::SendMessage(connection->socket.get(), response.SerializeAsString(), -1);
   host_.service.calls.gate->Ended("OpenLane", connection->tenant, lane.status(),
@@ -303,7 +306,8 @@ bool OneThreadLaneServer::Open(Connection* connection) {
   return true;
 }
 
-absl::StatusOr<std::shared_ptr<Lane>> OneThreadLaneServer::NewLane(const Connection& connection) {
+absl::StatusOr<std::shared_ptr<Lane>> OneThreadLaneServer::NewLane(const Connection& connection,
+                                                                   uint32_t* version) {
   const wire::Received received = wire::ReceiveMessage(connection.socket.get());
   if (received.count <= 0) return absl::CancelledError();
   if (absl::Status admitted = host_.service.calls.gate->Admit(); !admitted.ok()) return admitted;
@@ -316,6 +320,7 @@ absl::StatusOr<std::shared_ptr<Lane>> OneThreadLaneServer::NewLane(const Connect
   absl::StatusOr<wire::SharedMemory> memory =
       MapRegion(received.fd.get(), wire::LaneBytes(*shape).value_or(0));
   if (!memory.ok()) return memory.status();
+  *version = request.version();
   return std::make_shared<Lane>(&host_, connection.tenant, *std::move(memory), *shape);
 }
 

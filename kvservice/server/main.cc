@@ -17,6 +17,7 @@
 #include <string>
 #include <thread>
 
+#include "absl/synchronization/mutex.h"
 #include "attention/device.h"
 #include "kvservice/engine.h"
 #include "kvservice/server/build_info.h"
@@ -40,6 +41,9 @@ int FailConfig(const absl::Status& status) {
   std::cerr << "kvservice: " << status.message() << std::endl;
   return kExitConfig;
 }
+
+// Debian's abseil looks for deadlocks at every lock of gRPC's.
+void TrustLockOrder() { absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore); }
 
 void KeepFreedMemory() {
   mallopt(M_MMAP_THRESHOLD, kMmapThresholdBytes);
@@ -181,6 +185,7 @@ int Main(int argc, const char* const* argv) {
     return 0;
   }
   KeepFreedMemory();
+  TrustLockOrder();
   RaiseDescriptorLimit();
   const sigset_t signals = AwaitedSignals();
   // Before any thread exists, so that all of them inherit it and only ours takes the signals.

@@ -1,15 +1,25 @@
+// Calls of methods that no service listens for: health, and those that are not there.
+
 #include <google/protobuf/descriptor.h>
+#include <google/protobuf/wrappers.pb.h>
 #include <grpcpp/generic/async_generic_service.h>
 
 #include <algorithm>
+#include <mutex>
 #include <string>
 
 #include "kvservice/error.h"
+#include "kvservice/server/health.h"
 #include "kvservice/server/service.h"
 #include "kvservice/server/status.h"
 
 namespace kvservice {
 namespace {
+
+// grpc.health.v1 is not packaged for C++, but its messages are one field each, with the number and
+// type that these have: HealthCheckRequest{string 1}, HealthCheckResponse{enum 1}.
+using HealthCheckRequest = google::protobuf::StringValue;
+using HealthCheckResponse = google::protobuf::Int32Value;
 
 // "/kvservice.v1.AdminService/Explain" is declared if the API has such a method.
 bool IsDeclared(const std::string& method) {
@@ -28,50 +38,174 @@ absl::Status Unimplemented(const std::string& method) {
        .metadata = {{"method", method}}});
 }
 
-// listening -> (arrives) -> replying -> deleted; the request is never read.
-class OtherMethodCall final : public CompletionTag {
- public:
-  static void Listen(grpc::AsyncGenericService* generic, const CallHost* host,
-                     grpc::ServerCompletionQueue* queue) {
-    auto* const call = new OtherMethodCall(generic, host, queue);
-    generic->RequestCall(&call->context_, &call->stream_, queue, queue,
-                         static_cast<CompletionTag*>(call));
-  }
+absl::Status ServiceUnknown(const std::string& service) {
+  return MakeError(absl::StatusCode::kNotFound, "the health of " + service + " is not known here",
+                   {.reason = "SERVICE_UNKNOWN", .field = "service", .metadata = {}});
+}
 
-  void Complete(bool ok) override {
-    if (replying_ || !ok) {
+grpc::ByteBuffer HealthReply(HealthStatus status) {
+  HealthCheckResponse response;
+  response.set_value(static_cast<int32_t>(status));
+  return SerializeMessage(response);
+}
+
+// listening -> (arrives) -> finishing                             -> deleted    not there
+//                        -> reading -> finishing                  -> deleted    Check
+//                        -> reading -> watching <-> writing -> (client gone) -> finishing
+//
+// Deleted when the call is done as well, of which gRPC tells besides.
+class OtherMethodCall final {
+ public:
+  static void Listen(const OtherMethods& methods, grpc::ServerCompletionQueue* queue) {
+    auto* const call = new OtherMethodCall(methods, queue);
+    call->context_.AsyncNotifyWhenDone(call->done_.tag());
+    methods.generic->RequestCall(&call->context_, &call->stream_, queue, queue,
+                                 call->arrived_.tag());
+  }
+  OtherMethodCall(const OtherMethodCall&) = delete;
+  OtherMethodCall& operator=(const OtherMethodCall&) = delete;
+
+ private:
+  // Tells the call which of its operations has ended.
+  class Event final : public CompletionTag {
+   public:
+    Event(OtherMethodCall* call, void (OtherMethodCall::*handle)(bool ok))
+        : call_(call), handle_(handle) {}
+    void Complete(bool ok) override { (call_->*handle_)(ok); }
+    void* tag() { return static_cast<CompletionTag*>(this); }
+
+   private:
+    OtherMethodCall* const call_;
+    void (OtherMethodCall::*const handle_)(bool ok);
+  };
+
+  OtherMethodCall(const OtherMethods& methods, grpc::ServerCompletionQueue* queue)
+      : methods_(methods), queue_(queue) {}
+  ~OtherMethodCall() = default;
+
+  void Arrived(bool ok) {
+    if (!ok) {
       delete this;
       return;
     }
-    replying_ = true;
-    host_->in_flight->Enter();
-    Listen(generic_, host_, queue_);
+    // Nobody waits for the end of a watch.
+    is_watch_ = context_.method() == kHealthWatchMethod;
+    InFlight* const in_flight = methods_.host->in_flight;
+    is_watch_ ? in_flight->EnterStream() : in_flight->Enter();
+    Listen(methods_, queue_);
+    if (is_watch_ || context_.method() == kHealthCheckMethod) {
+      stream_.Read(&message_, read_.tag());
+      return;
+    }
     const absl::Status status = Unimplemented(context_.method());
-    host_->gate->Ended("Other", {}, status, 0);
-    stream_.Finish(ToGrpcStatus(status, &context_), static_cast<CompletionTag*>(this));
+    methods_.host->gate->Ended("Other", {}, status, 0);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Finish(ToGrpcStatus(status, &context_));
   }
 
- private:
-  OtherMethodCall(grpc::AsyncGenericService* generic, const CallHost* host,
-                  grpc::ServerCompletionQueue* queue)
-      : generic_(generic), host_(host), queue_(queue) {}
-  ~OtherMethodCall() {
-    if (replying_) host_->in_flight->Leave(0);
+  void Read(bool ok) {
+    HealthCheckRequest request;
+    absl::Status status = ok ? ParseMessage(&message_, &request) : MessageMalformed(request);
+    HealthStatus health = methods_.health->Get(request.value());
+    if (status.ok() && is_watch_) {
+      watcher_ = methods_.health->Watch(
+          request.value(), [this](HealthStatus changed) { Tell(changed); }, &health);
+      Tell(health);
+      return;
+    }
+    if (status.ok() && health == HealthStatus::kServiceUnknown) {
+      status = ServiceUnknown(request.value());
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!status.ok()) return Finish(ToGrpcStatus(status, &context_));
+    is_finishing_ = true;
+    stream_.WriteAndFinish(HealthReply(health), {}, grpc::Status::OK, finished_.tag());
   }
 
-  grpc::AsyncGenericService* const generic_;
-  const CallHost* const host_;
+  // Of changes that come while one is written, the latest is written next.
+  void Tell(HealthStatus health) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    next_ = health;
+    Write();
+  }
+  void Written(bool ok) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    is_writing_ = false;
+    is_over_ = is_over_ || !ok;
+    Write();
+  }
+  // The client is gone, or everything was said.
+  void Done(bool /*ok*/) {
+    if (watcher_ != 0) methods_.health->Unwatch(watcher_);
+    bool is_last = false;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      is_done_ = is_over_ = true;
+      if (watcher_ != 0) Write();
+      is_last = has_finished_;
+    }
+    if (is_last) Delete();
+  }
+  void Finished(bool /*ok*/) {
+    bool is_last = false;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      has_finished_ = true;
+      is_last = is_done_;
+    }
+    if (is_last) Delete();
+  }
+
+  // These need mutex_ held.
+  void Write() {
+    if (is_writing_ || is_finishing_) return;
+    if (is_over_) return Finish(grpc::Status::CANCELLED);
+    if (next_ == told_) return;
+    told_ = next_;
+    is_writing_ = true;
+    stream_.Write(HealthReply(told_), written_.tag());
+  }
+  void Finish(const grpc::Status& status) {
+    is_finishing_ = true;
+    stream_.Finish(status, finished_.tag());
+  }
+
+  void Delete() {
+    InFlight* const in_flight = methods_.host->in_flight;
+    const bool is_watch = is_watch_;
+    delete this;
+    is_watch ? in_flight->LeaveStream() : in_flight->Leave(0);
+  }
+
+  const OtherMethods methods_;
   grpc::ServerCompletionQueue* const queue_;
   grpc::GenericServerContext context_;
   grpc::GenericServerAsyncReaderWriter stream_{&context_};
-  bool replying_ = false;
+  Event arrived_{this, &OtherMethodCall::Arrived};
+  Event read_{this, &OtherMethodCall::Read};
+  Event written_{this, &OtherMethodCall::Written};
+  Event finished_{this, &OtherMethodCall::Finished};
+  Event done_{this, &OtherMethodCall::Done};
+  grpc::ByteBuffer message_;
+  bool is_watch_ = false;
+  // 0 = none.
+  uint64_t watcher_ = 0;
+
+  std::mutex mutex_;
+  // Guarded by mutex_.
+  HealthStatus told_ = HealthStatus{0};
+  HealthStatus next_ = HealthStatus{0};
+  bool is_writing_ = false;
+  bool is_over_ = false;
+  bool is_finishing_ = false;
+  bool has_finished_ = false;
+  bool is_done_ = false;
 };
 
 }  // namespace
 
-void ListenForOtherMethods(grpc::AsyncGenericService* generic, const CallHost* host,
-                           grpc::ServerCompletionQueue* queue) {
-  OtherMethodCall::Listen(generic, host, queue);
+void ListenForOtherMethods(const OtherMethods& methods, grpc::ServerCompletionQueue* queue) {
+  OtherMethodCall::Listen(methods, queue);
 }
 
 }  // namespace kvservice

@@ -1,9 +1,9 @@
 #include "kvservice/server/region_copy.h"
 
-#include <cstring>
 #include <string>
 
 #include "kvservice/error.h"
+#include "kvservice/tensor_check.h"
 #include "wire/lane_layout.h"
 
 namespace kvservice {
@@ -22,8 +22,8 @@ RegionCopy::RegionCopy(absl::Span<const std::byte> shared, size_t bytes_max)
       bytes_max_(bytes_max),
       copy_(std::make_unique_for_overwrite<std::byte[]>(bytes_max)) {}
 
-absl::StatusOr<absl::Span<const std::byte>> RegionCopy::Copy(const v1::TensorRegion& range,
-                                                             size_t bytes, std::string_view field) {
+absl::StatusOr<RegionCopy::Copied> RegionCopy::Copy(const v1::TensorRegion& range, DType dtype,
+                                                    size_t bytes, std::string_view field) {
   if (!range.region().empty()) {
     return Invalid(field, "region", "TENSOR_REGION_UNKNOWN",
                    "is given, expected none: the memory is the lane's");
@@ -51,9 +51,9 @@ absl::StatusOr<absl::Span<const std::byte>> RegionCopy::Copy(const v1::TensorReg
                        " together");
   }
   std::byte* const copy = copy_.get() + used_;
-  std::memcpy(copy, shared_.data() + range.offset_bytes(), bytes);
+  const bool is_finite = CopyFinite(dtype, shared_.data() + range.offset_bytes(), bytes, copy);
   used_ = (used_ + bytes + wire::kLaneAlignment - 1) / wire::kLaneAlignment * wire::kLaneAlignment;
-  return absl::Span<const std::byte>(copy, bytes);
+  return Copied{.bytes = {copy, bytes}, .is_finite = is_finite};
 }
 
 }  // namespace kvservice

@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "attention/kv_layout.h"
 #include "kvservice/v1/types.pb.h"
 
 namespace kvservice {
@@ -23,12 +24,16 @@ class RegionCopy {
   // Begins a call: what earlier ones have copied is gone.
   void Clear() { used_ = 0; }
 
+  struct Copied {
+    absl::Span<const std::byte> bytes;
+    bool is_finite = false;
+  };
   // Copies a range whose tensor needs `bytes` bytes. INVALID_ARGUMENT: TENSOR_REGION_UNKNOWN
   // (field.region.region), TENSOR_SIZE_MISMATCH (field.region.length_bytes),
   // TENSOR_REGION_MISALIGNED and TENSOR_REGION_OUT_OF_RANGE (field.region.offset_bytes),
   // TENSOR_REGION_TOO_LARGE (field.region.length_bytes). The result is valid until Clear.
-  absl::StatusOr<absl::Span<const std::byte>> Copy(const v1::TensorRegion& range, size_t bytes,
-                                                   std::string_view field);
+  absl::StatusOr<Copied> Copy(const v1::TensorRegion& range, DType dtype, size_t bytes,
+                              std::string_view field);
 
  private:
   const absl::Span<const std::byte> shared_;

@@ -4,7 +4,6 @@
 #include <grpcpp/alarm.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/generic/async_generic_service.h>
-#include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/resource_quota.h>
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server.h>
@@ -17,6 +16,7 @@
 #include <utility>
 
 #include "kvservice/server/accept_loop.h"
+#include "kvservice/server/health.h"
 #include "kvservice/server/tenancy.h"
 #include "kvservice/spin.h"
 
@@ -81,9 +81,8 @@ class GrpcServer final : public RpcServer {
   const std::vector<Endpoint>& endpoints() const override { return endpoints_; }
 
   void SetServing(bool serving) override {
-    grpc::HealthCheckServiceInterface* const health = server_->GetHealthCheckService();
-    health->SetServingStatus("", serving);
-    health->SetServingStatus(kAttentionHealth, serving);
+    health_.Set("", serving);
+    health_.Set(kAttentionHealth, serving);
   }
 
   void Shutdown(std::chrono::milliseconds grace) override;
@@ -96,6 +95,7 @@ class GrpcServer final : public RpcServer {
   const std::vector<std::unique_ptr<RpcService>> services_;
   const CallHost host_;
   grpc::AsyncGenericService other_methods_;
+  HealthBoard health_;
 
   // Constant once started.
   std::vector<Endpoint> endpoints_;
@@ -151,17 +151,17 @@ absl::Status GrpcServer::Start(const RpcServerOptions& options, Transport* trans
   // Never undone: when its last object goes, gRPC joins a thread of its own that may be asleep for
   // ten seconds.
   grpc_init();
-  grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   Configure(options, &builder);
   server_ = builder.BuildAndStart();
   if (server_ == nullptr) return absl::InternalError("gRPC refused to start a server");
-  server_->GetHealthCheckService()->SetServingStatus(kLivenessHealth, true);
+  health_.Set(kLivenessHealth, true);
   SetServing(true);
   for (const std::unique_ptr<grpc::ServerCompletionQueue>& queue : queues_) {
     for (const std::unique_ptr<RpcService>& service : services_) service->Listen(queue.get());
-    ListenForOtherMethods(&other_methods_, &host_, queue.get());
+    ListenForOtherMethods({.generic = &other_methods_, .host = &host_, .health = &health_},
+                          queue.get());
     threads_.emplace_back(
         [this, queue = queue.get(), spin_us = options.spin_us] { ServeQueue(queue, spin_us); });
   }

@@ -58,11 +58,19 @@ std::unique_ptr<RpcService> NewSequenceService(const ServiceHost& host);
 std::unique_ptr<RpcService> NewModelService(const ServiceHost& host);
 std::unique_ptr<RpcService> NewAdminService(const ServiceHost& host, AdminFacts facts);
 
-// Answers every method that no service listens for: UNIMPLEMENTED / METHOD_NOT_SERVED for those
-// that the API declares, METHOD_UNKNOWN for the others. A completion-queue server would leave such
-// calls without any answer.
-void ListenForOtherMethods(grpc::AsyncGenericService* generic, const CallHost* host,
-                           grpc::ServerCompletionQueue* queue);
+class HealthBoard;
+
+// What is borrowed for the calls of methods that no service listens for.
+struct OtherMethods {
+  grpc::AsyncGenericService* generic = nullptr;
+  const CallHost* host = nullptr;
+  HealthBoard* health = nullptr;
+};
+// Answers grpc.health.v1.Health (NOT_FOUND / SERVICE_UNKNOWN), and all other methods that no
+// service listens for: UNIMPLEMENTED / METHOD_NOT_SERVED for those that the API declares,
+// METHOD_UNKNOWN for the others. A completion-queue server would leave such calls without any
+// answer.
+void ListenForOtherMethods(const OtherMethods& methods, grpc::ServerCompletionQueue* queue);
 
 // Ties a method of a generated service `rpc` (Rpc::RequestX) and a member function of the
 // implementation together.

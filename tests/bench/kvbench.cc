@@ -16,6 +16,7 @@
 #include "absl/strings/str_format.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/bench.h"
+#include "tests/bench/grpc_echo.h"
 
 namespace kvservice::bench {
 namespace {
@@ -25,6 +26,7 @@ struct Arguments {
   std::string json_path;
   std::string machine;
   bool list = false;
+  std::string grpc_echo;
   BenchOptions options;
 };
 
@@ -55,6 +57,7 @@ void Parse(CLI::App* app, Arguments* arguments) {
   app->add_option("--steps", arguments->options.step_count, "Steps of each of these (default: 41)")
       ->check(CLI::Range(1, 100'000));
   app->add_flag("--quick", arguments->options.quick, "Small sizes: checks results, not speed");
+  app->add_option("--grpc-echo", arguments->grpc_echo)->group("");  // see grpc_echo.h
   app->add_flag("--list", arguments->list, "List the workloads");
 }
 
@@ -134,6 +137,7 @@ int main(int argc, char** argv) {
   CLI::App app("Speed of KVService, as ratios against baselines measured in the same run");
   Parse(&app, &arguments);
   CLI11_PARSE(app, argc, argv);
+  if (!arguments.grpc_echo.empty()) return ServeGrpcEcho(arguments.grpc_echo);
   if (arguments.list) {
     for (const Workload& workload : Workloads()) {
       std::cout << workload.name << "  " << workload.description << "\n";

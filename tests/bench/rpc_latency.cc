@@ -2,6 +2,10 @@
 // memory (lane), against a floor that is measured in the same run and with the same placement: as
 // many bytes written to a Unix socket, read by another process, and written back. Ways take turns.
 //
+// "grpc_unary" and "grpc_stream" are the floors of what goes by gRPC: as many bytes there and back
+// between two processes that do nothing but gRPC (tests/bench/grpc_echo.h). "hop": the same, but
+// that another thread answers than the one that has received the message.
+//
 // The engine has next to nothing to do: one row attends one token, and the rest of the payload
 // belongs to a row that names no sequence, so that its outputs are zeros. Payloads are of the
 // queries on the way there and of the outputs on the way back, alike. What the engine does all the
@@ -27,12 +31,12 @@
 #include <csignal>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "client/client.h"
+#include "tests/bench/grpc_echo.h"
+#include "tests/bench/rpc_caller.h"
 #include "tests/bench/server_process.h"
 #include "tests/bench/workloads.h"
 #include "wire/file_descriptor.h"
@@ -41,8 +45,6 @@ namespace kvservice::bench {
 namespace {
 
 constexpr char kWorkload[] = "rpc_latency";
-constexpr uint32_t kHeadDim = 256;
-constexpr uint32_t kTokens = 8;
 constexpr uint32_t kSpinUs = 500;
 
 // CPUs of the client and of its peer; -1 = any.
@@ -114,92 +116,6 @@ class Echo {
   pid_t pid_ = -1;
 };
 
-// One client and its calls.
-class Caller {
- public:
-  static absl::StatusOr<std::unique_ptr<Caller>> Make(const client::ClientOptions& options,
-                                                      size_t payload_bytes, bool in_place) {
-    auto client = client::Client::Connect(options);
-    if (!client.ok()) return client.status();
-    std::unique_ptr<Caller> caller(new Caller(*std::move(client), payload_bytes));
-    const absl::Status prepared = caller->Prepare();
-    if (!prepared.ok()) return prepared;
-    if (in_place) caller->UseBuffers();
-    return caller;
-  }
-  ~Caller() {
-    if (foreign_ != nullptr) foreign_->Detach();
-  }
-  Caller(const Caller&) = delete;
-  Caller& operator=(const Caller&) = delete;
-
-  absl::Status Call() {
-    client::AttendStep step;
-    step.rows = absl::MakeSpan(rows_).first(token_count_ == 1 ? 1 : 2);
-    step.q = client::Float32View(q_, token_count_, head_count_, kHeadDim);
-    if (buffers_.has_value()) step.SetBuffers(&*buffers_, false);
-    auto result = client_->Attend(step);
-    if (!result.ok()) return result.status();
-    const client::AttendRowResult& row = result->rows[0];
-    if (!row.status.ok()) return row.status;
-    const absl::Span<const float> out = buffers_.has_value() ? buffers_->out() : row.out;
-    for (const float x : out.first(size_t{head_count_} * kHeadDim)) {
-      if (x != 1.0F) return absl::InternalError("an output is not the value");
-    }
-    in_server_seconds.push_back(static_cast<double>(result->service_ns) * 1e-9);
-    return absl::OkStatus();
-  }
-
-  std::vector<double> seconds, in_server_seconds;
-
- private:
-  Caller(std::unique_ptr<client::Client> client, size_t payload_bytes)
-      : client_(std::move(client)),
-        token_count_(payload_bytes <= 4096 ? 1 : kTokens),
-        head_count_(static_cast<uint32_t>(payload_bytes / sizeof(float) / kHeadDim / token_count_)),
-        q_(payload_bytes / sizeof(float), 0.5F) {}
-
-  absl::Status Prepare() {
-    client::ModelDescription model;
-    model.name = absl::StrCat("heads", head_count_);
-    model.layer_count = 1;
-    model.query_head_count = head_count_;
-    model.kv_head_count = std::max(1U, head_count_ / 16);
-    model.head_dim = kHeadDim;
-    model.scale = 1.0F;
-    const auto registered = client_->RegisterModel(model);
-    if (!registered.ok()) return registered.status();
-    auto sequence = client_->CreateSequence({.model = model.name});
-    if (!sequence.ok()) return sequence.status();
-    sequence_ = std::make_unique<client::Sequence>(*std::move(sequence));
-    const std::vector<uint16_t> ones(size_t{model.kv_head_count} * kHeadDim, 0x3f80);
-    const auto token = client::Bfloat16View(ones, 1, model.kv_head_count, kHeadDim);
-    client::AppendWriter writer = sequence_->Append();
-    absl::Status status = writer.Write(0, 0, token, token);
-    if (status.ok()) status = writer.Commit().status();
-    foreign_ = std::make_unique<client::Sequence>(client_->Adopt(std::string(16, 'x'), 1));
-    rows_ = {{.sequence = sequence_.get()},
-             {.sequence = foreign_.get(), .query_count = kTokens - 1}};
-    return status;
-  }
-
-  void UseBuffers() {
-    buffers_.emplace(client_->NewStepBuffers({.token_count = token_count_,
-                                              .query_head_count = head_count_,
-                                              .kv_head_count = std::max(1U, head_count_ / 16),
-                                              .head_dim = kHeadDim}));
-    std::memcpy(buffers_->q().data(), q_.data(), buffers_->q().size());
-  }
-
-  const std::unique_ptr<client::Client> client_;
-  const uint32_t token_count_;
-  const uint32_t head_count_;
-  const std::vector<float> q_;
-  std::unique_ptr<client::Sequence> sequence_, foreign_;
-  std::vector<client::AttendRow> rows_;
-  std::optional<client::StepBuffers> buffers_;
-};
-
 double Percentile(std::vector<double> samples, double share) {
   std::sort(samples.begin(), samples.end());
   return samples[static_cast<size_t>(share * static_cast<double>(samples.size() - 1))];
@@ -211,6 +127,16 @@ struct Way {
   bool in_place = false;
   bool spins = false;
 };
+
+struct EchoWay {
+  const char* name;
+  bool is_stream;
+  bool by_thread;
+};
+constexpr std::array<EchoWay, 4> kEchoWays = {{{"grpc_unary", false, false},
+                                               {"grpc_unary_hop", false, true},
+                                               {"grpc_stream", true, false},
+                                               {"grpc_stream_hop", true, true}}};
 
 class Measurement {
  public:
@@ -230,25 +156,30 @@ class Measurement {
     }
     PinTo(placement_.peer_cpu);
     auto quiet = ServerProcess::Start({"--device=cpu", "--threads=1", "--spin-us=0"});
+    auto grpc_echo = GrpcEcho::Start(bytes_);
     auto spinning =
         ServerProcess::Start({"--device=cpu", "--threads=1", absl::StrCat("--spin-us=", kSpinUs)});
     PinTo(placement_.client_cpu);
+    if (!grpc_echo.ok()) return grpc_echo.status();
     if (!quiet.ok() || !spinning.ok()) return quiet.ok() ? spinning.status() : quiet.status();
-    std::vector<std::unique_ptr<Caller>> callers;
+    std::vector<std::unique_ptr<RpcCaller>> callers;
     for (const Way& way : ways) {
       client::ClientOptions options;
       options.endpoint = (way.spins ? *spinning : *quiet)->endpoint();
       options.transport = way.transport;
       options.lane.spin = std::chrono::microseconds(way.spins ? kSpinUs : 0);
       options.deadlines.data = std::chrono::seconds(60);
-      auto caller = Caller::Make(options, bytes_, way.in_place);
+      auto caller = RpcCaller::Make(options, bytes_, way.in_place);
       if (!caller.ok()) return caller.status();
       callers.push_back(*std::move(caller));
     }
-    const absl::Status status = Measure(callers);
+    const absl::Status status = Measure(callers, grpc_echo->get());
     PinTo(-1);
     if (!status.ok()) return status;
     Report("raw_socket", floor_seconds_, rows);
+    for (size_t way = 0; way < kEchoWays.size(); ++way) {
+      Report(kEchoWays[way].name, echo_seconds_[way], rows);
+    }
     for (size_t i = 0; i < ways.size(); ++i) {
       Report(ways[i].name, callers[i]->seconds, rows);
       Report(absl::StrCat(ways[i].name, "_in_server"), callers[i]->in_server_seconds, rows);
@@ -257,12 +188,14 @@ class Measurement {
   }
 
  private:
-  absl::Status Measure(const std::vector<std::unique_ptr<Caller>>& callers) {
+  absl::Status Measure(const std::vector<std::unique_ptr<RpcCaller>>& callers,
+                       GrpcEcho* grpc_echo) {
     Echo echo(bytes_, placement_.peer_cpu);
     bool echoed = true;
     for (int round = -1; round < round_count_; ++round) {
       if (round == 0) {  // the one before warmed up
         floor_seconds_.clear();
+        for (std::vector<double>& seconds : echo_seconds_) seconds.clear();
         for (const auto& caller : callers) {
           caller->seconds.clear();
           caller->in_server_seconds.clear();
@@ -270,6 +203,16 @@ class Measurement {
       }
       for (int i = 0; i < call_count_; ++i) {
         floor_seconds_.push_back(Seconds([&] { echoed = echo.Call() && echoed; }));
+      }
+      for (size_t way = 0; way < kEchoWays.size(); ++way) {
+        const EchoWay& echo_way = kEchoWays[way];
+        for (int i = 0; i < call_count_; ++i) {
+          echo_seconds_[way].push_back(Seconds([&] {
+            echoed = (echo_way.is_stream ? grpc_echo->CallStream(echo_way.by_thread)
+                                         : grpc_echo->CallUnary(echo_way.by_thread)) &&
+                     echoed;
+          }));
+        }
       }
       for (const auto& caller : callers) {
         for (int i = 0; i < call_count_; ++i) {
@@ -301,6 +244,7 @@ class Measurement {
   const int round_count_;
   const int call_count_;
   std::vector<double> floor_seconds_;
+  std::array<std::vector<double>, kEchoWays.size()> echo_seconds_;
 };
 
 }  // namespace

@@ -12,8 +12,11 @@ const std::vector<Workload>& Workloads() {
       {"attend_cpu", "one layer, 32k tokens, 32 query / 8 KV heads, d=128, bf16", RunAttendCpu},
       {"decode_e2e", "decode steps of one layer through gRPC against local dense attention",
        RunDecodeE2e},
+      {"append", "bulk prefill by lane and stream, against one CPU's copies in memory", RunAppend},
       {"rpc_latency", "a call there and back by every way, against a raw Unix socket",
        RunRpcLatency},
+      {"rpc_idle", "the first call after two idle seconds, by every way", RunRpcIdle},
+      {"rpc_throughput", "calls per second of two workers, against one", RunRpcThroughput},
   };
   return *kWorkloads;
 }

@@ -18,8 +18,17 @@ absl::Status RunAttendCpu(const BenchOptions& options, std::vector<Row>* rows);
 // caller's own.
 absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows);
 
+// Bulk prefill by the lane and by a stream, against one CPU's copies in memory.
+absl::Status RunAppend(const BenchOptions& options, std::vector<Row>* rows);
+
 // A call there and back by every way, against as many bytes through a raw Unix socket.
 absl::Status RunRpcLatency(const BenchOptions& options, std::vector<Row>* rows);
+
+// The first call after two idle seconds, by every way.
+absl::Status RunRpcIdle(const BenchOptions& options, std::vector<Row>* rows);
+
+// What two workers get done, against one.
+absl::Status RunRpcThroughput(const BenchOptions& options, std::vector<Row>* rows);
 
 }  // namespace kvservice::bench
 

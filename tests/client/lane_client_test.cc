@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "client/client.h"
+#include "client/status.h"
 #include "tests/server/served_engine.h"
 
 namespace kvservice::testing {
@@ -191,6 +192,67 @@ TEST_F(LaneClientTest, TwoMicroBatchesAreInFlight) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(lane_calls[0] + lane_calls[1], 400);
+}
+
+TEST_F(LaneClientTest, AppendsTakeTheLaneWhereItHasRoom) {
+  client::ClientOptions options = Options();
+  options.lane.calls_max = 4;
+  options.lane.call_bytes_max = 32 << 10;
+  const auto client = Connect(options);
+  constexpr uint32_t kCount = 1000;  // in many messages: a slot has room for 62 tokens or so
+  absl::StatusOr<client::Sequence> sequence = client->CreateSequence({.model = kModel});
+  ASSERT_TRUE(sequence.ok());
+  const Words words = Counting(0, kCount);
+  const std::vector<std::byte> k = PartBytes(layout(), layout().dtype, Part::kKey, 0, words);
+  const std::vector<std::byte> v = PartBytes(layout(), layout().dtype, Part::kValue, 0, words);
+  // The lane's other half is for calls: the second writer has to take another way.
+  client::AppendWriter first = sequence->Append();
+  client::AppendWriter second = sequence->Append();
+  ASSERT_TRUE(first.Write(0, 0, View(k, kCount), View(v, kCount)).ok());
+  EXPECT_EQ(*Attend(client.get(), *sequence, 0), Transport::kLane);
+  ASSERT_TRUE(first.Commit().ok());
+  ASSERT_TRUE(first.Write(0, 0, View(k, kCount), View(v, kCount)).ok());
+  ASSERT_TRUE(second.Write(0, 0, View(k, kCount), View(v, kCount)).ok());
+  const absl::StatusOr<client::Receipt> committed = first.Commit();
+  ASSERT_TRUE(committed.ok()) << committed.status();
+  EXPECT_EQ(committed->transport, Transport::kLane);
+  EXPECT_EQ(committed->length_max_tokens, kCount);
+  EXPECT_GT(committed->message_count, 10U);
+  EXPECT_EQ(committed->duplicate_count, committed->message_count / 2);
+  const absl::StatusOr<client::Receipt> streamed = second.Commit();
+  ASSERT_TRUE(streamed.ok()) << streamed.status();
+  EXPECT_EQ(streamed->transport, Transport::kStream);
+  EXPECT_EQ(streamed->duplicate_count, streamed->message_count);
+  // Its slots are free again.
+  ASSERT_TRUE(second.Write(0, 0, View(k, kCount), View(v, kCount)).ok());
+  EXPECT_EQ(second.Commit()->transport, Transport::kLane);
+  for (const uint32_t position : {0U, 64U, kCount - 1}) {
+    EXPECT_TRUE(Attend(client.get(), *sequence, position).ok());
+  }
+}
+
+TEST_F(LaneClientTest, AppendsTellTheirErrorsAndGoOnElsewhere) {
+  const auto client = Connect(Options());
+  const client::Sequence sequence = Create(client.get(), 20);
+  const Words words = Counting(22, 8);
+  const std::vector<std::byte> k = PartBytes(layout(), layout().dtype, Part::kKey, 0, words);
+  const std::vector<std::byte> v = PartBytes(layout(), layout().dtype, Part::kValue, 0, words);
+  {
+    client::AppendWriter writer = sequence.Append();
+    EXPECT_TRUE(writer.Write(0, 22, View(k, 8), View(v, 8)).ok());
+    EXPECT_EQ(client::ReasonOf(writer.Commit().status()), "POSITION_GAP");
+    EXPECT_EQ(client::ReasonOf(writer.Write(0, 20, View(k, 8), View(v, 8))), "POSITION_GAP");
+  }
+  {
+    client::AppendWriter abandoned = sequence.Append();
+    EXPECT_TRUE(abandoned.Write(0, 20, View(k, 8), View(v, 8)).ok());
+  }
+  client::AppendWriter again = sequence.Append();
+  EXPECT_TRUE(again.Write(0, 20, View(k, 8), View(v, 8)).ok());
+  const absl::StatusOr<client::Receipt> receipt = again.Commit();
+  ASSERT_TRUE(receipt.ok()) << receipt.status();
+  EXPECT_EQ(receipt->length_max_tokens, 28U);
+  EXPECT_EQ(receipt->transport, Transport::kLane);
 }
 
 TEST_F(LaneClientTest, TimeThatIsOverCostsASlotUntilTheAnswer) {

@@ -177,7 +177,9 @@ TEST_F(LaneTest, ShapesThatCannotBeAreRefused) {
   using Open = v1::OpenLaneRequest;
   constexpr uint64_t kHuge = std::numeric_limits<uint64_t>::max() - 4095;
   const std::vector<OpenCase> cases = {
-      {"other version", [](Open* o) { o->set_version(2); },
+      {"later version", [](Open* o) { o->set_version(wire::kLaneVersion + 1); },
+       "FAILED_PRECONDITION LANE_VERSION_UNSUPPORTED version"},
+      {"no version", [](Open* o) { o->set_version(0); },
        "FAILED_PRECONDITION LANE_VERSION_UNSUPPORTED version"},
       {"no slot", [](Open* o) { o->set_slot_count(0); },
        "INVALID_ARGUMENT LANE_SHAPE_INVALID slot_count"},

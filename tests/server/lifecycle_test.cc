@@ -4,6 +4,7 @@
 #include <google/protobuf/descriptor.h>
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 
@@ -67,8 +68,68 @@ TEST(LifecycleTest, HealthIsServedOnBothSides) {
     EXPECT_EQ(Health(channel, ""), kServing);
     EXPECT_EQ(Health(channel, "kvservice.v1.AttentionService"), kServing);
     EXPECT_EQ(Health(channel, "kvservice.liveness"), kServing);
-    EXPECT_EQ(Health(channel, "kvservice.v1.Unknown"), "NOT_FOUND");
+    EXPECT_EQ(Health(channel, "kvservice.v1.Unknown"), "NOT_FOUND SERVICE_UNKNOWN service");
   }
+}
+
+// A stream of grpc.health.v1.Health/Watch.
+class HealthWatch {
+ public:
+  HealthWatch(const std::shared_ptr<grpc::Channel>& channel, const std::string& service)
+      : stub_(channel) {
+    stream_ = stub_.PrepareCall(&context_, "/grpc.health.v1.Health/Watch", &queue_);
+    stream_->StartCall(this);
+    EXPECT_TRUE(Await());
+    stream_->WriteLast(BytesOf(StringField(1, service)), {}, this);
+    EXPECT_TRUE(Await());
+  }
+  ~HealthWatch() {
+    Cancel();
+    queue_.Shutdown();
+    void* tag = nullptr;
+    bool ok = false;
+    while (queue_.Next(&tag, &ok)) {
+    }
+  }
+  void Cancel() { context_.TryCancel(); }
+  // The next message; "" at the end.
+  std::string Next() {
+    grpc::ByteBuffer bytes;
+    stream_->Read(&bytes, this);
+    return Await() ? TextOf(bytes) : "";
+  }
+
+ private:
+  bool Await() {
+    void* tag = nullptr;
+    bool ok = false;
+    return queue_.Next(&tag, &ok) && ok;
+  }
+
+  grpc::GenericStub stub_;
+  grpc::ClientContext context_;
+  grpc::CompletionQueue queue_;
+  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> stream_;
+};
+
+TEST(LifecycleTest, WatchersHearOfChangesAndHoldUpNothing) {
+  ServedEngine served;
+  HealthWatch alive(served.ConnectAdmin(), "kvservice.liveness");
+  HealthWatch unknown(served.Connect(), "nobody");
+  HealthWatch ready(served.ConnectAdmin(), "");
+  EXPECT_EQ(alive.Next(), kServing);
+  EXPECT_EQ(ready.Next(), kServing);
+  EXPECT_EQ(unknown.Next(), "\x08\x03");
+  for (int i = 0; i < 100; ++i) {
+    HealthWatch gone(served.Connect(), "");
+    if (i % 2 == 0) {
+      EXPECT_EQ(gone.Next(), kServing);
+    }
+    gone.Cancel();
+  }
+  served.server()->Drain(60'000);
+  EXPECT_EQ(ready.Next(), kNotServing);
+  EXPECT_EQ(unknown.Next(), "") << "the data side is gone";
 }
 
 TEST(LifecycleTest, ReflectionListsTheServices) {

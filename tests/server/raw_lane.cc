@@ -89,7 +89,9 @@ std::string OpenAnswer(int socket, const std::string& bytes, const std::vector<i
   if (received.count <= 0) return "CLOSED";
   v1::OpenLaneResponse response;
   EXPECT_TRUE(response.ParseFromString(received.bytes));
-  EXPECT_EQ(response.version(), wire::kLaneVersion);
+  v1::OpenLaneRequest request;
+  const bool accepted = request.ParseFromString(bytes) && !response.has_error();
+  EXPECT_EQ(response.version(), accepted ? request.version() : wire::kLaneVersion);
   return response.has_error() ? ErrorText(response.error()) : "OK";
 }
 
@@ -98,20 +100,29 @@ RawLane::RawLane(const Endpoint& endpoint, const wire::LaneShape& shape)
       mapping_(OpenLane(socket_.get(), shape)),
       memory_(mapping_.bytes(), shape) {}
 
+void RawLane::PlaceTensor(uint32_t slot, v1::Tensor* tensor, uint64_t* offset) const {
+  const uint64_t bytes = tensor->data().size();
+  ASSERT_LE(*offset + bytes, memory_.RequestOffset(slot) + kMessageOffset);
+  std::memcpy(memory_.Range(*offset, bytes).data(), tensor->data().data(), bytes);
+  tensor->clear_data();
+  tensor->mutable_region()->set_offset_bytes(*offset);
+  tensor->mutable_region()->set_length_bytes(bytes);
+  *offset = AlignUp(*offset + bytes);
+}
+
 v1::AttendRequest RawLane::Place(uint32_t slot, v1::AttendRequest request) const {
   uint64_t offset = memory_.RequestOffset(slot);
-  const auto place = [&](v1::Tensor* tensor) {
-    const uint64_t bytes = tensor->data().size();
-    std::memcpy(memory_.Range(offset, bytes).data(), tensor->data().data(), bytes);
-    tensor->clear_data();
-    tensor->mutable_region()->set_offset_bytes(offset);
-    tensor->mutable_region()->set_length_bytes(bytes);
-    offset = AlignUp(offset + bytes);
-  };
-  place(request.mutable_q());
-  if (request.has_k()) place(request.mutable_k());
-  if (request.has_v()) place(request.mutable_v());
-  EXPECT_LE(offset, memory_.RequestOffset(slot) + kMessageOffset);
+  PlaceTensor(slot, request.mutable_q(), &offset);
+  if (request.has_k()) PlaceTensor(slot, request.mutable_k(), &offset);
+  if (request.has_v()) PlaceTensor(slot, request.mutable_v(), &offset);
+  return request;
+}
+
+v1::AppendRequest RawLane::Place(uint32_t slot, v1::AppendRequest request) const {
+  uint64_t offset = memory_.RequestOffset(slot);
+  PlaceTensor(slot, request.mutable_k(), &offset);
+  PlaceTensor(slot, request.mutable_v(), &offset);
+  if (request.has_query_sample()) PlaceTensor(slot, request.mutable_query_sample(), &offset);
   return request;
 }
 
@@ -166,6 +177,21 @@ v1::AttendResponse RawLane::Response(uint32_t slot) const {
     tensor->clear_region();
   }
   return response;
+}
+
+v1::AppendResponse RawLane::AppendResponse(uint32_t slot) const {
+  v1::AppendResponse response;
+  EXPECT_TRUE(response.ParseFromString(Message(slot)));
+  return response;
+}
+
+std::string RawLane::Append(uint32_t slot, const v1::AppendRequest& placed) const {
+  wire::Store(&head(slot)->request_method, wire::kLaneAppend);
+  PutMessage(slot, placed.SerializeAsString());
+  Submit(slot);
+  const std::string answer = Wait(slot) ? Answer(slot) : "no answer";
+  wire::Store(&head(slot)->request_method, wire::kLaneAttend);
+  return answer;
 }
 
 std::string RawLane::Call(uint32_t slot, const v1::AttendRequest& placed) const {

@@ -12,6 +12,7 @@
 #include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/error_details.pb.h"
 #include "kvservice/v1/lane.pb.h"
+#include "kvservice/v1/sequence.pb.h"
 #include "wire/file_descriptor.h"
 #include "wire/lane_layout.h"
 #include "wire/shared_memory.h"
@@ -45,6 +46,7 @@ class RawLane {
 
   // Moves the tensors of `request` from its data to the slot's request area.
   v1::AttendRequest Place(uint32_t slot, v1::AttendRequest request) const;
+  v1::AppendRequest Place(uint32_t slot, v1::AppendRequest request) const;
   // Puts the bytes behind the tensors and names them in the slot's head.
   void PutMessage(uint32_t slot, const std::string& bytes) const;
   // Makes it a request, and wakes the server.
@@ -57,10 +59,14 @@ class RawLane {
   std::string Answer(uint32_t slot) const;
   // The message, with the tensors' payloads in it.
   v1::AttendResponse Response(uint32_t slot) const;
+  v1::AppendResponse AppendResponse(uint32_t slot) const;
   // All of it.
+  std::string Append(uint32_t slot, const v1::AppendRequest& placed) const;
   std::string Call(uint32_t slot, const v1::AttendRequest& placed) const;
 
  private:
+  // Takes the next place in the slot's request area.
+  void PlaceTensor(uint32_t slot, v1::Tensor* tensor, uint64_t* offset) const;
   std::string Message(uint32_t slot) const;
 
   FileDescriptor socket_;
