@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -387,10 +388,11 @@ class LanePath:
     endpoint: str
     options: LaneOptions
     deadline_s: float
+    clock: Callable[[], float] = time.monotonic
     # Why there is none at present; None while there is one, and before the first attempt.
     error: KvServiceError | None = None
     _lane: Lane | None = None
-    _retry_at: float = 0.0
+    _retry_at: float = -math.inf
     _is_opening: bool = False
     _is_closed: bool = False
     _mutex: threading.Lock = field(default_factory=threading.Lock)
@@ -408,8 +410,7 @@ class LanePath:
         with self._mutex:
             self._forget_broken()
             # Whoever opens a lane lets the others go another way meanwhile.
-            now = time.monotonic()
-            if self._is_opening or self._is_closed or now < self._retry_at:
+            if self._is_opening or self._is_closed or self.clock() < self._retry_at:
                 return self._lane
             self._is_opening = True
         opened, error = None, None
@@ -420,7 +421,7 @@ class LanePath:
         finally:
             with self._mutex:
                 self._is_opening = False
-                self._retry_at = time.monotonic() + _REOPEN_PAUSE_S
+                self._retry_at = self.clock() + _REOPEN_PAUSE_S
                 self._note(opened, error)
         return opened
 
@@ -435,8 +436,9 @@ class LanePath:
     def _forget_broken(self) -> None:
         if self._lane is None or self._lane.is_usable:
             return
+        self._lane.close()
         self._lane = None
-        self._retry_at = time.monotonic() + _REOPEN_PAUSE_S
+        self._retry_at = self.clock() + _REOPEN_PAUSE_S
         self.error = _unavailable("the server closed the connection")
         _log.warning("%s: the lane broke, calls travel by gRPC meanwhile", self.endpoint)
 
