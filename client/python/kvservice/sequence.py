@@ -76,11 +76,12 @@ class Sequence:
         """Streams the K and V of consecutive tokens; repeating the same bytes is harmless.
 
         k, v [layers, tokens, KV heads, head_dim] fill all layers from layer 0 on; with `layer`,
-        [tokens, KV heads, head_dim] fill that one. Arrays as in `Client.attend_rows`. `query_sample` [layers, n, query heads,
-        head_dim], or without layers, holds some rotated queries of these tokens, from which the
-        server learns to make its bounds tighter; without `query_sample_positions` at most 256. With
-        positions [n], ascending and of these tokens, the latest of them also become anchors, which
-        saves the first steps of "cis" and "cpe" their scans. What was sent before an error stays.
+        [tokens, KV heads, head_dim] fill that one. Arrays as in `Client.attend_rows`.
+        `query_sample` [layers, n, query heads, head_dim], or without layers, holds some rotated
+        queries of these tokens, from which the server learns to make its bounds tighter; without
+        `query_sample_positions` at most 256. With positions [n], ascending and of these tokens, the
+        latest of them also become anchors, which saves the first steps of "cis" and "cpe" their
+        scans. What was sent before an error stays.
         """
         k, v = as_array(k), as_array(v)
         query_sample = None if query_sample is None else as_array(query_sample)
@@ -117,8 +118,8 @@ class Sequence:
         """Appends k and v, if given, at `position` and attends over all tokens up to there.
 
         q [queries, query heads, head_dim] or, for one query token, [query heads, head_dim]; k and
-        v alike with the KV heads. Arrays as in `Client.attend_rows`. `given` holds ascending positions per KV head, for a policy that
-        asks for them. Safe to repeat.
+        v alike with the KV heads. Arrays as in `Client.attend_rows`. `given` holds ascending
+        positions per KV head, for a policy that asks for them. Safe to repeat.
         """
         if q.ndim == 2:
             q, k, v = (None if array is None else array[None] for array in (q, k, v))
