@@ -15,10 +15,14 @@ class BuildWithMessages(build_py):
     """Copies the package, then generates kvservice/v1 beside it."""
 
     def find_package_modules(self, package, package_dir):
-        return [] if package == "kvservice.v1" else super().find_package_modules(package, package_dir)
+        if package == "kvservice.v1":
+            return []
+        return super().find_package_modules(package, package_dir)
 
     def check_package(self, package, package_dir):
-        return None if package == "kvservice.v1" else super().check_package(package, package_dir)
+        if package == "kvservice.v1":
+            return None
+        return super().check_package(package, package_dir)
 
     def run(self):
         super().run()

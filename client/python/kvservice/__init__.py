@@ -13,6 +13,7 @@ Tensors are numpy arrays or torch tensors: float32, float16, or bf16, which nump
 """
 
 import pkgutil
+from typing import Any
 
 # Generated messages (kvservice.v1) may lie in another folder of the path than this package.
 __path__ = pkgutil.extend_path(__path__, __name__)
@@ -33,6 +34,25 @@ from kvservice.results import (  # noqa: E402
 from kvservice.sequence import Sequence  # noqa: E402
 from kvservice.step_buffers import StepBuffers  # noqa: E402
 
+
+
+def attach(model: Any, endpoint: str, policy: Any = "certified", **options: Any) -> Any:
+    """Makes a Hugging Face model's `generate()` decode through the server; returns the model.
+
+    See `kvservice.huggingface.attach`; needs torch and transformers.
+    """
+    from kvservice import huggingface
+
+    return huggingface.attach(model, endpoint, policy, **options)
+
+
+def detach(model: Any) -> Any:
+    """Undoes `attach`; returns the model."""
+    from kvservice import huggingface
+
+    return huggingface.detach(model)
+
+
 __all__ = [
     "Action",
     "AttendReply",
@@ -47,6 +67,8 @@ __all__ = [
     "Selector",
     "Sequence",
     "StepBuffers",
+    "attach",
+    "detach",
     "layer_override",
     "make_policy",
 ]

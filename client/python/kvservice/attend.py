@@ -45,6 +45,7 @@ class AttendReply:
     transport: Literal["lane", "unary"]
     queue_s: float  # in the server, waiting for the executor
     service_s: float  # and working
+    message: attention_pb2.AttendResponse  # as it came; its tensors may lie elsewhere
 
 
 def row_tensor(values: Any, name: str) -> np.ndarray:

@@ -186,6 +186,7 @@ class Client:
             transport=transport,
             queue_s=reply.message.queue_ns * 1e-9,
             service_s=reply.message.service_ns * 1e-9,
+            message=reply.message,
         )
 
     def attend(self, request: attention_pb2.AttendRequest) -> list[AttendResult | KvServiceError]:
