@@ -51,7 +51,7 @@ def smollm2():
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.to_empty(device="cpu")
-    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+    tensors = {name: torch.tensor(array) for name, array in state.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     # Frequencies are computed, not loaded.
