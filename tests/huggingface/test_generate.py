@@ -1,5 +1,6 @@
 """generate() of attached models against the same models with transformers' own attention."""
 
+import copy
 import json
 
 import numpy as np
@@ -12,10 +13,11 @@ from kvservice import Client, KvServiceError
 from kvservice.huggingface.checks import MODEL_TYPES
 from models import smollm2, tiny
 
-# Normalised squared error of scores against transformers' own attention, per type of the model:
-# the service computes in float32, transformers in the model's type.
-SCORE_ERRORS = {torch.float32: 1e-9, torch.float16: 1e-5, torch.bfloat16: 1e-3}
+# A model in a small type has rounding errors; through the service, which attends in float32, they
+# may be as large again and no larger.
+ERROR_RATIO_MAX = 2
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+LIMIT = 0.2
 PARAGRAPH = "The quick brown fox jumps over the lazy dog near the river bank. "
 
 
@@ -121,13 +123,13 @@ def test_several_answers_of_a_prompt_share_it(attach):
 
 def test_a_certified_run_reports_what_it_dropped(attach, tmp_path):
     model, tokenizer = smollm2()
-    attach(model, "certified", max_dropped_mass=0.05)
+    attach(model, "certified", max_dropped_mass=LIMIT, dense_below_tokens=0)
     inputs = chat(PARAGRAPH * 80 + "What does the fox do?")
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert output.shape[1] > inputs["input_ids"].shape[1]
     report = model.kvservice.report
     assert report.unmet == 0
-    assert 0 < report.dropped_mass_upper_mean <= report.dropped_mass_upper_max <= 0.05
+    assert 0 < report.dropped_mass_upper_mean <= report.dropped_mass_upper_max <= LIMIT
     assert report.tokens_read_share < 0.9
 
     numbers = json.loads(json.dumps(report.to_dict()))
@@ -142,7 +144,7 @@ def test_a_certified_run_reports_what_it_dropped(attach, tmp_path):
     assert 0 < seconds["attend_in_service"] < seconds["attend"]
 
     text = str(report)
-    assert text.startswith("certified 0.05 · 1 sequence · ")
+    assert text.startswith(f"certified {LIMIT} · 1 sequence · ")
     assert "dropped mass at most" in text and "rest of the model" in text
     assert all(len(line) <= 170 for line in text.splitlines())
 
@@ -151,39 +153,50 @@ def test_a_certified_run_reports_what_it_dropped(attach, tmp_path):
     assert image.imread(path).std() > 0.05
 
 
-@pytest.mark.parametrize("dtype", SCORE_ERRORS, ids=str)
+def scores_of(model, inputs):
+    """Tokens [rows, 4] and scores [step, rows, vocabulary] of four greedy steps."""
+    output = model.generate(
+        **inputs, max_new_tokens=4, do_sample=False, output_scores=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences[:, -4:], torch.stack(output.scores).double()
+
+
+def score_errors(exact, *runs):
+    """Normalised squared error of each run, over the steps about the same text in all of them."""
+    same = torch.stack([tokens == exact[0] for tokens, _ in runs]).all(dim=0)
+    steps = torch.nn.functional.pad(same, (1, -1), value=True).cumprod(dim=1).bool().T
+    assert steps[1].any()
+    # The first scores come of the prompt, which transformers attends itself.
+    steps[0] = False
+    truth = exact[1][steps]
+    return [float(((scores[steps] - truth) ** 2).sum() / (truth**2).sum()) for _, scores in runs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_scores_of_every_supported_model(attach, kind, dtype):
-    model = tiny(CLASSES[kind]).to(dtype)
+    window = {"sliding_window": None} if kind == "mistral" else {}
+    model = tiny(CLASSES[kind], **window).to(dtype)
     inputs = {"input_ids": torch.randint(1, 128, (3, 70))}
     inputs["attention_mask"] = torch.ones(3, 70, dtype=torch.long)
     inputs["attention_mask"][1, :30] = 0
-    plain, served = generate_both(
-        attach, model, "dense", inputs, max_new_tokens=4, do_sample=False, output_scores=True,
-        return_dict_in_generate=True,
-    )
-    # Steps after one at which rounding chose another token are about another text.
-    agree = (plain.sequences == served.sequences)[:, 70:].cumprod(dim=1)
-    assert agree[:, 0].all()
-    for step in range(1, 4):
-        rows = agree[:, step - 1].bool()
-        expected, got = plain.scores[step][rows].double(), served.scores[step][rows].double()
-        error = ((expected - got) ** 2).sum() / (expected**2).sum().clamp_min(1e-30)
-        assert error <= SCORE_ERRORS[dtype]
-    assert agree[:, 1].any()
+    exact = scores_of(copy.deepcopy(model).double(), inputs)
+    plain = scores_of(model, inputs)
+    served = scores_of(attach(model, "dense"), inputs)
+    plain_error, served_error = score_errors(exact, plain, served)
+    assert 0 < served_error <= ERROR_RATIO_MAX * plain_error
 
 
 def test_a_cache_of_another_type_than_the_model(attach):
     model = tiny()
     inputs = {"input_ids": torch.randint(1, 128, (2, 40))}
-    arguments = {"max_new_tokens": 3, "do_sample": False, "output_scores": True,
-                 "return_dict_in_generate": True, **inputs}
-    plain = model.generate(**arguments)
-    attach(model, "dense", cache_dtype=torch.bfloat16)
-    served = model.generate(**arguments)
-    error = ((plain.scores[0] - served.scores[0]) ** 2).sum() / (plain.scores[0] ** 2).sum()
-    # Not nothing: keys and values are rounded, in the prompt as later.
-    assert 1e-9 < error < SCORE_ERRORS[torch.bfloat16]
+    exact = scores_of(model, inputs)
+    half = scores_of(copy.deepcopy(model).bfloat16(), inputs)
+    served = scores_of(attach(model, "dense", cache_dtype=torch.bfloat16), inputs)
+    half_error, served_error = score_errors(exact, half, served)
+    # Keys and values are rounded and nothing else.
+    assert 1e-9 < served_error < half_error
 
 
 def test_a_prompt_of_one_token_and_embeddings_as_inputs(attach):
@@ -262,12 +275,13 @@ def test_torch_tensors_come_and_go_without_copies(server):
     from kvservice.tensors import as_array
     from kvservice.v1 import model_pb2, types_pb2
 
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    types = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
+    for dtype, numpy_type in types.items():
         tensor = torch.randn(3, 4).to(dtype).requires_grad_()
         array = as_array(tensor)
         assert array.__array_interface__["data"][0] == tensor.data_ptr()
-        assert array.dtype == (np.uint16 if dtype is torch.bfloat16 else tensor.detach().numpy().dtype)
-    with pytest.raises(TypeError, match="meta"):
+        assert array.dtype == numpy_type
+    with pytest.raises(TypeError, match="on meta, not in this machine's memory"):
         as_array(torch.empty(3, device="meta"))
     with Client(server.endpoint) as client:
         client.register_model(model_pb2.Model(

@@ -69,7 +69,11 @@ def as_array(values: Any) -> np.ndarray:
         return values
     if not hasattr(values, "__dlpack__"):
         raise TypeError(f"expected an array, got {type(values).__name__}")
-    if values.__dlpack_device__()[0] not in _HOST_DEVICES:
+    try:
+        is_here = values.__dlpack_device__()[0] in _HOST_DEVICES
+    except (BufferError, ValueError):  # a device that DLPack does not know
+        is_here = False
+    if not is_here:
         raise TypeError(f"the array is on {values.device}, not in this machine's memory")
     if hasattr(values, "detach"):
         values = values.detach()
