@@ -8,12 +8,13 @@ QUALITY_ARGS ?=
 cc_files = $(shell find attention selector kvservice client wire tests \
              -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
-.PHONY: help setup build wheel demo test bench eval quality campaign format tidy clean
+.PHONY: help setup build wheel demo test hf-test bench eval quality campaign format tidy clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo      a real model decodes through the service       (DEMO_ARGS='--policy cpe')"
 	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
+	@echo "make hf-test   the Hugging Face adapter's tests alone (they are part of make test)"
 	@echo "make build     programs in build/bin/"
 	@echo "make wheel     the Python client as a wheel in build/wheel/"
 	@echo "make bench     kvbench, rows in build/bench.json               (BENCH_ARGS='--workload=...')"
@@ -45,6 +46,9 @@ demo: build
 
 test: setup
 	@python3 tests/run.py
+
+hf-test: build
+	@python3 tests/run.py --only=huggingface-tests
 
 campaign: setup
 	@python3 tests/run.py --campaign

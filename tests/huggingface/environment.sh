@@ -13,7 +13,7 @@ suite=trixie
 python=python3.13
 debian_packages=(python3-torch libopenblas0-pthread)
 # Named by dependencies, and never loaded: GPUs, tests, documents.
-unneeded_packages='^(libllvm17t64|libamd-comgr2|libamdhip64-5|libhsa-runtime64-1|libtorch-test|unicode-data)_'
+unneeded='^(libllvm17t64|libamd-comgr2|libamdhip64-5|libhsa-runtime64-1|libtorch-test)_'
 requirements=tests/huggingface/requirements.txt
 
 folder=$PWD/build/huggingface
@@ -44,7 +44,7 @@ apt=(apt-get -qq
 "${apt[@]}" update
 "${apt[@]}" install --yes --download-only "${debian_packages[@]}"
 for package in "$folder"/apt/archives/*.deb; do
-  if [[ ! $(basename "$package") =~ $unneeded_packages ]]; then
+  if [[ ! $(basename "$package") =~ $unneeded ]]; then
     dpkg-deb --fsys-tarfile "$package" |
       tar -x -C "$folder/system" --exclude='./usr/share/*' --exclude='./etc/*' --exclude='./var/*'
   fi

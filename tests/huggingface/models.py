@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,13 +31,16 @@ def smollm2():
     tokenizer = ChatTokenizer(gguf.metadata)
     config.eos_token_id = tokenizer.end_of_turn_id
     config.pad_token_id = tokenizer.end_of_turn_id
-    state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.output_norm}
+    state = {
+        "model.embed_tokens.weight": weights.embedding,
+        "model.norm.weight": weights.output_norm,
+    }
     queries = shape.query_head_count * shape.head_dim
     keys = shape.kv_head_count * shape.head_dim
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}."
         q, k, v = layer.qkv[:queries], layer.qkv[queries : queries + keys], layer.qkv[-keys:]
-        gate, up = layer.gate_up[: shape.feed_forward_size], layer.gate_up[shape.feed_forward_size :]
+        gate, up = np.split(layer.gate_up, 2)
         state |= {
             prefix + "input_layernorm.weight": layer.attention_norm,
             prefix + "self_attn.q_proj.weight": q,

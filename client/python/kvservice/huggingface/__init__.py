@@ -138,9 +138,7 @@ def _describe(model: Any, cache_dtype: int) -> model_pb2.Model:
     config = model.config
     heads = config.num_attention_heads
     attention = next(module for module in model.modules() if hasattr(module, "layer_idx"))
-    frequencies = [
-        module.inv_freq for module in model.modules() if getattr(module, "inv_freq", None) is not None
-    ]
+    rotary = next(module for module in model.modules() if hasattr(module, "inv_freq"))
     description = model_pb2.Model(
         layer_count=config.num_hidden_layers,
         query_head_count=heads,
@@ -149,7 +147,7 @@ def _describe(model: Any, cache_dtype: int) -> model_pb2.Model:
         cache_dtype=cache_dtype,
         scale=attention.scaling,
         rotary_style=model_pb2.ROTARY_STYLE_HALF,
-        inverse_frequencies=frequencies[0].float().cpu().tolist(),
+        inverse_frequencies=rotary.inv_freq.float().cpu().tolist(),
     )
     # What the server learns about a model's keys belongs to these weights alone.
     digest = hashlib.sha256(description.SerializeToString())

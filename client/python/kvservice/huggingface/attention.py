@@ -30,7 +30,7 @@ def service_attention(
 
 
 def service_mask(**arguments: Any) -> torch.Tensor | None:
-    """The mask of a prompt is that of local attention; later tokens see all that the service has."""
+    """A prompt's mask is that of local attention; later tokens see all that the service has."""
     cache = take_masking()
     if arguments.get("mask_function", causal_mask_function) is not causal_mask_function:
         raise UnsupportedError("only causal attention is supported")

@@ -117,4 +117,4 @@ def check_attention(module: Any, arguments: dict[str, Any], scale: float) -> Non
         raise UnsupportedError("attention with dropout is not supported")
     scaling = arguments.get("scaling")
     if scaling is None or abs(scaling - scale) > 1e-6 * scale:
-        raise UnsupportedError(f"a layer scales by {scaling}, the model was registered with {scale}")
+        raise UnsupportedError(f"a layer scales by {scaling}, the model is registered with {scale}")
