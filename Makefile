@@ -8,13 +8,15 @@ QUALITY_ARGS ?=
 cc_files = $(shell find attention selector kvservice client wire tests \
              -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
-.PHONY: help setup build demo test bench eval quality campaign format tidy clean
+.PHONY: help setup build wheel demo test hf-test bench eval quality campaign format tidy clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo      a real model decodes through the service       (DEMO_ARGS='--policy cpe')"
 	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
+	@echo "make hf-test   the Hugging Face adapter's tests alone (they are part of make test)"
 	@echo "make build     programs in build/bin/"
+	@echo "make wheel     the Python client as a wheel in build/wheel/"
 	@echo "make bench     kvbench, rows in build/bench.json               (BENCH_ARGS='--workload=...')"
 	@echo "make eval      certificates on traces of real models          (EVAL_ARGS='--queries=8')"
 	@echo "make quality   selectors against rivals on real models: docs/quality.md"
@@ -32,12 +34,21 @@ build: setup
 	@cmake --preset release --log-level=WARNING
 	@cmake --build --preset release --target kvservice kvctl kvbench kv_python_stubs
 
+# A folder of its own: what an earlier build left there would come along.
+wheel: setup
+	@rm -rf build/wheel
+	@build/venv/bin/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --wheel-dir build/wheel client/python
+
 demo: build
 	PYTHONPATH=client/python:build/python build/venv/bin/python -m kvservice_demo \
 	  --json build/demo.json $(DEMO_ARGS)
 
 test: setup
 	@python3 tests/run.py
+
+hf-test: build
+	@python3 tests/run.py --only=huggingface-tests
 
 campaign: setup
 	@python3 tests/run.py --campaign

@@ -128,15 +128,14 @@ def ctest(preset, repeat=1):
     return Result(True, passed, failed, f"{closing[0]} ({passed} cases)")
 
 
-def python_tests():
-    report = LOGS / "python-tests.xml"
+def pytest(name, python, arguments, path):
+    """The tests of some folders, with the packages of others on the path."""
+    report = LOGS / f"{name}.xml"
     report.unlink(missing_ok=True)
-    status, output = run("python-tests", [
-        "build/venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-        f"--junitxml={report}", "-o", "python_files=test_*.py *_test.py",
-        "tests/tidy_test.py", "tests/run_test.py", "tests/python"],
-        {"PYTHONPATH": f"{ROOT}/client/python:{ROOT}/build/python",
-         "KVSERVICE_BIN_DIR": f"{ROOT}/build/bin"})
+    status, output = run(name, [
+        str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}",
+        "-o", "python_files=test_*.py *_test.py", *arguments],
+        {"PYTHONPATH": ":".join(map(str, path)), "KVSERVICE_BIN_DIR": f"{ROOT}/build/bin"})
     if not report.exists():
         return Result(False, 0, 1, tail(output))
     suite = xml.parse(report).getroot().find("testsuite")
@@ -145,6 +144,28 @@ def python_tests():
     if status != 0:
         return Result(False, passed, max(failed, 1), tail(output))
     return Result(True, passed, failed, output.strip().rsplit("\n", 1)[-1].strip("= "))
+
+
+def python_tests():
+    return pytest("python-tests", ROOT / "build" / "venv" / "bin" / "python",
+                  ["tests/tidy_test.py", "tests/run_test.py", "tests/python"],
+                  [ROOT / "client" / "python", ROOT / "build" / "python"])
+
+
+def huggingface_tests():
+    """The adapter with a real model, out of the wheel, in an environment of its own."""
+    folder = ROOT / "build" / "huggingface"
+    made = one("huggingface-environment", ["tests/huggingface/environment.sh"])
+    if made.ok:
+        made = one("huggingface-wheel", ["make", "--silent", "wheel"])
+    if not made.ok:
+        return made
+    shutil.rmtree(folder / "wheel", ignore_errors=True)
+    for wheel in (ROOT / "build" / "wheel").glob("*.whl"):
+        shutil.unpack_archive(wheel, folder / "wheel", "zip")
+    # The demo, which reads the model's file, is not in the wheel.
+    return pytest("huggingface-tests", folder / "python", ["tests/huggingface"],
+                  [folder / "wheel", ROOT / "client" / "python"])
 
 
 def adversary(name, *flags):
@@ -180,6 +201,8 @@ def steps(campaign):
         Step("release-build", lambda: build("release"), []),
         Step("release-tests", lambda: ctest("release"), ["release-build"]),
         Step("python-tests", python_tests, ["release-build"]),
+        # A real model in transformers: three quarters of a minute, and as long once to install it.
+        Step("huggingface-tests", huggingface_tests, ["release-build"]),
         # A real model in a closed loop, for half a minute.
         Step("quality-quick",
              lambda: one("quality-quick",

@@ -1,22 +1,27 @@
-"""Calls to a server. All of them are unary except `Sequence.append`, which streams.
+"""Calls to a server.
 
-Every call carries a deadline and raises `KvServiceError`. A `Client` may be shared between threads;
-a `Sequence` belongs to one thread at a time, as the tokens of a sequence have an order.
+Attend takes the fastest way that works, call by call: memory shared with a server on the same host
+(`lane`), else a gRPC call. Everything else goes through gRPC. Every call carries a deadline and
+raises `KvServiceError`. A `Client` may be shared between threads.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import numpy as np
 
-from kvservice.errors import KvServiceError, error_from_call, error_from_row
-from kvservice.results import AttendResult, result_from_row
-from kvservice.tensors import from_message, to_message
+from kvservice.attend import AttendReply, Row, put_row, read_rows, row_tensor
+from kvservice.errors import KvServiceError, error_from_call
+from kvservice.lane import LaneOptions, LanePath, LaneReply, Tensors
+from kvservice.results import AttendResult
+from kvservice.sequence import Sequence
+from kvservice.step_buffers import StepBuffers, StepShape
+from kvservice.tensors import describe_tensor, from_message, like
 from kvservice.v1 import (
     admin_pb2,
     attention_pb2,
@@ -27,11 +32,10 @@ from kvservice.v1 import (
 
 DEADLINE_S = 30.0
 
-# A server refuses larger messages; appends are cut into pieces that stay well below.
+# A server refuses larger messages.
 _MESSAGE_BYTES_MAX = 64 << 20
-_APPEND_BYTES_MAX = 1 << 20
-# Sampled queries of one message, as the server allows them.
-_QUERY_SAMPLE_TOKENS_MAX = 256
+
+Transport = Literal["lane", "unary"]
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
@@ -42,10 +46,30 @@ _CHANNEL_OPTIONS = [
 class Client:
     """A connection to one server, made at the first call."""
 
-    def __init__(self, endpoint: str, *, deadline_s: float = DEADLINE_S) -> None:
-        """`endpoint` is `unix:/path/to/socket` or `host:port`; `deadline_s` applies per call."""
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        deadline_s: float = DEADLINE_S,
+        transport: Literal["auto", "lane", "unary"] = "auto",
+        lane: LaneOptions | None = None,
+    ) -> None:
+        """`endpoint` is `unix:/path/to/socket` or `host:port`; `deadline_s` applies per call.
+
+        `transport`: how Attend travels. "auto" takes a lane where there is one and gRPC otherwise,
+        "unary" gRPC alone; with "lane" the lane is opened here, and KvServiceError
+        (LANE_UNAVAILABLE, or as the server refuses) says why it cannot be. Single calls may always
+        take the slower way.
+        """
+        if transport not in ("auto", "lane", "unary"):
+            raise ValueError(f"transport is {transport!r}, expected 'auto', 'lane' or 'unary'")
         self.endpoint = endpoint
         self._deadline_s = deadline_s
+        self._lanes = None
+        if transport != "unary":
+            self._lanes = LanePath(endpoint, lane or LaneOptions(), min(deadline_s, 5.0))
+        if transport == "lane":
+            self._lanes.open()
         self._channel = grpc.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
         self._methods: dict[str, Any] = {}
 
@@ -63,6 +87,18 @@ class Client:
     def close(self) -> None:
         """Ends the connection. Sequences stay on the server until they are dropped or expire."""
         self._channel.close()
+        if self._lanes is not None:
+            self._lanes.close()
+
+    @property
+    def transport(self) -> Transport:
+        """How Attend would travel now; `AttendReply.transport` says how a call did."""
+        return "unary" if self._lane() is None else "lane"
+
+    @property
+    def lane_error(self) -> KvServiceError | None:
+        """Why `transport` is "unary"; None while it is "lane", or when it was asked for."""
+        return None if self._lane() is not None or self._lanes is None else self._lanes.error
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Returns once the server accepts connections; TimeoutError if that takes too long."""
@@ -101,30 +137,123 @@ class Client:
         reply = self._call("SequenceService/Create", request, sequence_pb2.CreateResponse)
         return Sequence(self, reply.sequence.handle)
 
-    def attend(self, request: attention_pb2.AttendRequest) -> list[AttendResult | KvServiceError]:
-        """One layer of a batch of rows, each with its own result or its own error, in order."""
-        reply = self._call("AttentionService/Attend", request, attention_pb2.AttendResponse)
-        out, lse = from_message(reply.out), from_message(reply.lse)
-        results: list[AttendResult | KvServiceError] = []
-        begin = 0
-        call_name = f"{reply.epoch.hex()}:{reply.draw_secret_id:x}:{reply.call_number}"
-        for index, (row, result) in enumerate(zip(request.rows, reply.results, strict=True)):
-            end = begin + max(1, row.query_count)
-            if result.code != 0:
-                results.append(error_from_row(result))
-            else:
-                name = f"{call_name}:{index}"
-                results.append(result_from_row(result, out[begin:end], lse[begin:end], name))
-            begin = end
-        return results
+    def attend_rows(
+        self,
+        layer: int,
+        rows: Iterable[Row],
+        q: Any,
+        k: Any | None = None,
+        v: Any | None = None,
+        *,
+        policy: types_pb2.Policy | None = None,
+        return_selected: bool = False,
+        output_dtype: types_pb2.DataType = types_pb2.DATA_TYPE_UNSPECIFIED,
+        buffers: StepBuffers | None = None,
+    ) -> AttendReply:
+        """One layer of a batch of rows, 1 to 256, all of one model. Safe to repeat.
 
-    def _call(self, method: str, request: Any, response_type: Any) -> Any:
-        return self._invoke(self._channel.unary_unary, method, request, response_type)
+        With T the sum of the rows' query counts, in their order: q [T, query heads, head_dim],
+        rotated, of any float type; k and v [T, KV heads, head_dim] in the cache's type, appended
+        before attending, or both left out. numpy arrays or what speaks DLPack, bf16 as uint16 bits
+        or torch.bfloat16; with a torch q the outputs are torch tensors. Each row has its own result
+        or its own error.
+
+        `buffers` are the ones that q, k and v are arrays of: then outputs too stay where the server
+        wrote them if they can, and are overwritten by the next call with these buffers.
+        """
+        request = attention_pb2.AttendRequest(
+            layer=layer,
+            policy=policy,
+            return_selected=return_selected,
+            output_dtype=output_dtype,
+        )
+        for row in rows:
+            put_row(row, request.rows.add())
+        tensors = {"q": row_tensor(q, "q")}
+        if k is not None or v is not None:
+            if k is None or v is None:
+                raise ValueError("k and v come together or not at all")
+            tensors |= {"k": row_tensor(k, "k"), "v": row_tensor(v, "v")}
+        reply, transport = self._attend(request, tensors, buffers)
+        out, lse = reply.out, reply.lse
+        if not isinstance(q, np.ndarray):
+            # torch has no tensors that only read.
+            out, lse = (like(x if x.flags.writeable else x.copy(), q) for x in (out, lse))
+        return AttendReply(
+            rows=read_rows(request, reply.message, out, lse),
+            out=out,
+            lse=lse,
+            transport=transport,
+            queue_s=reply.message.queue_ns * 1e-9,
+            service_s=reply.message.service_ns * 1e-9,
+            message=reply.message,
+        )
+
+    def attend(self, request: attention_pb2.AttendRequest) -> list[AttendResult | KvServiceError]:
+        """The same for a message that holds its tensors."""
+        reply, _ = self._attend(request, {}, None)
+        return read_rows(request, reply.message, reply.out, reply.lse)
+
+    def step_buffers(
+        self,
+        token_count: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        q_dtype: str = "float32",
+        kv_dtype: str = "bfloat16",
+    ) -> StepBuffers:
+        """Arrays to write q, k and v of calls into, in the shared memory if there is a lane.
+
+        Holds one of `LaneOptions.calls_max` until it is closed.
+        """
+        shape = StepShape(token_count, query_heads, kv_heads, head_dim, q_dtype, kv_dtype)
+        return StepBuffers(shape, self._lane())
+
+    def _lane(self) -> Any:
+        return None if self._lanes is None else self._lanes.get()
+
+    def _attend(
+        self,
+        request: attention_pb2.AttendRequest,
+        tensors: Tensors,
+        buffers: StepBuffers | None,
+    ) -> tuple[LaneReply, Transport]:
+        deadline = time.monotonic() + self._deadline_s
+        lane, slot = self._lane(), None
+        if buffers is not None and buffers.lane is not None and buffers.lane.is_usable:
+            lane, slot = buffers.lane, buffers.slot
+        if lane is not None:
+            reply = lane.attend(request, tensors, deadline, slot)
+            if reply is not None:
+                return reply, "lane"
+        for name, array in tensors.items():
+            tensor = describe_tensor(getattr(request, name), array)
+            tensor.ClearField("region")
+            tensor.data = array.tobytes()
+        timeout_s = max(0.0, deadline - time.monotonic())
+        message = self._call(
+            "AttentionService/Attend", request, attention_pb2.AttendResponse, timeout_s
+        )
+        return LaneReply(message, from_message(message.out), from_message(message.lse)), "unary"
+
+    def _call(
+        self, method: str, request: Any, response_type: Any, timeout_s: float | None = None
+    ) -> Any:
+        return self._invoke(self._channel.unary_unary, method, request, response_type, timeout_s)
 
     def _stream(self, method: str, requests: Iterator[Any], response_type: Any) -> Any:
         return self._invoke(self._channel.stream_unary, method, requests, response_type)
 
-    def _invoke(self, kind: Any, method: str, request: Any, response_type: Any) -> Any:
+    def _invoke(
+        self,
+        kind: Any,
+        method: str,
+        request: Any,
+        response_type: Any,
+        timeout_s: float | None = None,
+    ) -> Any:
         call = self._methods.get(method)
         if call is None:
             # Messages bring their own serialisers, so no generated service code is needed.
@@ -134,209 +263,6 @@ class Client:
                 response_deserializer=response_type.FromString,
             )
         try:
-            return call(request, timeout=self._deadline_s)
+            return call(request, timeout=self._deadline_s if timeout_s is None else timeout_s)
         except grpc.RpcError as error:
             raise error_from_call(error) from None
-
-
-class Sequence:
-    """One growing KV history on the server. `with` drops it at the end of the block."""
-
-    def __init__(self, client: Client, handle: types_pb2.SequenceHandle) -> None:
-        """Takes a handle that the server gave; `Client.sequence` makes new ones."""
-        self._client = client
-        self._handle = handle
-
-    def __enter__(self) -> Sequence:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # A sequence that cannot be dropped expires by itself; the block's own error matters more.
-        with contextlib.suppress(KvServiceError):
-            self.drop()
-
-    @property
-    def id(self) -> bytes:
-        """16 random bytes."""
-        return self._handle.id
-
-    @property
-    def generation(self) -> int:
-        """Version of the contents that this object speaks about; `truncate` raises it."""
-        return self._handle.generation
-
-    def append(
-        self,
-        start_position: int,
-        k: np.ndarray,
-        v: np.ndarray,
-        *,
-        layer: int | None = None,
-        query_sample: np.ndarray | None = None,
-        query_sample_positions: np.ndarray | list[int] | None = None,
-    ) -> sequence_pb2.AppendResponse:
-        """Streams the K and V of consecutive tokens; repeating the same bytes is harmless.
-
-        k, v [layers, tokens, KV heads, head_dim] fill all layers from layer 0 on; with `layer`,
-        [tokens, KV heads, head_dim] fill that one. `query_sample` [layers, n, query heads,
-        head_dim], or without layers, holds some rotated queries of these tokens, from which the
-        server learns to make its bounds tighter; without `query_sample_positions` at most 256. With
-        positions [n], ascending and of these tokens, the latest of them also become anchors, which
-        saves the first steps of "cis" and "cpe" their scans. What was sent before an error stays.
-        """
-        if k.shape != v.shape:
-            raise ValueError(f"k and v differ in shape: {k.shape} and {v.shape}")
-        if layer is not None:
-            k, v = k[None], v[None]
-            query_sample = None if query_sample is None else query_sample[None]
-        if query_sample is not None and len(query_sample) != len(k):
-            raise ValueError(f"queries of {len(query_sample)} layers come with keys of {len(k)}")
-        positions = None
-        if query_sample_positions is not None:
-            positions = np.asarray(query_sample_positions, np.int64)
-            _check_positions(positions, query_sample, start_position, k.shape[1])
-        requests = self._append_requests(
-            start_position, layer or 0, k, v, query_sample, positions
-        )
-        return self._client._stream(
-            "SequenceService/Append", requests, sequence_pb2.AppendResponse
-        )
-
-    def attend(
-        self,
-        layer: int,
-        q: np.ndarray,
-        k: np.ndarray | None = None,
-        v: np.ndarray | None = None,
-        *,
-        position: int,
-        policy: types_pb2.Policy | None = None,
-        given: list[np.ndarray] | None = None,
-        return_selected: bool = False,
-    ) -> AttendResult:
-        """Appends k and v, if given, at `position` and attends over all tokens up to there.
-
-        q [queries, query heads, head_dim] or, for one query token, [query heads, head_dim]; k and
-        v alike with the KV heads. `given` holds ascending positions per KV head, for a policy that
-        asks for them. Safe to repeat.
-        """
-        row = attention_pb2.AttendRow(
-            handle=self._handle, position=position, query_count=1 if q.ndim == 2 else len(q)
-        )
-        if given is not None:
-            row.given_offsets.extend(np.cumsum([0, *map(len, given)]).tolist())
-            row.given_positions.extend(np.concatenate(given).tolist())
-        request = attention_pb2.AttendRequest(
-            layer=layer,
-            rows=[row],
-            policy=policy,
-            return_selected=return_selected,
-            q=_rows_message(q),
-            k=None if k is None else _rows_message(k),
-            v=None if v is None else _rows_message(v),
-        )
-        result = self._client.attend(request)[0]
-        if isinstance(result, KvServiceError):
-            raise result
-        return result
-
-    def fork(self, length_tokens: int | None = None, *, lease_ms: int = 0) -> Sequence:
-        """A copy-on-write child with the first tokens, by default all that every layer has."""
-        request = sequence_pb2.ForkRequest(
-            handle=self._handle, length_tokens=length_tokens, lease_ms=lease_ms
-        )
-        reply = self._client._call("SequenceService/Fork", request, sequence_pb2.ForkResponse)
-        return Sequence(self._client, reply.sequence.handle)
-
-    def truncate(self, length_tokens: int) -> sequence_pb2.Sequence:
-        """Forgets the newest tokens; this object moves on to the new generation."""
-        request = sequence_pb2.TruncateRequest(handle=self._handle, length_tokens=length_tokens)
-        reply = self._client._call(
-            "SequenceService/Truncate", request, sequence_pb2.TruncateResponse
-        )
-        self._handle = reply.sequence.handle
-        return reply.sequence
-
-    def describe(self) -> sequence_pb2.Sequence:
-        """Lengths, memory, lease and the certificate summary."""
-        request = sequence_pb2.GetRequest(handle=self._handle)
-        reply = self._client._call("SequenceService/Get", request, sequence_pb2.GetResponse)
-        return reply.sequence
-
-    def renew_lease(self, lease_ms: int = 0) -> int:
-        """Keeps the sequence alive; returns the remaining milliseconds."""
-        request = sequence_pb2.RenewLeaseRequest(handle=self._handle, lease_ms=lease_ms)
-        reply = self._client._call(
-            "SequenceService/RenewLease", request, sequence_pb2.RenewLeaseResponse
-        )
-        return reply.lease_remaining_ms
-
-    def drop(self) -> None:
-        """Forgets the sequence on the server."""
-        request = sequence_pb2.DropRequest(handle=self._handle)
-        self._client._call("SequenceService/Drop", request, sequence_pb2.DropResponse)
-
-    def _append_requests(
-        self,
-        start_position: int,
-        first_layer: int,
-        k: np.ndarray,
-        v: np.ndarray,
-        query_sample: np.ndarray | None,
-        positions: np.ndarray | None,
-    ) -> Iterator[sequence_pb2.AppendRequest]:
-        token_bytes = 2 * k[:1, :1].nbytes
-        step = max(1, _APPEND_BYTES_MAX // max(1, token_bytes))
-        offsets = None if positions is None else positions - start_position
-        for piece in _pieces(k.shape[1], step, offsets):
-            # Queries without positions travel with the first message of their layer.
-            sampled = slice(None) if piece.start == 0 else slice(0)
-            if offsets is not None:
-                sampled = slice(*np.searchsorted(offsets, [piece.start, piece.stop]))
-            for index, (keys, values) in enumerate(zip(k, v, strict=True)):
-                sample = None
-                if query_sample is not None and len(query_sample[index][sampled]) > 0:
-                    sample = to_message(query_sample[index][sampled].astype(np.float32))
-                yield sequence_pb2.AppendRequest(
-                    handle=self._handle,
-                    layer=first_layer + index,
-                    position=start_position + piece.start,
-                    query_sample=sample,
-                    query_sample_positions=() if positions is None else positions[sampled],
-                    k=to_message(keys[piece]),
-                    v=to_message(values[piece]),
-                )
-
-
-def _check_positions(
-    positions: np.ndarray, queries: np.ndarray | None, start: int, token_count: int
-) -> None:
-    if queries is None or positions.shape != (queries.shape[1],):
-        raise ValueError("query_sample_positions are not one for each query of a layer")
-    ascending = np.all(np.diff(positions) > 0)
-    if len(positions) and not (
-        ascending and positions[0] >= start and positions[-1] < start + token_count
-    ):
-        raise ValueError("query_sample_positions are not ascending positions of the tokens")
-
-
-def _pieces(token_count: int, step: int, offsets: np.ndarray | None) -> Iterator[slice]:
-    """Cuts tokens into messages of `step`, or of as many as have the most queries allowed."""
-    begin = 0
-    while begin < token_count:
-        end = min(begin + step, token_count)
-        if offsets is not None:
-            first, last = np.searchsorted(offsets, [begin, end])
-            if last - first > _QUERY_SAMPLE_TOKENS_MAX:
-                end = int(offsets[first + _QUERY_SAMPLE_TOKENS_MAX])
-        yield slice(begin, end)
-        begin = end
-
-
-def _rows_message(values: np.ndarray) -> types_pb2.Tensor:
-    return to_message(values if values.ndim == 3 else values[None])

@@ -44,28 +44,36 @@ class KvServiceError(Exception):
 
 def error_from_call(error: grpc.RpcError) -> KvServiceError:
     """Reads the error of a failed call, with the details in its trailer if there are any."""
-    reason, metadata, field, retry_delay_s = "", {}, "", None
+    status = error_details_pb2.Status()
     for name, value in error.trailing_metadata() or ():
-        if name != _DETAILS_TRAILER:
-            continue
-        for detail in _parse(error_details_pb2.Status, value).details:
-            kind = detail.type_url.removeprefix(_TYPE_URL_PREFIX)
-            if kind == "ErrorInfo":
-                info = _parse(error_details_pb2.ErrorInfo, detail.value)
-                reason, metadata = info.reason, info.metadata
-            elif kind == "RetryInfo":
-                delay = _parse(error_details_pb2.RetryInfo, detail.value).retry_delay
-                retry_delay_s = delay.seconds + delay.nanos * 1e-9
-            elif kind == "BadRequest":
-                violations = _parse(error_details_pb2.BadRequest, detail.value).field_violations
-                field = violations[0].field if violations else ""
+        if name == _DETAILS_TRAILER:
+            status = _parse(error_details_pb2.Status, value)
+    return _with_details(error.code(), error.details() or "", status)
+
+
+def error_from_status(code: int, status: error_details_pb2.Status) -> KvServiceError:
+    """The error of a call that did not travel by gRPC; `code` is a canonical gRPC code."""
+    known = _CODES.get(code, grpc.StatusCode.UNKNOWN)
+    return _with_details(known, status.message, status)
+
+
+def _with_details(
+    code: grpc.StatusCode, message: str, status: error_details_pb2.Status
+) -> KvServiceError:
+    reason, metadata, field, retry_delay_s = "", {}, "", None
+    for detail in status.details:
+        kind = detail.type_url.removeprefix(_TYPE_URL_PREFIX)
+        if kind == "ErrorInfo":
+            info = _parse(error_details_pb2.ErrorInfo, detail.value)
+            reason, metadata = info.reason, info.metadata
+        elif kind == "RetryInfo":
+            delay = _parse(error_details_pb2.RetryInfo, detail.value).retry_delay
+            retry_delay_s = delay.seconds + delay.nanos * 1e-9
+        elif kind == "BadRequest":
+            violations = _parse(error_details_pb2.BadRequest, detail.value).field_violations
+            field = violations[0].field if violations else ""
     return KvServiceError(
-        error.code(),
-        error.details() or "",
-        reason=reason,
-        metadata=metadata,
-        field=field,
-        retry_delay_s=retry_delay_s,
+        code, message, reason=reason, metadata=metadata, field=field, retry_delay_s=retry_delay_s
     )
 
 

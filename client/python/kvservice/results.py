@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -105,10 +107,10 @@ class DeferredMasses:
 
 @dataclass(frozen=True)
 class AttendResult:
-    """The answer to one row of a call."""
+    """The answer to one row of a call; out and lse are torch tensors if q was one."""
 
-    out: np.ndarray  # [queries, query heads, head_dim], float32 unless asked otherwise
-    lse: np.ndarray  # [queries, query heads], natural log of the attended mass
+    out: Any  # [queries, query heads, head_dim], float32 unless asked otherwise
+    lse: Any  # [queries, query heads], natural log of the attended mass
     selector: Selector  # the one in force after AUTO, layer overrides and length rules
     attended_tokens: int
     certificates: Certificates
@@ -121,22 +123,43 @@ class AttendResult:
     deferred: tuple[DeferredMasses, ...] = ()
 
 
+class _RowResult(AttendResult):
+    """A row whose arrays are made when they are asked for: most callers want few of them."""
+
+    def __init__(
+        self, row: attention_pb2.AttendRowResult, out: Any, lse: Any, replay_name: str
+    ) -> None:
+        vars(self).update(
+            out=out,
+            lse=lse,
+            selector=Selector(row.selector),
+            attended_tokens=row.attended_tokens,
+            replay_name=replay_name,
+            _row=row,
+        )
+
+    @cached_property
+    def certificates(self) -> Certificates:
+        return _certificates(self._row.certificates, tuple(self.lse.shape))
+
+    @cached_property
+    def groups(self) -> GroupReports:
+        return _groups(self._row.groups)
+
+    @cached_property
+    def selected(self) -> list[np.ndarray] | None:
+        return [np.array(head.positions, np.uint32) for head in self._row.selected] or None
+
+    @cached_property
+    def deferred(self) -> tuple[DeferredMasses, ...]:
+        return tuple(_deferred(masses) for masses in self._row.deferred)
+
+
 def result_from_row(
-    row: attention_pb2.AttendRowResult, out: np.ndarray, lse: np.ndarray, replay_name: str = ""
+    row: attention_pb2.AttendRowResult, out: Any, lse: Any, replay_name: str = ""
 ) -> AttendResult:
     """Reads a successful row; `out` and `lse` are its part of the call's tensors."""
-    selected = [np.array(head.positions, np.uint32) for head in row.selected]
-    return AttendResult(
-        out=out,
-        lse=lse,
-        selector=Selector(row.selector),
-        attended_tokens=row.attended_tokens,
-        certificates=_certificates(row.certificates, lse.shape),
-        groups=_groups(row.groups),
-        selected=selected or None,
-        replay_name=replay_name,
-        deferred=tuple(_deferred(masses) for masses in row.deferred),
-    )
+    return _RowResult(row, out, lse, replay_name)
 
 
 def _deferred(message: attention_pb2.DeferredMasses) -> DeferredMasses:

@@ -1,10 +1,16 @@
-"""Arrays on their way to the service: bf16 rounding, and tensors as messages.
+"""Arrays on their way to the service: bf16 rounding, other libraries' arrays, tensors as messages.
 
 numpy has no bfloat16, so a bf16 array is a `uint16` array that holds the bits. This is the one
 place that rounds: everything that compares numbers with the service must round the same way.
+
+Arrays of other libraries (torch tensors above all) come in and go out by DLPack, which shows the
+same memory. torch's bfloat16 is taken as it is; nothing here imports torch.
 """
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +27,9 @@ _NUMPY_TYPES = {
     types_pb2.DATA_TYPE_BFLOAT16: np.dtype("<u2"),
 }
 _DATA_TYPES = {dtype: name for name, dtype in _NUMPY_TYPES.items()}
+
+# DLPack's kDLCPU and kDLCUDAHost.
+_HOST_DEVICES = (1, 3)
 
 _QUIET_NAN_BIT = np.uint32(0x0040)
 _ROUNDING_BIAS = np.uint32(0x7FFF)
@@ -51,12 +60,54 @@ def from_bf16(bits: Bf16Array) -> Float32Array:
     return widened.view(np.float32).reshape(bits.shape)
 
 
-def to_message(values: np.ndarray) -> types_pb2.Tensor:
-    """A tensor message of a float32, float16 or bf16 (uint16) array; TypeError for any other."""
+def as_array(values: Any) -> np.ndarray:
+    """The same memory as a numpy array, bf16 as uint16 bits; TypeError if that cannot be.
+
+    Takes numpy arrays and what speaks DLPack, in this machine's memory.
+    """
+    if isinstance(values, np.ndarray):
+        return values
+    if not hasattr(values, "__dlpack__"):
+        raise TypeError(f"expected an array, got {type(values).__name__}")
+    try:
+        is_here = values.__dlpack_device__()[0] in _HOST_DEVICES
+    except (BufferError, ValueError):  # a device that DLPack does not know
+        is_here = False
+    if not is_here:
+        raise TypeError(f"the array is on {values.device}, not in this machine's memory")
+    if hasattr(values, "detach"):
+        values = values.detach()
+    if str(values.dtype) == "torch.bfloat16":
+        return np.from_dlpack(values.view(sys.modules["torch"].int16)).view(np.uint16)
+    return np.from_dlpack(values)
+
+
+def like(array: np.ndarray, values: Any) -> Any:
+    """A numpy array as the kind of array that `values` is, without a copy: numpy's or torch's."""
+    module = type(values).__module__.partition(".")[0]
+    return sys.modules["torch"].from_dlpack(array) if module == "torch" else array
+
+
+def describe_tensor(tensor: types_pb2.Tensor, values: np.ndarray) -> types_pb2.Tensor:
+    """Gives a message the array's type and shape; TypeError for a type it cannot have."""
     dtype = _DATA_TYPES.get(values.dtype)
     if dtype is None:
         raise TypeError(f"expected float32, float16 or uint16 (bf16 bits), got {values.dtype}")
-    return types_pb2.Tensor(dtype=dtype, shape=values.shape, data=values.tobytes())
+    tensor.dtype = dtype
+    tensor.shape[:] = values.shape
+    return tensor
+
+
+def to_message(values: np.ndarray) -> types_pb2.Tensor:
+    """A tensor message of a float32, float16 or bf16 (uint16) array; TypeError for any other."""
+    tensor = describe_tensor(types_pb2.Tensor(), values)
+    tensor.data = values.tobytes()
+    return tensor
+
+
+def element_type(tensor: types_pb2.Tensor) -> np.dtype | None:
+    """numpy's name of a message's element type; None for one that is not known here."""
+    return _NUMPY_TYPES.get(tensor.dtype)
 
 
 def from_message(tensor: types_pb2.Tensor) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""Arrays that live in the memory shared with the server, so that a call copies nothing there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from kvservice.lane import Lane
+from kvservice.lane_memory import align_up
+
+_DTYPES = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Tokens of all rows together, heads and channels; types as in `Client.step_buffers`."""
+
+    token_count: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    q_dtype: str
+    kv_dtype: str
+
+
+class StepBuffers:
+    """q, k and v of calls of one shape, to be written before each; one thread at a time.
+
+    A call leaves them as they are. They are ordinary arrays where there is no lane to be had.
+    bf16 is uint16 bits; `torch.from_dlpack(buffers.k).view(torch.bfloat16)` shows them to torch.
+    """
+
+    def __init__(self, shape: StepShape, lane: Lane | None) -> None:
+        """`Client.step_buffers` makes them; ValueError for a type that tensors cannot have."""
+        for dtype in (shape.q_dtype, shape.kv_dtype):
+            if dtype not in _DTYPES:
+                raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+        self.shape = shape
+        keys = (shape.token_count, shape.kv_heads, shape.head_dim)
+        queries = (shape.token_count, shape.query_heads, shape.head_dim)
+        arrays = [
+            (queries, _DTYPES[shape.q_dtype]),
+            (keys, _DTYPES[shape.kv_dtype]),
+            (keys, _DTYPES[shape.kv_dtype]),
+        ]
+        sizes = [align_up(math.prod(extents) * dtype.itemsize) for extents, dtype in arrays]
+        self.slot = None if lane is None else lane.reserve_slot(sum(sizes))
+        self.lane = None if self.slot is None else lane
+        views, offset = [], 0
+        for (extents, dtype), size in zip(arrays, sizes, strict=True):
+            if self.lane is not None and self.slot is not None:
+                views.append(self.lane.request_array(self.slot, offset, extents, dtype))
+            else:
+                views.append(np.zeros(extents, dtype))
+            offset += size
+        self.q, self.k, self.v = views
+
+    def __enter__(self) -> StepBuffers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the slot back; its arrays must not be written any more."""
+        if self.lane is not None and self.slot is not None:
+            self.lane.return_slot(self.slot)
+        self.lane = self.slot = None
