@@ -36,30 +36,31 @@ ExactAttention::ExactAttention(const DecoderShape& shape, const SharedPrompt* pr
       prompt_(prompt),
       contender_count_(contender_count),
       steps_max_(steps_max),
-      tail_counts_(shape.layer_count),
-      tail_keys_(TailOffset(shape.layer_count, 0, 0)),
-      tail_values_(tail_keys_.size()),
+      tails_(shape.layer_count),
+      key_norms_(size_t{shape.layer_count} * shape.kv_head_count),
       slots_(contender_count, kNotScored) {
   for (uint32_t layer = 0; layer < shape_.layer_count; ++layer) {
-    for (uint32_t head = 0; head < shape_.kv_head_count; ++head) {
-      float largest = 0.0F;
+    for (uint32_t head = 0; head < shape_.kv_head_count && IsSparse(shape_, layer); ++head) {
+      float* largest = &key_norms_[layer * shape_.kv_head_count + head];
       const float* keys = prompt_->keys(layer, head);
       for (size_t token = 0; token < prompt_->length(); ++token) {
-        largest = std::max(largest, NormUp(keys + token * shape_.head_dim, shape_.head_dim));
+        *largest = std::max(*largest, NormUp(keys + token * shape_.head_dim, shape_.head_dim));
       }
-      key_norms_.push_back(largest);
     }
   }
 }
 
 void ExactAttention::Append(uint32_t layer, const uint16_t* k, const uint16_t* v) {
-  const size_t at = size_t{tail_counts_[layer]++} * shape_.head_dim;
-  length_ = prompt_->length() + tail_counts_[layer];
+  LayerTail& tail = tails_[layer];
+  tail.keys.resize(TailOffset(contender_count_, 0));
+  tail.values.resize(tail.keys.size());
+  const size_t at = size_t{tail.count++} * shape_.head_dim;
+  length_ = prompt_->length() + tail.count;
   slots_.assign(contender_count_, kNotScored);
   for (size_t contender = 0; contender < contender_count_; ++contender) {
     for (uint32_t head = 0; head < shape_.kv_head_count; ++head) {
-      float* keys = &tail_keys_[TailOffset(layer, contender, head) + at];
-      float* values = &tail_values_[TailOffset(layer, contender, head) + at];
+      float* keys = &tail.keys[TailOffset(contender, head) + at];
+      float* values = &tail.values[TailOffset(contender, head) + at];
       for (uint32_t c = 0; c < shape_.head_dim; ++c) {
         keys[c] = FloatFromBfloat16(*k++);
         values[c] = FloatFromBfloat16(*v++);
@@ -105,8 +106,10 @@ void ExactAttention::Score(uint32_t layer, const float* q, absl::Span<const uint
 }
 
 Tail ExactAttention::tail(uint32_t layer, size_t contender, uint32_t kv_head) const {
-  const size_t at = TailOffset(layer, contender, kv_head);
-  return {.keys = &tail_keys_[at], .values = &tail_values_[at], .count = tail_counts_[layer]};
+  const LayerTail& newest = tails_[layer];
+  const size_t at = TailOffset(contender, kv_head);
+  return {
+      .keys = newest.keys.data() + at, .values = newest.values.data() + at, .count = newest.count};
 }
 
 }  // namespace kvservice::eval
