@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -109,9 +110,15 @@ Loop::Loop(const LoopSetup& setup, absl::Span<const Contender> contenders)
 }
 
 absl::Status Loop::Prepare(absl::Span<const Contender> contenders) {
-  auto served = ServedPrompt::Make(
-      shape_, *setup_.prompt, setup_.tables,
-      {.fork_count = contenders.size(), .steps_max = step_count_, .seed = setup_.seed});
+  std::set<std::pair<bool, bool>> bases;
+  for (const Contender& contender : contenders) {
+    bases.emplace(contender.seeded, contender.unrotated);
+  }
+  auto served = ServedPrompt::Make(shape_, *setup_.prompt, setup_.tables,
+                                   {.fork_count = contenders.size(),
+                                    .base_count = bases.size(),
+                                    .steps_max = step_count_,
+                                    .seed = setup_.seed});
   if (!served.ok()) return served.status();
   served_ = std::move(*served);
   const auto& last_logits = setup_.prompt->cache().last_logits;

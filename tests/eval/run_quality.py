@@ -171,7 +171,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Settings, b
     models = [plan.model for plan in PLANS]
     sets = list(_STUDY_SETS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--batch", type=int, help="contenders in lockstep (kveval's default: 16)")
+    parser.add_argument("--batch", type=int, help="contenders in lockstep (kveval's default: 128)")
     parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--sets", nargs="+", choices=sets, default=sets)
     parser.add_argument("--results", type=Path, default=EVAL / "results", help="folder")
