@@ -60,8 +60,9 @@ double SumOfExpTarget(const float* logits, size_t count, float peak) {
   const Floats d;
   const auto subtracted = hn::Set(d, peak);
   return SumTerms(
-      count, [&](size_t i) { return PlainExp(hn::Sub(hn::LoadU(d, logits + i), subtracted)); },
-      [&](size_t i) { return hn::GetLane(PlainExp(hn::Set(d, logits[i] - peak))); });
+      count,
+      [&](size_t i) HWY_ATTR { return PlainExp(hn::Sub(hn::LoadU(d, logits + i), subtracted)); },
+      [&](size_t i) HWY_ATTR { return hn::GetLane(PlainExp(hn::Set(d, logits[i] - peak))); });
 }
 
 void NormaliseTarget(const float* logits, size_t count, float log_sum, float* out) {
@@ -83,11 +84,11 @@ double DivergenceTarget(const float* p, const float* p_logits, const float* q_lo
   const auto subtracted = hn::Set(d, offset);
   return SumTerms(
       count,
-      [&](size_t i) {
+      [&](size_t i) HWY_ATTR {
         const auto difference = hn::Sub(hn::LoadU(d, p_logits + i), hn::LoadU(d, q_logits + i));
         return hn::Mul(hn::LoadU(d, p + i), hn::Sub(difference, subtracted));
       },
-      [&](size_t i) { return p[i] * (p_logits[i] - q_logits[i] - offset); });
+      [&](size_t i) HWY_ATTR { return p[i] * (p_logits[i] - q_logits[i] - offset); });
 }
 
 }  // namespace HWY_NAMESPACE

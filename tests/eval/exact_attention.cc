@@ -1,11 +1,10 @@
 #include "tests/eval/exact_attention.h"
 
-#include <cblas.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "attention/float16.h"
+#include "tests/eval/matrix.h"
 
 namespace kvservice::eval {
 namespace {
@@ -71,8 +70,8 @@ void ExactAttention::Append(uint32_t layer, const uint16_t* k, const uint16_t* v
   }
 }
 
-// One product per query head: the rows of all contenders, which lie a constant stride apart, times
-// the shared keys of the prompt; then each contender's own newest keys, which are few.
+// One pass over the shared keys of the prompt for all contenders and query heads of a KV head; then
+// each contender's own newest keys, which are few.
 void ExactAttention::Score(uint32_t layer, const float* q, absl::Span<const uint32_t> contenders) {
   const uint32_t dim = shape_.head_dim;
   const uint32_t heads = shape_.query_head_count;
@@ -88,18 +87,22 @@ void ExactAttention::Score(uint32_t layer, const float* q, absl::Span<const uint
     for (size_t i = 0; i < row_floats; ++i) scaled_[slot * row_floats + i] = shape_.scale * row[i];
   }
   if (contenders.empty()) return;
-  for (uint32_t head = 0; head < heads; ++head) {
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<int>(contenders.size()),
-                static_cast<int>(prompt_length), static_cast<int>(dim), 1.0F, &scaled_[head * dim],
-                static_cast<int>(row_floats), prompt_->keys(layer, head / group),
-                static_cast<int>(dim), 0.0F, &logits_[size_t{head} * length_],
-                static_cast<int>(heads * length_));
+  std::vector<const float*> queries;
+  std::vector<float*> logits;
+  for (uint32_t kv_head = 0; kv_head < shape_.kv_head_count; ++kv_head) {
+    queries.clear();
+    logits.clear();
     for (size_t slot = 0; slot < contenders.size(); ++slot) {
-      const Tail own = tail(layer, contenders[slot], head / group);
-      const float* query = &scaled_[slot * row_floats + head * dim];
-      float* logits = &logits_[(slot * heads + head) * length_ + prompt_length];
+      for (uint32_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        queries.push_back(&scaled_[slot * row_floats + head * dim]);
+        logits.push_back(&logits_[(slot * heads + head) * length_]);
+      }
+    }
+    MultiplyEach(queries, dim, prompt_length, prompt_->keys(layer, kv_head), logits);
+    for (size_t row = 0; row < queries.size(); ++row) {
+      const Tail own = tail(layer, contenders[row / group], kv_head);
       for (uint32_t token = 0; token < own.count; ++token) {
-        logits[token] = Dot(query, own.keys + size_t{token} * dim, dim);
+        logits[row][prompt_length + token] = Dot(queries[row], own.keys + size_t{token} * dim, dim);
       }
     }
   }

@@ -1,5 +1,5 @@
-// Exact attention of contenders that share a prompt: every key scored in float32 (BLAS), at each
-// step of each layer. What selections are judged by, and where proposers that score every key get
+// Exact attention of contenders that share a prompt: every key scored in float32, at each step of
+// each layer. What selections are judged by, and where proposers that score every key get
 // their scores.
 //
 // One object serves one thread.
