@@ -53,7 +53,8 @@ MAY_INCLUDE = {
 OUTSIDE = {
     "gRPC or protobuf": (r"^(grpc|grpcpp|grpc\+\+|google/protobuf)/",
                          ["kvservice/server/", "client/**", "tests/**"]),
-    "Highway": (r"^hwy/", ["attention/cpu/", "tests/attention/**", "tests/adversary/"]),
+    "Highway": (r"^hwy/", ["attention/cpu/", "tests/attention/**", "tests/adversary/",
+                            "tests/eval/"]),
     "CUDA": (r"^(cuda|cublas|cub/|cooperative_groups|thrust/)",
              ["attention/cuda/", "tests/attention/**", "tests/bench/"]),
     "RocksDB": (r"^rocksdb/", ["kvservice/cache/rocksdb_tier.cc", "kvservice/cache/filesystem.cc"]),

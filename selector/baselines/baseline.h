@@ -58,8 +58,8 @@ struct Prompt {
   uint32_t query_count = 0;
   // [layer_count * kv_head_count], layer-major.
   std::vector<PromptHead> heads;
-  // The layers that methods choose for, ascending; empty = all. The others are read whole, and
-  // Propose is not called for them.
+  // The layers that methods choose for, ascending; empty = all. The others are read whole: Propose
+  // is not called for them, and nobody looks at their heads, which may be empty.
   std::vector<uint32_t> layers;
   const PromptHead& head(uint32_t layer, uint32_t kv_head) const {
     return heads[layer * shape.kv_head_count + kv_head];

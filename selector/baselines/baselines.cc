@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "selector/baselines/choose.h"
 
 namespace kvservice::baselines {
 namespace {
@@ -60,7 +61,9 @@ absl::Status CheckShape(const ModelShape& shape) {
   return absl::OkStatus();
 }
 
-absl::Status CheckPrompt(const Prompt& prompt, bool needs_queries, bool needs_attention_sum) {
+// `heads`: those that will be looked at.
+absl::Status CheckPrompt(const Prompt& prompt, const std::vector<uint32_t>& heads,
+                         bool needs_queries, bool needs_attention_sum) {
   const ModelShape& shape = prompt.shape;
   if (absl::Status status = CheckShape(shape); !status.ok()) return status;
   const size_t head_count = size_t{shape.layer_count} * shape.kv_head_count;
@@ -81,7 +84,8 @@ absl::Status CheckPrompt(const Prompt& prompt, bool needs_queries, bool needs_at
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", prompt.layers.back(), " of ", shape.layer_count));
   }
-  for (const PromptHead& head : prompt.heads) {
+  for (const uint32_t index : heads) {
+    const PromptHead& head = prompt.heads[index];
     const size_t keys = size_t{prompt.length} * shape.head_dim;
     if (head.keys.size() != keys) return Invalid("numbers of keys", keys, head.keys.size());
     const size_t queries = size_t{prompt.query_count} * shape.group() * shape.head_dim;
@@ -96,7 +100,8 @@ absl::Status CheckPrompt(const Prompt& prompt, bool needs_queries, bool needs_at
   return absl::OkStatus();
 }
 
-absl::Status CheckCalibration(const ModelShape& shape, const Prompt& calibration) {
+absl::Status CheckCalibration(const Prompt& prompt, const Prompt& calibration) {
+  const ModelShape& shape = prompt.shape;
   if (calibration.length == 0) return absl::InvalidArgumentError("the calibration is empty");
   if (calibration.shape.layer_count != shape.layer_count ||
       calibration.shape.query_head_count != shape.query_head_count ||
@@ -104,14 +109,15 @@ absl::Status CheckCalibration(const ModelShape& shape, const Prompt& calibration
       calibration.shape.head_dim != shape.head_dim) {
     return absl::InvalidArgumentError("the calibration is of another model than the prompt");
   }
-  return CheckPrompt(calibration, /*needs_queries=*/true, /*needs_attention_sum=*/false);
+  return CheckPrompt(calibration, ChoosingHeads(prompt), /*needs_queries=*/true,
+                     /*needs_attention_sum=*/false);
 }
 
 absl::Status CheckContext(const Method& method, const BaselineContext& context) {
   if (context.prompt == nullptr) return absl::InvalidArgumentError("no prompt");
   if (context.threads == 0) return absl::InvalidArgumentError("threads is 0, expected 1 or more");
-  if (absl::Status status =
-          CheckPrompt(*context.prompt, method.needs_queries, method.needs_attention_sum);
+  if (absl::Status status = CheckPrompt(*context.prompt, ChoosingHeads(*context.prompt),
+                                        method.needs_queries, method.needs_attention_sum);
       !status.ok()) {
     return status;
   }
@@ -122,7 +128,7 @@ absl::Status CheckContext(const Method& method, const BaselineContext& context) 
   }
   if (!method.needs_calibration) return absl::OkStatus();
   if (context.calibration == nullptr) return absl::InvalidArgumentError("no calibration");
-  return CheckCalibration(context.prompt->shape, *context.calibration);
+  return CheckCalibration(*context.prompt, *context.calibration);
 }
 
 }  // namespace

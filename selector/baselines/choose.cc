@@ -106,6 +106,15 @@ std::vector<uint32_t> ChoosingLayers(const Prompt& prompt) {
   return layers;
 }
 
+std::vector<uint32_t> ChoosingHeads(const Prompt& prompt) {
+  const uint32_t per_layer = prompt.shape.kv_head_count;
+  std::vector<uint32_t> heads;
+  for (const uint32_t layer : ChoosingLayers(prompt)) {
+    for (uint32_t i = 0; i < per_layer; ++i) heads.push_back(layer * per_layer + i);
+  }
+  return heads;
+}
+
 Middle MiddleOf(const TokenBudget& budget, uint32_t length) {
   const uint32_t end = length > budget.local ? length - budget.local : 0;
   return end > budget.sink ? Middle{budget.sink, end} : Middle{budget.sink, budget.sink};

@@ -23,6 +23,8 @@ Middle MiddleOf(const TokenBudget& budget, uint32_t length);
 
 // Prompt::layers, spelt out.
 std::vector<uint32_t> ChoosingLayers(const Prompt& prompt);
+// Indices into Prompt::heads of those layers, ascending: what an index has to be made for.
+std::vector<uint32_t> ChoosingHeads(const Prompt& prompt);
 
 // Weights of some tokens for several query heads: row h is data[h * stride ...], `count` finite
 // numbers >= 0 that start at the first of those tokens.

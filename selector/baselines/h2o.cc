@@ -36,7 +36,7 @@ class H2o : public Baseline {
     const bool by_mass = budget.mass_limit > 0.0F;
     recent_ = by_mass ? budget.local : std::max(budget.local, half);
     heavy_ = by_mass ? 0 : budget.top_k + budget.local - recent_;
-    for (size_t head = 0; head < kept_.size(); ++head) {
+    for (const uint32_t head : ChoosingHeads(prompt)) {
       Start(prompt.heads[head].attention_sum, prompt.length, &kept_[head]);
     }
   }

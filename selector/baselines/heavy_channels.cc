@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "absl/types/span.h"
+#include "selector/baselines/choose.h"
 
 namespace kvservice::baselines {
 namespace {
@@ -39,7 +40,7 @@ std::vector<uint32_t> HeavyChannels(const Prompt& calibration, uint32_t head, ui
 LabelIndex<FourBitLabels> HeavyChannelLabels(const BaselineContext& context) {
   const uint32_t r = std::max(1U, context.prompt->shape.head_dim / kLabelShare);
   std::vector<std::vector<uint32_t>> channels(context.prompt->heads.size());
-  ForEachIndex(static_cast<uint32_t>(channels.size()), context.threads, [&](uint32_t head) {
+  ForEachIndex(ChoosingHeads(*context.prompt), context.threads, [&](uint32_t head) {
     channels[head] = HeavyChannels(*context.calibration, head, r);
   });
   Projection projection = {

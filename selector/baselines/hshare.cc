@@ -188,12 +188,9 @@ class HShareIndex : public PromptIndex {
     TokenBudget overlap = context.overlap;
     overlap.mass_limit = 0.0F;
     const std::vector<uint32_t> layers = ChoosingLayers(prompt);
-    const uint32_t heads = prompt.shape.kv_head_count;
     std::vector<Choices> choices(prompt.heads.size());
-    ForEachIndex(static_cast<uint32_t>(layers.size()) * heads, context.threads, [&](uint32_t i) {
-      const uint32_t head = layers[i / heads] * heads + i % heads;
-      choices[head] = ChoicesOf(prompt, labels_, head, overlap);
-    });
+    ForEachIndex(ChoosingHeads(prompt), context.threads,
+                 [&](uint32_t head) { choices[head] = ChoicesOf(prompt, labels_, head, overlap); });
     maps_ = LearnMaps(prompt.shape, layers, choices);
   }
   std::unique_ptr<Baseline> NewBaseline(const TokenBudget& budget) const override {

@@ -14,6 +14,7 @@
 
 #include "absl/types/span.h"
 #include "selector/baselines/baseline.h"
+#include "selector/baselines/choose.h"
 #include "selector/baselines/estimator.h"
 #include "selector/baselines/for_each_index.h"
 
@@ -35,7 +36,7 @@ class LabelIndex {
       : shape_(prompt.shape),
         projection_(std::move(projection)),
         stores_(prompt.heads.size(), Store(projection_.channels)) {
-    ForEachIndex(static_cast<uint32_t>(stores_.size()), threads, [&](uint32_t head) {
+    ForEachIndex(ChoosingHeads(prompt), threads, [&](uint32_t head) {
       stores_[head].Reserve(prompt.length);
       for (uint32_t token = 0; token < prompt.length; ++token) {
         const size_t begin = size_t{token} * shape_.head_dim;

@@ -11,6 +11,7 @@
 
 #include "absl/types/span.h"
 #include "selector/baselines/baselines.h"
+#include "selector/baselines/choose.h"
 #include "selector/baselines/components.h"
 #include "selector/baselines/label_scan_index.h"
 #include "selector/baselines/label_stores.h"
@@ -43,7 +44,7 @@ std::unique_ptr<const PromptIndex> NewLoki(const BaselineContext& context) {
   const uint32_t channels = context.prompt->shape.head_dim;
   const uint32_t r = std::max(1U, channels / kLabelShare);
   std::vector<std::vector<float>> components(context.prompt->heads.size());
-  ForEachIndex(static_cast<uint32_t>(components.size()), context.threads, [&](uint32_t head) {
+  ForEachIndex(ChoosingHeads(*context.prompt), context.threads, [&](uint32_t head) {
     components[head] = ComponentsOf(*context.calibration, head, r);
   });
   Projection projection = {

@@ -216,7 +216,7 @@ class MagicPigIndex : public PromptIndex {
   explicit MagicPigIndex(const BaselineContext& context)
       : hashed_(context.prompt->shape, context.prompt->length, context.seed) {
     const Prompt& prompt = *context.prompt;
-    ForEachIndex(static_cast<uint32_t>(prompt.heads.size()), context.threads, [&](uint32_t head) {
+    ForEachIndex(ChoosingHeads(prompt), context.threads, [&](uint32_t head) {
       hashed_.heads[head] =
           HeadTables(prompt.heads[head].keys, prompt.shape.head_dim, hashed_.planes);
     });

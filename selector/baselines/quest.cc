@@ -196,7 +196,7 @@ class QuestIndex : public PromptIndex {
     pages_ = {.shape = prompt.shape,
               .full = std::vector<Pages>(prompt.heads.size(), Pages(channels)),
               .tail = std::vector<Pages>(prompt.heads.size(), Pages(channels))};
-    ForEachIndex(static_cast<uint32_t>(prompt.heads.size()), context.threads, [&](uint32_t head) {
+    ForEachIndex(ChoosingHeads(prompt), context.threads, [&](uint32_t head) {
       for (uint32_t token = 0; token < prompt.length; ++token) {
         Pages& pages = token < full_end ? pages_.full[head] : pages_.tail[head];
         pages.Append(prompt.heads[head].keys.subspan(size_t{token} * channels, channels));

@@ -116,7 +116,8 @@ class SnapKv : public Baseline {
   // By mass: ascending. Else the strongest first, so that the weakest can give way.
   std::vector<uint32_t> Choose(const std::vector<float>& attention, uint32_t before) const {
     std::vector<uint32_t> chosen;
-    if (before == 0 || chosen_end_ <= budget_.sink) return chosen;
+    // Of a layer that is read whole, or a prompt within the window, there is none.
+    if (attention.empty() || chosen_end_ <= budget_.sink) return chosen;
     const uint32_t count = chosen_end_ - budget_.sink;
     const WeightRows rows = {attention.data() + budget_.sink, before, shape_.group(), count};
     if (budget_.mass_limit > 0.0F) {
@@ -145,7 +146,7 @@ class SnapKvIndex : public PromptIndex {
                  .length = prompt.length,
                  .window = std::min(kWindow, prompt.query_count),
                  .attention = std::vector<std::vector<float>>(prompt.heads.size())};
-    ForEachIndex(static_cast<uint32_t>(prompt.heads.size()), context.threads, [&](uint32_t head) {
+    ForEachIndex(ChoosingHeads(prompt), context.threads, [&](uint32_t head) {
       observed_.attention[head] = WindowAttention(prompt, head, observed_.window);
     });
   }

@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "attention/sketch.h"
+#include "tests/eval/distribution.h"
 #include "tests/eval/exact_attention.h"
-#include "tests/eval/exp.h"
 #include "tests/eval/served_prompt.h"
 #include "tests/eval/step_judge.h"
 
@@ -76,6 +77,7 @@ class Loop {
   uint32_t position_ = 0;
   std::vector<uint32_t> tokens_, positions_;
   std::vector<float> hidden_, q_, logits_;
+  std::vector<float> dense_shares_;  // [vocabulary]
   std::vector<uint16_t> k_, v_;
   std::vector<int64_t> q_extents_, kv_extents_;
   std::vector<HeadVerdict> verdicts_;
@@ -108,9 +110,15 @@ Loop::Loop(const LoopSetup& setup, absl::Span<const Contender> contenders)
 }
 
 absl::Status Loop::Prepare(absl::Span<const Contender> contenders) {
-  auto served = ServedPrompt::Make(
-      shape_, *setup_.prompt, setup_.tables,
-      {.fork_count = contenders.size(), .steps_max = step_count_, .seed = setup_.seed});
+  std::set<std::pair<bool, bool>> bases;
+  for (const Contender& contender : contenders) {
+    bases.emplace(contender.seeded, contender.unrotated);
+  }
+  auto served = ServedPrompt::Make(shape_, *setup_.prompt, setup_.tables,
+                                   {.fork_count = contenders.size(),
+                                    .base_count = bases.size(),
+                                    .steps_max = step_count_,
+                                    .seed = setup_.seed});
   if (!served.ok()) return served.status();
   served_ = std::move(*served);
   const auto& last_logits = setup_.prompt->cache().last_logits;
@@ -364,31 +372,22 @@ void Loop::CountCertificate(const HeadCertificate& certificate, const HeadVerdic
   }
 }
 
-// ln of the sum of e^logits, and the index of the largest.
-std::pair<double, uint32_t> LogSum(const float* logits, uint32_t count) {
-  const float* peak = std::max_element(logits, logits + count);
-  double total = 0.0;
-  for (uint32_t i = 0; i < count; ++i) total += Exp(logits[i] - *peak);
-  return {*peak + std::log(total), static_cast<uint32_t>(peak - logits)};
-}
-
 void Loop::JudgeLogits(uint32_t step) {
-  const uint32_t vocabulary = shape_.vocabulary;
-  const float* dense = logits_.data();
-  const auto [dense_log_sum, dense_best] = LogSum(dense, vocabulary);
+  const size_t vocabulary = shape_.vocabulary;
+  const auto all = absl::MakeConstSpan(logits_);
+  const absl::Span<const float> dense = all.first(vocabulary);
+  const auto [dense_log_sum, dense_best] = LogSumOf(dense);
   const bool has_target = step + 1 < text_.forced.size();
+  dense_shares_.resize(vocabulary);
+  Normalise(dense, dense_log_sum, dense_shares_.data());
   for (size_t i = 0; i < runners_.size(); ++i) {
     LoopResult& result = runners_[i].result;
-    const float* logits = &logits_[i * vocabulary];
-    const auto [log_sum, best] = LogSum(logits, vocabulary);
+    const absl::Span<const float> logits = all.subspan(i * vocabulary, vocabulary);
+    const auto [log_sum, best] = LogSumOf(logits);
     runners_[i].next_token = best;
     if (step >= text_.forced.size()) continue;
-    double kl = 0.0;
-    const auto shift = static_cast<float>(dense_log_sum);
-    const auto offset = static_cast<float>(dense_log_sum - log_sum);
-    for (uint32_t token = 0; i > 0 && token < vocabulary; ++token) {
-      kl += Exp(std::min(0.0F, dense[token] - shift)) * (dense[token] - logits[token] - offset);
-    }
+    const double kl =
+        i == 0 ? 0.0 : Divergence(dense_shares_, dense, dense_log_sum, logits, log_sum);
     result.kl.push_back(static_cast<float>(std::max(0.0, kl)));
     result.top1_equal += best == dense_best ? 1 : 0;
     if (!has_target) continue;

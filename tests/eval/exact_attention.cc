@@ -1,11 +1,10 @@
 #include "tests/eval/exact_attention.h"
 
-#include <cblas.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "attention/float16.h"
+#include "tests/eval/matrix.h"
 
 namespace kvservice::eval {
 namespace {
@@ -36,30 +35,31 @@ ExactAttention::ExactAttention(const DecoderShape& shape, const SharedPrompt* pr
       prompt_(prompt),
       contender_count_(contender_count),
       steps_max_(steps_max),
-      tail_counts_(shape.layer_count),
-      tail_keys_(TailOffset(shape.layer_count, 0, 0)),
-      tail_values_(tail_keys_.size()),
+      tails_(shape.layer_count),
+      key_norms_(size_t{shape.layer_count} * shape.kv_head_count),
       slots_(contender_count, kNotScored) {
   for (uint32_t layer = 0; layer < shape_.layer_count; ++layer) {
-    for (uint32_t head = 0; head < shape_.kv_head_count; ++head) {
-      float largest = 0.0F;
+    for (uint32_t head = 0; head < shape_.kv_head_count && IsSparse(shape_, layer); ++head) {
+      float* largest = &key_norms_[layer * shape_.kv_head_count + head];
       const float* keys = prompt_->keys(layer, head);
       for (size_t token = 0; token < prompt_->length(); ++token) {
-        largest = std::max(largest, NormUp(keys + token * shape_.head_dim, shape_.head_dim));
+        *largest = std::max(*largest, NormUp(keys + token * shape_.head_dim, shape_.head_dim));
       }
-      key_norms_.push_back(largest);
     }
   }
 }
 
 void ExactAttention::Append(uint32_t layer, const uint16_t* k, const uint16_t* v) {
-  const size_t at = size_t{tail_counts_[layer]++} * shape_.head_dim;
-  length_ = prompt_->length() + tail_counts_[layer];
+  LayerTail& tail = tails_[layer];
+  tail.keys.resize(TailOffset(contender_count_, 0));
+  tail.values.resize(tail.keys.size());
+  const size_t at = size_t{tail.count++} * shape_.head_dim;
+  length_ = prompt_->length() + tail.count;
   slots_.assign(contender_count_, kNotScored);
   for (size_t contender = 0; contender < contender_count_; ++contender) {
     for (uint32_t head = 0; head < shape_.kv_head_count; ++head) {
-      float* keys = &tail_keys_[TailOffset(layer, contender, head) + at];
-      float* values = &tail_values_[TailOffset(layer, contender, head) + at];
+      float* keys = &tail.keys[TailOffset(contender, head) + at];
+      float* values = &tail.values[TailOffset(contender, head) + at];
       for (uint32_t c = 0; c < shape_.head_dim; ++c) {
         keys[c] = FloatFromBfloat16(*k++);
         values[c] = FloatFromBfloat16(*v++);
@@ -70,8 +70,8 @@ void ExactAttention::Append(uint32_t layer, const uint16_t* k, const uint16_t* v
   }
 }
 
-// One product per query head: the rows of all contenders, which lie a constant stride apart, times
-// the shared keys of the prompt; then each contender's own newest keys, which are few.
+// One pass over the shared keys of the prompt for all contenders and query heads of a KV head; then
+// each contender's own newest keys, which are few.
 void ExactAttention::Score(uint32_t layer, const float* q, absl::Span<const uint32_t> contenders) {
   const uint32_t dim = shape_.head_dim;
   const uint32_t heads = shape_.query_head_count;
@@ -87,26 +87,32 @@ void ExactAttention::Score(uint32_t layer, const float* q, absl::Span<const uint
     for (size_t i = 0; i < row_floats; ++i) scaled_[slot * row_floats + i] = shape_.scale * row[i];
   }
   if (contenders.empty()) return;
-  for (uint32_t head = 0; head < heads; ++head) {
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<int>(contenders.size()),
-                static_cast<int>(prompt_length), static_cast<int>(dim), 1.0F, &scaled_[head * dim],
-                static_cast<int>(row_floats), prompt_->keys(layer, head / group),
-                static_cast<int>(dim), 0.0F, &logits_[size_t{head} * length_],
-                static_cast<int>(heads * length_));
+  std::vector<const float*> queries;
+  std::vector<float*> logits;
+  for (uint32_t kv_head = 0; kv_head < shape_.kv_head_count; ++kv_head) {
+    queries.clear();
+    logits.clear();
     for (size_t slot = 0; slot < contenders.size(); ++slot) {
-      const Tail own = tail(layer, contenders[slot], head / group);
-      const float* query = &scaled_[slot * row_floats + head * dim];
-      float* logits = &logits_[(slot * heads + head) * length_ + prompt_length];
+      for (uint32_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        queries.push_back(&scaled_[slot * row_floats + head * dim]);
+        logits.push_back(&logits_[(slot * heads + head) * length_]);
+      }
+    }
+    MultiplyEach(queries, dim, prompt_length, prompt_->keys(layer, kv_head), logits);
+    for (size_t row = 0; row < queries.size(); ++row) {
+      const Tail own = tail(layer, contenders[row / group], kv_head);
       for (uint32_t token = 0; token < own.count; ++token) {
-        logits[token] = Dot(query, own.keys + size_t{token} * dim, dim);
+        logits[row][prompt_length + token] = Dot(queries[row], own.keys + size_t{token} * dim, dim);
       }
     }
   }
 }
 
 Tail ExactAttention::tail(uint32_t layer, size_t contender, uint32_t kv_head) const {
-  const size_t at = TailOffset(layer, contender, kv_head);
-  return {.keys = &tail_keys_[at], .values = &tail_values_[at], .count = tail_counts_[layer]};
+  const LayerTail& newest = tails_[layer];
+  const size_t at = TailOffset(contender, kv_head);
+  return {
+      .keys = newest.keys.data() + at, .values = newest.values.data() + at, .count = newest.count};
 }
 
 }  // namespace kvservice::eval

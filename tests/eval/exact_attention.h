@@ -1,5 +1,5 @@
-// Exact attention of contenders that share a prompt: every key scored in float32 (BLAS), at each
-// step of each layer. What selections are judged by, and where proposers that score every key get
+// Exact attention of contenders that share a prompt: every key scored in float32, at each step of
+// each layer. What selections are judged by, and where proposers that score every key get
 // their scores.
 //
 // One object serves one thread.
@@ -28,6 +28,8 @@ class ExactAttention {
   ExactAttention(const DecoderShape& shape, const SharedPrompt* prompt, size_t contender_count,
                  uint32_t steps_max);
 
+  // Layers of all functions are sparse ones (IsSparse).
+
   // Stores a step's keys and values, bf16 bits [contender][kv_head][head_dim], as the layer's
   // newest tokens.
   void Append(uint32_t layer, const uint16_t* k, const uint16_t* v);
@@ -52,9 +54,15 @@ class ExactAttention {
  private:
   static constexpr uint32_t kNotScored = UINT32_MAX;
 
-  size_t TailOffset(uint32_t layer, size_t contender, uint32_t kv_head) const {
-    return ((layer * contender_count_ + contender) * shape_.kv_head_count + kv_head) * steps_max_ *
-           shape_.head_dim;
+  // The newest tokens of a layer, [contender][kv_head][steps_max][head_dim]; empty until something
+  // is appended to it.
+  struct LayerTail {
+    uint32_t count = 0;
+    std::vector<float> keys, values;
+  };
+
+  size_t TailOffset(size_t contender, uint32_t kv_head) const {
+    return (contender * shape_.kv_head_count + kv_head) * steps_max_ * shape_.head_dim;
   }
 
   const DecoderShape shape_;
@@ -62,9 +70,8 @@ class ExactAttention {
   const size_t contender_count_;
   const size_t steps_max_;
   uint32_t length_ = 0;
-  std::vector<uint32_t> tail_counts_;  // [layer]
-  std::vector<float> tail_keys_, tail_values_;
-  std::vector<float> key_norms_;  // [layer][kv_head]
+  std::vector<LayerTail> tails_;  // [layer]
+  std::vector<float> key_norms_;  // [layer][kv_head], of sparse layers
   // Of the contenders that were scored, one after the other.
   std::vector<float> scaled_;    // [slot][query_head][head_dim]
   std::vector<float> logits_;    // [slot][query_head][length]

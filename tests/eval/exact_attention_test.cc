@@ -15,11 +15,11 @@
 namespace kvservice::eval {
 namespace {
 
-constexpr uint32_t kLayers = 3, kQueryHeads = 6, kKvHeads = 2, kHeadDim = 32;
+constexpr uint32_t kLayers = 4, kQueryHeads = 6, kKvHeads = 2, kHeadDim = 32;
 constexpr uint32_t kGroup = kQueryHeads / kKvHeads;
 constexpr uint32_t kPromptTokens = 70, kSteps = 5;
 constexpr size_t kContenders = 4;
-constexpr uint32_t kLayer = 2;
+constexpr uint32_t kLayer = 3;
 constexpr float kScale = 0.25F;
 // Float32 sums of 32 products of standard size.
 constexpr double kTolerance = 1e-4;
@@ -30,7 +30,7 @@ DecoderShape Shape() {
           .kv_head_count = kKvHeads,
           .head_dim = kHeadDim,
           .scale = kScale,
-          .windows = {0, 0, 0}};
+          .windows = {0, 0, 0, 0}};
 }
 
 class ExactAttentionTest : public ::testing::Test {
@@ -107,7 +107,7 @@ class ExactAttentionTest : public ::testing::Test {
 
 TEST_F(ExactAttentionTest, PromptAndTailAreScored) {
   for (uint32_t step = 0; step < kSteps; ++step) {
-    for (const uint32_t layer : {1U, kLayer}) {
+    for (const uint32_t layer : {2U, kLayer}) {
       Append(layer);
       EXPECT_EQ(exact_->length(), kPromptTokens + step + 1);
       const std::vector<float> q = Queries();
@@ -144,7 +144,7 @@ TEST_F(ExactAttentionTest, TailsAreEachContendersOwn) {
     for (uint32_t head = 0; head < kKvHeads; ++head) {
       const Tail tail = exact_->tail(kLayer, contender, head);
       ASSERT_EQ(tail.count, 3U);
-      EXPECT_EQ(exact_->tail(0, contender, head).count, 0U);
+      EXPECT_EQ(exact_->tail(2, contender, head).count, 0U);
       for (uint32_t step = 0; step < 3; ++step) {
         const uint16_t* key = Row(appended_[kLayer][step], contender, head);
         const uint16_t* value = Row(appended_values_[kLayer][step], contender, head);

@@ -6,6 +6,8 @@
 
 #include <cstddef>
 
+#include "absl/types/span.h"
+
 namespace kvservice::eval {
 
 // Tells the BLAS library to start no threads of its own. Before the first product.
@@ -14,6 +16,16 @@ void UseOneThread();
 // out[rows][to] = x[rows][from] times the transpose of matrix[to][from].
 void MultiplyRows(size_t rows, size_t from, size_t to, const float* x, const float* matrix,
                   float* out);
+
+// The same for rows that lie anywhere: out[r][to] = x[r][from] times the transpose of
+// matrix[to][from]. Each number is added up in the same order whatever other rows there are. For
+// many rows together, and for few: the matrix is read once.
+void MultiplyEach(absl::Span<const float* const> x, size_t from, size_t to, const float* matrix,
+                  absl::Span<float* const> out);
+
+// out[r][width] += weights[r][count] times v[count][width]. Reads v once for every four rows.
+void AddMixes(absl::Span<const float* const> weights, size_t count, size_t width, const float* v,
+              absl::Span<float* const> out);
 
 // scores[rows][keys] = scale * q[rows][width] times the transpose of k[keys][width]; rows of q lie
 // q_stride floats apart.

@@ -190,7 +190,7 @@ void AddCommon(CLI::App* app, const std::string& command, Arguments* arguments) 
   app->add_option("--prompts", arguments->options.prompt_folder, "Folder for prefilled prompts");
   app->add_option("--threads", arguments->options.thread_count, "Default: 1")
       ->check(CLI::Range(1, 256));
-  app->add_option("--batch", arguments->options.batch, "Contenders in lockstep (default: 16)")
+  app->add_option("--batch", arguments->options.batch, "Contenders in lockstep (default: 128)")
       ->check(CLI::Range(1, 256));
   app->add_option("--steps", arguments->options.steps_max, "Only the first steps (0 = all)");
   app->add_option("--seed", arguments->options.seed, "Of random numbers (default: 1)");

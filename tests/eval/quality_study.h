@@ -21,7 +21,7 @@ absl::StatusOr<std::vector<StudyText>> ReadTexts(const std::string& path);
 struct QualityOptions {
   uint32_t thread_count = 1;
   // Contenders that run in lockstep: their matrix products share the weights and the prompt's keys.
-  uint32_t batch = 16;
+  uint32_t batch = 128;
   // Folder for prefilled prompts; empty = they are made each time.
   std::string prompt_folder = {};
   // Only the first steps of a text (0 = all).

@@ -42,14 +42,17 @@ class Plan:
     texts: dict[tuple[str, ...], tuple[int, ...]]
     tasks: dict[tuple[str, ...], tuple[int, ...]]
     calibration_tokens: int
+    # Of each calibration text (0 = all).
+    calibration_steps: int
     # Text and length of what methods learn beforehand: sketch tables, channels, components.
     learning: tuple[str, int]
 
 
 PLANS = (
     Plan("smollm2", {("prose", "code", "needles"): (2048, 4096, 8192)},
-         {("arithmetic", "questions"): (2048, 4096)}, 4096, ("mixed", 2048)),
-    Plan("gemma3", {("prose", "needles"): (16384, 32000)}, {}, 16384, ("calibration_prose", 16384)),
+         {("arithmetic", "questions"): (2048, 4096)}, 4096, 0, ("mixed", 2048)),
+    Plan("gemma3", {("prose", "needles"): (16384, 32000)}, {}, 16384, 128,
+         ("calibration_prose", 16384)),
 )
 CALIBRATION_TEXTS = ("calibration_prose", "calibration_code", "calibration_needles")
 
@@ -103,7 +106,8 @@ def _calibrate_step(plan: Plan, settings: Settings) -> Step:
     texts = ",".join(str(_text_file(plan.model, plan.calibration_tokens, text))
                      for text in CALIBRATION_TEXTS)
     return Step(policy, (_KVEVAL, "calibrate", *_common(plan, settings), f"--texts={texts}",
-                         f"--policy-file={partial}", f"--name={plan.model}-calibrated"), partial)
+                         f"--steps={plan.calibration_steps}", f"--policy-file={partial}",
+                         f"--name={plan.model}-calibrated"), partial)
 
 
 def _quality_step(plan: Plan, settings: Settings, tokens: int, text: str, name: str) -> Step:
@@ -171,7 +175,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Settings, b
     models = [plan.model for plan in PLANS]
     sets = list(_STUDY_SETS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--batch", type=int, help="contenders in lockstep (kveval's default: 16)")
+    parser.add_argument("--batch", type=int, help="contenders in lockstep (kveval's default: 128)")
     parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--sets", nargs="+", choices=sets, default=sets)
     parser.add_argument("--results", type=Path, default=EVAL / "results", help="folder")

@@ -26,8 +26,8 @@ size_t PoolBytes(const DecoderShape& shape, uint32_t prompt_length,
   const size_t block_bytes =
       shape.layer_count *
       (layout.slice_bytes() + SketchLayout(layout.head_dim).slice_bytes(layout.kv_head_count));
-  // Up to three bases hold the prompt; a fork copies its open block.
-  const size_t blocks = size_t{3} * (BlockCount(prompt_length) + 1) +
+  // A fork copies its base's open block.
+  const size_t blocks = options.base_count * (BlockCount(prompt_length) + 1) +
                         options.fork_count * (BlockCount(options.steps_max) + 2);
   return (blocks + 8) * (block_bytes + 4096);
 }

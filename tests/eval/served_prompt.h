@@ -29,6 +29,8 @@ class ServedPrompt {
   struct Options {
     // Contenders that will be forked, and steps that each takes.
     size_t fork_count = 1;
+    // Ways of holding the prompt that they are forked from: seeded or not, unrotated or not.
+    size_t base_count = 1;
     uint32_t steps_max = 0;
     // Seed of the random numbers that sampled certificates rest on: a study can be repeated.
     uint64_t seed = 1;

@@ -62,16 +62,23 @@ SharedPrompt::SharedPrompt(const DecoderShape& shape, PromptCache cache)
   for (uint32_t layer = 0; layer < shape.layer_count; ++layer) {
     if (IsSparse(shape, layer)) baseline_prompt_.layers.push_back(layer);
   }
-  for (const PromptLayer& layer : cache_.layers) {
+  const size_t heads = cache_.layers.size() * kv_head_count_;
+  keys_.resize(heads);
+  values_.resize(heads);
+  queries_.resize(heads);
+  baseline_prompt_.heads.resize(heads);
+  for (const uint32_t index : baseline_prompt_.layers) {
+    const PromptLayer& layer = cache_.layers[index];
     for (uint32_t head = 0; head < kv_head_count_; ++head) {
-      keys_.push_back(Widen(&layer.k[head * head_floats], head_floats));
-      values_.push_back(Widen(&layer.v[head * head_floats], head_floats));
-      queries_.push_back(GroupQueries(shape, layer, head, cache_.query_count));
-      baseline_prompt_.heads.push_back(
-          {.keys = keys_.back(),
-           .queries = queries_.back(),
-           .attention_sum = absl::MakeConstSpan(layer.attention_sum)
-                                .subspan(head * group * length, group * length)});
+      const size_t at = size_t{index} * kv_head_count_ + head;
+      keys_[at] = Widen(&layer.k[head * head_floats], head_floats);
+      values_[at] = Widen(&layer.v[head * head_floats], head_floats);
+      queries_[at] = GroupQueries(shape, layer, head, cache_.query_count);
+      baseline_prompt_.heads[at] = {
+          .keys = keys_[at],
+          .queries = queries_[at],
+          .attention_sum = absl::MakeConstSpan(layer.attention_sum)
+                               .subspan(head * group * length, group * length)};
     }
   }
 }
@@ -87,8 +94,13 @@ std::vector<SketchTable> LearnPromptTables(const DecoderShape& shape, const Prom
   const size_t length = prompt.tokens.size();
   std::vector<SketchTable> tables;
   std::vector<std::byte> rows(size_t{kBlockTokens} * layout.row_bytes());
-  for (const PromptLayer& layer : prompt.layers) {
+  for (size_t index = 0; index < prompt.layers.size(); ++index) {
+    const PromptLayer& layer = prompt.layers[index];
     for (uint32_t head = 0; head < shape.kv_head_count; ++head) {
+      if (shape.windows[index] != 0) {
+        tables.push_back(IdentitySketchTable(shape.head_dim));
+        continue;
+      }
       SketchStatistics statistics(shape.head_dim);
       const std::vector<float> queries = GroupQueries(shape, layer, head, prompt.query_count);
       for (size_t i = 0; i + shape.head_dim <= queries.size(); i += shape.head_dim) {

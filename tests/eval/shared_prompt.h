@@ -1,5 +1,5 @@
-// A prompt that many contenders continue: its keys and values widened once, in the two forms that
-// the study needs. Immutable; shared by all threads.
+// A prompt that many contenders continue: keys and values of its sparse layers widened once, in the
+// two forms that the study needs. Immutable; shared by all threads.
 
 #ifndef KVSERVICE_TESTS_EVAL_SHARED_PROMPT_H_
 #define KVSERVICE_TESTS_EVAL_SHARED_PROMPT_H_
@@ -25,7 +25,7 @@ class SharedPrompt {
 
   const PromptCache& cache() const { return cache_; }
   uint32_t length() const { return static_cast<uint32_t>(cache_.tokens.size()); }
-  // [length][head_dim] float32.
+  // [length][head_dim] float32. Require a sparse layer.
   const float* keys(uint32_t layer, uint32_t kv_head) const {
     return keys_[layer * kv_head_count_ + kv_head].data();
   }
@@ -39,13 +39,14 @@ class SharedPrompt {
  private:
   const uint32_t kv_head_count_;
   PromptCache cache_;
+  // Empty where the layer is not sparse.
   std::vector<std::vector<float>> keys_, values_;  // [layer * kv_head]
   std::vector<std::vector<float>> queries_;        // [layer * kv_head][query][group][head_dim]
   baselines::Prompt baseline_prompt_;
 };
 
 // One sketch table per layer and KV head, layer-major, from a prompt's last queries and all its
-// full pages.
+// full pages. Of layers with a window, which nobody scans, the identity.
 std::vector<SketchTable> LearnPromptTables(const DecoderShape& shape, const PromptCache& prompt);
 
 // Whether contenders differ in a layer: it is none that all of them read whole, nor one with a

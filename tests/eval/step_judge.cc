@@ -1,11 +1,10 @@
 #include "tests/eval/step_judge.h"
 
-#include <cblas.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "tests/eval/exp.h"
+#include "tests/eval/matrix.h"
 
 namespace kvservice::eval {
 namespace {
@@ -146,15 +145,17 @@ GroupVerdict StepJudge::Compare(const GroupStep& step, const HeadVerdict* verdic
   for (uint32_t head = 0; head < step.group; ++head) dropped += verdicts[head].dropped;
   verdict.excess = std::max(0.0, (dropped - (step.group - best_kept)) / step.group);
   verdict.overlap = kept == 0 ? 1.0 : static_cast<double>(common) / static_cast<double>(kept);
-  const auto dim = static_cast<int>(step.head_dim);
   dense_out_.assign(size_t{step.group} * step.head_dim, 0.0F);
-  const auto multiply = [&](const float* values, uint32_t count, uint32_t first) {
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, static_cast<int>(step.group), dim,
-                static_cast<int>(count), 1.0F, &probabilities_[first],
-                static_cast<int>(step.length), values, dim, 1.0F, dense_out_.data(), dim);
-  };
-  multiply(step.prompt_values, step.prompt_length, 0);
-  if (step.tail.count > 0) multiply(step.tail.values, step.tail.count, step.prompt_length);
+  std::vector<const float*> weights;
+  std::vector<const float*> tail_weights;
+  std::vector<float*> out;
+  for (uint32_t head = 0; head < step.group; ++head) {
+    weights.push_back(&probabilities_[size_t{head} * step.length]);
+    tail_weights.push_back(weights.back() + step.prompt_length);
+    out.push_back(&dense_out_[size_t{head} * step.head_dim]);
+  }
+  AddMixes(weights, step.prompt_length, step.head_dim, step.prompt_values, out);
+  AddMixes(tail_weights, step.tail.count, step.head_dim, step.tail.values, out);
   for (uint32_t head = 0; head < step.group; ++head) {
     double error = 0.0;
     double norm = 0.0;

@@ -12,7 +12,8 @@ sys.path.insert(0, str(ROOT / "tests/eval"))
 
 import run_quality  # noqa: E402
 from quality import comparisons, goals, markdown, measures, rows, series, sharing  # noqa: E402
-from quality import sections_methods, sections_sharing, sections_trust, summary  # noqa: E402
+from quality import sections_methods, sections_models, sections_sharing  # noqa: E402
+from quality import sections_trust, summary  # noqa: E402
 from quality.document import document_text, tables_text  # noqa: E402
 from quality.rows import CALIBRATED, SEEDED, Results  # noqa: E402
 from quality_report import write_report  # noqa: E402
@@ -428,6 +429,23 @@ def test_half_a_table_is_missing_and_breaks_nothing(study):
         "smollm2 code 4096", "smollm2 prose 4096", "smollm2 needles 4096"]
 
 
+def test_other_models_have_their_own_verdicts(study):
+    text = sections_models.other_models(Results(study))
+    assert "gemma3: At 512 tokens" in text
+    assert "1.20 times the oracle's KL at 512 tokens" in text
+    duels = len(rows.PUBLISHED) * len(rows.BUDGETS) * 4
+    assert f"in {duels} of {duels} comparisons" in text
+    assert "gemma3: KL 0.00195 at 512 tokens; all but 5 % of the mass takes 300 tokens" in text
+    assert "| cpe (calibrated) | 10 % | 4 % | 1.20 / 1.20 | 0 | 0.512 |" in text
+    # One bad row of the other model, and one of the demo's, which is not spoken of here.
+    worse = changed(study, lambda row: is_row(CALIBRATED, "512", "prose", 32000)(row)
+                    or is_row(CALIBRATED, "512", "prose", 2048)(row), kl_mean=1.0)
+    text = sections_models.other_models(worse)
+    assert f"in {duels - len(rows.PUBLISHED)} of {duels} comparisons" in text
+    assert "1.20 / 512" not in text and "/ 512 | 0 |" in text
+    assert "missing" in sections_models.other_models(half_study(study))
+
+
 def test_nobody_is_judged_on_what_methods_learn_from(study):
     learned = [make_row(("quest", ""), "512", ("smollm2", 2048, "mixed"), kl_mean=1e-9,
                         bound_violations=1)]
@@ -520,7 +538,7 @@ def test_the_report_can_be_made_again_from_what_it_kept(study, tmp_path):
 
 def test_a_document_of_nothing_says_so():
     text = document_text(Results([]))
-    assert text.count("## ") == 13
+    assert text.count("## ") == 14
     assert "images/" not in text
     assert "No rows of this kind are in the results: missing." in text
 

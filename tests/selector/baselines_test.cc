@@ -167,6 +167,39 @@ TEST_P(EveryBaseline, IsDeterministicForASeedAndSharesItsIndex) {
   EXPECT_EQ(Decode(*data_, other_index->NewBaseline(budget).get(), 10), first);
 }
 
+// Of layers that are read whole nothing is asked, so that nothing has to be there.
+TEST_P(EveryBaseline, HeadsOfOtherLayersAreNotLookedAt) {
+  const auto chosen = std::make_shared<Prompt>(*data_->prompt());
+  chosen->layers = {1, 3};
+  const auto bare = std::make_shared<Prompt>(*chosen);
+  const auto bare_calibration = std::make_shared<Prompt>(*calibration_->prompt());
+  for (const size_t head : {0, 1, 4, 5}) {
+    bare->heads[head] = {};
+    bare_calibration->heads[head] = {};
+  }
+  std::vector<std::vector<std::vector<Positions>>> proposals;
+  for (const bool is_bare : {false, true}) {
+    const auto index = IndexOf(std::get<0>(GetParam()),
+                               {.prompt = is_bare ? bare : chosen,
+                                .calibration = is_bare ? bare_calibration : calibration_->prompt(),
+                                .seed = 5});
+    const auto baseline = index->NewBaseline({.sink = 4, .local = 8, .top_k = 17});
+    BaselineCase copy = *data_;
+    std::mt19937_64 random(3);
+    proposals.emplace_back();
+    for (uint32_t step = 0; step < 10; ++step) {
+      for (const uint32_t layer : chosen->layers) {
+        const size_t d = shape_.head_dim;
+        const std::vector<float> q = RandomNormals(shape_.query_head_count * d, &random);
+        proposals.back().push_back(
+            ProposalOf(baseline.get(),
+                       copy.Decode(layer, q, RandomNormals(shape_.kv_head_count * d, &random))));
+      }
+    }
+  }
+  EXPECT_EQ(proposals[0], proposals[1]);
+}
+
 TEST_P(EveryBaseline, AnEmptyMiddleIsAnEmptyProposal) {
   const auto data = BaselineCase::Random(shape_, 5, 3, 4);
   const auto index = Index(*data);

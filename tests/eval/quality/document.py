@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from . import sections_edits, sections_methods, sections_sharing, sections_trust
+from . import (
+    sections_edits,
+    sections_methods,
+    sections_models,
+    sections_sharing,
+    sections_trust,
+)
 from .goals import goals_text, obstacles_text
 from .markdown import listing, number, percent, section, table
 from .rows import (
@@ -24,7 +30,7 @@ _SECTIONS = (
     sections_methods.against_rivals, sections_methods.flops_at_equal_quality,
     sections_sharing.where_sharing_breaks, sections_edits.depth_and_layer_edits,
     sections_trust.worst_steps, sections_trust.certificates, sections_trust.when_dense_is_right,
-    sections_trust.heat_map)
+    sections_trust.heat_map, sections_models.other_models)
 
 
 def document_text(results: Results) -> str:

@@ -65,11 +65,11 @@ def needle_cases(results: Results, model: str = DEMO_MODEL) -> list[Case]:
                                  if case.model == model])
 
 
-def _left_out(results: Results) -> str:
+def _left_out(results: Results, model: str) -> str:
     """Which texts no average holds."""
-    averaged = natural_cases(results) + needle_cases(results)
+    averaged = natural_cases(results, model) + needle_cases(results, model)
     absent = [case.label for case in results.cases("table")
-              if case.model == DEMO_MODEL and case not in averaged]
+              if case.model == model and case not in averaged]
     return (" Not averaged, because only a part of the methods was measured there: "
             f"{', '.join(absent)}." if absent else "")
 
@@ -148,33 +148,55 @@ def _headline_row(results: Results, contender: Contender, natural: Sample,
             percent(natural.mean("bytes")), percent(natural.mean("flops"))]
 
 
-def headline(results: Results) -> str:
-    """All methods at one budget, and their KL at all."""
-    natural, needles = natural_cases(results), needle_cases(results)
-    entries = [(contender, sample(results, "table", natural, contender, HEADLINE_BUDGET))
+def ranking(results: Results, cases: Sequence[Case]) -> list[tuple[Contender, Sample]]:
+    """Contenders of the table at the headline's budget, the least KL on natural cases first."""
+    entries = [(contender, sample(results, "table", cases, contender, HEADLINE_BUDGET))
                for contender in results.contenders("table")]
     entries = [entry for entry in entries if entry[1].rows]
-    entries.sort(key=lambda entry: (entry[1].geometric("kl_mean") or 0.0, entry[0]))
-    answer = "No results yet: missing."
+    return sorted(entries, key=lambda entry: (entry[1].geometric("kl_mean") or 0.0, entry[0]))
+
+
+def _first_without_scans(entries: Sequence[tuple[Contender, Sample]]) -> str:
+    """Who is the best of those that do not scan every step."""
     few = [entry for entry in entries if (entry[1].mean("scans") or 0.0) < SCANS_ALL]
-    if entries and few:
-        place = [contender for contender, _ in entries].index(few[0][0]) + 1
-        answer = (f"At {HEADLINE_BUDGET} tokens, {contender_label(few[0][0])} is the best of those "
-                  f"that do not scan every step: KL {number(few[0][1].geometric('kl_mean'))} with "
-                  f"{percent(few[0][1].mean('scans'))} scans, place {place} of {len(entries)} "
-                  f"overall (first: {contender_label(entries[0][0])}, "
-                  f"{number(entries[0][1].geometric('kl_mean'))}).")
+    if not few:
+        return "No results yet: missing."
+    place = [contender for contender, _ in entries].index(few[0][0]) + 1
+    return (f"At {HEADLINE_BUDGET} tokens, {contender_label(few[0][0])} is the best of those "
+            f"that do not scan every step: KL {number(few[0][1].geometric('kl_mean'))} with "
+            f"{percent(few[0][1].mean('scans'))} scans, place {place} of {len(entries)} "
+            f"overall (first: {contender_label(entries[0][0])}, "
+            f"{number(entries[0][1].geometric('kl_mean'))}).")
+
+
+def model_tables(results: Results, model: str) -> tuple[str, str, str]:
+    """All methods on one model: who is best, the table of one budget, and KL at all budgets."""
+    natural, needles = natural_cases(results, model), needle_cases(results, model)
+    entries = ranking(results, natural)
     header = ("method", "KL", "worst change of NLL", "needles of dense's", "tokens read", "scans",
               "seed scans", "bytes", "FLOPs")
-    return section(
-        "2. Methods and budgets", answer,
-        f"{DEMO_MODEL}, {HEADLINE_BUDGET} tokens; geometric mean of KL and means of costs over "
-        f"{len(natural)} natural texts and lengths, needles over {len(needles)} lengths. Every "
-        "text, length and budget: [quality_tables.md](quality_tables.md)." + _left_out(results),
-        table(header, [_headline_row(results, contender, of_natural, needles)
-                       for contender, of_natural in entries]),
-        _kl_table(results, natural), picture("tokens", "KL against tokens read", entries),
-        _task_part(results))
+    return (_first_without_scans(entries),
+            table(header, [_headline_row(results, contender, of_natural, needles)
+                           for contender, of_natural in entries]),
+            _kl_table(results, natural))
+
+
+def averaged_over(results: Results, model: str) -> str:
+    """What the tables of a model are averages of."""
+    natural, needles = natural_cases(results, model), needle_cases(results, model)
+    return (f"{model}, {HEADLINE_BUDGET} tokens; geometric mean of KL and means of costs over "
+            f"{len(natural)} natural texts and lengths, needles over {len(needles)} lengths. Every "
+            "text, length and budget: [quality_tables.md](quality_tables.md)."
+            + _left_out(results, model))
+
+
+def headline(results: Results) -> str:
+    """All methods at one budget, and their KL at all."""
+    answer, at_one_budget, at_all = model_tables(results, DEMO_MODEL)
+    return section("2. Methods and budgets", answer, averaged_over(results, DEMO_MODEL),
+                   at_one_budget, at_all,
+                   picture("tokens", "KL against tokens read",
+                           ranking(results, natural_cases(results))), _task_part(results))
 
 
 def _task_part(results: Results) -> str:
