@@ -32,8 +32,8 @@
 
 namespace kvservice::cuda {
 
-// A thread of the host is worth waking for so many groups.
-inline constexpr uint32_t kGroupsPerThread = 8;
+// A thread of the host, which looks for work while calls come, is worth having for so many groups.
+inline constexpr uint32_t kGroupsPerThread = 2;
 
 // One group and what its plan asks for, as far as that is known before anything is read.
 struct WaveGroup {

@@ -241,8 +241,18 @@ void ExpectSameStep(const SharingStep& step) {
   }
 }
 
+double NormOf(absl::Span<const float> a, absl::Span<const float> b) {
+  double squares = 0.0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double apart = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+    squares += apart * apart;
+  }
+  return std::sqrt(squares);
+}
+
 // What heads were read and left is estimated by scans, which differ by up to 0.02 nats between the
-// devices, and a list may have another token of nearly the same score: a few per cent of a mass.
+// devices, and a list may have another token of nearly the same score: a few per cent of a mass. A
+// token whose share is just heavy on one device may not be on the other.
 void ExpectSameAnchors(const KvLayout& layout, const TokenLists& cuda, const TokenLists& cpu,
                        bool compares_masses) {
   constexpr float kMassTolerance = 0.08F;
@@ -264,9 +274,14 @@ void ExpectSameAnchors(const KvLayout& layout, const TokenLists& cuda, const Tok
       ASSERT_EQ(terms.shift.size(), expected.shift.size());
       if (!compares_masses) continue;
       EXPECT_THAT(terms.log_odds, Pointwise(FloatNear(kMassTolerance), expected.log_odds));
-      for (size_t c = 0; c < terms.shift.size(); ++c) {
-        EXPECT_NEAR(terms.shift[c], expected.shift[c],
-                    kMassTolerance * std::fabs(expected.shift[c]) + 1e-3F);
+      const std::vector<float> zeros(layout.head_dim);
+      const double token = kHeavyShare * 2.0 * std::sqrt(layout.head_dim);
+      for (size_t g = 0; g < terms.log_odds.size(); ++g) {
+        const auto of_head = [&](const SharingTerms& from) {
+          return absl::MakeConstSpan(from.shift).subspan(g * layout.head_dim, layout.head_dim);
+        };
+        EXPECT_LE(NormOf(of_head(terms), of_head(expected)),
+                  kMassTolerance * NormOf(of_head(expected), zeros) + token);
       }
     }
   }
