@@ -1,20 +1,10 @@
 #include "kvservice/call_queue.h"
 
-#include <algorithm>
 #include <utility>
 
 #include "kvservice/engine_errors.h"
 
 namespace kvservice {
-namespace {
-
-bool IsStep(const AttendCall& call) {
-  return std::none_of(call.rows.begin(), call.rows.end(), [](const AttendCallRow& row) {
-    return row.query_count > CallQueue::kStepTokensMax;
-  });
-}
-
-}  // namespace
 
 absl::Status CallQueue::Admit() {
   ++total_;
@@ -31,7 +21,7 @@ absl::Status CallQueue::PushAttend(AttendCall* call) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const absl::Status status = Admit();
     if (!status.ok()) return status;
-    (IsStep(*call) ? steps_ : chunks_).push_back(call);
+    attends_.push_back(call);
     Signal();
   }
   changed_.notify_one();
@@ -54,14 +44,13 @@ absl::Status CallQueue::PushControl(Task* task) { return Push(&controls_, task);
 
 absl::Status CallQueue::PushAppend(Task* task) { return Push(&appends_, task); }
 
-void CallQueue::TakeAttends(std::deque<AttendCall*>* waiting,
-                            std::vector<AttendCall*>* taken) const {
-  const uint32_t layer = waiting->front()->layer;
+void CallQueue::TakeAttends(std::vector<AttendCall*>* taken) {
+  const uint32_t layer = attends_.front()->layer;
   size_t row_count = 0;
   bool full = false;
   // One pass; what stays moves up.
   size_t kept = 0;
-  for (AttendCall* call : *waiting) {
+  for (AttendCall* call : attends_) {
     const bool wanted = !full && call->layer == layer;
     if (wanted && (taken->empty() || row_count + call->rows.size() <= rows_max_)) {
       taken->push_back(call);
@@ -70,19 +59,9 @@ void CallQueue::TakeAttends(std::deque<AttendCall*>* waiting,
     }
     // A later call of the layer must not overtake the one that did not fit.
     full = full || wanted;
-    (*waiting)[kept++] = call;
+    attends_[kept++] = call;
   }
-  waiting->resize(kept);
-}
-
-void CallQueue::TakePrefill(Work* work) {
-  chunk_was_last_ = appends_.empty() || (!chunks_.empty() && !chunk_was_last_);
-  if (chunk_was_last_) {
-    TakeAttends(&chunks_, &work->attends);
-    return;
-  }
-  work->task = std::move(appends_.front());
-  appends_.pop_front();
+  attends_.resize(kept);
 }
 
 bool CallQueue::Take(std::chrono::milliseconds timeout, Work* work) {
@@ -93,17 +72,18 @@ bool CallQueue::Take(std::chrono::milliseconds timeout, Work* work) {
   std::unique_lock<std::mutex> lock(mutex_);
   changed_.wait_for(lock, timeout, [this] { return closed_ || waiting() > 0; });
   if (waiting() > 0) spin_.Open();
-  if (waiting() == 0) return !closed_;
-  const bool others_wait = waiting() > steps_.size();
-  if (!steps_.empty() && !(others_wait && attend_streak_ >= kAttendStreakMax)) {
+  const bool others_wait = !controls_.empty() || !appends_.empty();
+  if (!attends_.empty() && !(others_wait && attend_streak_ >= kAttendStreakMax)) {
     ++attend_streak_;
-    TakeAttends(&steps_, &work->attends);
-  } else if (attend_streak_ = 0; !controls_.empty()) {
-    work->task = std::move(controls_.front());
-    controls_.pop_front();
-  } else {
-    TakePrefill(work);
+    TakeAttends(&work->attends);
+    Signal();
+    return true;
   }
+  attend_streak_ = 0;
+  std::deque<Task>& next = controls_.empty() ? appends_ : controls_;
+  if (next.empty()) return !closed_;
+  work->task = std::move(next.front());
+  next.pop_front();
   Signal();
   return true;
 }

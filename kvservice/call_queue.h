@@ -1,12 +1,9 @@
-// Waiting calls: four queues under one bound, and the order in which the executor takes them.
+// Waiting calls: three queues under one bound, and the order in which the executor takes them.
 //
-// Steps go before control, control before prefill; each is first in, first out. An Attend is a step
-// unless one of its rows has more than kStepTokensMax query tokens: then it is prefill, as Append
-// is, and the two take turns. Waiting steps of one layer leave together, whoever sent them, as long
-// as their rows fit one device batch, and so do waiting prefill Attends (calls of one layer and
-// kind keep their order among themselves); nobody waits for others to come. So that a steady stream
-// of steps cannot starve the others, one waiting call of the other kinds runs after every
-// kAttendStreakMax batches.
+// Attend goes before control, control before Append; each is first in, first out. Waiting Attend
+// calls of one layer leave together, as long as their rows fit one device batch (calls of one layer
+// keep their order among themselves). So that a steady stream of Attend calls cannot starve the
+// others, one waiting call of the other kinds runs after every kAttendStreakMax batches.
 //
 // Thread-safe: any thread pushes, one thread takes.
 
@@ -41,8 +38,6 @@ struct Work {
 class CallQueue {
  public:
   static constexpr uint32_t kAttendStreakMax = 32;
-  // Enough for what speculation verifies at once.
-  static constexpr uint32_t kStepTokensMax = 32;
 
   // The taking thread looks for calls for spin_us after each one before it sleeps; clock may be
   // null with 0.
@@ -73,13 +68,9 @@ class CallQueue {
   absl::Status Push(std::deque<Task>* queue, Task* task);
   // These need mutex_ held.
   absl::Status Admit();
-  size_t waiting() const {
-    return steps_.size() + controls_.size() + chunks_.size() + appends_.size();
-  }
+  size_t waiting() const { return attends_.size() + controls_.size() + appends_.size(); }
   void Signal() { signal_.store(waiting() + (closed_ ? 1 : 0), std::memory_order_release); }
-  // From the front of `waiting`, and what may leave with it.
-  void TakeAttends(std::deque<AttendCall*>* waiting, std::vector<AttendCall*>* taken) const;
-  void TakePrefill(Work* work);
+  void TakeAttends(std::vector<AttendCall*>* taken);
 
   const uint32_t calls_max_;
   const uint32_t rows_max_;
@@ -91,11 +82,9 @@ class CallQueue {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   // Guarded by mutex_.
-  std::deque<AttendCall*> steps_;
+  std::deque<AttendCall*> attends_;
   std::deque<Task> controls_;
-  std::deque<AttendCall*> chunks_;  // prefill
   std::deque<Task> appends_;
-  bool chunk_was_last_ = false;  // of prefill
   uint32_t attend_streak_ = 0;
   bool closed_ = false;
   uint64_t total_ = 0;

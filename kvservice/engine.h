@@ -7,12 +7,11 @@
 // quick and must not call back into the engine synchronously waiting for a result. Spans and output
 // memory in a call are borrowed until `done` runs.
 //
-// Order. Steps (Attend calls with up to CallQueue::kStepTokensMax query tokens a row) go before
-// control calls, control calls before prefill (Append, and Attend calls with more); after a bounded
-// number of batches of steps one waiting call of the other kinds runs, so that none starves.
-// Waiting Attend calls of one model, layer and kind are run as one device batch, whoever sent them.
-// Order among calls that one caller sends without waiting for answers is kept per kind, for Attend
-// per layer, not across kinds or layers.
+// Order. Attend calls go before control calls, control calls before Append chunks; after a bounded
+// number of Attend batches one waiting call of the other kinds runs, so that none starves. Waiting
+// Attend calls of one model and layer are run as one device batch. Order among calls that one
+// caller sends without waiting for answers is kept per kind, for Attend per layer, not across kinds
+// or layers.
 //
 // Leases. Every call that names a sequence (List does not) starts its lease anew.
 //

@@ -82,46 +82,6 @@ TEST_F(CallQueueTest, ABatchHasAtMostRowsMaxAndNobodyOvertakesInALayer) {
   EXPECT_EQ(log_, "attend:0:1 attend:2:3 attend:4 ");
 }
 
-TEST_F(CallQueueTest, StepsBeforeControlBeforePrefill) {
-  PushAppend("append");
-  AttendCall* const prompt = Attend(0, 2);
-  prompt->rows[1].query_count = CallQueue::kStepTokensMax + 1;
-  ASSERT_TRUE(queue_.PushAttend(prompt).ok());
-  PushControl("control");
-  AttendCall* const speculation = Attend(0, 2);
-  speculation->rows[1].query_count = CallQueue::kStepTokensMax;
-  ASSERT_TRUE(queue_.PushAttend(speculation).ok());
-  ASSERT_TRUE(queue_.PushAttend(Attend(0, 1)).ok());
-  for (int i = 0; i < 4; ++i) Take();
-  EXPECT_EQ(log_, "attend:1:2 control attend:0 append ");
-}
-
-TEST_F(CallQueueTest, PrefillOfBothKindsTakesTurns) {
-  const auto chunk = [this](uint32_t layer) {
-    AttendCall* const call = Attend(layer, 1);
-    call->rows[0].query_count = 256;
-    ASSERT_TRUE(queue_.PushAttend(call).ok());
-  };
-  chunk(0);
-  chunk(1);
-  chunk(0);
-  for (const char* name : {"append1", "append2", "append3"}) PushAppend(name);
-  for (int i = 0; i < 5; ++i) Take();
-  EXPECT_EQ(log_, "attend:0:2 append1 attend:1 append2 append3 ");
-}
-
-TEST_F(CallQueueTest, StepsDoNotStarvePrefillAttends) {
-  AttendCall* const prompt = Attend(0, 1);
-  prompt->rows[0].query_count = 256;
-  ASSERT_TRUE(queue_.PushAttend(prompt).ok());
-  for (uint32_t i = 0; i <= CallQueue::kAttendStreakMax; ++i) {
-    EXPECT_EQ(log_.find("attend:0 "), std::string::npos) << i;
-    ASSERT_TRUE(queue_.PushAttend(Attend(0, 1)).ok());
-    Take();
-  }
-  EXPECT_NE(log_.find("attend:0 "), std::string::npos);
-}
-
 TEST_F(CallQueueTest, TheBoundIsOneForAllKinds) {
   PushAppend("append");
   PushControl("control");
