@@ -192,6 +192,13 @@ def served_adversary():
     return result
 
 
+def cancels():
+    """Ten thousand calls that are cancelled at random moments."""
+    status, output = run("cancels", ["build/release/tests/cancel_test"],
+                         {"KVSERVICE_CANCELS": "10000"})
+    return Result(status == 0, int(status == 0), int(status != 0), tail(output).split("\n")[-1])
+
+
 def steps(campaign):
     everyday = [
         Step("format", check_format, []),
@@ -226,6 +233,8 @@ def steps(campaign):
              lambda: adversary("adversary-coverage", "--device=cpu", "--coverage",
                                "--cases=3000000"), ["release-build"]),
         Step("adversary-served", served_adversary, ["release-build"]),
+        Step("cancels", cancels, ["release-build"]),
+        Step("fuzz", lambda: one("fuzz", [sys.executable, "tests/fuzz/run_fuzz.py"]), []),
         Step("compilers", lambda: one("compilers", [sys.executable, "tests/compilers.py"]), []),
         Step("mutations", lambda: one("mutations", [sys.executable, "tests/mutations.py"]), []),
     ]

@@ -56,11 +56,15 @@ struct Tokens {
   std::vector<uint16_t> k, v;
 };
 
-// What appends a case's tokens once, to new sequences, and forgets them again.
+// What appends a case's tokens once, to new sequences.
 class Appender {
  public:
   virtual ~Appender() = default;
-  virtual absl::Status Round(const Case& bench_case, const Tokens& tokens) = 0;
+  // Makes the sequences.
+  virtual absl::Status Begin(const Case& bench_case) = 0;
+  virtual absl::Status Append(const Case& bench_case, const Tokens& tokens) = 0;
+  // Forgets them.
+  virtual absl::Status End(const Case& bench_case) = 0;
 };
 
 class ClientAppender final : public Appender {
@@ -88,14 +92,21 @@ class ClientAppender final : public Appender {
     return std::unique_ptr<Appender>(new ClientAppender(*std::move(client), transport));
   }
 
-  absl::Status Round(const Case& bench_case, const Tokens& tokens) override {
-    const uint32_t count = bench_case.token_count;
-    const auto k = client::Bfloat16View(tokens.k, count, kKvHeads, kHeadDim);
-    const auto v = client::Bfloat16View(tokens.v, count, kKvHeads, kHeadDim);
+  absl::Status Begin(const Case& bench_case) override {
     for (uint32_t s = 0; s < bench_case.sequence_count; ++s) {
       auto sequence = client_->CreateSequence({.model = bench_case.model()});
       if (!sequence.ok()) return sequence.status();
-      client::AppendWriter writer = sequence->Append();
+      sequences_.push_back(*std::move(sequence));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Append(const Case& bench_case, const Tokens& tokens) override {
+    const uint32_t count = bench_case.token_count;
+    const auto k = client::Bfloat16View(tokens.k, count, kKvHeads, kHeadDim);
+    const auto v = client::Bfloat16View(tokens.v, count, kKvHeads, kHeadDim);
+    for (const client::Sequence& sequence : sequences_) {
+      client::AppendWriter writer = sequence.Append();
       for (uint32_t layer = 0; layer < bench_case.layer_count; ++layer) {
         const absl::Status written = writer.Write(layer, 0, k, v);
         if (!written.ok()) return written;
@@ -108,12 +119,22 @@ class ClientAppender final : public Appender {
     return absl::OkStatus();
   }
 
+  absl::Status End(const Case& /*bench_case*/) override {
+    for (client::Sequence& sequence : sequences_) {
+      const absl::Status closed = sequence.Close();
+      if (!closed.ok()) return closed;
+    }
+    sequences_.clear();
+    return absl::OkStatus();
+  }
+
  private:
   ClientAppender(std::unique_ptr<client::Client> client, client::Transport transport)
       : client_(std::move(client)), transport_(transport) {}
 
   const std::unique_ptr<client::Client> client_;
   const client::Transport transport_;
+  std::vector<client::Sequence> sequences_;
 };
 
 class EngineAppender final : public Appender {
@@ -141,7 +162,7 @@ class EngineAppender final : public Appender {
     return std::unique_ptr<Appender>(new EngineAppender(*std::move(engine)));
   }
 
-  absl::Status Round(const Case& bench_case, const Tokens& tokens) override {
+  absl::Status Begin(const Case& bench_case) override {
     for (uint32_t s = 0; s < bench_case.sequence_count; ++s) {
       const auto created = Await<SequenceInfo>([&](auto done) {
         CreateOptions asked;
@@ -149,17 +170,31 @@ class EngineAppender final : public Appender {
         engine_->Create("", std::move(asked), std::move(done));
       });
       if (!created.ok()) return created.status();
+      sequences_.push_back(created->id);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Append(const Case& bench_case, const Tokens& tokens) override {
+    for (const SequenceId& id : sequences_) {
       for (uint32_t layer = 0; layer < bench_case.layer_count; ++layer) {
-        const absl::Status appended = AppendLayer(created->id, layer, bench_case, tokens);
+        const absl::Status appended = AppendLayer(id, layer, bench_case, tokens);
         if (!appended.ok()) return appended;
       }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status End(const Case& bench_case) override {
+    for (const SequenceId& id : sequences_) {
       const auto dropped =
-          Await<SequenceInfo>([&](auto done) { engine_->Drop("", created->id, std::move(done)); });
+          Await<SequenceInfo>([&](auto done) { engine_->Drop("", id, std::move(done)); });
       if (!dropped.ok()) return dropped.status();
       if (dropped->length != bench_case.token_count) {
         return absl::InternalError("tokens are missing");
       }
     }
+    sequences_.clear();
     return absl::OkStatus();
   }
 
@@ -204,6 +239,7 @@ class EngineAppender final : public Appender {
   }
 
   const std::unique_ptr<Engine> engine_;
+  std::vector<SequenceId> sequences_;
 };
 
 // As large as a case, so that it does not stay in a cache either.
@@ -248,8 +284,11 @@ absl::Status RunAppend(const BenchOptions& options, std::vector<Row>* rows) {
       }
       copies.push_back(CopySeconds(bench_case.bytes(), &from, &to));
       for (size_t i = 0; i < ways.size(); ++i) {
-        absl::Status status;
-        times[i].push_back(Seconds([&] { status = (*ways[i].second)->Round(bench_case, tokens); }));
+        Appender& way = **ways[i].second;
+        absl::Status status = way.Begin(bench_case);
+        if (!status.ok()) return status;
+        times[i].push_back(Seconds([&] { status = way.Append(bench_case, tokens); }));
+        if (status.ok()) status = way.End(bench_case);
         if (!status.ok()) return status;
       }
     }

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Writes the first inputs of the fuzz targets: messages as a well-behaved client sends them.
+
+    PYTHONPATH=build/python build/venv/bin/python tests/fuzz/make_corpus.py
+
+Inputs that a campaign has found (tests/fuzz/run_fuzz.py) are added to the files by hand.
+"""
+
+import pathlib
+import struct
+
+from kvservice.v1 import attention_pb2, model_pb2, sequence_pb2, types_pb2
+
+FOLDER = pathlib.Path(__file__).resolve().parent / "corpus"
+# tests/fuzz/lane_fuzz.cc puts the sequence that exists in its place.
+ID = b"0123456789abcdef"
+# In a lane of one slot with a request area of 64 KiB.
+AREA = 4096
+FLOAT32, BFLOAT16 = types_pb2.DATA_TYPE_FLOAT32, types_pb2.DATA_TYPE_BFLOAT16
+QUERY_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+
+
+def fill(tensor, dtype, tokens, heads, offset=None):
+    size = tokens * heads * HEAD_DIM * (4 if dtype == FLOAT32 else 2)
+    tensor.dtype = dtype
+    tensor.shape[:] = [tokens, heads, HEAD_DIM]
+    if offset is None:
+        tensor.data = b"\x80\x3c" * (size // 2)
+    else:
+        tensor.region.offset_bytes = AREA + offset
+        tensor.region.length_bytes = size
+
+
+def attend(position, tokens=1, inline=False, policy=None, store=True):
+    request = attention_pb2.AttendRequest(layer=0, step_id=7, return_selected=True)
+    row = request.rows.add(position=position, query_count=tokens)
+    row.handle.id, row.handle.generation = ID, 1
+    fill(request.q, FLOAT32, tokens, QUERY_HEADS, None if inline else 0)
+    if store:
+        fill(request.k, BFLOAT16, tokens, KV_HEADS, None if inline else 8192)
+        fill(request.v, BFLOAT16, tokens, KV_HEADS, None if inline else 12288)
+    if policy is not None:
+        request.policy.CopyFrom(policy)
+    return request
+
+
+def append(position, tokens, inline=False, sample=False):
+    request = sequence_pb2.AppendRequest(layer=1, position=position)
+    request.handle.id, request.handle.generation = ID, 1
+    fill(request.k, BFLOAT16, tokens, KV_HEADS, None if inline else 0)
+    fill(request.v, BFLOAT16, tokens, KV_HEADS, None if inline else 8192)
+    if sample:
+        fill(request.query_sample, FLOAT32, 1, QUERY_HEADS, None if inline else 16384)
+        request.query_sample_positions.append(position)
+    return request
+
+
+def policies():
+    certified = types_pb2.Policy(selector=types_pb2.SELECTOR_CERTIFIED, max_dropped_mass=0.05)
+    scan = types_pb2.Policy(selector=types_pb2.SELECTOR_SCAN)
+    scan.budget.top_k_tokens = 16
+    return [types_pb2.Policy(selector=types_pb2.SELECTOR_DENSE), certified, scan,
+            types_pb2.Policy(selector=types_pb2.SELECTOR_CPE),
+            types_pb2.Policy(selector=types_pb2.SELECTOR_CIS)]
+
+
+def write(name, inputs):
+    text = "".join(one.hex() + "\n" for one in inputs)
+    (FOLDER / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+def main():
+    FOLDER.mkdir(exist_ok=True)
+    calls = [attend(100), attend(99, store=False), attend(40, tokens=3)]
+    calls += [attend(99, policy=policy, store=False) for policy in policies()]
+    lane = [b"\0" + call.SerializeToString() for call in calls]
+    lane += [b"\1" + call.SerializeToString()
+             for call in [append(0, 4), append(100, 2, sample=True), append(98, 5)]]
+    good = attend(100).SerializeToString()
+    lane += [b"\2" + struct.pack("<I", 7) + good, b"\4" + struct.pack("<Q", 1 << 40) + good,
+             b"\x08" + struct.pack("<I", 1 << 31) + good]
+    write("lane", lane)
+
+    model = model_pb2.Model(name="small", layer_count=2, query_head_count=4, kv_head_count=2,
+                            head_dim=64, cache_dtype=BFLOAT16, scale=0.125)
+    convert = [b"\0" + call.SerializeToString()
+               for call in [attend(5, inline=True), attend(5, 2, inline=True, store=False),
+                            attend(100)]]
+    convert += [b"\1" + call.SerializeToString()
+                for call in [append(0, 2, inline=True), append(0, 1, inline=True, sample=True)]]
+    convert += [b"\2" + policy.SerializeToString() for policy in policies()]
+    convert += [b"\3" + model.SerializeToString()]
+    audit = attention_pb2.AuditRequest()
+    audit.handle.id, audit.handle.generation = ID, 1
+    convert += [b"\4" + audit.SerializeToString()]
+    write("convert", convert)
+
+    write("policy", [
+        b'{"name": "fast", "policy": {"selector": "SELECTOR_CPE", "budget": {"topKTokens": 64}}}',
+        b'[{"name": "a", "policy": {"selector": "SELECTOR_CERTIFIED", "maxDroppedMass": 0.05}},'
+        b' {"name": "b", "policy": {"name": "a"}}]',
+        b'{"name": "c", "policy": {"selector": "SELECTOR_CIS", "cis": {"minCosine": 0.9}}}',
+        b"[]", b"{", b'"text"'])
+
+
+if __name__ == "__main__":
+    main()
