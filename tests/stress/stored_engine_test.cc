@@ -15,7 +15,10 @@ constexpr uint32_t kLayers = 2;
 
 class StoredEngineTest : public ::testing::Test {
  protected:
-  void SetUp() override { ASSERT_TRUE(engine_.Start().ok()); }
+  void SetUp() override {
+    const absl::Status started = engine_.Start();
+    ASSERT_TRUE(started.ok()) << started;
+  }
 
   // Appended to all layers, acknowledged as durable.
   void FillDurably(const Handle& handle, uint32_t position, const Words& words) {
