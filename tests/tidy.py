@@ -63,7 +63,7 @@ OUTSIDE = {
     "BLAS": (r"^cblas\.h", ["tests/eval/"]),
     "spdlog": (r"^spdlog/", ["kvservice/server/", "client/**"]),
     "CLI11": (r"^CLI/", ["kvservice/server/", "client/**", "tests/bench/", "tests/eval/",
-                         "tests/adversary/"]),
+                         "tests/adversary/", "tests/stress/"]),
     "JSON": (r"^nlohmann/", ["kvservice/server/", "client/**", "tests/**"]),
     "the test libraries": (r"^(gtest|gmock|benchmark)/", ["tests/**"]),
     "abseil": (r"^absl/", ["attention/**", "selector/**", "kvservice/**", "client/**", "wire/",

@@ -206,12 +206,11 @@ rocksdb::Options DatabaseOptions(const RocksdbTierOptions& tier, rocksdb::Env* e
 
 class RocksdbTier final : public DiskTier {
  public:
-  RocksdbTier(const RocksdbTierOptions& options, std::shared_ptr<rocksdb::FileSystem> filesystem)
-      : filesystem_(std::move(filesystem)),
-        env_(rocksdb::NewCompositeEnv(filesystem_)),
+  RocksdbTier(const RocksdbTierOptions& options, rocksdb::Env* env)
+      : filesystem_(env->GetFileSystem()),
         directory_(options.directory),
         state_file_(filesystem_.get(), directory_),
-        options_(DatabaseOptions(options, env_.get())) {}
+        options_(DatabaseOptions(options, env)) {}
   ~RocksdbTier() override {
     if (database_ == nullptr) return;
     // Not Close: the next open must see that there was none.
@@ -241,7 +240,6 @@ class RocksdbTier final : public DiskTier {
   }
 
   const std::shared_ptr<rocksdb::FileSystem> filesystem_;
-  const std::unique_ptr<rocksdb::Env> env_;
   const std::string directory_;
   const StateFile state_file_;
   const rocksdb::Options options_;
@@ -373,9 +371,8 @@ absl::Status RocksdbTier::Close(const std::string& inventory) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<DiskTier>> OpenRocksdbTier(const RocksdbTierOptions& options) {
-  std::shared_ptr<rocksdb::FileSystem> filesystem = options.filesystem;
-  if (filesystem == nullptr) filesystem = rocksdb::FileSystem::Default();
-  auto tier = std::make_unique<RocksdbTier>(options, std::move(filesystem));
+  rocksdb::Env* const env = options.env != nullptr ? options.env : rocksdb::Env::Default();
+  auto tier = std::make_unique<RocksdbTier>(options, env);
   const absl::Status status = tier->Open();
   if (!status.ok()) return status;
   return tier;

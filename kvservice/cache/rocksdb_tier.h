@@ -20,7 +20,7 @@
 #include "kvservice/cache/disk_tier.h"
 
 namespace rocksdb {
-class FileSystem;
+class Env;
 }  // namespace rocksdb
 
 namespace kvservice {
@@ -32,8 +32,8 @@ struct RocksdbTierOptions {
   size_t write_buffer_bytes = size_t{32} << 20;
   // Files may take so much before writing fails; 0 = no such limit.
   size_t file_bytes_max = 0;
-  // nullptr = the system's.
-  std::shared_ptr<rocksdb::FileSystem> filesystem;
+  // Files, clock and threads of the store; borrowed, nullptr = the system's.
+  rocksdb::Env* env = nullptr;
 };
 
 // FAILED_PRECONDITION / STORE_LOCKED if another process has it open, DATA_LOSS / STORE_DAMAGED if

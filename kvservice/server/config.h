@@ -33,6 +33,8 @@ struct Config {
   bool keep_queries = true;
   // File that holds the secret of sampled certificates; empty = a fresh secret at every start.
   std::string draw_secret_file;
+  // Where sequences are kept on disk; empty = nowhere.
+  std::string data_directory;
   // The default socket directory is used and must exist before the server listens.
   bool uses_runtime_directory = false;
 };
@@ -47,9 +49,9 @@ absl::StatusOr<DrawSecret> ReadDrawSecret(const std::string& path);
 // Where the default sockets are: $XDG_RUNTIME_DIR/kvservice, else /tmp/kvservice-UID.
 std::string RuntimeDirectory();
 
-// Makes the directory with mode 0700. PERMISSION_DENIED when it belongs to somebody else or others
-// may write there.
-absl::Status CreateRuntimeDirectory(const std::string& path);
+// Makes the directory with mode 0700, for sockets and for data. PERMISSION_DENIED when it belongs
+// to somebody else or others may write there.
+absl::Status CreatePrivateDirectory(const std::string& path);
 
 }  // namespace kvservice
 

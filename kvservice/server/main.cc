@@ -19,6 +19,7 @@
 
 #include "absl/synchronization/mutex.h"
 #include "attention/device.h"
+#include "kvservice/cache/rocksdb_tier.h"
 #include "kvservice/engine.h"
 #include "kvservice/server/build_info.h"
 #include "kvservice/server/config.h"
@@ -122,6 +123,19 @@ bool Announce(const Server& server, const std::string& ready_file) {
   return true;
 }
 
+// Files of the store may exceed what its rows may take, until they are compacted; and then no more.
+constexpr uint64_t kFileBytesSlack = uint64_t{256} << 20;
+
+absl::StatusOr<std::unique_ptr<DiskTier>> OpenTier(const Config& config) {
+  if (config.data_directory.empty()) return nullptr;
+  const absl::Status directory = CreatePrivateDirectory(config.data_directory);
+  if (!directory.ok()) return directory;
+  RocksdbTierOptions options;
+  options.directory = config.data_directory;
+  options.file_bytes_max = 2 * config.server.engine.disk_bytes_max + kFileBytesSlack;
+  return OpenRocksdbTier(options);
+}
+
 absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
                                                     const std::optional<DrawSecret>& draw_secret,
                                                     spdlog::logger* logger) {
@@ -135,12 +149,27 @@ absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
   options.on_audit_violation = [logger](const std::string& violation) {
     logger->error("audit violation: {}", violation);
   };
-  return NewEngine(options, *std::move(device), SystemClock(), SystemRandom());
+  absl::StatusOr<std::unique_ptr<DiskTier>> tier = OpenTier(config);
+  if (!tier.ok()) return tier.status();
+  if (*tier != nullptr && !(*tier)->closed().is_clean && (*tier)->closed().crash_count > 0) {
+    logger->warn("{} was not closed: what was only in memory is gone", config.data_directory);
+  }
+  absl::StatusOr<std::unique_ptr<Engine>> engine =
+      NewEngine(options, *std::move(device), SystemClock(), SystemRandom(), *std::move(tier));
+  if (!engine.ok() || config.data_directory.empty()) return engine;
+  const EngineStats stats = (*engine)->Stats();
+  logger->info("{} has {} sequences in {} MiB", config.data_directory, stats.sequences_on_disk,
+               stats.disk_bytes_used >> 20);
+  if (stats.sequences_lost > 0) {
+    logger->error("{} sequences are damaged or gone: they answer DATA_LOSS until they are dropped",
+                  stats.sequences_lost);
+  }
+  return engine;
 }
 
 int Serve(const Config& config, spdlog::logger* logger) {
   if (config.uses_runtime_directory) {
-    const absl::Status directory = CreateRuntimeDirectory(RuntimeDirectory());
+    const absl::Status directory = CreatePrivateDirectory(RuntimeDirectory());
     if (!directory.ok()) return FailConfig(directory);
   }
   std::optional<DrawSecret> draw_secret;

@@ -56,7 +56,7 @@ class Store {
           StoredEngine::Options stored;
           stored.engine = SmallEngine();
           stored.layer_count = kLayers;
-          stored.filesystem = {.seed = seed, .ignore_syncs = options.ignore_syncs};
+          stored.filesystem = {.seed = seed, .ignore_log_syncs = options.ignore_log_syncs};
           stored.write_buffer_bytes = size_t{64} << 10;
           return stored;
         }()) {}

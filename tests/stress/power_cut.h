@@ -14,8 +14,8 @@ namespace kvservice::testing {
 struct PowerCutOptions {
   uint64_t seed = 1;
   uint64_t cuts = 200;
-  // The disk acknowledges syncs and does nothing: the campaign must notice.
-  bool ignore_syncs = false;
+  // The disk acknowledges syncs of logs and does nothing: the campaign must notice.
+  bool ignore_log_syncs = false;
 };
 
 // A failure is an acknowledged durable token that is gone, a byte that was not sent there, a

@@ -15,9 +15,6 @@ using rocksdb::IOOptions;
 using rocksdb::IOStatus;
 using rocksdb::Slice;
 
-// What a torn write may leave as zeros.
-constexpr uint64_t kSectorBytes = 512;
-
 IOStatus Off() { return IOStatus::IOError("the power is off"); }
 IOStatus Missing(const std::string& path) { return IOStatus::PathNotFound("no such file", path); }
 
@@ -181,8 +178,6 @@ void PowerCutFilesystem::Reboot() {
     const uint64_t unsynced = file->bytes.size() - file->synced_bytes;
     const uint64_t kept = Below(2) == 0 ? 0 : Below(unsynced + 1);
     file->bytes.resize(file->synced_bytes + kept);
-    const uint64_t zeros = Below(4) == 0 ? Below(std::min(kept, kSectorBytes) + 1) : 0;
-    std::fill(file->bytes.end() - static_cast<ptrdiff_t>(zeros), file->bytes.end(), '\0');
     file->synced_bytes = file->bytes.size();
   }
   locks_.clear();
@@ -193,7 +188,7 @@ void PowerCutFilesystem::Reboot() {
 IOStatus PowerCutFilesystem::SyncFile(File* file) {
   bool is_last = false;
   if (!PowerFor(&is_last)) return Off();
-  if (options_.ignore_syncs) return is_last ? Off() : IOStatus::OK();
+  if (options_.ignore_log_syncs && file->is_log) return is_last ? Off() : IOStatus::OK();
   const size_t unsynced = file->bytes.size() - file->synced_bytes;
   file->synced_bytes += is_last ? Below(unsynced + 1) : unsynced;
   return is_last ? Off() : IOStatus::OK();
@@ -275,6 +270,7 @@ IOStatus PowerCutFilesystem::NewWritableFile(const std::string& path, const File
   bool is_last = false;
   if (!PowerFor(&is_last)) return Off();
   auto made = std::make_shared<File>();
+  made->is_log = path.ends_with(".log");
   Change(path, [path, made](Names* names) { (*names)[path] = made; });
   if (is_last) return Off();
   *file = std::make_unique<PowerCutWritableFile>(this, std::move(made));

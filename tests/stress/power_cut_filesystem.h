@@ -1,7 +1,9 @@
 // A file system in memory whose power can be cut.
 //
 // What a disk promises, and nothing more. Bytes of a file survive a cut if they were synced; of
-// others any prefix does, the end of which may read as zeros. Names (creations, renames, removals)
+// others any prefix does (file systems that show zeros in the place of bytes that never reached the
+// disk, as ext4 does with data=writeback, are not modelled: RocksDB refuses to open a manifest that
+// ends like that). Names (creations, renames, removals)
 // survive if their directory was synced; of later changes a prefix does, in their order. A sync
 // that is under way when the power goes has happened in part. What a cut leaves follows from the
 // seed.
@@ -32,8 +34,8 @@ class PowerCutFilesystem : public rocksdb::FileSystem {
   // nothing).
   struct Options {
     uint64_t seed = 1;
-    // Syncs of files answer OK and do nothing: a disk that lies.
-    bool ignore_syncs = false;
+    // Syncs of RocksDB's logs answer OK and do nothing: a disk that lies.
+    bool ignore_log_syncs = false;
   };
   explicit PowerCutFilesystem(const Options& options);
 
@@ -108,6 +110,7 @@ class PowerCutFilesystem : public rocksdb::FileSystem {
   struct File {
     std::string bytes;
     size_t synced_bytes = 0;
+    bool is_log = false;
   };
   using Names = std::map<std::string, std::shared_ptr<File>>;
   struct NameChange {

@@ -8,7 +8,9 @@
 namespace kvservice::testing {
 namespace {
 
+using ::testing::Contains;
 using ::testing::ElementsAre;
+using ::testing::HasSubstr;
 
 TEST(PowerCutTest, NothingAcknowledgedIsLostAndNothingElseComesBack) {
   CampaignResult result = RunPowerCuts({.seed = 20261, .cuts = 400});
@@ -20,8 +22,9 @@ TEST(PowerCutTest, NothingAcknowledgedIsLostAndNothingElseComesBack) {
 }
 
 TEST(PowerCutTest, ADiskThatDoesNotSyncIsNoticed) {
-  const CampaignResult result = RunPowerCuts({.seed = 7, .cuts = 50, .ignore_syncs = true});
-  EXPECT_GT(result.failures, 0);
+  const CampaignResult result = RunPowerCuts({.seed = 7, .cuts = 50, .ignore_log_syncs = true});
+  EXPECT_GT(result.failures, 10);
+  EXPECT_THAT(result.first_failures, Contains(HasSubstr("acknowledged as durable")));
 }
 
 }  // namespace

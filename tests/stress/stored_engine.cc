@@ -1,7 +1,10 @@
 #include "tests/stress/stored_engine.h"
 
+#include <rocksdb/system_clock.h>
+
 #include <algorithm>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,16 +15,36 @@ namespace {
 
 constexpr char kDirectory[] = "/store";
 
+// RocksDB waits a second after an error in the background, in case the disk recovers. Ours does
+// not.
+class ImpatientClock : public rocksdb::SystemClockWrapper {
+ public:
+  ImpatientClock() : rocksdb::SystemClockWrapper(rocksdb::SystemClock::Default()) {}
+  const char* Name() const override { return "ImpatientClock"; }
+  void SleepForMicroseconds(int) override { std::this_thread::yield(); }
+};
+
+class ImpatientEnv : public rocksdb::EnvWrapper {
+ public:
+  explicit ImpatientEnv(std::shared_ptr<rocksdb::FileSystem> filesystem)
+      : rocksdb::EnvWrapper(rocksdb::NewCompositeEnv(filesystem)) {
+    file_system_ = std::move(filesystem);
+    system_clock_ = std::make_shared<ImpatientClock>();
+  }
+};
+
 }  // namespace
 
 StoredEngine::StoredEngine(const Options& options)
-    : options_(options), filesystem_(std::make_shared<PowerCutFilesystem>(options.filesystem)) {}
+    : options_(options),
+      filesystem_(std::make_shared<PowerCutFilesystem>(options.filesystem)),
+      env_(std::make_unique<ImpatientEnv>(filesystem_)) {}
 
 absl::Status StoredEngine::Start() {
   auto tier = OpenRocksdbTier({.directory = kDirectory,
                                .write_buffer_bytes = options_.write_buffer_bytes,
                                .file_bytes_max = 0,
-                               .filesystem = filesystem_});
+                               .env = env_.get()});
   if (!tier.ok()) return tier.status();
   auto engine =
       std::make_unique<TestEngine>(options_.engine, options_.layer_count, nullptr, *std::move(tier),

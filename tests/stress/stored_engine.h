@@ -3,8 +3,12 @@
 #ifndef KVSERVICE_TESTS_STRESS_STORED_ENGINE_H_
 #define KVSERVICE_TESTS_STRESS_STORED_ENGINE_H_
 
+#include <rocksdb/env.h>
+
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "tests/kvservice/engine_client.h"
@@ -37,6 +41,7 @@ class StoredEngine {
  private:
   const Options options_;
   const std::shared_ptr<PowerCutFilesystem> filesystem_;
+  const std::unique_ptr<rocksdb::Env> env_;
   uint64_t starts_ = 0;
   std::unique_ptr<TestEngine> engine_;
 };
