@@ -28,9 +28,9 @@ constexpr char kStatePartialName[] = "/STATE.partial";
 constexpr uint32_t kStateMagic = 0x5453564b;  // "KVST"
 constexpr uint32_t kStateVersion = 1;
 // Not a prefix of anybody's keys.
-constexpr char kCrashCountKey[] =
+constexpr char kCountsKey[] =
     "\x01"
-    "crash_count";
+    "counts";
 constexpr size_t kStateBytesMax = size_t{1} << 30;
 
 constexpr size_t kBlobBytesMin = 4096;
@@ -78,10 +78,17 @@ absl::Status OpenError(const rocksdb::Status& status) {
 
 enum class Phase : uint8_t { kCreating, kOpen, kClosed };
 
+// How often the store was opened, and opened after it had not been closed. STATE and a row say so
+// both: the one with fewer opens is a stale copy.
+struct Counts {
+  uint64_t opens = 0;
+  uint64_t crashes = 0;
+};
+
 // The contents of STATE.
 struct State {
   Phase phase = Phase::kCreating;
-  uint64_t crash_count = 0;
+  Counts counts;
   std::string inventory;
 };
 
@@ -90,7 +97,8 @@ std::string EncodeState(const State& state) {
   writer.Number(kStateMagic);
   writer.Number(kStateVersion);
   writer.Number(state.phase);
-  writer.Number(state.crash_count);
+  writer.Number(state.counts.opens);
+  writer.Number(state.counts.crashes);
   writer.Text(state.inventory);
   std::string bytes = writer.Take();
   Seal(&bytes);
@@ -111,7 +119,8 @@ absl::StatusOr<std::optional<State>> DecodeState(std::string_view sealed) {
   }
   State state;
   state.phase = reader.Number<Phase>();
-  state.crash_count = reader.Number<uint64_t>();
+  state.counts.opens = reader.Number<uint64_t>();
+  state.counts.crashes = reader.Number<uint64_t>();
   state.inventory = reader.Text();
   if (!reader.Finished() || state.phase > Phase::kClosed) return std::nullopt;
   return state;
@@ -232,8 +241,8 @@ class RocksdbTier final : public DiskTier {
 
  private:
   absl::Status ReadState(bool has_state, bool has_database, State* state);
-  absl::StatusOr<uint64_t> CountedCrashes() const;
-  absl::Status CountCrash(uint64_t crash_count);
+  absl::StatusOr<Counts> ReadCounts() const;
+  absl::Status WriteCounts(const Counts& counts);
   absl::Status Fail(const char* what, const std::string& cause) {
     if (failure_.ok()) failure_ = DiskFailed(what, cause);
     return failure_;
@@ -246,6 +255,7 @@ class RocksdbTier final : public DiskTier {
 
   std::unique_ptr<rocksdb::DB> database_;
   ClosedStore closed_;
+  Counts counts_;
   // The first failure to write.
   absl::Status failure_;
 };
@@ -267,18 +277,18 @@ absl::Status RocksdbTier::Open() {
   if (!open.ok()) return OpenError(open);
   database_.reset(opened);
 
-  closed_.is_clean = state.phase == Phase::kClosed;
-  closed_.inventory = std::move(state.inventory);
-  const absl::StatusOr<uint64_t> counted = CountedCrashes();
+  const absl::StatusOr<Counts> counted = ReadCounts();
   if (!counted.ok()) return counted.status();
-  closed_.crash_count = std::max(state.crash_count, *counted);
-  if (state.phase == Phase::kOpen) {
-    ++closed_.crash_count;
-    status = CountCrash(closed_.crash_count);
-    if (!status.ok()) return status;
-  }
-  return state_file_.Write(
-      {.phase = Phase::kOpen, .crash_count = closed_.crash_count, .inventory = {}});
+  if (counted->opens > state.counts.opens) state.phase = Phase::kOpen;
+  counts_.opens = std::max(state.counts.opens, counted->opens) + 1;
+  counts_.crashes = std::max(state.counts.crashes, counted->crashes);
+  if (state.phase == Phase::kOpen) ++counts_.crashes;
+  closed_.is_clean = state.phase == Phase::kClosed;
+  if (closed_.is_clean) closed_.inventory = std::move(state.inventory);
+  closed_.crash_count = counts_.crashes;
+  status = WriteCounts(counts_);
+  if (!status.ok()) return status;
+  return state_file_.Write({.phase = Phase::kOpen, .counts = counts_, .inventory = {}});
 }
 
 absl::Status RocksdbTier::ReadState(bool has_state, bool has_database, State* state) {
@@ -292,22 +302,25 @@ absl::Status RocksdbTier::ReadState(bool has_state, bool has_database, State* st
   return absl::OkStatus();
 }
 
-absl::StatusOr<uint64_t> RocksdbTier::CountedCrashes() const {
+absl::StatusOr<Counts> RocksdbTier::ReadCounts() const {
   std::string value;
-  const rocksdb::Status status = database_->Get({}, kCrashCountKey, &value);
-  if (status.IsNotFound()) return 0;
+  Counts counts;
+  const rocksdb::Status status = database_->Get({}, kCountsKey, &value);
+  if (status.IsNotFound()) return counts;
   if (!status.ok()) return StoreDamaged(status.ToString());
   ByteReader reader(Unseal(value));
-  const auto count = reader.Number<uint64_t>();
-  if (!reader.Finished()) return StoreDamaged("its count of crashes is damaged");
-  return count;
+  counts.opens = reader.Number<uint64_t>();
+  counts.crashes = reader.Number<uint64_t>();
+  if (!reader.Finished()) return StoreDamaged("its counts are damaged");
+  return counts;
 }
 
-absl::Status RocksdbTier::CountCrash(uint64_t crash_count) {
+absl::Status RocksdbTier::WriteCounts(const Counts& counts) {
   ByteWriter writer;
-  writer.Number(crash_count);
+  writer.Number(counts.opens);
+  writer.Number(counts.crashes);
   TierBatch batch;
-  batch.puts.emplace_back(kCrashCountKey, writer.Take());
+  batch.puts.emplace_back(kCountsKey, writer.Take());
   Seal(&batch.puts.back().second);
   return Commit({&batch, 1}, true);
 }
@@ -364,8 +377,7 @@ absl::Status RocksdbTier::Close(const std::string& inventory) {
   if (status.ok()) status = database_->Close();
   if (!status.ok()) return Fail("close", status.ToString());
   database_.reset();
-  return state_file_.Write(
-      {.phase = Phase::kClosed, .crash_count = closed_.crash_count, .inventory = inventory});
+  return state_file_.Write({.phase = Phase::kClosed, .counts = counts_, .inventory = inventory});
 }
 
 }  // namespace

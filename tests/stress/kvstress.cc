@@ -1,6 +1,8 @@
 // The long forms of the campaigns.
 //
 //   kvstress power_cut --cuts=20000 --seed=1 [--row=FILE]
+//   kvstress bit_flip --flips=10000 --seed=1 [--row=FILE]
+//   kvstress sigkill --kills=2000 --seed=1 [--row=FILE]     (runs $KVSERVICE_BIN_DIR/kvservice)
 //
 // Exit status: 0 nothing was wrong, 1 something was, 2 wrong usage. --row writes what happened as a
 // JSON object, for tests/reliability.py.
@@ -14,8 +16,10 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "tests/stress/bit_flip.h"
 #include "tests/stress/campaign.h"
 #include "tests/stress/power_cut.h"
+#include "tests/stress/sigkill.h"
 
 namespace kvservice::testing {
 namespace {
@@ -61,6 +65,10 @@ int Main(int argc, const char* const* argv) {
   AddCampaign(&app, &flags, "power_cut", "Cuts the power of the disk", "--cuts", 20'000, [&flags] {
     return RunPowerCuts({.seed = flags.seed, .cuts = flags.count, .ignore_log_syncs = false});
   });
+  AddCampaign(&app, &flags, "bit_flip", "Damages files of closed stores", "--flips", 10'000,
+              [&flags] { return RunBitFlips({.seed = flags.seed, .flips = flags.count}); });
+  AddCampaign(&app, &flags, "sigkill", "Kills server processes under load", "--kills", 2'000,
+              [&flags] { return RunSigkills({.seed = flags.seed, .kills = flags.count}); });
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -217,26 +217,24 @@ void PowerCutFilesystem::Change(const std::string& path, std::function<void(Name
 
 // ---- For tests ----
 
-std::vector<std::string> PowerCutFilesystem::Paths() const {
+std::map<std::string, std::string> PowerCutFilesystem::Files() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<std::string> paths;
-  for (const auto& [path, file] : names_) paths.push_back(path);
-  return paths;
+  std::map<std::string, std::string> files;
+  for (const auto& [path, file] : names_) files[path] = file->bytes;
+  return files;
 }
 
-std::string PowerCutFilesystem::Contents(const std::string& path) const {
+void PowerCutFilesystem::ReplaceAll(const std::map<std::string, std::string>& files) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = names_.find(path);
-  return found == names_.end() ? std::string() : found->second->bytes;
-}
-
-void PowerCutFilesystem::Replace(const std::string& path, std::string contents) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  auto file = std::make_shared<File>();
-  file->synced_bytes = contents.size();
-  file->bytes = std::move(contents);
-  names_[path] = file;
-  durable_names_[path] = std::move(file);
+  names_.clear();
+  changes_.clear();
+  for (const auto& [path, bytes] : files) {
+    auto file = std::make_shared<File>();
+    file->synced_bytes = bytes.size();
+    file->bytes = bytes;
+    names_[path] = std::move(file);
+  }
+  durable_names_ = names_;
 }
 
 // ---- The file system ----

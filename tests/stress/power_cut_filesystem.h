@@ -48,10 +48,10 @@ class PowerCutFilesystem : public rocksdb::FileSystem {
   // The power comes back, to what the disk still has.
   void Reboot();
 
-  // For tests that damage a closed store: all files, and their bytes.
-  std::vector<std::string> Paths() const;
-  std::string Contents(const std::string& path) const;
-  void Replace(const std::string& path, std::string contents);
+  // For tests that damage a closed store: all files with their bytes, and other ones in their
+  // place.
+  std::map<std::string, std::string> Files() const;
+  void ReplaceAll(const std::map<std::string, std::string>& files);
 
   const char* Name() const override { return "PowerCutFilesystem"; }
   rocksdb::IOStatus NewSequentialFile(const std::string& path, const rocksdb::FileOptions& options,
