@@ -12,6 +12,8 @@ namespace {
 
 // What is copied between memory and disk at a time: about a millisecond of the executor.
 constexpr size_t kPieceBytes = size_t{8} << 20;
+// What files may hold beside twice what rows may.
+constexpr uint64_t kFileBytesSlack = uint64_t{256} << 20;
 // For the rows of a sequence beside its slices, in sums that need not be exact.
 constexpr uint64_t kOtherRowBytes = 4096;
 // How often a call may wait for room: others may take it again.
@@ -198,8 +200,12 @@ bool SequenceStore::EvictOne(const SequenceRecord* keep, uint64_t idle_ns) {
 
 absl::Status SequenceStore::CheckDisk(uint64_t more_bytes) const {
   if (!worker_->healthy()) return DiskFailed();
-  if (bytes_used_ + more_bytes > parts_.options->disk_bytes_max) {
-    return DiskFull(bytes_used_, parts_.options->disk_bytes_max);
+  const uint64_t bytes_max = parts_.options->disk_bytes_max;
+  if (bytes_used_ + more_bytes > bytes_max) return DiskFull(bytes_used_, bytes_max);
+  // Dead rows that could not be compacted away.
+  const uint64_t file_bytes_max = 2 * bytes_max + kFileBytesSlack;
+  if (worker_->file_bytes() > file_bytes_max) {
+    return DiskFull(worker_->file_bytes(), file_bytes_max);
   }
   return worker_->HasRoom(std::min<uint64_t>(more_bytes, kPieceBytes)) ? absl::OkStatus()
                                                                        : DiskBusy();

@@ -65,7 +65,7 @@ class DiskTier {
       absl::FunctionRef<void(absl::string_view key, absl::string_view value)> visit) const = 0;
   // Bytes of files, dead rows included.
   virtual uint64_t file_bytes() const = 0;
-  // Gives room of dead rows back; slow.
+  // Gives room of dead rows back, unless there are damaged ones; slow.
   virtual absl::Status Compact() = 0;
   // Everything is on disk, and the next open finds `inventory`. Nothing may follow.
   virtual absl::Status Close(const std::string& inventory) = 0;

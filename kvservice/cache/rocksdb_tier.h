@@ -3,7 +3,8 @@
 // Settings. The log is replayed up to its first damaged record (kTolerateCorruptedTailRecords): the
 // default would hide acknowledged rows behind a flipped bit, the strictest mode refuses to open
 // after every torn write; logs are never recycled. Whole values of 4 KiB and more go to blob files,
-// so that compaction does not copy them. Nothing is compressed: keys and values do not compress.
+// so that compaction does not copy them; dead ones there are collected by Compact alone. Nothing is
+// compressed: keys and values do not compress.
 //
 // Beside the database lies STATE, written by us and replaced atomically: whether the store is open
 // or was closed, how often it was not, and the inventory of its rows. Damage that makes RocksDB
@@ -30,8 +31,6 @@ struct RocksdbTierOptions {
   std::string directory;
   // Memory for rows on their way to files, twice.
   size_t write_buffer_bytes = size_t{32} << 20;
-  // Files may take so much before writing fails; 0 = no such limit.
-  size_t file_bytes_max = 0;
   // Files, clock and threads of the store; borrowed, nullptr = the system's.
   rocksdb::Env* env = nullptr;
 };

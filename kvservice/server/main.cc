@@ -123,16 +123,12 @@ bool Announce(const Server& server, const std::string& ready_file) {
   return true;
 }
 
-// Files of the store may exceed what its rows may take, until they are compacted; and then no more.
-constexpr uint64_t kFileBytesSlack = uint64_t{256} << 20;
-
 absl::StatusOr<std::unique_ptr<DiskTier>> OpenTier(const Config& config) {
   if (config.data_directory.empty()) return nullptr;
   const absl::Status directory = CreatePrivateDirectory(config.data_directory);
   if (!directory.ok()) return directory;
   RocksdbTierOptions options;
   options.directory = config.data_directory;
-  options.file_bytes_max = 2 * config.server.engine.disk_bytes_max + kFileBytesSlack;
   return OpenRocksdbTier(options);
 }
 

@@ -43,7 +43,6 @@ StoredEngine::StoredEngine(const Options& options)
 absl::Status StoredEngine::Start() {
   auto tier = OpenRocksdbTier({.directory = kDirectory,
                                .write_buffer_bytes = options_.write_buffer_bytes,
-                               .file_bytes_max = 0,
                                .env = env_.get()});
   if (!tier.ok()) return tier.status();
   auto engine =
