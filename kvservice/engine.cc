@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "kvservice/cache/rocksdb_tier.h"
 #include "kvservice/call_queue.h"
 #include "kvservice/engine_errors.h"
 #include "kvservice/executor.h"
@@ -358,6 +359,13 @@ class ThreadedEngine : public Engine {
 absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
                                                   std::unique_ptr<Device> device, Clock* clock,
                                                   Random* random, std::unique_ptr<DiskTier> tier) {
+  if (tier == nullptr && !options.data_directory.empty()) {
+    RocksdbTierOptions where;
+    where.directory = options.data_directory;
+    auto opened = OpenRocksdbTier(where);
+    if (!opened.ok()) return opened.status();
+    tier = *std::move(opened);
+  }
   auto pool = BlockPool::New(device.get(), options.pool_bytes);
   if (!pool.ok()) return pool.status();
   const absl::StatusOr<EngineSecrets> secrets = MakeSecrets(options, random);

@@ -109,7 +109,9 @@ struct EngineOptions {
   // Memory for the latest query of each layer of one sequence, which Explain takes when it is given
   // none; 0 = none is kept.
   size_t query_bytes_per_sequence_max = size_t{1} << 20;
-  // Rows of sequences on disk, where there is a disk tier.
+  // Where the disk tier is, a directory for this engine alone; empty = there is none.
+  std::string data_directory;
+  // Rows of sequences on disk.
   uint64_t disk_bytes_max = uint64_t{64} << 30;
   // Told of every violation that an audit finds, in one line, on the executor thread.
   std::function<void(const std::string& violation)> on_audit_violation;
@@ -261,8 +263,9 @@ struct EngineStats {
   uint64_t disk_bytes_used = 0;
   uint64_t disk_bytes_max = 0;
   uint64_t disk_file_bytes = 0;
-  // No write has failed.
+  // No write has failed; and at start nothing was missing for want of a drain.
   bool disk_is_healthy = true;
+  bool disk_was_closed = true;
   AttendStats attend;
   AuditStats audit;
 };
@@ -322,8 +325,10 @@ class Engine {
 };
 
 // The seams are borrowed and outlive the engine. RESOURCE_EXHAUSTED if the pool cannot be reserved,
-// UNAVAILABLE / RANDOM_UNAVAILABLE without random numbers. With a tier its sequences are there from
-// the start, with new leases; DATA_LOSS / STORE_DAMAGED if nobody can say which those are.
+// UNAVAILABLE / RANDOM_UNAVAILABLE without random numbers. `tier`, or one that is opened at
+// options.data_directory, has its sequences there from the start, with new leases; DATA_LOSS /
+// STORE_DAMAGED if nobody can say which those are, else what opening it said
+// (kvservice/cache/rocksdb_tier.h).
 absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
                                                   std::unique_ptr<Device> device, Clock* clock,
                                                   Random* random,

@@ -515,6 +515,20 @@ void Executor::LearnOne() {
 
 void Executor::Attend(absl::Span<AttendCall* const> calls, absl::Span<absl::Status> statuses) {
   attend_batch_.Run(calls, clock_->SteadyNowNs(), statuses);
+  if (store_.enabled()) MakeRoomFor(calls);
+}
+
+// Rows that found the pool full were answered; when they come again others shall have left it.
+void Executor::MakeRoomFor(absl::Span<AttendCall* const> calls) {
+  for (const AttendCall* call : calls) {
+    for (size_t i = 0; i < call->results.size(); ++i) {
+      const absl::Status& status = call->results[i].status;
+      if (status.code() != absl::StatusCode::kResourceExhausted) continue;
+      const SequenceRecord* const record =
+          table_.Find(call->tenant, call->rows[i].id, clock_->SteadyNowNs());
+      if (record != nullptr) store_.MakeRoom(record->tables->shape.block_bytes(), record);
+    }
+  }
 }
 
 void Executor::Audit(std::string_view tenant, const SequenceId& id, const AuditAsk& ask,

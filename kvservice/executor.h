@@ -144,6 +144,7 @@ class Executor {
   // True if `task` runs once others have left the pool, for calls that found it full.
   bool WaitsForRoom(const absl::Status& status, uint32_t attempts, size_t bytes,
                     std::string_view tenant, const SequenceId& id, Task* task);
+  void MakeRoomFor(absl::Span<AttendCall* const> calls);
   // Answers with the sequence, if it is still there, once `status` is known.
   SequenceStore::StatusDone DescribeLater(std::string_view tenant, const SequenceId& id,
                                           Done<SequenceInfo> done);

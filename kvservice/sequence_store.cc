@@ -659,6 +659,8 @@ void SequenceStore::FillStats(EngineStats* stats) const {
   stats->disk_bytes_max = parts_.options->disk_bytes_max;
   stats->disk_file_bytes = worker_->file_bytes();
   stats->disk_is_healthy = worker_->healthy();
+  const ClosedStore& closed = parts_.tier->closed();
+  stats->disk_was_closed = closed.is_clean || closed.crash_count == 0;
 }
 
 }  // namespace kvservice

@@ -4,8 +4,8 @@
 // block would be written once per layer; records of slices are written once, and the open one again
 // with every durable append to it.
 //
-//     header   magic u32, version u32, id [16], layer u32, block u32, token_count u32, reserved u32,
-//              kv_bytes u64, sketch_bytes u64, previous [16]
+//     header   magic u32, version u32, id [16], layer u32, block u32, token_count u32,
+//              reserved u32, kv_bytes u64, sketch_bytes u64, previous [16]
 //     payload  rows [kv_head][token_count][K | V][head_dim], then the sketch of a full slice
 //     footer   checksum [16] of all that is before it
 //

@@ -185,7 +185,7 @@ void AddEngineFlags(CLI::App* app, Config* config) {
 }
 
 void AddDiskFlags(CLI::App* app, Config* config) {
-  app->add_option("--data-dir", config->data_directory,
+  app->add_option("--data-dir", config->server.engine.data_directory,
                   "Directory for suspended, evicted and durable sequences, for this server alone; "
                   "made with mode 0700 (default: none, and nothing survives the process)")
       ->type_name("DIRECTORY");

@@ -33,8 +33,6 @@ struct Config {
   bool keep_queries = true;
   // File that holds the secret of sampled certificates; empty = a fresh secret at every start.
   std::string draw_secret_file;
-  // Where sequences are kept on disk; empty = nowhere.
-  std::string data_directory;
   // The default socket directory is used and must exist before the server listens.
   bool uses_runtime_directory = false;
 };

@@ -19,7 +19,6 @@
 
 #include "absl/synchronization/mutex.h"
 #include "attention/device.h"
-#include "kvservice/cache/rocksdb_tier.h"
 #include "kvservice/engine.h"
 #include "kvservice/server/build_info.h"
 #include "kvservice/server/config.h"
@@ -123,13 +122,17 @@ bool Announce(const Server& server, const std::string& ready_file) {
   return true;
 }
 
-absl::StatusOr<std::unique_ptr<DiskTier>> OpenTier(const Config& config) {
-  if (config.data_directory.empty()) return nullptr;
-  const absl::Status directory = CreatePrivateDirectory(config.data_directory);
-  if (!directory.ok()) return directory;
-  RocksdbTierOptions options;
-  options.directory = config.data_directory;
-  return OpenRocksdbTier(options);
+void TellWhatWasFound(const std::string& directory, const EngineStats& stats,
+                      spdlog::logger* logger) {
+  if (!stats.disk_was_closed) {
+    logger->warn("{} was not closed: what was only in memory is gone", directory);
+  }
+  logger->info("{} has {} sequences in {} MiB", directory, stats.sequences_on_disk,
+               stats.disk_bytes_used >> 20);
+  if (stats.sequences_lost > 0) {
+    logger->error("{} sequences are damaged or gone: they answer DATA_LOSS until they are dropped",
+                  stats.sequences_lost);
+  }
 }
 
 absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
@@ -145,20 +148,9 @@ absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
   options.on_audit_violation = [logger](const std::string& violation) {
     logger->error("audit violation: {}", violation);
   };
-  absl::StatusOr<std::unique_ptr<DiskTier>> tier = OpenTier(config);
-  if (!tier.ok()) return tier.status();
-  if (*tier != nullptr && !(*tier)->closed().is_clean && (*tier)->closed().crash_count > 0) {
-    logger->warn("{} was not closed: what was only in memory is gone", config.data_directory);
-  }
-  absl::StatusOr<std::unique_ptr<Engine>> engine =
-      NewEngine(options, *std::move(device), SystemClock(), SystemRandom(), *std::move(tier));
-  if (!engine.ok() || config.data_directory.empty()) return engine;
-  const EngineStats stats = (*engine)->Stats();
-  logger->info("{} has {} sequences in {} MiB", config.data_directory, stats.sequences_on_disk,
-               stats.disk_bytes_used >> 20);
-  if (stats.sequences_lost > 0) {
-    logger->error("{} sequences are damaged or gone: they answer DATA_LOSS until they are dropped",
-                  stats.sequences_lost);
+  auto engine = NewEngine(options, *std::move(device), SystemClock(), SystemRandom());
+  if (engine.ok() && !options.data_directory.empty()) {
+    TellWhatWasFound(options.data_directory, (*engine)->Stats(), logger);
   }
   return engine;
 }
@@ -166,6 +158,10 @@ absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
 int Serve(const Config& config, spdlog::logger* logger) {
   if (config.uses_runtime_directory) {
     const absl::Status directory = CreatePrivateDirectory(RuntimeDirectory());
+    if (!directory.ok()) return FailConfig(directory);
+  }
+  if (!config.server.engine.data_directory.empty()) {
+    const absl::Status directory = CreatePrivateDirectory(config.server.engine.data_directory);
     if (!directory.ok()) return FailConfig(directory);
   }
   std::optional<DrawSecret> draw_secret;

@@ -178,6 +178,10 @@ void ClosedStoreOfWords::CheckOne(const Stored& stored, const std::string& damag
   const auto lost = [&](const absl::Status& status) {
     if (status.code() == absl::StatusCode::kDataLoss) {
       ++result_->checked["sequences_lost_aloud"];
+      const std::string stranger = stored.tenant == "even" ? "odd" : "even";
+      if (engine_->Get(stored.handle, stranger).status().code() != absl::StatusCode::kNotFound) {
+        tell("another tenant hears of the loss");
+      }
       return true;
     }
     if (DetailsOf(status).reason == "DISK_FAILED") {

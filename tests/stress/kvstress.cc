@@ -2,6 +2,7 @@
 //
 //   kvstress power_cut --cuts=20000 --seed=1 [--row=FILE]
 //   kvstress bit_flip --flips=10000 --seed=1 [--row=FILE]
+//   kvstress restart --gib=10
 //   kvstress sigkill --kills=2000 --seed=1 [--row=FILE]     (runs $KVSERVICE_BIN_DIR/kvservice)
 //
 // Exit status: 0 nothing was wrong, 1 something was, 2 wrong usage. --row writes what happened as a
@@ -19,6 +20,7 @@
 #include "tests/stress/bit_flip.h"
 #include "tests/stress/campaign.h"
 #include "tests/stress/power_cut.h"
+#include "tests/stress/restart.h"
 #include "tests/stress/sigkill.h"
 
 namespace kvservice::testing {
@@ -69,6 +71,8 @@ int Main(int argc, const char* const* argv) {
               [&flags] { return RunBitFlips({.seed = flags.seed, .flips = flags.count}); });
   AddCampaign(&app, &flags, "sigkill", "Kills server processes under load", "--kills", 2'000,
               [&flags] { return RunSigkills({.seed = flags.seed, .kills = flags.count}); });
+  AddCampaign(&app, &flags, "restart", "Starts an engine on a large store", "--gib", 10,
+              [&flags] { return RunRestart({.seed = flags.seed, .gib = flags.count}); });
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -40,10 +40,14 @@ StoredEngine::StoredEngine(const Options& options)
       filesystem_(std::make_shared<PowerCutFilesystem>(options.filesystem)),
       env_(std::make_unique<ImpatientEnv>(filesystem_)) {}
 
+absl::StatusOr<std::unique_ptr<DiskTier>> StoredEngine::OpenTier() const {
+  return OpenRocksdbTier({.directory = kDirectory,
+                          .write_buffer_bytes = options_.write_buffer_bytes,
+                          .env = env_.get()});
+}
+
 absl::Status StoredEngine::Start() {
-  auto tier = OpenRocksdbTier({.directory = kDirectory,
-                               .write_buffer_bytes = options_.write_buffer_bytes,
-                               .env = env_.get()});
+  auto tier = OpenTier();
   if (!tier.ok()) return tier.status();
   auto engine =
       std::make_unique<TestEngine>(options_.engine, options_.layer_count, nullptr, *std::move(tier),

@@ -29,6 +29,8 @@ class StoredEngine {
 
   // Opens the store and starts an engine on it; the small model is registered.
   absl::Status Start();
+  // The store alone, while no engine runs, for tests that change rows.
+  absl::StatusOr<std::unique_ptr<DiskTier>> OpenTier() const;
   // As a server that is told to end does.
   void Stop();
   // The power goes now, and comes back.

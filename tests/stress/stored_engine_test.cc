@@ -2,10 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <map>
 #include <string>
 #include <vector>
 
 #include "kvservice/error.h"
+#include "kvservice/stored_rows.h"
 #include "tests/stress/stored_engine.h"
 
 namespace kvservice::testing {
@@ -46,6 +48,22 @@ class StoredEngineTest : public ::testing::Test {
     EXPECT_EQ(info->length_max, words.size());
     EXPECT_EQ(CompareStored(engine_.operator->(), *info, {info->length, info->length}, words), "");
     return {.id = handle.id, .generation = info->generation};
+  }
+
+  // Rows of the closed store; and other ones in their place.
+  std::map<std::string, std::string> Rows(const std::vector<std::string>& keys) {
+    std::map<std::string, std::string> rows;
+    const auto tier = *engine_.OpenTier();
+    for (const std::string& key : keys) rows[key] = *tier->Read(key);
+    EXPECT_TRUE(tier->Close(tier->closed().inventory).ok());
+    return rows;
+  }
+  void PutRows(const std::map<std::string, std::string>& rows) {
+    const auto tier = *engine_.OpenTier();
+    TierBatch batch;
+    batch.puts.assign(rows.begin(), rows.end());
+    EXPECT_TRUE(tier->Commit({&batch, 1}, true).ok());
+    EXPECT_TRUE(tier->Close(tier->closed().inventory).ok());
   }
 
   StoredEngine engine_{StoredEngine::Options{}};
@@ -282,6 +300,49 @@ TEST_F(StoredEngineTest, AnExpiredSequenceLeavesTheDiskToo) {
   EXPECT_EQ(engine_->get()->Stats().disk_bytes_used, 0);
   Restart();
   EXPECT_EQ(ErrorLine(engine_->Get(handle).status()), "NOT_FOUND SEQUENCE_NOT_FOUND");
+}
+
+// A whole record of the right place that follows the right one, of an earlier time.
+TEST_F(StoredEngineTest, ASliceOfAnotherTimeIsALoss) {
+  const Handle handle = engine_->NewSequence();
+  FillDurably(handle, 0, Counting(0, 70));
+  engine_.Stop();
+  const auto earlier = Rows({SliceKey(handle.id, 0, 1)});
+  ASSERT_TRUE(engine_.Start().ok());
+  const auto cut = engine_->Truncate(handle, 64);
+  ASSERT_TRUE(cut.ok()) << cut.status();
+  const Handle now = {.id = handle.id, .generation = cut->generation};
+  FillDurably(now, 64, Counting(5000, 6));
+  engine_.Stop();
+  PutRows(earlier);
+  ASSERT_TRUE(engine_.Start().ok());
+  EXPECT_EQ(ErrorLine(engine_->Append(now, 0, 0, Counting(0, 64)).status()),
+            "DATA_LOSS SEQUENCE_LOST");
+  EXPECT_EQ(ErrorLine(engine_->Get(now).status()), "DATA_LOSS SEQUENCE_LOST");
+  EXPECT_EQ(ErrorLine(engine_->Get(now, "stranger").status()), "NOT_FOUND SEQUENCE_NOT_FOUND");
+  // It stays known until it is dropped.
+  Crash();
+  EXPECT_EQ(ErrorLine(engine_->Get(now).status()), "DATA_LOSS SEQUENCE_LOST");
+  EXPECT_TRUE(engine_->Drop(now).ok());
+  EXPECT_EQ(ErrorLine(engine_->Get(now).status()), "NOT_FOUND SEQUENCE_NOT_FOUND");
+  Crash();
+  EXPECT_EQ(ErrorLine(engine_->Get(now).status()), "NOT_FOUND SEQUENCE_NOT_FOUND");
+}
+
+// Everything of a sequence fits, and is of an earlier time.
+TEST_F(StoredEngineTest, ASequenceOfAnotherTimeIsALoss) {
+  const Handle handle = engine_->NewSequence();
+  FillDurably(handle, 0, Counting(0, 10));
+  engine_.Stop();
+  const auto earlier =
+      Rows({StateKey(handle.id), SliceKey(handle.id, 0, 0), SliceKey(handle.id, 1, 0)});
+  ASSERT_TRUE(engine_.Start().ok());
+  FillDurably(handle, 10, Counting(10, 10));
+  engine_.Stop();
+  PutRows(earlier);
+  ASSERT_TRUE(engine_.Start().ok());
+  EXPECT_EQ(ErrorLine(engine_->Get(handle).status()), "DATA_LOSS SEQUENCE_LOST");
+  EXPECT_EQ(engine_->get()->Stats().sequences_lost, 1);
 }
 
 TEST_F(StoredEngineTest, AFailedDiskStopsWritingAndNothingElse) {
