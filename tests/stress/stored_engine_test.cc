@@ -262,6 +262,23 @@ TEST_F(StoredEngineTest, AFullPoolMakesRoomForWhatIsUsed) {
   }
 }
 
+TEST_F(StoredEngineTest, AnAttendThatFoundThePoolFullSucceedsWhenItComesAgain) {
+  const Handle idle = engine_->NewSequence();
+  engine_->Fill(idle, 0, Counting(0, 63 * 64));
+  engine_->clock.AdvanceMs(1000);
+  const Handle busy = engine_->NewSequence();
+  engine_->Fill(busy, 0, Counting(0, 64));
+  const auto attend = [&] {
+    AttendStep step(engine_->model(), 0);
+    step.Add(busy, 64, {64});
+    EXPECT_TRUE(step.Run(engine_->get()).ok());
+    return ErrorLine(step.result(0).status);
+  };
+  EXPECT_EQ(attend(), "RESOURCE_EXHAUSTED POOL_FULL");
+  EXPECT_TRUE(Eventually([&] { return attend() == "OK"; }));
+  EXPECT_EQ(engine_->Get(idle)->tier, SequenceTier::kDisk);
+}
+
 TEST_F(StoredEngineTest, WithoutRoomOnDiskAFullPoolIsAnErrorAndChangesNothing) {
   StoredEngine::Options options;
   options.engine.disk_bytes_max = 100'000;
@@ -320,8 +337,8 @@ TEST_F(StoredEngineTest, ASliceOfAnotherTimeIsALoss) {
             "DATA_LOSS SEQUENCE_LOST");
   EXPECT_EQ(ErrorLine(engine_->Get(now).status()), "DATA_LOSS SEQUENCE_LOST");
   EXPECT_EQ(ErrorLine(engine_->Get(now, "stranger").status()), "NOT_FOUND SEQUENCE_NOT_FOUND");
-  // It stays known until it is dropped.
-  Crash();
+  // A stop keeps it in mind, until it is dropped.
+  Restart();
   EXPECT_EQ(ErrorLine(engine_->Get(now).status()), "DATA_LOSS SEQUENCE_LOST");
   EXPECT_TRUE(engine_->Drop(now).ok());
   EXPECT_EQ(ErrorLine(engine_->Get(now).status()), "NOT_FOUND SEQUENCE_NOT_FOUND");
