@@ -92,8 +92,8 @@ void PutSample(const QuerySample& sample, const AppendCut& cut, uint64_t begin, 
 
 }  // namespace
 
-AppendWriter::AppendWriter(Core* core, std::string id, uint64_t generation)
-    : core_(core), id_(std::move(id)), generation_(generation) {
+AppendWriter::AppendWriter(Core* core, std::string id, uint64_t generation, Durability durability)
+    : core_(core), id_(std::move(id)), generation_(generation), durability_(durability) {
   if (core_ == nullptr) status_ = InvalidRequest("sequence", "is closed or detached");
 }
 
@@ -136,6 +136,7 @@ absl::Status AppendWriter::WriteParts(uint32_t layer, uint32_t position, const T
   AppendPart part;
   *part.request.mutable_handle() = MakeHandle(id_, generation_);
   part.request.set_layer(layer);
+  if (durability_ == Durability::kDurable) part.request.set_durability(v1::DURABILITY_DURABLE);
   uint32_t count = 0;
   for (uint32_t begin = 0; begin < k.token_count; begin += count) {
     uint64_t end =
@@ -171,6 +172,7 @@ absl::Status AppendWriter::FinishStream() {
   if (!status_.ok()) return status_;
   receipt_.length_tokens = response.sequence().length_tokens();
   receipt_.length_max_tokens = response.sequence().length_max_tokens();
+  receipt_.durable_tokens = response.sequence().durable_tokens();
   receipt_.message_count += response.message_count();
   receipt_.duplicate_count += response.duplicate_count();
   return status_;

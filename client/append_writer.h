@@ -21,6 +21,12 @@ class AppendStream;
 struct AppendCut;
 struct Core;
 
+// What an append is worth when it is acknowledged.
+enum class Durability : uint8_t {
+  kMemory,   // It may be gone after a crash.
+  kDurable,  // It is on the server's disk, synced, with all tokens of its layer before it.
+};
+
 // What the server has applied of a writer's messages.
 struct Receipt {
   // Tokens that every layer has, and tokens of the longest layer.
@@ -31,6 +37,8 @@ struct Receipt {
   uint64_t duplicate_count = 0;
   // How the latest of them travelled: kLane or kStream.
   Transport transport = Transport::kStream;
+  // Tokens that every layer has on disk.
+  uint32_t durable_tokens = 0;
 };
 
 // Some queries of the tokens that are written.
@@ -54,7 +62,7 @@ struct QuerySample {
 // (LaneOptions::calls_max), all writers together at most half of them.
 class AppendWriter {
  public:
-  AppendWriter(Core* core, std::string id, uint64_t generation);
+  AppendWriter(Core* core, std::string id, uint64_t generation, Durability durability);
   ~AppendWriter();
   AppendWriter(AppendWriter&&) noexcept;
   AppendWriter& operator=(AppendWriter&&) noexcept;
@@ -81,6 +89,7 @@ class AppendWriter {
   Core* core_;
   std::string id_;
   uint64_t generation_;
+  Durability durability_;
   std::unique_ptr<AppendStream> stream_;
   std::chrono::steady_clock::time_point opened_;
   // Messages of the present stream.

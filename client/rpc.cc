@@ -254,6 +254,15 @@ class GrpcRpc final : public Rpc {
     return Call(sequences_.get(), &v1::SequenceService::Stub::Get, request, response,
                 deadlines_.data, Repeat::kAlways);
   }
+  // A disk may take longer than memory.
+  absl::Status Suspend(const v1::SuspendRequest& request, v1::SuspendResponse* response) override {
+    return Call(sequences_.get(), &v1::SequenceService::Stub::Suspend, request, response,
+                deadlines_.admin, Repeat::kAlways);
+  }
+  absl::Status Resume(const v1::ResumeRequest& request, v1::ResumeResponse* response) override {
+    return Call(sequences_.get(), &v1::SequenceService::Stub::Resume, request, response,
+                deadlines_.admin, Repeat::kIfRefused);
+  }
   absl::Status Attend(const PayloadMessage& request, steady_clock::time_point deadline,
                       v1::AttendResponse* response) override {
     return Repeated(Until(deadline), Repeat::kAlways,

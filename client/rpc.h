@@ -57,6 +57,9 @@ class Rpc {
   virtual absl::Status Truncate(const v1::TruncateRequest& request,
                                 v1::TruncateResponse* response) = 0;
   virtual absl::Status Get(const v1::GetRequest& request, v1::GetResponse* response) = 0;
+  virtual absl::Status Suspend(const v1::SuspendRequest& request,
+                               v1::SuspendResponse* response) = 0;
+  virtual absl::Status Resume(const v1::ResumeRequest& request, v1::ResumeResponse* response) = 0;
   // `request` is an AttendRequest.
   virtual absl::Status Attend(const PayloadMessage& request,
                               std::chrono::steady_clock::time_point deadline,

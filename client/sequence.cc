@@ -39,7 +39,9 @@ Sequence& Sequence::operator=(Sequence&& other) noexcept {
   return *this;
 }
 
-AppendWriter Sequence::Append() const { return {core_, id_, generation_}; }
+AppendWriter Sequence::Append(Durability durability) const {
+  return {core_, id_, generation_, durability};
+}
 
 absl::StatusOr<AttendRowResult> Sequence::Attend(const AttendQuery& query) const {
   if (core_ == nullptr) return Gone();
@@ -86,6 +88,38 @@ absl::Status Sequence::Truncate(uint32_t length_tokens) {
   if (status.ok()) status = CheckSequence(response.sequence(), id_);
   if (status.ok()) generation_ = response.sequence().handle().generation();
   return status;
+}
+
+absl::Status Sequence::Suspend() const {
+  if (core_ == nullptr) return Gone();
+  v1::SuspendRequest request;
+  *request.mutable_handle() = MakeHandle(id_, generation_);
+  v1::SuspendResponse response;
+  const absl::Status status = core_->rpc->Suspend(request, &response);
+  return status.ok() ? CheckSequence(response.sequence(), id_) : status;
+}
+
+absl::Status Sequence::Resume() {
+  if (core_ == nullptr) return Gone();
+  v1::ResumeRequest request;
+  *request.mutable_handle() = MakeHandle(id_, generation_);
+  v1::ResumeResponse response;
+  absl::Status status = core_->rpc->Resume(request, &response);
+  if (status.ok()) status = CheckSequence(response.sequence(), id_);
+  if (status.ok()) generation_ = response.sequence().handle().generation();
+  return status;
+}
+
+absl::StatusOr<SequenceInfo> Sequence::Refresh() {
+  if (core_ == nullptr) return Gone();
+  v1::GetRequest request;
+  *request.mutable_handle() = MakeHandle(id_, generation_);
+  v1::GetResponse response;
+  absl::Status status = core_->rpc->Get(request, &response);
+  if (status.ok()) status = CheckSequence(response.sequence(), id_);
+  if (!status.ok()) return status;
+  generation_ = response.sequence().handle().generation();
+  return InfoFromProto(response.sequence());
 }
 
 absl::StatusOr<SequenceInfo> Sequence::Describe() const {

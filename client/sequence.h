@@ -25,6 +25,11 @@ struct SequenceInfo {
   uint32_t length_max_tokens = 0;
   uint32_t block_count = 0;
   uint64_t bytes = 0;
+  // Its keys and values are on disk and not in memory; and stay there until Resume.
+  bool is_on_disk = false;
+  bool is_suspended = false;
+  // Tokens that every layer has on disk.
+  uint32_t durable_tokens = 0;
   std::chrono::milliseconds lease_remaining{0};
   // Certificates so far, those with a deterministic or exact statement, and their largest bound.
   uint64_t certificates = 0;
@@ -55,7 +60,8 @@ class Sequence {
   // Version of the contents; Truncate raises it.
   uint64_t generation() const { return generation_; }
 
-  AppendWriter Append() const;
+  // With kDurable, what Commit has acknowledged is on disk.
+  AppendWriter Append(Durability durability = Durability::kMemory) const;
 
   // Appends k and v, if given, and attends. Safe to repeat. The row's error is the call's.
   absl::StatusOr<AttendRowResult> Attend(const AttendQuery& query) const;
@@ -65,6 +71,16 @@ class Sequence {
 
   // Forgets the newest tokens. This object moves on to the new generation.
   absl::Status Truncate(uint32_t length_tokens);
+
+  // Out of the server's memory, onto its disk; then it can only be described, resumed and closed.
+  // FAILED_PRECONDITION / NO_DISK_TIER if it has none.
+  absl::Status Suspend() const;
+  // Back into memory. This object moves on to the new generation.
+  absl::Status Resume();
+
+  // A server that was restarted may have fewer tokens than this object knew, at another generation:
+  // moves on to that, and tells what there is. Append goes on from there.
+  absl::StatusOr<SequenceInfo> Refresh();
 
   absl::StatusOr<SequenceInfo> Describe() const;
 

@@ -144,7 +144,7 @@ absl::Status AttendBatch::PrepareRow(uint64_t now_ns, Row* row) {
   const AttendCallRow& asked = row->call->rows[row->index];
   const std::string field = absl::StrCat("rows[", row->index, "].");
   SequenceRecord* record = row->record;
-  if (record == nullptr) return SequenceNotFound();
+  if (record == nullptr) return parts_.table->WhyAbsent(row->call->tenant, asked.id, now_ns);
   if (record->generation != asked.generation) {
     return GenerationMismatch(field + "handle.generation", asked.generation, record->generation);
   }

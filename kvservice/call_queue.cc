@@ -44,6 +44,28 @@ absl::Status CallQueue::PushControl(Task* task) { return Push(&controls_, task);
 
 absl::Status CallQueue::PushAppend(Task* task) { return Push(&appends_, task); }
 
+void CallQueue::PushAnswer(absl::AnyInvocable<void()> answer) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    answers_.push_back(std::move(answer));
+    Signal();
+  }
+  changed_.notify_one();
+}
+
+void CallQueue::TakeFirstAnswer(Work* work) {
+  work->task = [answer = std::move(answers_.front())](const absl::Status&) mutable { answer(); };
+  answers_.pop_front();
+  Signal();
+}
+
+void CallQueue::TakeAnswer(Work* work) {
+  work->attends.clear();
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [this] { return !answers_.empty(); });
+  TakeFirstAnswer(work);
+}
+
 void CallQueue::TakeAttends(std::vector<AttendCall*>* taken) {
   const uint32_t layer = attends_.front()->layer;
   size_t row_count = 0;
@@ -70,8 +92,13 @@ bool CallQueue::Take(std::chrono::milliseconds timeout, Work* work) {
   while (timeout.count() > 0 && signal_.load(std::memory_order_acquire) == 0 && spin_.Wait()) {
   }
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait_for(lock, timeout, [this] { return closed_ || waiting() > 0; });
+  changed_.wait_for(lock, timeout,
+                    [this] { return closed_ || waiting() > 0 || !answers_.empty(); });
   if (waiting() > 0) spin_.Open();
+  if (!answers_.empty()) {
+    TakeFirstAnswer(work);
+    return true;
+  }
   const bool others_wait = !controls_.empty() || !appends_.empty();
   if (!attends_.empty() && !(others_wait && attend_streak_ >= kAttendStreakMax)) {
     ++attend_streak_;

@@ -5,6 +5,9 @@
 // keep their order among themselves). So that a steady stream of Attend calls cannot starve the
 // others, one waiting call of the other kinds runs after every kAttendStreakMax batches.
 //
+// Answers of the engine's own threads go before all of these and are not counted: there are never
+// more of them than were asked for.
+//
 // Thread-safe: any thread pushes, one thread takes.
 
 #ifndef KVSERVICE_KVSERVICE_CALL_QUEUE_H_
@@ -49,9 +52,13 @@ class CallQueue {
   // Takes the task over only if OK is returned.
   absl::Status PushControl(Task* task);
   absl::Status PushAppend(Task* task);
+  // Always taken, closed or not.
+  void PushAnswer(absl::AnyInvocable<void()> answer);
 
   // Waits for work, at most until the timeout. False when the queue is closed and empty.
   bool Take(std::chrono::milliseconds timeout, Work* work);
+  // Waits for the next answer, whatever else waits.
+  void TakeAnswer(Work* work);
   // Refuses new calls; what waits is still taken.
   void Close();
   bool closed() const;
@@ -69,7 +76,10 @@ class CallQueue {
   // These need mutex_ held.
   absl::Status Admit();
   size_t waiting() const { return attends_.size() + controls_.size() + appends_.size(); }
-  void Signal() { signal_.store(waiting() + (closed_ ? 1 : 0), std::memory_order_release); }
+  void Signal() {
+    signal_.store(waiting() + answers_.size() + (closed_ ? 1 : 0), std::memory_order_release);
+  }
+  void TakeFirstAnswer(Work* work);
   void TakeAttends(std::vector<AttendCall*>* taken);
 
   const uint32_t calls_max_;
@@ -85,6 +95,7 @@ class CallQueue {
   std::deque<AttendCall*> attends_;
   std::deque<Task> controls_;
   std::deque<Task> appends_;
+  std::deque<absl::AnyInvocable<void()>> answers_;
   uint32_t attend_streak_ = 0;
   bool closed_ = false;
   uint64_t total_ = 0;

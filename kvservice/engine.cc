@@ -1,13 +1,16 @@
 #include "kvservice/engine.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <chrono>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "kvservice/cache/rocksdb_tier.h"
 #include "kvservice/call_queue.h"
 #include "kvservice/engine_errors.h"
 #include "kvservice/executor.h"
@@ -42,17 +45,24 @@ class ThreadedEngine : public Engine {
  public:
   ThreadedEngine(const EngineOptions& options, const EngineSecrets& secrets,
                  std::unique_ptr<Device> device, std::unique_ptr<BlockPool> pool, Clock* clock,
-                 Random* random)
+                 Random* random, std::unique_ptr<DiskTier> tier)
       : device_name_(device->name()),
         registry_(options.models_max, pool->bytes()),
         queue_(options.queue_calls_max, options.rows_max, clock, options.spin_us),
-        executor_(options, secrets, std::move(device), std::move(pool), clock, random, &registry_) {
-    executor_.FillStats(&stats_);
-    thread_ = std::thread([this] { RunExecutor(); });
-  }
+        executor_(options, secrets, std::move(device), std::move(pool), clock, random, &registry_,
+                  std::move(tier),
+                  [this](DiskWorker::Answer answer) { queue_.PushAnswer(std::move(answer)); }) {}
   ~ThreadedEngine() override { Stop(); }
   ThreadedEngine(const ThreadedEngine&) = delete;
   ThreadedEngine& operator=(const ThreadedEngine&) = delete;
+
+  absl::Status Start() {
+    const absl::Status status = executor_.Recover();
+    if (!status.ok()) return status;
+    executor_.FillStats(&stats_);
+    thread_ = std::thread([this] { RunExecutor(); });
+    return absl::OkStatus();
+  }
 
   absl::StatusOr<uint64_t> RegisterModel(ModelSpec spec) override {
     if (queue_.closed()) return Draining();
@@ -73,17 +83,40 @@ class ThreadedEngine : public Engine {
   }
   void Fork(std::string_view tenant, SequenceId id, uint64_t generation, uint32_t length,
             uint32_t lease_ms, Done<SequenceInfo> done) override {
-    Control<SequenceInfo>(std::move(done),
-                          [this, owner = std::string(tenant), id, generation, length, lease_ms] {
-                            return executor_.Fork(owner, id, generation, length, lease_ms);
-                          });
+    Executor::ForkAsk ask;
+    ask.tenant = std::string(tenant);
+    ask.id = id;
+    ask.generation = generation;
+    ask.length = length;
+    ask.lease_ms = lease_ms;
+    ControlThere<SequenceInfo>(Need::kInMemory, tenant, id, std::move(done),
+                               [this, ask](const std::string&, Done<SequenceInfo> answer) {
+                                 executor_.Fork(ask, std::move(answer));
+                               });
   }
   void Truncate(std::string_view tenant, SequenceId id, uint64_t generation, uint32_t length,
                 Done<SequenceInfo> done) override {
-    Control<SequenceInfo>(std::move(done),
-                          [this, owner = std::string(tenant), id, generation, length] {
-                            return executor_.Truncate(owner, id, generation, length);
-                          });
+    ControlThere<SequenceInfo>(
+        Need::kInMemory, tenant, id, std::move(done),
+        [this, id, generation, length](const std::string& owner, Done<SequenceInfo> answer) {
+          executor_.Truncate(owner, id, generation, length, std::move(answer));
+        });
+  }
+  void Suspend(std::string_view tenant, SequenceId id, uint64_t generation,
+               Done<SequenceInfo> done) override {
+    ControlThere<SequenceInfo>(
+        Need::kSettled, tenant, id, std::move(done),
+        [this, id, generation](const std::string& owner, Done<SequenceInfo> answer) {
+          executor_.Suspend(owner, id, generation, std::move(answer));
+        });
+  }
+  void Resume(std::string_view tenant, SequenceId id, uint64_t generation,
+              Done<SequenceInfo> done) override {
+    ControlThere<SequenceInfo>(
+        Need::kSettled, tenant, id, std::move(done),
+        [this, id, generation](const std::string& owner, Done<SequenceInfo> answer) {
+          executor_.Resume(owner, id, generation, std::move(answer));
+        });
   }
   void Get(std::string_view tenant, SequenceId id, Done<SequenceInfo> done) override {
     Control<SequenceInfo>(std::move(done), [this, owner = std::string(tenant), id] {
@@ -91,9 +124,10 @@ class ThreadedEngine : public Engine {
     });
   }
   void Drop(std::string_view tenant, SequenceId id, Done<SequenceInfo> done) override {
-    Control<SequenceInfo>(std::move(done), [this, owner = std::string(tenant), id] {
-      return executor_.Drop(owner, id);
-    });
+    ControlThere<SequenceInfo>(Need::kSettled, tenant, id, std::move(done),
+                               [this, id](const std::string& owner, Done<SequenceInfo> answer) {
+                                 executor_.Drop(owner, id, std::move(answer));
+                               });
   }
   void RenewLease(std::string_view tenant, SequenceId id, uint64_t generation, uint32_t lease_ms,
                   Done<SequenceInfo> done) override {
@@ -112,8 +146,13 @@ class ThreadedEngine : public Engine {
   }
 
   void Append(AppendCall call, Done<AppendResult> done) override {
-    Task task = MakeTask<AppendResult>(
-        std::move(done), [this, asked = std::move(call)] { return executor_.Append(asked); });
+    const std::string tenant = call.tenant;
+    const SequenceId id = call.id;
+    Task task = MakeTaskThere<AppendResult>(
+        Need::kInMemory, tenant, id, std::move(done),
+        [this, asked = std::move(call)](const std::string&, Done<AppendResult> answer) mutable {
+          executor_.Append(std::move(asked), std::move(answer));
+        });
     const absl::Status status = queue_.PushAppend(&task);
     if (!status.ok()) task(status);
   }
@@ -125,21 +164,19 @@ class ThreadedEngine : public Engine {
   // A piece of background work answers, unless it can be answered at once.
   void Audit(std::string_view tenant, SequenceId id, AuditAsk ask,
              Done<AuditReport> done) override {
-    Task task = [this, owner = std::string(tenant), id, ask,
-                 done = std::move(done)](const absl::Status& admission) mutable {
-      if (!admission.ok()) return done(admission);
-      executor_.Audit(owner, id, ask, std::move(done));
-    };
-    const absl::Status status = queue_.PushControl(&task);
-    if (!status.ok()) task(status);
+    ControlThere<AuditReport>(Need::kInMemory, tenant, id, std::move(done),
+                              [this, id, ask](const std::string& owner, Done<AuditReport> answer) {
+                                executor_.Audit(owner, id, ask, std::move(answer));
+                              });
   }
 
   void Explain(std::string_view tenant, SequenceId id, ExplainAsk ask,
                Done<ExplainReport> done) override {
-    Control<ExplainReport>(std::move(done),
-                           [this, owner = std::string(tenant), id, asked = std::move(ask)] {
-                             return executor_.Explain(owner, id, asked);
-                           });
+    ControlThere<ExplainReport>(
+        Need::kInMemory, tenant, id, std::move(done),
+        [this, id, asked = std::move(ask)](const std::string& owner, Done<ExplainReport> answer) {
+          answer(executor_.Explain(owner, id, asked));
+        });
   }
 
   EngineStats Stats() const override {
@@ -159,6 +196,8 @@ class ThreadedEngine : public Engine {
   void Drain() override { Stop(); }
 
  private:
+  using Need = SequenceStore::Need;
+
   // A task that runs `work` and publishes the numbers before anybody hears of the result.
   template <typename T, typename Function>
   Task MakeTask(Done<T> done, Function work) {
@@ -176,6 +215,34 @@ class ThreadedEngine : public Engine {
   template <typename T, typename Function>
   void Control(Done<T> done, Function work) {
     Task task = MakeTask<T>(std::move(done), std::move(work));
+    const absl::Status status = queue_.PushControl(&task);
+    if (!status.ok()) task(status);
+  }
+
+  // A task that runs `work` once the sequence is where it is needed. `work` is given the tenant and
+  // how to answer, then or later.
+  template <typename T, typename Function>
+  Task MakeTaskThere(Need need, std::string_view tenant, SequenceId id, Done<T> done,
+                     Function work) {
+    return [this, need, owner = std::string(tenant), id, done = std::move(done),
+            work = std::move(work)](const absl::Status& admission) mutable {
+      if (!admission.ok()) return done(admission);
+      Task run = [this, owner, done = std::move(done),
+                  work = std::move(work)](const absl::Status& arrived) mutable {
+        if (!arrived.ok()) return done(arrived);
+        work(owner, [this, done = std::move(done)](absl::StatusOr<T> result) mutable {
+          PublishStats();
+          done(std::move(result));
+        });
+      };
+      executor_.WhenThere(need, owner, id, std::move(run));
+    };
+  }
+
+  template <typename T, typename Function>
+  void ControlThere(Need need, std::string_view tenant, SequenceId id, Done<T> done,
+                    Function work) {
+    Task task = MakeTaskThere<T>(need, tenant, id, std::move(done), std::move(work));
     const absl::Status status = queue_.PushControl(&task);
     if (!status.ok()) task(status);
   }
@@ -209,9 +276,45 @@ class ThreadedEngine : public Engine {
       }
     }
     executor_.StopBackground(Draining());
+    FinishAnswers(&work);
+    executor_.BeginDrain();
+    FinishAnswers(&work);
+    // Whoever opens the store next sees how it was left.
+    executor_.CloseStore().IgnoreError();
+  }
+
+  void FinishAnswers(Work* work) {
+    while (executor_.HasOutstanding()) {
+      queue_.TakeAnswer(work);
+      work->task(absl::OkStatus());
+      work->task = nullptr;
+    }
+  }
+
+  // A call that names a sequence on disk waits for it, and the others go on.
+  void ParkAttend(AttendCall* call, const SequenceId& id) {
+    executor_.Park(id, [this, call](absl::Status admission) {
+      if (!admission.ok()) return FinishAttend(call, std::move(admission));
+      const std::optional<SequenceId> next = executor_.MustWait(*call, true);
+      if (next.has_value()) return ParkAttend(call, *next);
+      Work alone;
+      alone.attends.push_back(call);
+      RunOnDevice(&alone);
+    });
   }
 
   void RunAttends(Work* work) {
+    const auto parks = [this](AttendCall* call) {
+      const std::optional<SequenceId> id = executor_.MustWait(*call, false);
+      if (id.has_value()) ParkAttend(call, *id);
+      return id.has_value();
+    };
+    std::vector<AttendCall*>* const calls = &work->attends;
+    calls->erase(std::remove_if(calls->begin(), calls->end(), parks), calls->end());
+    if (!calls->empty()) RunOnDevice(work);
+  }
+
+  void RunOnDevice(Work* work) {
     statuses_.assign(work->attends.size(), absl::OkStatus());
     executor_.Attend(work->attends, absl::MakeSpan(statuses_));
     PublishStats();
@@ -255,13 +358,23 @@ class ThreadedEngine : public Engine {
 
 absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
                                                   std::unique_ptr<Device> device, Clock* clock,
-                                                  Random* random) {
+                                                  Random* random, std::unique_ptr<DiskTier> tier) {
+  if (tier == nullptr && !options.data_directory.empty()) {
+    RocksdbTierOptions where;
+    where.directory = options.data_directory;
+    auto opened = OpenRocksdbTier(where);
+    if (!opened.ok()) return opened.status();
+    tier = *std::move(opened);
+  }
   auto pool = BlockPool::New(device.get(), options.pool_bytes);
   if (!pool.ok()) return pool.status();
   const absl::StatusOr<EngineSecrets> secrets = MakeSecrets(options, random);
   if (!secrets.ok()) return secrets.status();
-  return std::make_unique<ThreadedEngine>(options, *secrets, std::move(device), *std::move(pool),
-                                          clock, random);
+  auto engine = std::make_unique<ThreadedEngine>(options, *secrets, std::move(device),
+                                                 *std::move(pool), clock, random, std::move(tier));
+  const absl::Status started = engine->Start();
+  if (!started.ok()) return started;
+  return engine;
 }
 
 }  // namespace kvservice

@@ -13,6 +13,13 @@
 // caller sends without waiting for answers is kept per kind, for Attend per layer, not across kinds
 // or layers.
 //
+// Disk. With a disk tier, sequences that were suspended, evicted or appended to durably have rows
+// there. A call that names one that is on disk, and not suspended, brings it back and waits for it,
+// while others go on; when the pool is full the least recently used ones make room. What was
+// acknowledged as durable, a truncate, a suspend and a drop of what is on disk included, survives a
+// crash. A drain stores everything that there is room for. A sequence that the disk lost or damaged
+// answers DATA_LOSS / SEQUENCE_LOST to its owner until it is dropped.
+//
 // Leases. Every call that names a sequence (List does not) starts its lease anew.
 //
 // Errors are absl::Status made by kvservice/error.h: reason and field are part of the contract.
@@ -40,6 +47,7 @@
 #include "attention/device.h"
 #include "kvservice/attend_stats.h"
 #include "kvservice/audit_report.h"
+#include "kvservice/cache/disk_tier.h"
 #include "kvservice/clock.h"
 #include "kvservice/deferred_report.h"
 #include "kvservice/draw_keys.h"
@@ -101,9 +109,15 @@ struct EngineOptions {
   // Memory for the latest query of each layer of one sequence, which Explain takes when it is given
   // none; 0 = none is kept.
   size_t query_bytes_per_sequence_max = size_t{1} << 20;
+  // Where the disk tier is, a directory for this engine alone; empty = there is none.
+  std::string data_directory;
+  // Rows of sequences on disk.
+  uint64_t disk_bytes_max = uint64_t{64} << 30;
   // Told of every violation that an audit finds, in one line, on the executor thread.
   std::function<void(const std::string& violation)> on_audit_violation;
 };
+
+enum class SequenceTier : uint8_t { kMemory, kDisk };
 
 struct SequenceInfo {
   SequenceId id;
@@ -116,6 +130,10 @@ struct SequenceInfo {
   uint32_t block_count = 0;
   size_t bytes = 0;
   uint64_t lease_remaining_ms = 0;
+  SequenceTier tier = SequenceTier::kMemory;
+  bool is_suspended = false;
+  // Tokens that every layer has on disk.
+  uint32_t stored_length = 0;
   // Names the sketch tables that the sequence keeps for its whole life.
   Sha256::Digest sketch_table_digest{};
   AttendStats stats;
@@ -139,6 +157,9 @@ struct AppendCall {
   uint32_t layer = 0;
   uint32_t position = 0;
   TensorView k, v;  // [count][kv_head_count][head_dim], the model's cache dtype, finite
+  // Answered only when the layer's tokens up to here are on disk, synced. If that fails they are
+  // in memory all the same, and the call may be repeated.
+  bool is_durable = false;
   // Prompt queries, [n][query_head_count][head_dim] float32, finite, n at most
   // kQuerySampleTokensMax: to learn sketch tables from while the model learns, and with positions
   // to make anchors of (kvservice/seed_queries.h).
@@ -235,6 +256,16 @@ struct EngineStats {
   uint64_t calls_total = 0;
   uint64_t calls_shed_total = 0;
   uint64_t leases_expired_total = 0;
+  // Of the disk tier: sequences that are there and not in memory, that were lost, rows' bytes with
+  // their limit (0 = there is no disk tier), and bytes of files.
+  uint32_t sequences_on_disk = 0;
+  uint32_t sequences_lost = 0;
+  uint64_t disk_bytes_used = 0;
+  uint64_t disk_bytes_max = 0;
+  uint64_t disk_file_bytes = 0;
+  // No write has failed; and at start nothing was missing for want of a drain.
+  bool disk_is_healthy = true;
+  bool disk_was_closed = true;
   AttendStats attend;
   AuditStats audit;
 };
@@ -264,6 +295,12 @@ class Engine {
   virtual void Drop(std::string_view tenant, SequenceId id, Done<SequenceInfo> done) = 0;
   virtual void RenewLease(std::string_view tenant, SequenceId id, uint64_t generation,
                           uint32_t lease_ms, Done<SequenceInfo> done) = 0;
+  // Out of memory, once everything is on disk and synced; harmless if it is there already.
+  virtual void Suspend(std::string_view tenant, SequenceId id, uint64_t generation,
+                       Done<SequenceInfo> done) = 0;
+  // Back into memory; the generation goes up.
+  virtual void Resume(std::string_view tenant, SequenceId id, uint64_t generation,
+                      Done<SequenceInfo> done) = 0;
   // All sequences of a tenant ("" = of all tenants; for the admin listener only), ordered by id, at
   // most `limit` after `after`.
   virtual void List(std::string_view tenant, SequenceId after, uint32_t limit,
@@ -288,10 +325,14 @@ class Engine {
 };
 
 // The seams are borrowed and outlive the engine. RESOURCE_EXHAUSTED if the pool cannot be reserved,
-// UNAVAILABLE / RANDOM_UNAVAILABLE without random numbers.
+// UNAVAILABLE / RANDOM_UNAVAILABLE without random numbers. `tier`, or one that is opened at
+// options.data_directory, has its sequences there from the start, with new leases; DATA_LOSS /
+// STORE_DAMAGED if nobody can say which those are, else what opening it said
+// (kvservice/cache/rocksdb_tier.h).
 absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
                                                   std::unique_ptr<Device> device, Clock* clock,
-                                                  Random* random);
+                                                  Random* random,
+                                                  std::unique_ptr<DiskTier> tier = nullptr);
 
 }  // namespace kvservice
 

@@ -104,6 +104,58 @@ absl::Status Overloaded(uint32_t queue_calls_max) {
                     .retry_delay_ms = kQueueRetryMs});
 }
 
+absl::Status SequenceLost() {
+  return MakeError(absl::StatusCode::kDataLoss,
+                   "what the disk had of the sequence is damaged or gone",
+                   {.reason = "SEQUENCE_LOST", .field = "", .metadata = {}});
+}
+
+absl::Status SequenceSuspended() {
+  return MakeError(absl::StatusCode::kFailedPrecondition,
+                   "the sequence is suspended; Resume brings it back",
+                   {.reason = "SEQUENCE_SUSPENDED", .field = "", .metadata = {}});
+}
+
+absl::Status SequenceNotSuspended() {
+  return MakeError(absl::StatusCode::kFailedPrecondition, "the sequence is not suspended",
+                   {.reason = "SEQUENCE_NOT_SUSPENDED", .field = "", .metadata = {}});
+}
+
+absl::Status SequenceOnDisk() {
+  return MakeError(
+      absl::StatusCode::kUnavailable, "the sequence is on its way between memory and disk",
+      {.reason = "SEQUENCE_ON_DISK", .field = "", .metadata = {}, .retry_delay_ms = kQueueRetryMs});
+}
+
+absl::Status NoDiskTier(std::string_view field) {
+  return MakeError(absl::StatusCode::kFailedPrecondition,
+                   "the server was started without --data-dir",
+                   {.reason = "NO_DISK_TIER", .field = std::string(field), .metadata = {}});
+}
+
+absl::Status DiskFull(uint64_t bytes_used, uint64_t bytes_max) {
+  return MakeError(
+      absl::StatusCode::kResourceExhausted,
+      absl::StrCat("no room on disk: ", bytes_used, " of ", bytes_max, " bytes are in use"),
+      {.reason = "DISK_FULL",
+       .field = "",
+       .metadata = {{"disk_bytes_used", absl::StrCat(bytes_used)},
+                    {"disk_bytes_max", absl::StrCat(bytes_max)}},
+       .retry_delay_ms = kPoolRetryMs});
+}
+
+absl::Status DiskBusy() {
+  return MakeError(
+      absl::StatusCode::kResourceExhausted, "too much waits for the disk",
+      {.reason = "DISK_BUSY", .field = "", .metadata = {}, .retry_delay_ms = kQueueRetryMs});
+}
+
+absl::Status DiskFailed() {
+  return MakeError(absl::StatusCode::kUnavailable,
+                   "a write to the disk has failed; nothing more is written until a restart",
+                   {.reason = "DISK_FAILED", .field = "", .metadata = {}});
+}
+
 absl::Status Draining() {
   return MakeError(absl::StatusCode::kUnavailable, "the server is draining",
                    {.reason = "DRAINING", .field = "", .metadata = {}});

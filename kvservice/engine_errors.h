@@ -33,6 +33,20 @@ absl::Status SequenceTooLong(std::string_view field, uint64_t length, uint32_t t
 absl::Status PoolFull(size_t bytes_used, size_t bytes);
 // RESOURCE_EXHAUSTED / OVERLOADED with a retry delay.
 absl::Status Overloaded(uint32_t queue_calls_max);
+// DATA_LOSS / SEQUENCE_LOST: the disk tier has it no longer, or not as it was. To its owner only.
+absl::Status SequenceLost();
+// FAILED_PRECONDITION / SEQUENCE_SUSPENDED and SEQUENCE_NOT_SUSPENDED.
+absl::Status SequenceSuspended();
+absl::Status SequenceNotSuspended();
+// UNAVAILABLE / SEQUENCE_ON_DISK with a retry delay: it is being moved.
+absl::Status SequenceOnDisk();
+// FAILED_PRECONDITION / NO_DISK_TIER: the server has no data directory.
+absl::Status NoDiskTier(std::string_view field);
+// RESOURCE_EXHAUSTED / DISK_FULL or DISK_BUSY with a retry delay.
+absl::Status DiskFull(uint64_t bytes_used, uint64_t bytes_max);
+absl::Status DiskBusy();
+// UNAVAILABLE / DISK_FAILED: a write has failed, and nothing is written any more.
+absl::Status DiskFailed();
 // UNAVAILABLE / DRAINING.
 absl::Status Draining();
 // UNAVAILABLE / RANDOM_UNAVAILABLE.

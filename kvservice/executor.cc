@@ -21,6 +21,8 @@ constexpr int kIdAttemptsMax = 4;
 // Bounds what one sweep adds to the latency of the call behind it.
 constexpr uint32_t kSweepSequencesMax = 16;
 constexpr uint64_t kNsPerMs = 1000000;
+// How often a call that found the pool full waits for others to leave it.
+constexpr uint32_t kRoomAttemptsMax = 8;
 
 // The handle is one message of a request.
 constexpr char kGenerationField[] = "handle.generation";
@@ -53,7 +55,8 @@ absl::Status CheckSamplePositions(const AppendCall& call, uint64_t sample_count)
 
 Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
                    std::unique_ptr<Device> device, std::unique_ptr<BlockPool> pool, Clock* clock,
-                   Random* random, const ModelRegistry* registry)
+                   Random* random, ModelRegistry* registry, std::unique_ptr<DiskTier> tier,
+                   DiskWorker::Post post)
     : options_(options),
       draw_keys_(secrets.draw_secret, secrets.epoch),
       clock_(clock),
@@ -62,6 +65,13 @@ Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
       device_(std::move(device)),
       pool_(std::move(pool)),
       table_(options.sequences_max, options.sequences_per_tenant_max),
+      store_({.options = &options_,
+              .clock = clock,
+              .device = device_.get(),
+              .pool = pool_.get(),
+              .table = &table_,
+              .tier = std::move(tier),
+              .post = std::move(post)}),
       auditor_(&options_, secrets.audit_seed, &draw_keys_, device_.get(), &table_),
       attend_batch_({.options = &options_,
                      .device = device_.get(),
@@ -71,11 +81,41 @@ Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
                      .draw_keys = &draw_keys_,
                      .auditor = &auditor_}) {}
 
-absl::StatusOr<SequenceRecord*> Executor::Use(std::string_view tenant, const SequenceId& id) {
+std::optional<SequenceId> Executor::MustWait(const AttendCall& call, bool is_again) {
+  if (table_.absent_count() == 0) return std::nullopt;
+  std::optional<SequenceId> first;
+  // All of them, so that they come back together.
+  for (const AttendCallRow& row : call.rows) {
+    const bool waits =
+        store_.MustWait(SequenceStore::Need::kInMemory, call.tenant, row.id, is_again);
+    if (waits && !first.has_value()) first = row.id;
+  }
+  return first;
+}
+
+absl::StatusOr<SequenceRecord*> Executor::UseAnywhere(std::string_view tenant,
+                                                      const SequenceId& id) {
   const uint64_t now_ns = clock_->SteadyNowNs();
-  SequenceRecord* record = table_.Find(tenant, id, now_ns);
-  if (record == nullptr) return SequenceNotFound();
+  SequenceRecord* record = table_.FindAnywhere(tenant, id, now_ns);
+  if (record == nullptr) return table_.WhyAbsent(tenant, id, now_ns);
   SequenceTable::Renew(record, now_ns);
+  return record;
+}
+
+absl::StatusOr<SequenceRecord*> Executor::UseAnywhere(std::string_view tenant, const SequenceId& id,
+                                                      uint64_t generation) {
+  auto record = UseAnywhere(tenant, id);
+  if (record.ok() && (*record)->generation != generation) {
+    return GenerationMismatch(kGenerationField, generation, (*record)->generation);
+  }
+  return record;
+}
+
+absl::StatusOr<SequenceRecord*> Executor::Use(std::string_view tenant, const SequenceId& id) {
+  auto record = UseAnywhere(tenant, id);
+  if (record.ok() && (*record)->residence != Residence::kMemory) {
+    return table_.WhyAbsent(tenant, id, clock_->SteadyNowNs());
+  }
   return record;
 }
 
@@ -96,17 +136,51 @@ uint64_t Executor::LeaseNs(uint32_t lease_ms) const {
 SequenceInfo Executor::Describe(const SequenceRecord& record) const {
   const uint64_t now_ns = clock_->SteadyNowNs();
   const uint64_t left_ns = record.lease_end_ns - std::min(record.lease_end_ns, now_ns);
+  const bool on_disk =
+      record.residence == Residence::kDisk || record.residence == Residence::kLoading;
+  const StoredProgress* const stored = record.stored.get();
   return {.id = record.id,
           .generation = record.generation,
           .model = record.model->spec.name,
           .tenant = record.tenant,
-          .length = record.cache->length_min(),
-          .length_max = record.cache->length_max(),
+          .length = on_disk ? stored->length_min() : record.cache->length_min(),
+          .length_max = on_disk ? stored->length_max() : record.cache->length_max(),
           .block_count = record.cache->block_count(),
           .bytes = record.cache->bytes() + record.seeds.bytes(),
           .lease_remaining_ms = left_ns / kNsPerMs,
+          .tier = on_disk ? SequenceTier::kDisk : SequenceTier::kMemory,
+          .is_suspended = record.is_suspended,
+          .stored_length = stored == nullptr ? 0 : stored->length_min(),
           .sketch_table_digest = record.tables->digest,
           .stats = record.stats};
+}
+
+SequenceStore::StatusDone Executor::DescribeLater(std::string_view tenant, const SequenceId& id,
+                                                  Done<SequenceInfo> done) {
+  return [this, owner = std::string(tenant), id,
+          done = std::move(done)](const absl::Status& status) mutable {
+    if (!status.ok()) return done(status);
+    const auto record = UseAnywhere(owner, id);
+    if (!record.ok()) return done(record.status());
+    done(Describe(**record));
+  };
+}
+
+bool Executor::WaitsForRoom(const absl::Status& status, uint32_t attempts, size_t bytes,
+                            std::string_view tenant, const SequenceId& id, Task* task) {
+  if (status.code() != absl::StatusCode::kResourceExhausted || attempts >= kRoomAttemptsMax ||
+      DetailsOf(status).reason != "POOL_FULL") {
+    return false;
+  }
+  const SequenceRecord* const keep = table_.FindAnywhere(tenant, id, clock_->SteadyNowNs());
+  if (!store_.MakeRoom(bytes, keep)) return false;
+  // It may have had to leave itself meanwhile.
+  store_.ParkForRoom([this, owner = std::string(tenant), id,
+                      again = std::move(*task)](const absl::Status& admission) mutable {
+    if (!admission.ok()) return again(admission);
+    store_.WhenThere(SequenceStore::Need::kInMemory, owner, id, std::move(again));
+  });
+  return true;
 }
 
 absl::StatusOr<SequenceRecord*> Executor::Insert(std::unique_ptr<SequenceRecord> record) {
@@ -161,15 +235,31 @@ absl::StatusOr<SequenceInfo> Executor::Repeat(SequenceRecord* record, const Crea
   return Describe(*record);
 }
 
-absl::StatusOr<SequenceInfo> Executor::Fork(std::string_view tenant, const SequenceId& id,
-                                            uint64_t generation, uint32_t length,
-                                            uint32_t lease_ms) {
-  const auto parent = Use(tenant, id, generation);
+void Executor::Fork(ForkAsk ask, Done<SequenceInfo> done) {
+  const auto child = ForkNow(ask);
+  if (child.ok()) return done(Describe(**child));
+  const SequenceRecord* const parent = table_.Find(ask.tenant, ask.id, clock_->SteadyNowNs());
+  const size_t block_bytes = parent == nullptr ? 0 : parent->tables->shape.block_bytes();
+  const uint32_t attempts = ask.attempts++;
+  const std::string tenant = ask.tenant;
+  const SequenceId id = ask.id;
+  // Shared with the task, which goes where it waits only if it waits.
+  auto waiting = std::make_shared<Done<SequenceInfo>>(std::move(done));
+  Task again = [this, ask = std::move(ask), waiting](const absl::Status& admission) mutable {
+    if (!admission.ok()) return (*waiting)(admission);
+    Fork(std::move(ask), std::move(*waiting));
+  };
+  if (WaitsForRoom(child.status(), attempts, block_bytes, tenant, id, &again)) return;
+  (*waiting)(child.status());
+}
+
+absl::StatusOr<SequenceRecord*> Executor::ForkNow(const ForkAsk& ask) {
+  const auto parent = Use(ask.tenant, ask.id, ask.generation);
   if (!parent.ok()) return parent.status();
   const uint32_t parent_length = (*parent)->cache->length_min();
-  if (length == UINT32_MAX) length = parent_length;
+  const uint32_t length = ask.length == UINT32_MAX ? parent_length : ask.length;
   if (length > parent_length) return LengthOutOfRange(length, parent_length);
-  const absl::Status status = table_.CheckRoom(tenant);
+  const absl::Status status = table_.CheckRoom(ask.tenant);
   if (!status.ok()) return status;
 
   auto child = std::make_unique<SequenceRecord>();
@@ -177,49 +267,86 @@ absl::StatusOr<SequenceInfo> Executor::Fork(std::string_view tenant, const Seque
   child->model = (*parent)->model;
   child->tables = (*parent)->tables;
   child->policy = (*parent)->policy;
-  child->lease_ns = LeaseNs(lease_ms);
+  child->lease_ns = LeaseNs(ask.lease_ms);
   child->cache = (*parent)->cache->Fork(length);
   if (child->cache == nullptr) return PoolFull(pool_->bytes_used(), pool_->bytes());
   child->seeds = (*parent)->seeds;
   child->seeds.Truncate(length);
-  const auto inserted = Insert(std::move(child));
-  if (!inserted.ok()) return inserted.status();
-  return Describe(**inserted);
+  return Insert(std::move(child));
 }
 
-absl::StatusOr<SequenceInfo> Executor::Truncate(std::string_view tenant, const SequenceId& id,
-                                                uint64_t generation, uint32_t length) {
-  const auto record = Use(tenant, id, generation);
-  if (!record.ok()) return record.status();
-  const uint32_t longest = (*record)->cache->length_max();
-  if (length > longest) return LengthOutOfRange(length, longest);
-  if (!(*record)->cache->Truncate(length)) return PoolFull(pool_->bytes_used(), pool_->bytes());
-  ++(*record)->generation;
-  (*record)->seeds.Truncate(length);
+void Executor::Truncate(std::string_view tenant, const SequenceId& id, uint64_t generation,
+                        uint32_t length, Done<SequenceInfo> done) {
+  const auto found = Use(tenant, id, generation);
+  if (!found.ok()) return done(found.status());
+  SequenceRecord* const record = *found;
+  const uint32_t longest = record->cache->length_max();
+  if (length > longest) return done(LengthOutOfRange(length, longest));
+  if (record->stored != nullptr) {
+    const absl::Status status = store_.CheckWritable();
+    if (!status.ok()) return done(status);
+  }
+  if (!record->cache->Truncate(length)) {
+    return done(PoolFull(pool_->bytes_used(), pool_->bytes()));
+  }
+  ++record->generation;
+  record->seeds.Truncate(length);
   // They may be of tokens that are gone.
-  (*record)->last_queries.clear();
-  (*record)->last_query_bytes = 0;
-  (*record)->deferred.clear();
-  return Describe(**record);
+  record->last_queries.clear();
+  record->last_query_bytes = 0;
+  record->deferred.clear();
+  if (record->stored == nullptr) return done(Describe(*record));
+  store_.StoreCut(record, length, DescribeLater(tenant, id, std::move(done)));
 }
 
 absl::StatusOr<SequenceInfo> Executor::Get(std::string_view tenant, const SequenceId& id) {
-  const auto record = Use(tenant, id);
+  const auto record = UseAnywhere(tenant, id);
   if (!record.ok()) return record.status();
   return Describe(**record);
 }
 
-absl::StatusOr<SequenceInfo> Executor::Drop(std::string_view tenant, const SequenceId& id) {
-  const auto record = Use(tenant, id);
-  if (!record.ok()) return record.status();
-  SequenceInfo last = Describe(**record);
-  table_.Erase(*record);
-  return last;
+void Executor::Drop(std::string_view tenant, const SequenceId& id, Done<SequenceInfo> done) {
+  const auto found = UseAnywhere(tenant, id);
+  const bool is_lost = !found.ok() && table_.IsLost(tenant, id);
+  if (!found.ok() && !is_lost) return done(found.status());
+  SequenceInfo last;
+  last.id = id;
+  last.tenant = std::string(tenant);
+  if (found.ok()) last = Describe(**found);
+  const bool has_rows = is_lost || (*found)->stored != nullptr;
+  if (has_rows) {
+    const absl::Status status = store_.CheckWritable();
+    if (!status.ok()) return done(status);
+  }
+  auto answer = [last, done = std::move(done)](const absl::Status& status) mutable {
+    if (!status.ok()) return done(status);
+    done(std::move(last));
+  };
+  if (is_lost) return store_.RemoveLost(id, std::move(answer));
+  if (has_rows) store_.Remove(**found, std::move(answer));
+  table_.Erase(*found);
+  if (!has_rows) answer(absl::OkStatus());
+}
+
+void Executor::Suspend(std::string_view tenant, const SequenceId& id, uint64_t generation,
+                       Done<SequenceInfo> done) {
+  if (!store_.enabled()) return done(NoDiskTier(""));
+  const auto record = UseAnywhere(tenant, id, generation);
+  if (!record.ok()) return done(record.status());
+  store_.Suspend(*record, DescribeLater(tenant, id, std::move(done)));
+}
+
+void Executor::Resume(std::string_view tenant, const SequenceId& id, uint64_t generation,
+                      Done<SequenceInfo> done) {
+  if (!store_.enabled()) return done(NoDiskTier(""));
+  const auto record = UseAnywhere(tenant, id, generation);
+  if (!record.ok()) return done(record.status());
+  store_.Resume(*record, DescribeLater(tenant, id, std::move(done)));
 }
 
 absl::StatusOr<SequenceInfo> Executor::RenewLease(std::string_view tenant, const SequenceId& id,
                                                   uint64_t generation, uint32_t lease_ms) {
-  const auto record = Use(tenant, id, generation);
+  const auto record = UseAnywhere(tenant, id, generation);
   if (!record.ok()) return record.status();
   table_.SetLease(*record, LeaseNs(lease_ms), clock_->SteadyNowNs());
   return Describe(**record);
@@ -234,35 +361,65 @@ std::vector<SequenceInfo> Executor::List(std::string_view tenant, const Sequence
   return listed;
 }
 
-absl::StatusOr<AppendResult> Executor::Append(const AppendCall& call) {
+void Executor::Append(AppendCall call, uint32_t attempts, Done<AppendResult> done) {
   const auto found = Use(call.tenant, call.id, call.generation);
-  if (!found.ok()) return found.status();
-  SequenceRecord* record = *found;
-  const ModelSpec& spec = record->model->spec;
-  if (call.layer >= spec.layer_count) return LayerOutOfRange(call.layer, spec.layer_count);
+  if (!found.ok()) return done(found.status());
+  SequenceRecord* const record = *found;
+  const absl::Status checked = CheckAppend(call, *record);
+  if (!checked.ok()) return done(checked);
+  const absl::StatusOr<AppendResult> stored = StoreInMemory(call, record);
+  if (stored.ok() && call.is_durable) {
+    return store_.StoreLayerDurably(
+        record, call.layer,
+        [result = *stored, done = std::move(done)](const absl::Status& status) mutable {
+          if (!status.ok()) return done(status);
+          done(result);
+        });
+  }
+  if (stored.ok() || !store_.enabled()) return done(stored);
+  const size_t bytes = (BlockCount(static_cast<uint32_t>(call.k.shape[0])) + 1) *
+                       record->tables->shape.block_bytes();
+  const std::string tenant = call.tenant;
+  const SequenceId id = call.id;
+  auto waiting = std::make_shared<Done<AppendResult>>(std::move(done));
+  Task again = [this, call = std::move(call), attempts,
+                waiting](const absl::Status& admission) mutable {
+    if (!admission.ok()) return (*waiting)(admission);
+    Append(std::move(call), attempts + 1, std::move(*waiting));
+  };
+  if (WaitsForRoom(stored.status(), attempts, bytes, tenant, id, &again)) return;
+  (*waiting)(stored.status());
+}
 
+absl::Status Executor::CheckAppend(const AppendCall& call, const SequenceRecord& record) const {
+  const ModelSpec& spec = record.model->spec;
+  if (call.layer >= spec.layer_count) return LayerOutOfRange(call.layer, spec.layer_count);
   TensorExpectation expected{.shape = {kAnyExtent, spec.layout.kv_head_count, spec.layout.head_dim},
                              .dtype = spec.layout.dtype};
   absl::Status status = CheckTensor(call.k, expected);
   if (!status.ok()) return status;
   expected.shape[0] = call.k.shape[0];
   status = CheckTensor(call.v, expected);
-  const auto count = static_cast<uint64_t>(call.k.shape[0]);
   const size_t elements = call.k.bytes.size() / ElementBytes(spec.layout.dtype);
   if (status.ok()) status = CheckFinite(call.k, 0, elements);
   if (status.ok()) status = CheckFinite(call.v, 0, elements);
   if (status.ok()) status = CheckSample(call, spec);
-  if (!status.ok()) return status;
+  if (!status.ok() || !call.is_durable) return status;
+  return store_.CheckDurable(record, call.layer, static_cast<uint64_t>(call.k.shape[0]));
+}
+
+absl::StatusOr<AppendResult> Executor::StoreInMemory(const AppendCall& call,
+                                                     SequenceRecord* record) {
   const uint32_t length_before = record->cache->length(call.layer);
   PendingWrites writes;
   absl::StatusOr<AppendResult> stored = StoreRows(options_, *pool_, "",
                                                   {.layer = call.layer,
                                                    .position = call.position,
-                                                   .count = count,
+                                                   .count = static_cast<uint64_t>(call.k.shape[0]),
                                                    .k = call.k.bytes.data(),
                                                    .v = call.v.bytes.data()},
                                                   record->cache.get(), &writes);
-  writes.Run(spec.layout, device_.get());
+  writes.Run(record->model->spec.layout, device_.get());
   if (!stored.ok()) return stored;
   if (call.query_sample.has_value() && !stored->duplicate) {
     // The bytes may lie anywhere.
@@ -358,6 +515,20 @@ void Executor::LearnOne() {
 
 void Executor::Attend(absl::Span<AttendCall* const> calls, absl::Span<absl::Status> statuses) {
   attend_batch_.Run(calls, clock_->SteadyNowNs(), statuses);
+  if (store_.enabled()) MakeRoomFor(calls);
+}
+
+// Rows that found the pool full were answered; when they come again others shall have left it.
+void Executor::MakeRoomFor(absl::Span<AttendCall* const> calls) {
+  for (const AttendCall* call : calls) {
+    for (size_t i = 0; i < call->results.size(); ++i) {
+      const absl::Status& status = call->results[i].status;
+      if (status.code() != absl::StatusCode::kResourceExhausted) continue;
+      const SequenceRecord* const record =
+          table_.Find(call->tenant, call->rows[i].id, clock_->SteadyNowNs());
+      if (record != nullptr) store_.MakeRoom(record->tables->shape.block_bytes(), record);
+    }
+  }
 }
 
 void Executor::Audit(std::string_view tenant, const SequenceId& id, const AuditAsk& ask,
@@ -384,7 +555,10 @@ absl::AnyInvocable<void()> Executor::RunBackground() {
 }
 
 void Executor::Sweep() {
-  leases_expired_total_ += table_.Sweep(clock_->SteadyNowNs(), kSweepSequencesMax);
+  leases_expired_total_ +=
+      table_.Sweep(clock_->SteadyNowNs(), kSweepSequencesMax,
+                   [this](SequenceRecord* record) { return store_.Expire(record); });
+  store_.KeepWatermark();
 }
 
 void Executor::FillStats(EngineStats* stats) const {
@@ -393,6 +567,7 @@ void Executor::FillStats(EngineStats* stats) const {
   stats->blocks_used = pool_->blocks_used();
   stats->sequences = table_.count();
   stats->leases_expired_total = leases_expired_total_;
+  store_.FillStats(stats);
   stats->attend = totals_;
   stats->audit = auditor_.stats();
 }

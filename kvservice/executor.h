@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/functional/any_invocable.h"
@@ -23,6 +25,7 @@
 #include "kvservice/engine.h"
 #include "kvservice/model_registry.h"
 #include "kvservice/random.h"
+#include "kvservice/sequence_store.h"
 #include "kvservice/sequence_table.h"
 #include "kvservice/table_learner.h"
 
@@ -37,23 +40,52 @@ struct EngineSecrets {
 
 class Executor {
  public:
-  // The clock, the random numbers and the registry are borrowed; the pool is of `device`.
+  // The clock, the random numbers and the registry are borrowed; the pool is of `device`. `post`
+  // runs something on the executor thread later; without a tier it is not used.
   Executor(const EngineOptions& options, const EngineSecrets& secrets,
            std::unique_ptr<Device> device, std::unique_ptr<BlockPool> pool, Clock* clock,
-           Random* random, const ModelRegistry* registry);
+           Random* random, ModelRegistry* registry, std::unique_ptr<DiskTier> tier,
+           DiskWorker::Post post);
 
-  // As in engine.h.
+  // Takes over what the tier has. Before everything else.
+  absl::Status Recover() { return store_.Recover(registry_); }
+
+  // Runs `task` now, or when the sequence is where it is needed, or cannot be.
+  void WhenThere(SequenceStore::Need need, std::string_view tenant, const SequenceId& id,
+                 Task task) {
+    store_.WhenThere(need, tenant, id, std::move(task));
+  }
+  // The first sequence of an Attend that has to be waited for, if there is one; `is_again` after a
+  // wait.
+  std::optional<SequenceId> MustWait(const AttendCall& call, bool is_again);
+  void Park(const SequenceId& id, Task task) { store_.Park(id, std::move(task)); }
+
+  // As in engine.h; a sequence that is named is where it is needed. What waits for the disk, or for
+  // room in the pool, answers later.
   absl::StatusOr<SequenceInfo> Create(std::string_view tenant, const CreateOptions& asked);
-  absl::StatusOr<SequenceInfo> Fork(std::string_view tenant, const SequenceId& id,
-                                    uint64_t generation, uint32_t length, uint32_t lease_ms);
-  absl::StatusOr<SequenceInfo> Truncate(std::string_view tenant, const SequenceId& id,
-                                        uint64_t generation, uint32_t length);
+  struct ForkAsk {
+    std::string tenant;
+    SequenceId id;
+    uint64_t generation = 0;
+    uint32_t length = 0;
+    uint32_t lease_ms = 0;
+    uint32_t attempts = 0;
+  };
+  void Fork(ForkAsk ask, Done<SequenceInfo> done);
+  void Truncate(std::string_view tenant, const SequenceId& id, uint64_t generation, uint32_t length,
+                Done<SequenceInfo> done);
   absl::StatusOr<SequenceInfo> Get(std::string_view tenant, const SequenceId& id);
-  absl::StatusOr<SequenceInfo> Drop(std::string_view tenant, const SequenceId& id);
+  void Drop(std::string_view tenant, const SequenceId& id, Done<SequenceInfo> done);
+  void Suspend(std::string_view tenant, const SequenceId& id, uint64_t generation,
+               Done<SequenceInfo> done);
+  void Resume(std::string_view tenant, const SequenceId& id, uint64_t generation,
+              Done<SequenceInfo> done);
   absl::StatusOr<SequenceInfo> RenewLease(std::string_view tenant, const SequenceId& id,
                                           uint64_t generation, uint32_t lease_ms);
   std::vector<SequenceInfo> List(std::string_view tenant, const SequenceId& after, uint32_t limit);
-  absl::StatusOr<AppendResult> Append(const AppendCall& call);
+  void Append(AppendCall call, Done<AppendResult> done) {
+    Append(std::move(call), 0, std::move(done));
+  }
   void Attend(absl::Span<AttendCall* const> calls, absl::Span<absl::Status> statuses);
   void Audit(std::string_view tenant, const SequenceId& id, const AuditAsk& ask,
              Done<AuditReport> done);
@@ -68,14 +100,23 @@ class Executor {
   // Nothing runs after this: answers those who wait for background work.
   void StopBackground(const absl::Status& status) { auditor_.Stop(status); }
 
-  // Returns the blocks of some expired sequences.
+  // Returns the blocks of some expired sequences, and those of idle ones that the pool needs.
   void Sweep();
+
+  // The end: everything that there is room for goes to the disk, which takes as long as
+  // HasOutstanding; then the tier is closed.
+  bool HasOutstanding() const { return store_.HasOutstanding(); }
+  void BeginDrain() { store_.BeginDrain(); }
+  absl::Status CloseStore() { return store_.Close(); }
 
   // The numbers that the executor keeps; the rest is left alone.
   void FillStats(EngineStats* stats) const;
 
  private:
-  // A sequence that may be used now, with its lease renewed.
+  // A sequence, wherever it is, with its lease renewed; and one in memory.
+  absl::StatusOr<SequenceRecord*> UseAnywhere(std::string_view tenant, const SequenceId& id);
+  absl::StatusOr<SequenceRecord*> UseAnywhere(std::string_view tenant, const SequenceId& id,
+                                              uint64_t generation);
   absl::StatusOr<SequenceRecord*> Use(std::string_view tenant, const SequenceId& id);
   absl::StatusOr<SequenceRecord*> Use(std::string_view tenant, const SequenceId& id,
                                       uint64_t generation);
@@ -96,6 +137,17 @@ class Executor {
     std::string next_tenant;
     SequenceId next_sequence{};
   };
+  void Append(AppendCall call, uint32_t attempts, Done<AppendResult> done);
+  absl::Status CheckAppend(const AppendCall& call, const SequenceRecord& record) const;
+  absl::StatusOr<AppendResult> StoreInMemory(const AppendCall& call, SequenceRecord* record);
+  absl::StatusOr<SequenceRecord*> ForkNow(const ForkAsk& ask);
+  // True if `task` runs once others have left the pool, for calls that found it full.
+  bool WaitsForRoom(const absl::Status& status, uint32_t attempts, size_t bytes,
+                    std::string_view tenant, const SequenceId& id, Task* task);
+  void MakeRoomFor(absl::Span<AttendCall* const> calls);
+  // Answers with the sequence, if it is still there, once `status` is known.
+  SequenceStore::StatusDone DescribeLater(std::string_view tenant, const SequenceId& id,
+                                          Done<SequenceInfo> done);
   absl::Status CheckSample(const AppendCall& call, const ModelSpec& spec) const;
   void TakeSample(const AppendCall& call, absl::Span<const float> queries,
                   const SequenceRecord& record);
@@ -108,12 +160,13 @@ class Executor {
   const DrawKeys draw_keys_;
   Clock* const clock_;
   Random* const random_;
-  const ModelRegistry* const registry_;
+  ModelRegistry* const registry_;
 
   // In the order of their dependence: sequences go before the pool, the pool before the device.
   const std::unique_ptr<Device> device_;
   const std::unique_ptr<BlockPool> pool_;
   SequenceTable table_;
+  SequenceStore store_;
   AttendStats totals_;
   Auditor auditor_;
   AttendBatch attend_batch_;

@@ -4,10 +4,13 @@
 #include <cassert>
 
 #include "absl/strings/str_cat.h"
+#include "kvservice/engine_errors.h"
 #include "kvservice/error.h"
 
 namespace kvservice {
 namespace {
+
+constexpr uint64_t kLookAgainNs = 1'000'000'000;
 
 absl::Status Full(const char* reason, const char* whose, uint32_t sequences_max) {
   return MakeError(absl::StatusCode::kResourceExhausted,
@@ -19,13 +22,38 @@ absl::Status Full(const char* reason, const char* whose, uint32_t sequences_max)
 
 }  // namespace
 
-SequenceRecord* SequenceTable::Find(std::string_view tenant, const SequenceId& id,
-                                    uint64_t now_ns) {
+SequenceRecord* SequenceTable::FindAnywhere(std::string_view tenant, const SequenceId& id,
+                                            uint64_t now_ns) {
   const auto found = records_.find(id);
   if (found == records_.end()) return nullptr;
   SequenceRecord* record = found->second.get();
   if (record->tenant != tenant || record->lease_end_ns <= now_ns) return nullptr;
   return record;
+}
+
+SequenceRecord* SequenceTable::Find(std::string_view tenant, const SequenceId& id,
+                                    uint64_t now_ns) {
+  SequenceRecord* record = FindAnywhere(tenant, id, now_ns);
+  return record == nullptr || record->residence != Residence::kMemory ? nullptr : record;
+}
+
+absl::Status SequenceTable::WhyAbsent(std::string_view tenant, const SequenceId& id,
+                                      uint64_t now_ns) {
+  const SequenceRecord* record = FindAnywhere(tenant, id, now_ns);
+  if (record == nullptr) return IsLost(tenant, id) ? SequenceLost() : SequenceNotFound();
+  if (record->is_suspended) return SequenceSuspended();
+  return record->load_status.ok() ? SequenceOnDisk() : record->load_status;
+}
+
+bool SequenceTable::IsLost(std::string_view tenant, const SequenceId& id) const {
+  const auto found = lost_.find(id);
+  return found != lost_.end() && found->second == tenant;
+}
+
+void SequenceTable::SetResidence(SequenceRecord* record, Residence residence) {
+  absent_count_ -= record->residence == Residence::kMemory ? 0 : 1;
+  record->residence = residence;
+  absent_count_ += record->residence == Residence::kMemory ? 0 : 1;
 }
 
 SequenceRecord* SequenceTable::FindRequest(std::string_view tenant, std::string_view request_id,
@@ -58,6 +86,7 @@ SequenceRecord* SequenceTable::Insert(std::unique_ptr<SequenceRecord> record, ui
   inserted->sweep_ns = inserted->lease_end_ns;
   by_sweep_.emplace(inserted->sweep_ns, inserted);
   records_.emplace(inserted->id, std::move(record));
+  absent_count_ += inserted->residence == Residence::kMemory ? 0 : 1;
   return inserted;
 }
 
@@ -69,6 +98,7 @@ void SequenceTable::Erase(SequenceRecord* record) {
     owner->second.by_request.erase(request);
   }
   if (--owner->second.sequence_count == 0) tenants_.erase(owner);
+  SetResidence(record, Residence::kMemory);
   const SequenceId id = record->id;
   records_.erase(id);
 }
@@ -82,17 +112,19 @@ void SequenceTable::SetLease(SequenceRecord* record, uint64_t lease_ns, uint64_t
   by_sweep_.emplace(record->sweep_ns, record);
 }
 
-uint32_t SequenceTable::Sweep(uint64_t now_ns, uint32_t limit) {
+uint32_t SequenceTable::Sweep(uint64_t now_ns, uint32_t limit,
+                              const std::function<bool(SequenceRecord* record)>& may_go) {
   uint32_t erased = 0;
   while (limit-- > 0 && !by_sweep_.empty() && by_sweep_.begin()->first <= now_ns) {
     SequenceRecord* record = by_sweep_.begin()->second;
-    if (record->lease_end_ns <= now_ns) {
+    const bool is_expired = record->lease_end_ns <= now_ns;
+    if (is_expired && may_go(record)) {
       Erase(record);
       ++erased;
       continue;
     }
     by_sweep_.erase(by_sweep_.begin());
-    record->sweep_ns = record->lease_end_ns;
+    record->sweep_ns = is_expired ? now_ns + kLookAgainNs : record->lease_end_ns;
     by_sweep_.emplace(record->sweep_ns, record);
   }
   return erased;

@@ -9,6 +9,7 @@
 #define KVSERVICE_KVSERVICE_SEQUENCE_TABLE_H_
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <set>
@@ -22,6 +23,7 @@
 #include "kvservice/engine.h"
 #include "kvservice/model_registry.h"
 #include "kvservice/seed_queries.h"
+#include "kvservice/stored_progress.h"
 #include "kvservice/table_versions.h"
 #include "selector/policy.h"
 
@@ -46,6 +48,15 @@ struct DeferredStep {
   std::vector<uint32_t> given_offsets = {};
 };
 
+// Where a sequence is. What is in memory alone may be used; a call that comes while a sequence is
+// on its way waits until it has arrived.
+enum class Residence : uint8_t {
+  kMemory,
+  kSaving,  // In memory still, and on its way to the disk.
+  kDisk,
+  kLoading,  // On its way back.
+};
+
 struct SequenceRecord {
   SequenceId id;
   std::string tenant;
@@ -58,7 +69,17 @@ struct SequenceRecord {
   uint64_t lease_ns = 0;
   uint64_t lease_end_ns = 0;
   AttendStats stats;
+  // Empty unless the sequence is in memory.
   std::unique_ptr<Sequence> cache;
+
+  // Owned by the table.
+  Residence residence = Residence::kMemory;
+  // Of kDisk: nothing but Resume brings it back.
+  bool is_suspended = false;
+  // What the disk tier has of it; nullptr if it has no rows.
+  std::unique_ptr<StoredProgress> stored;
+  // Why it did not come back when somebody waited for it.
+  absl::Status load_status;
 
   // When the sweep looks next; at or before lease_end_ns, so that a renewal is one store. Owned by
   // the table.
@@ -85,7 +106,12 @@ class SequenceTable {
 
   // nullptr for a sequence that is unknown, expired or another tenant's: a caller cannot tell
   // which.
+  SequenceRecord* FindAnywhere(std::string_view tenant, const SequenceId& id, uint64_t now_ns);
+  // The same for sequences in memory: nullptr for others too.
   SequenceRecord* Find(std::string_view tenant, const SequenceId& id, uint64_t now_ns);
+  // Why Find gives nothing: NOT_FOUND / SEQUENCE_NOT_FOUND, DATA_LOSS / SEQUENCE_LOST,
+  // FAILED_PRECONDITION / SEQUENCE_SUSPENDED, or why it could not be loaded.
+  absl::Status WhyAbsent(std::string_view tenant, const SequenceId& id, uint64_t now_ns);
   // The living sequence that the tenant created with this request id; nullptr if there is none or
   // the request id is empty.
   SequenceRecord* FindRequest(std::string_view tenant, std::string_view request_id,
@@ -96,22 +122,37 @@ class SequenceTable {
   // The id is not contained. The lease starts now.
   SequenceRecord* Insert(std::unique_ptr<SequenceRecord> record, uint64_t now_ns);
   void Erase(SequenceRecord* record);
+  void SetResidence(SequenceRecord* record, Residence residence);
+  // Sequences that are not in memory, or on their way.
+  uint32_t absent_count() const { return absent_count_; }
+
+  // Sequences of which the disk tier lost something, and whose they were. They stay until they are
+  // dropped.
+  using Lost = std::map<SequenceId, std::string, ById>;
+  void AddLost(const SequenceId& id, std::string tenant) { lost_[id] = std::move(tenant); }
+  bool IsLost(std::string_view tenant, const SequenceId& id) const;
+  void ForgetLost(const SequenceId& id) { lost_.erase(id); }
+  const Lost& lost() const { return lost_; }
   // Starts a new lease of `lease_ns`, which may end before the old one would have.
   void SetLease(SequenceRecord* record, uint64_t lease_ns, uint64_t now_ns);
   static void Renew(SequenceRecord* record, uint64_t now_ns) {
     record->lease_end_ns = now_ns + record->lease_ns;
   }
-  // Erases expired sequences, looking at no more than `limit`. Returns how many it erased.
-  uint32_t Sweep(uint64_t now_ns, uint32_t limit);
+  // Erases expired sequences that `may_go`, looking at no more than `limit`. Returns how many it
+  // erased; others are looked at again a second later.
+  uint32_t Sweep(uint64_t now_ns, uint32_t limit,
+                 const std::function<bool(SequenceRecord* record)>& may_go);
   // Living sequences of a tenant ("" = of all), ordered by id, at most `limit` after `after`.
   std::vector<const SequenceRecord*> List(std::string_view tenant, const SequenceId& after,
                                           uint32_t limit, uint64_t now_ns) const;
+  // All, expired ones that wait for their sweep too.
+  template <typename Visit>
+  void ForEach(Visit visit) const {
+    for (const auto& [id, record] : records_) visit(record.get());
+  }
   uint32_t count() const { return static_cast<uint32_t>(records_.size()); }
 
  private:
-  struct ById {
-    bool operator()(const SequenceId& a, const SequenceId& b) const { return a.bytes < b.bytes; }
-  };
   struct Tenant {
     uint32_t sequence_count = 0;
     std::map<std::string, SequenceRecord*, std::less<>> by_request;
@@ -123,6 +164,8 @@ class SequenceTable {
   std::map<SequenceId, std::unique_ptr<SequenceRecord>, ById> records_;
   std::map<std::string, Tenant, std::less<>> tenants_;
   std::set<std::pair<uint64_t, SequenceRecord*>> by_sweep_;
+  uint32_t absent_count_ = 0;
+  Lost lost_;
 };
 
 }  // namespace kvservice

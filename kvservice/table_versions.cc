@@ -30,9 +30,29 @@ const TableVersion* TableVersions::latest() const {
   return versions_.back().get();
 }
 
+const TableVersion* TableVersions::first() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return versions_.front().get();
+}
+
 uint32_t TableVersions::count() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return static_cast<uint32_t>(versions_.size());
+}
+
+const TableVersion* TableVersions::Find(const Sha256::Digest& digest) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& version : versions_) {
+    if (version->digest == digest) return version.get();
+  }
+  return nullptr;
+}
+
+uint32_t TableVersions::IndexOf(const TableVersion* version) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  uint32_t index = 0;
+  while (index + 1 < versions_.size() && versions_[index].get() != version) ++index;
+  return index;
 }
 
 void TableVersions::Add(std::vector<SketchTable> tables) {

@@ -41,7 +41,12 @@ class TableVersions {
   TableVersions(const KvLayout& layout, uint32_t layer_count, std::vector<SketchTable> first);
 
   const TableVersion* latest() const;
+  const TableVersion* first() const;
   uint32_t count() const;
+  // nullptr if there is no such version.
+  const TableVersion* Find(const Sha256::Digest& digest) const;
+  // Its place among the versions; 0 came with the model.
+  uint32_t IndexOf(const TableVersion* version) const;
   // Makes tables the latest version, unless they are it already or there are kVersionsMax.
   void Add(std::vector<SketchTable> tables);
 

@@ -48,6 +48,13 @@ REPLY = "kvservice/server/convert_attend.cc"
 KEYS = "kvservice/draw_keys.cc"
 LANE = "kvservice/server/lane.cc"
 REGION = "kvservice/server/region_copy.cc"
+TIER = "kvservice/cache/rocksdb_tier.cc"
+RECORD = "kvservice/cache/slice_record.cc"
+CHECKSUM = "kvservice/cache/checksum.cc"
+WORKER = "kvservice/disk_worker.cc"
+STORE = "kvservice/sequence_store.cc"
+RECOVERY = "kvservice/store_recovery.cc"
+TABLE = "kvservice/sequence_table.cc"
 
 ATTACK = "*FindsNothing*"
 
@@ -275,6 +282,36 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "if (wire::Load(head->request_number) != number) host_->wake();",
      "static_cast<void>(number);", "lane_test",
      "*RequestsBeforeTheAnswer*"),
+    # ---- Nothing lost, nothing wrong: the disk tier ----
+    ("writes_are_synced", TIER, "how.sync = is_synced;", "how.sync = false;",
+     "power_cut_test", "*NothingAcknowledged*"),
+    ("a_group_is_synced_for_any", WORKER, "is_synced = is_synced || job.is_synced;", "",
+     "power_cut_test", "*NothingAcknowledged*"),
+    ("checksums_are_compared", CHECKSUM, "return equal ? bytes : std::string_view();",
+     "return equal || !equal ? bytes : std::string_view();", "slice_record_test", ""),
+    ("records_know_their_place", RECORD,
+     'if (!(found == expected)) return Damaged(expected, "is of another place or time");', "",
+     "slice_record_test", ""),
+    ("layers_end_where_they_should", STORE,
+     "if (said[layer].last != loading.progress.layers[layer].last) return false;",
+     "if (said[layer].last != loading.progress.layers[layer].last) return true;",
+     "stored_engine_test", ""),
+    ("stale_state_shows", TIER,
+     "if (counted->opens > state.counts.opens) state.phase = Phase::kOpen;", "",
+     "rocksdb_tier_test", ""),
+    ("missing_database_shows", TIER,
+     "options.create_if_missing = state.phase == Phase::kCreating;",
+     "options.create_if_missing = true;", "rocksdb_tier_test", ""),
+    ("crashes_change_generations", STORE,
+     "(crash_count_ - sequence.state.crash_count) * kGenerationsPerCrash", "0",
+     "stored_engine_test", ""),
+    ("truncates_are_stored", STORE,
+     "CutLayer(record->id, shape, *record->cache, layer, length, record->stored.get(), &batch);",
+     "", "stored_engine_test", "*Truncate*"),
+    ("loss_is_the_owners", TABLE, "return found != lost_.end() && found->second == tenant;",
+     "return found != lost_.end();", "bit_flip_test", ""),
+    ("inventory_finds_the_missing", RECOVERY,
+     "ChecksumOfRow(**row) == entry.state", "true", "stored_engine_test", ""),
 ]]
 
 

@@ -209,6 +209,18 @@ int DropSequence(const GlobalOptions& options, const SequenceDropOptions& drop) 
   return kExitOk;
 }
 
+int SuspendSequence(const GlobalOptions& options, const std::string& hex_id) {
+  const std::optional<std::string> id = IdOfHex(hex_id);
+  if (!id.has_value()) return MalformedId(options, hex_id);
+  return Show(options, Connect(options)->Suspend(*id));
+}
+
+int ResumeSequence(const GlobalOptions& options, const std::string& hex_id) {
+  const std::optional<std::string> id = IdOfHex(hex_id);
+  if (!id.has_value()) return MalformedId(options, hex_id);
+  return Show(options, Connect(options)->Resume(*id));
+}
+
 namespace {
 
 int ShowAuditTotals(const GlobalOptions& options) {

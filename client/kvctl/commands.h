@@ -80,6 +80,9 @@ int ListSequences(const GlobalOptions& options, const SequenceListOptions& list)
 int ShowSequence(const GlobalOptions& options, const std::string& hex_id);
 // Asks for confirmation as DrainServer does.
 int DropSequence(const GlobalOptions& options, const SequenceDropOptions& drop);
+// To disk and back, for a sequence of the endpoint's tenant. Prints it as it then is.
+int SuspendSequence(const GlobalOptions& options, const std::string& hex_id);
+int ResumeSequence(const GlobalOptions& options, const std::string& hex_id);
 // kExitViolation if a certificate without failure probability was wrong, if misses are more than
 // chance explains, or if a replay differs.
 int AuditCalls(const GlobalOptions& options, const AuditOptions& audit);

@@ -121,6 +121,14 @@ void AddSequenceCommands(CLI::App* app, Flags* flags) {
              [flags] { return ShowSequence(flags->global, flags->name); })
       ->add_option("id", flags->name, "32 hexadecimal digits")
       ->required();
+  AddCommand(sequence, "suspend", "To the server's disk and out of its memory", flags,
+             [flags] { return SuspendSequence(flags->global, flags->name); })
+      ->add_option("id", flags->name, "32 hexadecimal digits, of the endpoint's tenant")
+      ->required();
+  AddCommand(sequence, "resume", "Back into the server's memory; the generation goes up", flags,
+             [flags] { return ResumeSequence(flags->global, flags->name); })
+      ->add_option("id", flags->name, "32 hexadecimal digits, of the endpoint's tenant")
+      ->required();
   CLI::App* const drop =
       AddCommand(sequence, "drop", "Forget a sequence and free its memory", flags, [flags] {
         flags->drop.yes = flags->yes;

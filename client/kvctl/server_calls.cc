@@ -14,6 +14,7 @@
 #include "kvservice/v1/admin.grpc.pb.h"
 #include "kvservice/v1/attention.grpc.pb.h"
 #include "kvservice/v1/model.grpc.pb.h"
+#include "kvservice/v1/sequence.grpc.pb.h"
 
 namespace kvservice::client {
 namespace {
@@ -40,6 +41,7 @@ class GrpcServerCalls final : public ServerCalls {
         data_(grpc::CreateChannel(endpoint, grpc::InsecureChannelCredentials())),
         models_(v1::ModelService::NewStub(data_)),
         attention_(v1::AttentionService::NewStub(data_)),
+        sequences_(v1::SequenceService::NewStub(data_)),
         admin_(v1::AdminService::NewStub(
             grpc::CreateChannel(admin_endpoint, grpc::InsecureChannelCredentials()))) {}
 
@@ -85,6 +87,15 @@ class GrpcServerCalls final : public ServerCalls {
 
   absl::StatusOr<v1::AuditResponse> Audit(const v1::AuditRequest& request) override {
     return Call<v1::AuditResponse>(attention_, &v1::AttentionService::Stub::Audit, request);
+  }
+
+  absl::StatusOr<v1::Sequence> Suspend(const std::string& id) override {
+    return OnSequence<v1::SuspendRequest, v1::SuspendResponse>(&v1::SequenceService::Stub::Suspend,
+                                                               id);
+  }
+  absl::StatusOr<v1::Sequence> Resume(const std::string& id) override {
+    return OnSequence<v1::ResumeRequest, v1::ResumeResponse>(&v1::SequenceService::Stub::Resume,
+                                                             id);
   }
 
   absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() override {
@@ -142,6 +153,22 @@ class GrpcServerCalls final : public ServerCalls {
   }
 
  private:
+  // A call on a sequence at its present generation.
+  template <typename Request, typename Response>
+  absl::StatusOr<v1::Sequence> OnSequence(grpc::Status (v1::SequenceService::Stub::*method)(
+                                              grpc::ClientContext*, const Request&, Response*),
+                                          const std::string& id) {
+    v1::GetRequest get;
+    get.mutable_handle()->set_id(id);
+    const auto found = Call<v1::GetResponse>(sequences_, &v1::SequenceService::Stub::Get, get);
+    if (!found.ok()) return found.status();
+    Request request;
+    *request.mutable_handle() = found->sequence().handle();
+    const auto response = Call<Response>(sequences_, method, request);
+    if (!response.ok()) return response.status();
+    return response->sequence();
+  }
+
   template <typename Response, typename Stub, typename Request>
   absl::StatusOr<Response> Call(const std::unique_ptr<Stub>& stub,
                                 grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&,
@@ -159,6 +186,7 @@ class GrpcServerCalls final : public ServerCalls {
   const std::shared_ptr<grpc::Channel> data_;  // gRPC's API shares channels.
   const std::unique_ptr<v1::ModelService::Stub> models_;
   const std::unique_ptr<v1::AttentionService::Stub> attention_;
+  const std::unique_ptr<v1::SequenceService::Stub> sequences_;
   const std::unique_ptr<v1::AdminService::Stub> admin_;
 };
 

@@ -30,6 +30,9 @@ class ServerCalls {
   virtual absl::StatusOr<std::vector<v1::Model>> ListModels() = 0;
   virtual absl::StatusOr<v1::GetModelResponse> GetModel(const std::string& name) = 0;
   virtual absl::StatusOr<v1::AuditResponse> Audit(const v1::AuditRequest& request) = 0;
+  // As it is when they are called. The sequence afterwards.
+  virtual absl::StatusOr<v1::Sequence> Suspend(const std::string& id) = 0;
+  virtual absl::StatusOr<v1::Sequence> Resume(const std::string& id) = 0;
 
   // On the admin side.
   virtual absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() = 0;

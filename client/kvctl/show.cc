@@ -173,6 +173,21 @@ std::vector<Row> ModelRows(const v1::Model& model) {
           {"rotary style", RotaryText(model)}};
 }
 
+// "memory", "disk", or "suspended" for what stays on disk.
+std::string TierText(const v1::Sequence& sequence) {
+  if (sequence.suspended()) return "suspended";
+  return sequence.tier() == v1::TIER_DISK ? "disk" : "memory";
+}
+
+void AddDisk(const v1::DiskStats& disk, std::vector<Row>* rows) {
+  rows->push_back({"disk used", BytesText(disk.used_bytes()) + " of " +
+                                    BytesText(disk.max_bytes()) + ", files " +
+                                    BytesText(disk.file_bytes())});
+  rows->push_back({"sequences on disk", std::to_string(disk.sequence_count())});
+  rows->push_back({"sequences lost", std::to_string(disk.lost_sequence_count())});
+  if (disk.failed()) rows->push_back({"disk", "failed: nothing is written until a restart"});
+}
+
 }  // namespace
 
 bool IsSound(const v1::AuditTotals& totals) {
@@ -215,7 +230,14 @@ Json ToJson(const v1::GetStatsResponse& stats) {
           {"calls_shed_total", stats.calls_shed_total()},
           {"leases_expired_total", stats.leases_expired_total()},
           {"totals", TotalsToJson(stats.totals())},
-          {"audit", ToJson(stats.audit())}};
+          {"audit", ToJson(stats.audit())},
+          {"disk",
+           {{"used_bytes", stats.disk().used_bytes()},
+            {"max_bytes", stats.disk().max_bytes()},
+            {"file_bytes", stats.disk().file_bytes()},
+            {"sequence_count", stats.disk().sequence_count()},
+            {"lost_sequence_count", stats.disk().lost_sequence_count()},
+            {"failed", stats.disk().failed()}}}};
 }
 
 Json ToJson(const v1::AuditTotals& totals) {
@@ -289,6 +311,8 @@ Json ToJson(const v1::Sequence& sequence) {
           {"bytes", sequence.bytes()},
           {"lease_remaining_ms", sequence.lease_remaining_ms()},
           {"sketch_table_digest", HexOfId(sequence.sketch_table_digest())},
+          {"tier", TierText(sequence)},
+          {"durable_tokens", sequence.durable_tokens()},
           {"totals", TotalsToJson(sequence.totals())}};
 }
 
@@ -334,6 +358,7 @@ std::string ToTable(const v1::GetStatsResponse& stats) {
       {"calls", std::to_string(stats.calls_total())},
       {"calls refused", std::to_string(stats.calls_shed_total())},
       {"leases expired", std::to_string(stats.leases_expired_total())}};
+  if (stats.disk().max_bytes() > 0) AddDisk(stats.disk(), &rows);
   AddTotals(stats.totals(), &rows);
   AddAudit(stats.audit(), &rows);
   return Table(rows);
@@ -386,6 +411,8 @@ std::string ToTable(const v1::Sequence& sequence) {
       {"tokens of the longest layer", std::to_string(sequence.length_max_tokens())},
       {"blocks", std::to_string(sequence.block_count())},
       {"memory", BytesText(sequence.bytes())},
+      {"tier", TierText(sequence)},
+      {"tokens on disk", std::to_string(sequence.durable_tokens())},
       {"lease left", DurationText(sequence.lease_remaining_ms())},
       {"sketch tables", HexOfId(sequence.sketch_table_digest()).substr(0, kDigestDigits)}};
   AddTotals(sequence.totals(), &rows);
@@ -400,12 +427,12 @@ std::string ToTable(const v1::GetModelResponse& model) {
 
 std::string ToTable(const std::vector<v1::Sequence>& sequences) {
   std::vector<Row> rows = {
-      {"ID", "TENANT", "MODEL", "TOKENS", "MEMORY", "LEASE", "READ", "DROPPED MAX"}};
+      {"ID", "TENANT", "MODEL", "TOKENS", "TIER", "MEMORY", "LEASE", "READ", "DROPPED MAX"}};
   for (const v1::Sequence& sequence : sequences) {
     const v1::AttendTotals& totals = sequence.totals();
     rows.push_back({HexOfId(sequence.handle().id()), sequence.tenant(), sequence.model(),
-                    std::to_string(sequence.length_tokens()), BytesText(sequence.bytes()),
-                    DurationText(sequence.lease_remaining_ms()),
+                    std::to_string(sequence.length_tokens()), TierText(sequence),
+                    BytesText(sequence.bytes()), DurationText(sequence.lease_remaining_ms()),
                     ShareText(totals.tokens_read(), totals.tokens_visible()),
                     LargestBound(totals)});
   }

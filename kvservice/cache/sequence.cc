@@ -196,6 +196,50 @@ BlockRef Sequence::CopyBlock(const BlockRef& block, uint32_t token_count) const 
   return copy;
 }
 
+template <typename Copy>
+void Sequence::ForEachPart(uint32_t layer, uint32_t block, uint32_t token_count, Copy copy) const {
+  const KvLayout& layout = shape_->layout;
+  std::byte* const slice = Slice(layer, block);
+  if (token_count == kBlockTokens) return copy(slice, size_t{0}, shape_->slice_bytes);
+  const size_t head_bytes = size_t{token_count} * layout.row_bytes();
+  for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
+    copy(slice + layout.RowOffset(head, 0), head * head_bytes, head_bytes);
+  }
+}
+
+void Sequence::CopySlice(uint32_t layer, uint32_t block, uint32_t token_count, std::byte* rows,
+                         std::byte* sketch) const {
+  absl::InlinedVector<MemoryCopy, 8> copies;
+  ForEachPart(layer, block, token_count, [&](const std::byte* at, size_t offset, size_t bytes) {
+    copies.push_back({at, rows + offset, bytes});
+  });
+  if (token_count == kBlockTokens) {
+    copies.push_back(
+        {blocks_[block].data() + shape_->SketchOffset(layer), sketch, shape_->sketch_bytes});
+  }
+  device_->Copy(copies);
+}
+
+bool Sequence::Restore(absl::Span<const uint32_t> lengths) {
+  assert(blocks_.empty() && lengths.size() == layers_.size());
+  if (!Reserve(BlockCount(*std::max_element(lengths.begin(), lengths.end())))) return false;
+  for (size_t layer = 0; layer < lengths.size(); ++layer) layers_[layer].length = lengths[layer];
+  return true;
+}
+
+void Sequence::PasteSlice(uint32_t layer, uint32_t block, uint32_t token_count,
+                          const std::byte* rows, const std::byte* sketch) {
+  absl::InlinedVector<MemoryCopy, 8> copies;
+  ForEachPart(layer, block, token_count, [&](std::byte* at, size_t offset, size_t bytes) {
+    copies.push_back({rows + offset, at, bytes});
+  });
+  if (token_count == kBlockTokens) {
+    copies.push_back(
+        {sketch, blocks_[block].data() + shape_->SketchOffset(layer), shape_->sketch_bytes});
+  }
+  device_->Copy(copies);
+}
+
 std::unique_ptr<Sequence> Sequence::Fork(uint32_t length) const {
   assert(length <= length_min());
   auto child = std::make_unique<Sequence>(shape_, pool_, device_);

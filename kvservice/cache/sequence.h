@@ -121,6 +121,17 @@ class Sequence {
   // each.
   void ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::byte* rows) const;
 
+  // The stored form of a slice is its first `token_count` rows, [kv_head][token_count][K | V]
+  // [head_dim], and its sketch if it is full. Copies them to the host's memory; `sketch` is not
+  // touched unless token_count is kBlockTokens.
+  void CopySlice(uint32_t layer, uint32_t block, uint32_t token_count, std::byte* rows,
+                 std::byte* sketch) const;
+  // Takes blocks for [layer_count] lengths, all or none: false if the pool is full. The sequence is
+  // empty before, and its bytes are undefined until PasteSlice has written every slice.
+  bool Restore(absl::Span<const uint32_t> lengths);
+  void PasteSlice(uint32_t layer, uint32_t block, uint32_t token_count, const std::byte* rows,
+                  const std::byte* sketch);
+
   // A sequence with the first `length` tokens of every layer, at most length_min(). Full blocks are
   // shared, the partial one is copied, lists are shared until one side uses them. nullptr if the
   // pool is full.
@@ -170,6 +181,9 @@ class Sequence {
   void SealFull(uint32_t layer, uint32_t old_length, PendingWrites* writes) const;
   // A copy of the first `token_count` tokens of a block in all layers; empty if the pool is full.
   BlockRef CopyBlock(const BlockRef& block, uint32_t token_count) const;
+  // Calls `copy(bytes in the block, bytes in the stored form, count)` for each part of a slice.
+  template <typename Copy>
+  void ForEachPart(uint32_t layer, uint32_t block, uint32_t token_count, Copy copy) const;
 
   const CacheShape* const shape_;
   BlockPool* const pool_;

@@ -143,6 +143,13 @@ class AdminService final : public RpcService {
     response->set_leases_expired_total(stats.leases_expired_total);
     TotalsToProto(stats.attend, facts_.sequence_tokens_max, response->mutable_totals());
     AuditTotalsToProto(stats.audit, response->mutable_audit());
+    v1::DiskStats* const disk = response->mutable_disk();
+    disk->set_used_bytes(stats.disk_bytes_used);
+    disk->set_max_bytes(stats.disk_bytes_max);
+    disk->set_file_bytes(stats.disk_file_bytes);
+    disk->set_sequence_count(stats.sequences_on_disk);
+    disk->set_lost_sequence_count(stats.sequences_lost);
+    disk->set_failed(!stats.disk_is_healthy);
     GetStatsCall::Reply(std::move(call), absl::OkStatus());
   }
 

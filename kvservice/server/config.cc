@@ -184,6 +184,16 @@ void AddEngineFlags(CLI::App* app, Config* config) {
            &engine->seed_bytes_per_sequence_max);
 }
 
+void AddDiskFlags(CLI::App* app, Config* config) {
+  app->add_option("--data-dir", config->server.engine.data_directory,
+                  "Directory for suspended, evicted and durable sequences, for this server alone; "
+                  "made with mode 0700 (default: none, and nothing survives the process)")
+      ->type_name("DIRECTORY");
+  AddBytes(app, "--disk-bytes-max",
+           "Keys, values and sketches of sequences in --data-dir; files take up to twice as much",
+           &config->server.engine.disk_bytes_max);
+}
+
 void AddCertificateFlags(CLI::App* app, Config* config) {
   EngineOptions* const engine = &config->server.engine;
   app->add_option("--audit-rate", engine->audit_rate,
@@ -320,6 +330,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
       "before the file.");
   AddListenFlags(&app, &flags, &config);
   AddEngineFlags(&app, &config);
+  AddDiskFlags(&app, &config);
   AddCertificateFlags(&app, &config);
   AddServerFlags(&app, &config);
   AddProcessFlags(&app, &flags, &config);
@@ -384,7 +395,7 @@ std::string RuntimeDirectory() {
   return "/tmp/kvservice-" + std::to_string(getuid());
 }
 
-absl::Status CreateRuntimeDirectory(const std::string& path) {
+absl::Status CreatePrivateDirectory(const std::string& path) {
   if (mkdir(path.c_str(), 0700) != 0 && errno != EEXIST) {
     return absl::UnavailableError("cannot create " + path + ": " + std::strerror(errno));
   }

@@ -47,9 +47,9 @@ absl::StatusOr<DrawSecret> ReadDrawSecret(const std::string& path);
 // Where the default sockets are: $XDG_RUNTIME_DIR/kvservice, else /tmp/kvservice-UID.
 std::string RuntimeDirectory();
 
-// Makes the directory with mode 0700. PERMISSION_DENIED when it belongs to somebody else or others
-// may write there.
-absl::Status CreateRuntimeDirectory(const std::string& path);
+// Makes the directory with mode 0700, for sockets and for data. PERMISSION_DENIED when it belongs
+// to somebody else or others may write there.
+absl::Status CreatePrivateDirectory(const std::string& path);
 
 }  // namespace kvservice
 

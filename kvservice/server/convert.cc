@@ -136,6 +136,9 @@ absl::StatusOr<AppendCall> AppendFromProto(const v1::AppendRequest& request,
   if (!k.ok()) return k.status();
   absl::StatusOr<TensorView> v = TensorFromProto(request.v(), "v", region);
   if (!v.ok()) return v.status();
+  if (!v1::Durability_IsValid(request.durability())) {
+    return InvalidField("durability", "ENUM_UNKNOWN", "durability is not a known value");
+  }
   std::optional<TensorView> query_sample;
   if (request.has_query_sample()) {
     absl::StatusOr<TensorView> sample =
@@ -150,6 +153,7 @@ absl::StatusOr<AppendCall> AppendFromProto(const v1::AppendRequest& request,
                     .position = request.position(),
                     .k = *k,
                     .v = *v,
+                    .is_durable = request.durability() == v1::DURABILITY_DURABLE,
                     .query_sample = query_sample,
                     .query_sample_positions = request.query_sample_positions()};
 }
@@ -180,6 +184,9 @@ void SequenceToProto(const SequenceInfo& info, v1::Sequence* sequence) {
   sequence->set_lease_remaining_ms(info.lease_remaining_ms);
   sequence->set_sketch_table_digest(info.sketch_table_digest.data(),
                                     info.sketch_table_digest.size());
+  sequence->set_tier(info.tier == SequenceTier::kDisk ? v1::TIER_DISK : v1::TIER_MEMORY);
+  sequence->set_suspended(info.is_suspended);
+  sequence->set_durable_tokens(info.stored_length);
   TotalsToProto(info.stats, info.length_max, sequence->mutable_totals());
 }
 

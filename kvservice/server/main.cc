@@ -122,6 +122,19 @@ bool Announce(const Server& server, const std::string& ready_file) {
   return true;
 }
 
+void TellWhatWasFound(const std::string& directory, const EngineStats& stats,
+                      spdlog::logger* logger) {
+  if (!stats.disk_was_closed) {
+    logger->warn("{} was not closed: what was only in memory is gone", directory);
+  }
+  logger->info("{} has {} sequences in {} MiB", directory, stats.sequences_on_disk,
+               stats.disk_bytes_used >> 20);
+  if (stats.sequences_lost > 0) {
+    logger->error("{} sequences are damaged or gone: they answer DATA_LOSS until they are dropped",
+                  stats.sequences_lost);
+  }
+}
+
 absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
                                                     const std::optional<DrawSecret>& draw_secret,
                                                     spdlog::logger* logger) {
@@ -135,12 +148,20 @@ absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
   options.on_audit_violation = [logger](const std::string& violation) {
     logger->error("audit violation: {}", violation);
   };
-  return NewEngine(options, *std::move(device), SystemClock(), SystemRandom());
+  auto engine = NewEngine(options, *std::move(device), SystemClock(), SystemRandom());
+  if (engine.ok() && !options.data_directory.empty()) {
+    TellWhatWasFound(options.data_directory, (*engine)->Stats(), logger);
+  }
+  return engine;
 }
 
 int Serve(const Config& config, spdlog::logger* logger) {
   if (config.uses_runtime_directory) {
-    const absl::Status directory = CreateRuntimeDirectory(RuntimeDirectory());
+    const absl::Status directory = CreatePrivateDirectory(RuntimeDirectory());
+    if (!directory.ok()) return FailConfig(directory);
+  }
+  if (!config.server.engine.data_directory.empty()) {
+    const absl::Status directory = CreatePrivateDirectory(config.server.engine.data_directory);
     if (!directory.ok()) return FailConfig(directory);
   }
   std::optional<DrawSecret> draw_secret;

@@ -13,11 +13,11 @@ namespace kvservice {
 namespace {
 
 using Declared = v1::SequenceService;
-using NotServed = Declared::WithGenericMethod_Suspend<
-    Declared::WithGenericMethod_Resume<Declared::WithGenericMethod_Transfer<Declared::Service>>>;
+using NotServed = Declared::WithGenericMethod_Transfer<Declared::Service>;
+using OnDisk = Declared::WithRawMethod_Suspend<Declared::WithRawMethod_Resume<NotServed>>;
 using Rpc = Declared::WithRawMethod_Create<Declared::WithRawMethod_Fork<
     Declared::WithRawMethod_Truncate<Declared::WithRawMethod_Append<Declared::WithRawMethod_Get<
-        Declared::WithRawMethod_Drop<Declared::WithRawMethod_RenewLease<NotServed>>>>>>>;
+        Declared::WithRawMethod_Drop<Declared::WithRawMethod_RenewLease<OnDisk>>>>>>>;
 
 using CreateCall = UnaryCall<v1::CreateRequest, v1::CreateResponse>;
 using ForkCall = UnaryCall<v1::ForkRequest, v1::ForkResponse>;
@@ -25,6 +25,8 @@ using TruncateCall = UnaryCall<v1::TruncateRequest, v1::TruncateResponse>;
 using GetCall = UnaryCall<v1::GetRequest, v1::GetResponse>;
 using DropCall = UnaryCall<v1::DropRequest, v1::DropResponse>;
 using RenewLeaseCall = UnaryCall<v1::RenewLeaseRequest, v1::RenewLeaseResponse>;
+using SuspendCall = UnaryCall<v1::SuspendRequest, v1::SuspendResponse>;
+using ResumeCall = UnaryCall<v1::ResumeRequest, v1::ResumeResponse>;
 
 constexpr size_t kRequestIdBytesMax = 64;
 constexpr uint32_t kWholeLength = UINT32_MAX;
@@ -47,7 +49,9 @@ class SequenceService final : public RpcService {
         truncate_(Bind("Truncate", &Rpc::RequestTruncate, &SequenceService::Truncate)),
         get_(Bind("Get", &Rpc::RequestGet, &SequenceService::Get)),
         drop_(Bind("Drop", &Rpc::RequestDrop, &SequenceService::Drop)),
-        renew_lease_(Bind("RenewLease", &Rpc::RequestRenewLease, &SequenceService::RenewLease)) {
+        renew_lease_(Bind("RenewLease", &Rpc::RequestRenewLease, &SequenceService::RenewLease)),
+        suspend_(Bind("Suspend", &Rpc::RequestSuspend, &SequenceService::Suspend)),
+        resume_(Bind("Resume", &Rpc::RequestResume, &SequenceService::Resume)) {
     append_.host = host.calls;
     append_.engine = host.engine;
     append_.request = [this](grpc::ServerContext* context, AppendMethod::Reader* reader,
@@ -64,6 +68,8 @@ class SequenceService final : public RpcService {
     get_.Listen(&get_, queue);
     drop_.Listen(&drop_, queue);
     renew_lease_.Listen(&renew_lease_, queue);
+    suspend_.Listen(&suspend_, queue);
+    resume_.Listen(&resume_, queue);
   }
 
  private:
@@ -151,6 +157,22 @@ class SequenceService final : public RpcService {
         });
   }
 
+  void Suspend(std::unique_ptr<SuspendCall> call) {
+    const absl::StatusOr<SequenceId> id = IdFromProto(call->request().handle().id(), "handle.id");
+    if (!id.ok()) return SuspendCall::Reply(std::move(call), id.status());
+    const uint64_t generation = call->request().handle().generation();
+    const std::string tenant = call->tenant();
+    host_.engine->Suspend(tenant, *id, generation, ReplyWithSequence(std::move(call)));
+  }
+
+  void Resume(std::unique_ptr<ResumeCall> call) {
+    const absl::StatusOr<SequenceId> id = IdFromProto(call->request().handle().id(), "handle.id");
+    if (!id.ok()) return ResumeCall::Reply(std::move(call), id.status());
+    const uint64_t generation = call->request().handle().generation();
+    const std::string tenant = call->tenant();
+    host_.engine->Resume(tenant, *id, generation, ReplyWithSequence(std::move(call)));
+  }
+
   const ServiceHost host_;
   Rpc rpc_;
   AppendMethod append_;
@@ -160,6 +182,8 @@ class SequenceService final : public RpcService {
   const UnaryMethod<v1::GetRequest, v1::GetResponse> get_;
   const UnaryMethod<v1::DropRequest, v1::DropResponse> drop_;
   const UnaryMethod<v1::RenewLeaseRequest, v1::RenewLeaseResponse> renew_lease_;
+  const UnaryMethod<v1::SuspendRequest, v1::SuspendResponse> suspend_;
+  const UnaryMethod<v1::ResumeRequest, v1::ResumeResponse> resume_;
 };
 
 }  // namespace

@@ -220,7 +220,8 @@ absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
                   {"queue_calls_max", options_.engine.queue_calls_max},
                   {"rows_max", options_.engine.rows_max},
                   {"lease_default_ms", options_.engine.lease_default_ms},
-                  {"lease_max_ms", options_.engine.lease_max_ms}};
+                  {"lease_max_ms", options_.engine.lease_max_ms},
+                  {"disk_bytes_max", options_.engine.disk_bytes_max}};
   facts.draining = [this] { return data_gate_.closed(); };
   facts.request_drain = [this](uint32_t grace_ms) { RequestDrain(grace_ms); };
   return facts;

@@ -155,11 +155,11 @@ TEST_F(KvctlTest, Sequences) {
   EXPECT_EQ(list["sequences"][0]["tenant"], "default");
   EXPECT_EQ(RunJson("seq list --tenant nobody")["sequences"].size(), 0U);
   const std::string memory = MemoryCell(list["sequences"][0]["bytes"].get<uint64_t>());
-  EXPECT_EQ(Run("sequence list").out, "ID                                TENANT   MODEL  TOKENS  " +
-                                          std::string("MEMORY").append(memory.size() - 6, ' ') +
-                                          "  LEASE   READ    DROPPED MAX\n" + id +
-                                          "  default  small  100     " + memory +
-                                          "  10m00s  100.0%  0\n");
+  EXPECT_EQ(Run("sequence list").out,
+            "ID                                TENANT   MODEL  TOKENS  TIER    " +
+                std::string("MEMORY").append(memory.size() - 6, ' ') +
+                "  LEASE   READ    DROPPED MAX\n" + id + "  default  small  100     memory  " +
+                memory + "  10m00s  100.0%  0\n");
 
   const Json sequence = RunJson("sequence get " + id);
   EXPECT_EQ(sequence, list["sequences"][0]);

@@ -137,10 +137,15 @@ EngineOptions TestEngine::SmallOptions() {
 }
 
 TestEngine::TestEngine(const EngineOptions& options, uint32_t layer_count,
-                       std::unique_ptr<Device> device)
-    : model_(SmallModel(layer_count)) {
+                       std::unique_ptr<Device> device, std::unique_ptr<DiskTier> tier,
+                       uint64_t seed)
+    : random(seed), model_(SmallModel(layer_count)) {
   if (device == nullptr) device = *NewDevice("reference", {});
-  engine_ = *NewEngine(options, std::move(device), &clock, &random);
+  const bool has_tier = tier != nullptr;
+  auto engine = NewEngine(options, std::move(device), &clock, &random, std::move(tier));
+  start_status_ = engine.status();
+  if (has_tier && !start_status_.ok()) return;
+  engine_ = *std::move(engine);
   EXPECT_TRUE(engine_->RegisterModel(model_).ok());
 }
 
@@ -196,6 +201,24 @@ absl::StatusOr<AppendResult> TestEngine::Append(const Handle& handle, uint32_t l
                                                 uint32_t position, const Words& words,
                                                 std::string tenant) {
   return AppendStep(model_, handle, layer, position, words, std::move(tenant)).Run(get());
+}
+
+absl::StatusOr<AppendResult> TestEngine::AppendDurably(const Handle& handle, uint32_t layer,
+                                                       uint32_t position, const Words& words,
+                                                       std::string tenant) {
+  AppendStep step(model_, handle, layer, position, words, std::move(tenant));
+  step.call.is_durable = true;
+  return step.Run(get());
+}
+
+absl::StatusOr<SequenceInfo> TestEngine::Suspend(const Handle& handle, std::string_view tenant) {
+  return Wait<SequenceInfo>(
+      [&](auto done) { engine_->Suspend(tenant, handle.id, handle.generation, std::move(done)); });
+}
+
+absl::StatusOr<SequenceInfo> TestEngine::Resume(const Handle& handle, std::string_view tenant) {
+  return Wait<SequenceInfo>(
+      [&](auto done) { engine_->Resume(tenant, handle.id, handle.generation, std::move(done)); });
 }
 
 absl::StatusOr<AuditReport> TestEngine::Audit(const Handle& handle, const AuditAsk& ask,

@@ -92,8 +92,12 @@ class TestEngine {
   // 64 blocks of a two-layer model, a few of everything else.
   static EngineOptions SmallOptions();
 
+  // Without a tier the engine must start; with one start_status() says how that went, and there is
+  // no engine if it did not.
   explicit TestEngine(const EngineOptions& options = SmallOptions(), uint32_t layer_count = 2,
-                      std::unique_ptr<Device> device = nullptr);
+                      std::unique_ptr<Device> device = nullptr,
+                      std::unique_ptr<DiskTier> tier = nullptr, uint64_t seed = 42);
+  const absl::Status& start_status() const { return start_status_; }
 
   absl::StatusOr<SequenceInfo> Create(CreateOptions options, std::string_view tenant = kTenant);
   // A sequence of the small model that must come about.
@@ -110,6 +114,11 @@ class TestEngine {
                                  uint32_t limit = 1000);
   absl::StatusOr<AppendResult> Append(const Handle& handle, uint32_t layer, uint32_t position,
                                       const Words& words, std::string tenant = kTenant);
+  absl::StatusOr<AppendResult> AppendDurably(const Handle& handle, uint32_t layer,
+                                             uint32_t position, const Words& words,
+                                             std::string tenant = kTenant);
+  absl::StatusOr<SequenceInfo> Suspend(const Handle& handle, std::string_view tenant = kTenant);
+  absl::StatusOr<SequenceInfo> Resume(const Handle& handle, std::string_view tenant = kTenant);
   absl::StatusOr<AuditReport> Audit(const Handle& handle, const AuditAsk& ask,
                                     std::string_view tenant = kTenant);
   absl::StatusOr<ExplainReport> Explain(const Handle& handle, const ExplainAsk& ask,
@@ -121,10 +130,11 @@ class TestEngine {
   const ModelSpec& model() const { return model_; }
 
   FakeClock clock;
-  SeededRandom random{42};
+  SeededRandom random;
 
  private:
   ModelSpec model_;
+  absl::Status start_status_;
   std::unique_ptr<Engine> engine_;
 };
 

@@ -72,6 +72,7 @@ class Sequence:
         layer: int | None = None,
         query_sample: Any | None = None,
         query_sample_positions: np.ndarray | list[int] | None = None,
+        durable: bool = False,
     ) -> sequence_pb2.AppendResponse:
         """Streams the K and V of consecutive tokens; repeating the same bytes is harmless.
 
@@ -81,7 +82,8 @@ class Sequence:
         queries of these tokens, from which the server learns to make its bounds tighter; without
         `query_sample_positions` at most 256. With positions [n], ascending and of these tokens, the
         latest of them also become anchors, which saves the first steps of "cis" and "cpe" their
-        scans. What was sent before an error stays.
+        scans. What was sent before an error stays. With `durable` all of it is on the server's disk,
+        synced, when this returns.
         """
         k, v = as_array(k), as_array(v)
         query_sample = None if query_sample is None else as_array(query_sample)
@@ -97,7 +99,7 @@ class Sequence:
             positions = np.asarray(query_sample_positions, np.int64)
             _check_positions(positions, query_sample, start_position, k.shape[1])
         requests = self._append_requests(
-            start_position, layer or 0, k, v, query_sample, positions
+            start_position, layer or 0, k, v, query_sample, positions, durable
         )
         return self._client._stream(
             "SequenceService/Append", requests, sequence_pb2.AppendResponse
@@ -154,6 +156,25 @@ class Sequence:
         reply = self._client._call("SequenceService/Get", request, sequence_pb2.GetResponse)
         return reply.sequence
 
+    def suspend(self) -> sequence_pb2.Sequence:
+        """Out of the server's memory and onto its disk, until `resume`."""
+        request = sequence_pb2.SuspendRequest(handle=self._handle)
+        reply = self._client._call("SequenceService/Suspend", request, sequence_pb2.SuspendResponse)
+        return reply.sequence
+
+    def resume(self) -> sequence_pb2.Sequence:
+        """Back into the server's memory; this object moves on to the new generation."""
+        request = sequence_pb2.ResumeRequest(handle=self._handle)
+        reply = self._client._call("SequenceService/Resume", request, sequence_pb2.ResumeResponse)
+        self._handle = reply.sequence.handle
+        return reply.sequence
+
+    def refresh(self) -> sequence_pb2.Sequence:
+        """Moves on to what a restarted server has of it, which may be less than was appended."""
+        described = self.describe()
+        self._handle = described.handle
+        return described
+
     def renew_lease(self, lease_ms: int = 0) -> int:
         """Keeps the sequence alive; returns the remaining milliseconds."""
         request = sequence_pb2.RenewLeaseRequest(handle=self._handle, lease_ms=lease_ms)
@@ -175,7 +196,9 @@ class Sequence:
         v: np.ndarray,
         query_sample: np.ndarray | None,
         positions: np.ndarray | None,
+        durable: bool,
     ) -> Iterator[sequence_pb2.AppendRequest]:
+        durability = sequence_pb2.DURABILITY_DURABLE if durable else sequence_pb2.DURABILITY_MEMORY
         token_bytes = 2 * k[:1, :1].nbytes
         step = max(1, _APPEND_BYTES_MAX // max(1, token_bytes))
         offsets = None if positions is None else positions - start_position
@@ -193,6 +216,7 @@ class Sequence:
                     layer=first_layer + index,
                     position=start_position + piece.start,
                     query_sample=sample,
+                    durability=durability,
                     query_sample_positions=() if positions is None else positions[sampled],
                     k=to_message(keys[piece]),
                     v=to_message(values[piece]),

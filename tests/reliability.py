@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Runs a long campaign and writes down what happened: a row in tests/RELIABILITY.json, and
+tests/RELIABILITY.md anew from all rows.
+
+    tests/reliability.py power_cut --cuts=20000 --seed=1
+    tests/reliability.py --check        RELIABILITY.md is what the rows say
+"""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROWS = ROOT / "tests" / "RELIABILITY.json"
+REPORT = ROOT / "tests" / "RELIABILITY.md"
+PROGRAM = ROOT / "build" / "release" / "bin" / "kvstress"
+
+MEANINGS = {
+    "power_cut": "An engine works on a file system that keeps only what was synced; the power goes "
+                 "in the middle of some operation, also while the store is opened or closed. After "
+                 "each restart every sequence is compared with a client's ledger, byte by byte. A "
+                 "failure: an acknowledged durable token is gone, a byte is wrong, a hole, a "
+                 "dropped sequence is back, a stale handle is taken, the store does not open.",
+    "sigkill": "Server processes are killed under gRPC load of three clients and started again; "
+               "compared alike. The page cache survives a kill, so this says nothing about syncs.",
+    "bit_flip": "A closed store is damaged: a flipped bit four times in five, else zeros, a cut-off "
+                "end, two files that changed places, or a file of an earlier close. A failure: a "
+                "wrong byte, or a sequence that is absent or shorter without an error.",
+    "restart": "GiB of sequences in a store that was closed: the seconds until a new engine has "
+               "answered its first Attend. A failure: five or more.",
+}
+
+
+def load():
+    return json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else []
+
+
+def report(rows):
+    lines = [
+        "# What campaigns found",
+        "",
+        "Made by `tests/reliability.py` from `RELIABILITY.json`; do not edit. Every row can be run",
+        "again: the seed is in its command.",
+        "",
+        "| test | count | failures | seed | seconds | commit | machine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(f"| {row['test']} | {row['count']:,} | {row['failures']} | {row['seed']} | "
+                     f"{row['seconds']:.0f} | {row['commit']} | {row['machine']} |")
+    lines += ["", "What was looked at, and how to run it again:", ""]
+    for row in rows:
+        checked = ", ".join(f"{name.replace('_', ' ')} {count:,}"
+                            for name, count in row["checked"].items())
+        lines.append(f"- `{row['command']}`: {checked}")
+    lines += ["", "What the tests do:", ""]
+    lines += [f"- **{test}**: {meaning}" for test, meaning in MEANINGS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def machine():
+    model = platform.machine()
+    for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n"):
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return f"{os.cpu_count()} CPUs, {model}"
+
+
+def commit():
+    return subprocess.run(["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"], text=True,
+                          stdout=subprocess.PIPE, check=True).stdout.strip()
+
+
+def run(arguments):
+    with tempfile.NamedTemporaryFile(suffix=".json") as row_file:
+        environment = dict(os.environ, KVSERVICE_BIN_DIR=str(PROGRAM.parent))
+        done = subprocess.run([PROGRAM, *arguments, f"--row={row_file.name}"], env=environment,
+                              check=False)
+        text = pathlib.Path(row_file.name).read_text(encoding="utf-8")
+    if not text:
+        return done.returncode or 1
+    row = json.loads(text)
+    row["commit"] = commit()
+    row["command"] = " ".join(["kvstress", *arguments])
+    row["machine"] = machine()
+    # The latest of each command counts.
+    rows = [other for other in load() if other["command"] != row["command"]] + [row]
+    rows.sort(key=lambda other: (list(MEANINGS).index(other["test"]), other["command"]))
+    ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    REPORT.write_text(report(rows), encoding="utf-8")
+    return done.returncode
+
+
+def main():
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 2
+    if arguments == ["--check"]:
+        right = REPORT.read_text(encoding="utf-8") == report(load())
+        if not right:
+            print("tests/RELIABILITY.md is not what tests/RELIABILITY.json says")
+        return 0 if right else 1
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
