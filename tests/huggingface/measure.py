@@ -1,4 +1,4 @@
-"""Tokens per second of a real model in transformers: with its own attention and through the service.
+"""Tokens per second of a model in transformers: with its own attention, and through the service.
 
     PYTHONPATH=client/python:build/python build/huggingface/python tests/huggingface/measure.py
 

@@ -227,6 +227,66 @@ def test_new_tokens_through_buffers_are_stored(server, filled):
             assert reply.rows[0].attended_tokens == TOKENS + 1
 
 
+def random_keys(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return to_bf16(rng.standard_normal((1, count, CONFIG.kv_head_count, CONFIG.head_dim)))
+
+
+def test_appends_travel_through_the_lane(server, unary):
+    k, v = random_keys(9000), random_keys(9000, 1)
+    sample = np.random.default_rng(2).standard_normal((1, 200, *OUT[1:]))
+    replies = []
+    with Client(server.endpoint, transport="lane") as lane:
+        # Nothing of it may go by gRPC.
+        lane._stream = None
+        for client in (lane, unary):
+            with client.sequence(MODEL, policy=DENSE) as sequence:
+                first = sequence.append(0, k, v, query_sample=sample)
+                again = sequence.append(8990, k[:, 8990:], v[:, 8990:])
+                reply = unary.attend_rows(0, [Row(sequence, 8999)], queries(1))
+                assert first.sequence.length_tokens == 9000
+                assert (again.message_count, again.duplicate_count) == (1, 1)
+                replies.append((first.message_count, first.duplicate_count, reply.out.tobytes()))
+    assert replies[0] == replies[1] and replies[0][0] > 1
+
+
+def test_an_append_that_finds_no_room_goes_on_by_grpc(server, unary):
+    heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
+    k, v = random_keys(9000), random_keys(9000, 1)
+    with Client(server.endpoint, lane=LaneOptions(calls_max=1)) as client:
+        with client.sequence(MODEL) as sequence, client.step_buffers(1, *heads) as buffers:
+            # The first message by the lane, the second when its only slot is taken.
+            buffers.close()
+            parts = sequence._append_parts(0, 0, k, v, None, None)
+
+            def interrupted():
+                for index, part in enumerate(parts):
+                    if index == 1:
+                        buffers.__init__(buffers.shape, client._lane())
+                    yield part
+
+            reply = client._append(sequence.handle, interrupted())
+            assert buffers.lane is not None
+            assert reply.message_count > 1 and reply.duplicate_count == 0
+            assert reply.sequence.length_tokens == 9000
+            assert unary.attend_rows(0, [Row(sequence, 8999)], queries(1)).rows[0].out.any()
+
+
+def test_errors_of_appends_are_those_of_grpc(server, unary):
+    k, v = random_keys(8), random_keys(8, 1)
+    with Client(server.endpoint, transport="lane") as lane:
+        errors = []
+        for client in (lane, unary):
+            with client.sequence(MODEL) as sequence:
+                with pytest.raises(KvServiceError) as refused:
+                    sequence.append(3, k, v)
+                errors.append(refused.value)
+                with pytest.raises(KvServiceError, match="APPEND_EMPTY"):
+                    sequence.append(0, k[:, :0], v[:, :0])
+    assert errors[0].reason == errors[1].reason == "POSITION_GAP"
+    assert errors[0].metadata == errors[1].metadata and errors[0].field == errors[1].field
+
+
 def test_threads_share_a_client(server, unary, filled):
     expected = [attend(unary, filled, queries(1, seed)) for seed in range(8)]
     problems, ways = [], []
@@ -298,6 +358,21 @@ def test_a_server_that_leaves_in_the_middle_of_a_call(tmp_path, server, unary, f
         assert_equal(reply, attend(unary, filled))
         assert client.transport == "unary"
         assert client.lane_error.reason == "LANE_UNAVAILABLE"
+
+
+def test_a_slow_server_is_waited_for_and_rung_again(tmp_path, server, filled):
+    rings = []
+
+    def answer(lane):
+        rings.append(lane)
+        if len(rings) == 3:
+            reply_with(lane)
+
+    stack, client = scripted(tmp_path, server, answer)
+    with stack:
+        # It looks again each time that it looks whether the server is still there.
+        assert attend(client, filled).transport == "lane"
+        assert len(rings) == 3 and client.transport == "lane"
 
 
 def test_a_server_that_goes_down_says_so(tmp_path, server, unary, filled):

@@ -1,4 +1,4 @@
-"""Attend calls through memory shared with a server on the same host: client/lane.cc in Python.
+"""Calls through memory shared with a server on the same host: client/lane.cc in Python.
 
 Nothing here makes a call fail that gRPC could carry: what does not fit, finds no slot or meets a
 server that goes down is handed back to take the other way, and repeating it there is safe.
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import numpy as np
@@ -24,7 +25,7 @@ from kvservice import lane_memory
 from kvservice.errors import KvServiceError, error_from_status
 from kvservice.lane_memory import LaneMemory, LaneShape, SlotWords, align_up
 from kvservice.tensors import describe_tensor, element_type
-from kvservice.v1 import attention_pb2, error_details_pb2, lane_pb2, types_pb2
+from kvservice.v1 import attention_pb2, error_details_pb2, lane_pb2, sequence_pb2, types_pb2
 
 UNIX_PREFIX = "unix:"
 
@@ -35,6 +36,7 @@ _REOPEN_PAUSE_S = 1.0
 # As the C++ client: only where the threads that look leave enough CPUs to the others.
 _SPIN_CPUS_MIN = 8
 _SPIN_S = 500e-6
+_WORD_MAX = 0xFFFFFFFF
 
 _log = logging.getLogger("kvservice")
 
@@ -73,6 +75,7 @@ class LaneReply:
 
 
 Tensors = dict[str, np.ndarray]
+Request = attention_pb2.AttendRequest | sequence_pb2.AppendRequest
 
 
 def _unavailable(problem: str) -> KvServiceError:
@@ -107,6 +110,8 @@ class Lane:
         self._socket = _connect(path, deadline_s)
         try:
             self._memory = _share_memory(self._socket, LaneShape(calls, area, area))
+            # Python waits on a socket with a timeout whatever the flags of a call say.
+            self._socket.setblocking(False)
         except BaseException:
             self._socket.close()
             raise
@@ -115,6 +120,7 @@ class Lane:
         self._is_broken = False
         self._mutex = threading.Lock()
         # Guarded by the mutex, but for the number, which is the taker's.
+        self._append_count = 0
         self._slots = [_Slot(words) for words in self._memory.slots]
 
     @property
@@ -144,17 +150,26 @@ class Lane:
         if index is None:
             return None
         try:
-            if not self._put_request(index, request, tensors):
+            message = self._exchange(index, lane_memory.ATTEND, request, tensors, deadline)
+            if message is None:
                 return None
-            answered = self._wait(index, deadline)
-            if answered is None:
-                self._is_broken = True
+            response = self._parse(attention_pb2.AttendResponse, message)
+            return self._take_outputs(index, request, response, reserved_slot is not None)
+        finally:
+            self._leave_slot(index)
+
+    def append(
+        self, request: sequence_pb2.AppendRequest, tensors: Tensors, deadline: float
+    ) -> sequence_pb2.AppendResponse | None:
+        """Stores the tokens of one message; the answer has counts alone. As `attend` otherwise."""
+        index = self._take_slot(None)
+        if index is None:
+            return None
+        try:
+            message = self._exchange(index, lane_memory.APPEND, request, tensors, deadline)
+            if message is None:
                 return None
-            if not answered:
-                raise KvServiceError(
-                    grpc.StatusCode.DEADLINE_EXCEEDED, "the server did not answer in time"
-                )
-            return self._take_reply(index, request, in_place=reserved_slot is not None)
+            return self._parse(sequence_pb2.AppendResponse, message)
         finally:
             self._leave_slot(index)
 
@@ -206,9 +221,23 @@ class Lane:
             slot.is_abandoned = slot.words.reply_number() != slot.number
             slot.is_taken = slot.is_abandoned or slot.is_reserved
 
-    def _put_request(
-        self, index: int, request: attention_pb2.AttendRequest, tensors: Tensors
-    ) -> bool:
+    def _exchange(
+        self, index: int, method: int, request: Request, tensors: Tensors, deadline: float
+    ) -> bytes | None:
+        """The answer's message; None for another way."""
+        if not self._put_request(index, method, request, tensors):
+            return None
+        answered = self._wait(index, deadline)
+        if answered is None:
+            self._is_broken = True
+            return None
+        if not answered:
+            raise KvServiceError(
+                grpc.StatusCode.DEADLINE_EXCEEDED, "the server did not answer in time"
+            )
+        return self._take_message(index)
+
+    def _put_request(self, index: int, method: int, request: Request, tensors: Tensors) -> bool:
         memory, slot = self._memory, self._slots[index]
         offset = slot.words.request_begin
         end = offset + memory.shape.request_bytes
@@ -227,9 +256,15 @@ class Lane:
         if len(message) > end - offset:
             return False
         memory.bytes[offset : offset + len(message)] = np.frombuffer(message, np.uint8)
-        slot.number = (slot.number + 1) & 0xFFFFFFFF
-        slot.words.put_request(offset, len(message), slot.number)
+        slot.number = (slot.number + 1) & _WORD_MAX
+        order = self._next_order() if method == lane_memory.APPEND else 0
+        slot.words.put_request(method, order, offset, len(message), slot.number)
         return True
+
+    def _next_order(self) -> int:
+        with self._mutex:
+            self._append_count = (self._append_count + 1) & _WORD_MAX
+            return self._append_count
 
     def _ring(self) -> bool:
         """Wakes the server if it sleeps; False when it is gone."""
@@ -280,22 +315,36 @@ class Lane:
         except OSError:
             return False
 
-    def _take_reply(
-        self, index: int, request: attention_pb2.AttendRequest, *, in_place: bool
-    ) -> LaneReply | None:
+    def _take_message(self, index: int) -> bytes | None:
         words = self._slots[index].words
         code, offset, byte_count = words.reply()
         if not words.reply_begin <= offset <= offset + byte_count <= words.reply_end:
             self._is_broken = True
             raise _malformed("reply_offset", "is not in the slot")
         message = self._memory.bytes[offset : offset + byte_count].tobytes()
+        if code == 0:
+            return message
+        error = error_from_status(code, self._parse(error_details_pb2.Status, message))
+        # Another way may do better.
+        if error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "REPLY_TOO_LARGE":
+            return None
+        raise error
+
+    def _parse(self, message_type: Any, message: bytes) -> Any:
         try:
-            if code != 0:
-                return _raise_status(code, message)
-            response = attention_pb2.AttendResponse.FromString(message)
+            return message_type.FromString(message)
         except DecodeError:
             self._is_broken = True
             raise _malformed("message", "does not parse") from None
+
+    def _take_outputs(
+        self,
+        index: int,
+        request: attention_pb2.AttendRequest,
+        response: attention_pb2.AttendResponse,
+        in_place: bool,
+    ) -> LaneReply:
+        words = self._slots[index].words
         rows = sum(max(1, row.query_count) for row in request.rows)
         heads, head_dim = request.q.shape[1:]
         out = self._output(words, response.out, "out", (rows, heads, head_dim), in_place)
@@ -324,14 +373,6 @@ class Lane:
             raise _malformed(name, problem)
         array = self._memory.array(begin, shape, dtype)
         return array if in_place else array.copy()
-
-
-def _raise_status(code: int, message: bytes) -> None:
-    """Raises the error of a call; returns when another way may do better."""
-    error = error_from_status(code, error_details_pb2.Status.FromString(message))
-    is_for_others = error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "REPLY_TOO_LARGE"
-    if not is_for_others:
-        raise error
 
 
 def _default_spin_s() -> float:

@@ -105,6 +105,15 @@ def to_message(values: np.ndarray) -> types_pb2.Tensor:
     return tensor
 
 
+def put_inside(request: Any, tensors: dict[str, np.ndarray]) -> Any:
+    """Writes tensors into their fields of a request, payload and all; returns the request."""
+    for name, array in tensors.items():
+        tensor = describe_tensor(getattr(request, name), array)
+        tensor.ClearField("region")
+        tensor.data = array.tobytes()
+    return request
+
+
 def element_type(tensor: types_pb2.Tensor) -> np.dtype | None:
     """numpy's name of a message's element type; None for one that is not known here."""
     return _NUMPY_TYPES.get(tensor.dtype)
