@@ -206,6 +206,22 @@ def test_buffers_are_read_and_written_in_place(server, unary, filled):
         assert_equal(reply, attend(unary, filled, queries(2)))
 
 
+def test_buffers_are_left_as_they_are(server, unary, filled):
+    heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
+    with Client(server.endpoint) as client, client.step_buffers(2, *heads) as buffers:
+        buffers.q[:], buffers.k[:], buffers.v[:] = queries(2), 7, 9
+        reply = attend(client, filled, buffers.q, buffers=buffers)
+        assert reply.transport == "lane" and not reply.out.flags.owndata
+        # Arrays that are not theirs, or not whole, find their own way.
+        for q in (queries(8), queries(1), buffers.q[:1], buffers.q[1:]):
+            expected = attend(unary, filled, q.copy())
+            reply = attend(client, filled, q, buffers=buffers)
+            assert reply.transport == "lane" and reply.out.flags.owndata
+            assert_equal(reply, expected)
+        np.testing.assert_array_equal(buffers.q, queries(2))
+        assert (buffers.k == 7).all() and (buffers.v == 9).all()
+
+
 def test_new_tokens_through_buffers_are_stored(server, filled):
     heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
     rng = np.random.default_rng(5)
@@ -266,7 +282,7 @@ def test_an_append_that_finds_no_room_goes_on_by_grpc(server, unary):
                     yield part
 
             reply = client._append(sequence.handle, interrupted())
-            assert buffers.lane is not None
+            assert buffers.reserved is not None
             assert reply.message_count > 1 and reply.duplicate_count == 0
             assert reply.sequence.length_tokens == 9000
             assert unary.attend_rows(0, [Row(sequence, 8999)], queries(1)).rows[0].out.any()

@@ -159,8 +159,8 @@ class Client:
         or torch.bfloat16; with a torch q the outputs are torch tensors. Each row has its own result
         or its own error.
 
-        `buffers` are the ones that q, k and v are arrays of: then outputs too stay where the server
-        wrote them if they can, and are overwritten by the next call with these buffers.
+        `buffers` are the ones whose whole arrays q, k and v are: then outputs too stay where the
+        server wrote them if they can, and are overwritten by the next call with these buffers.
         """
         request = attention_pb2.AttendRequest(
             layer=layer,
@@ -222,11 +222,12 @@ class Client:
         buffers: StepBuffers | None,
     ) -> tuple[LaneReply, Transport]:
         deadline = time.monotonic() + self._deadline_s
-        lane, slot = self._lane(), None
-        if buffers is not None and buffers.lane is not None and buffers.lane.is_usable:
-            lane, slot = buffers.lane, buffers.slot
+        lane, reserved = self._lane(), None
+        if buffers is not None and buffers.reserved is not None and buffers.hold(tensors):
+            if buffers.reserved.lane.is_usable:
+                lane, reserved = buffers.reserved.lane, buffers.reserved
         if lane is not None:
-            reply = lane.attend(request, tensors, deadline, slot)
+            reply = lane.attend(request, tensors, deadline, reserved)
             if reply is not None:
                 return reply, "lane"
         put_inside(request, tensors)

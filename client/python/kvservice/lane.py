@@ -65,6 +65,15 @@ class _Slot:
     is_abandoned: bool = False
 
 
+@dataclass(frozen=True)
+class Reservation:
+    """A slot that belongs to a `StepBuffers`, with its tensors at the begin of the slot's area."""
+
+    lane: Lane
+    index: int
+    tensor_bytes: int
+
+
 @dataclass
 class LaneReply:
     """A server's answer; the arrays are copies unless the caller's buffers own the slot."""
@@ -138,23 +147,24 @@ class Lane:
         request: attention_pb2.AttendRequest,
         tensors: Tensors,
         deadline: float,
-        reserved_slot: int | None = None,
+        reserved: Reservation | None = None,
     ) -> LaneReply | None:
         """The answer to `request` with its `tensors` by field name, q first, each of 3 extents.
 
         None if it must take another way: all slots are busy, it is too large for one, the server
         goes down or is gone. `deadline` is a time of time.monotonic(). Fills in the tensors' places
-        in the memory.
+        in the memory. With a slot that is `reserved` the tensors are in place there.
         """
-        index = self._take_slot(reserved_slot)
+        index = self._take_slot(reserved)
         if index is None:
             return None
+        kept = reserved.tensor_bytes if reserved is not None else 0
         try:
-            message = self._exchange(index, lane_memory.ATTEND, request, tensors, deadline)
+            message = self._exchange(index, lane_memory.ATTEND, request, tensors, deadline, kept)
             if message is None:
                 return None
             response = self._parse(attention_pb2.AttendResponse, message)
-            return self._take_outputs(index, request, response, reserved_slot is not None)
+            return self._take_outputs(index, request, response, reserved is not None)
         finally:
             self._leave_slot(index)
 
@@ -173,34 +183,37 @@ class Lane:
         finally:
             self._leave_slot(index)
 
-    def reserve_slot(self, tensor_bytes: int) -> int | None:
+    def reserve_slot(self, tensor_bytes: int) -> Reservation | None:
         """A slot for `StepBuffers` of so many bytes; None if there is none to have."""
         if tensor_bytes >= self._memory.shape.request_bytes or not self.is_usable:
             return None
         index = self._take_slot(None)
-        if index is not None:
-            with self._mutex:
-                self._slots[index].is_reserved = True
-        return index
+        if index is None:
+            return None
+        with self._mutex:
+            self._slots[index].is_reserved = True
+        return Reservation(self, index, tensor_bytes)
 
-    def return_slot(self, index: int) -> None:
+    def return_slot(self, reserved: Reservation) -> None:
         """Gives a reserved slot back; no call of it may be under way."""
         with self._mutex:
-            slot = self._slots[index]
+            slot = self._slots[reserved.index]
             slot.is_reserved = False
             slot.is_taken = slot.is_abandoned
 
     def request_array(
-        self, index: int, offset: int, shape: tuple[int, ...], dtype: np.dtype
+        self, reserved: Reservation, offset: int, shape: tuple[int, ...], dtype: np.dtype
     ) -> np.ndarray:
         """An array in a reserved slot's request area; `offset` from its begin."""
-        return self._memory.array(self._slots[index].words.request_begin + offset, shape, dtype)
+        begin = self._slots[reserved.index].words.request_begin
+        return self._memory.array(begin + offset, shape, dtype)
 
-    def _take_slot(self, reserved: int | None) -> int | None:
+    def _take_slot(self, reserved: Reservation | None) -> int | None:
         with self._mutex:
             if reserved is not None:
-                self._reclaim(self._slots[reserved])
-                return None if self._slots[reserved].is_abandoned else reserved
+                slot = self._slots[reserved.index]
+                self._reclaim(slot)
+                return None if slot.is_abandoned else reserved.index
             for index, slot in enumerate(self._slots):
                 self._reclaim(slot)
                 if not slot.is_taken:
@@ -222,10 +235,17 @@ class Lane:
             slot.is_taken = slot.is_abandoned or slot.is_reserved
 
     def _exchange(
-        self, index: int, method: int, request: Request, tensors: Tensors, deadline: float
+        self,
+        index: int,
+        method: int,
+        request: Request,
+        tensors: Tensors,
+        deadline: float,
+        kept_bytes: int = 0,
     ) -> bytes | None:
-        """The answer's message; None for another way."""
-        if not self._put_request(index, method, request, tensors):
+        """The answer's message; None for another way. The area's first `kept_bytes` are left to
+        tensors."""
+        if not self._put_request(index, method, request, tensors, kept_bytes):
             return None
         answered = self._wait(index, deadline)
         if answered is None:
@@ -237,7 +257,9 @@ class Lane:
             )
         return self._take_message(index)
 
-    def _put_request(self, index: int, method: int, request: Request, tensors: Tensors) -> bool:
+    def _put_request(
+        self, index: int, method: int, request: Request, tensors: Tensors, kept_bytes: int
+    ) -> bool:
         memory, slot = self._memory, self._slots[index]
         offset = slot.words.request_begin
         end = offset + memory.shape.request_bytes
@@ -245,13 +267,14 @@ class Lane:
             if array.nbytes > end - offset:
                 return False
             target = memory.array(offset, array.shape, array.dtype)
-            # StepBuffers have their tensors in place already.
+            # Those of a reserved slot are in place already.
             if array.__array_interface__["data"][0] != memory.address + offset:
                 np.copyto(target, array)
             region = describe_tensor(getattr(request, name), array).region
             region.offset_bytes = offset
             region.length_bytes = array.nbytes
             offset = align_up(offset + array.nbytes)
+        offset = max(offset, slot.words.request_begin + kept_bytes)
         message = request.SerializeToString()
         if len(message) > end - offset:
             return False
