@@ -66,11 +66,11 @@ class Client:
             raise ValueError(f"transport is {transport!r}, expected 'auto', 'lane' or 'unary'")
         self.endpoint = endpoint
         self._deadline_s = deadline_s
-        self._lanes = None
+        self._lanes: LanePath | None = None
         if transport != "unary":
             self._lanes = LanePath(endpoint, lane or LaneOptions(), min(deadline_s, 5.0))
-        if transport == "lane":
-            self._lanes.open()
+            if transport == "lane":
+                self._lanes.open()
         self._channel = grpc.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
         self._methods: dict[str, Any] = {}
 

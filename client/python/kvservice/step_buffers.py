@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from kvservice.lane import Lane
 from kvservice.lane_memory import align_up
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -39,9 +40,9 @@ class StepBuffers:
 
     def __init__(self, shape: StepShape, lane: Lane | None) -> None:
         """`Client.step_buffers` makes them; ValueError for a type that tensors cannot have."""
-        for dtype in (shape.q_dtype, shape.kv_dtype):
-            if dtype not in _DTYPES:
-                raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+        for name in (shape.q_dtype, shape.kv_dtype):
+            if name not in _DTYPES:
+                raise ValueError(f"dtype is {name!r}, expected one of {', '.join(_DTYPES)}")
         self.shape = shape
         keys = (shape.token_count, shape.kv_heads, shape.head_dim)
         queries = (shape.token_count, shape.query_heads, shape.head_dim)
@@ -56,7 +57,7 @@ class StepBuffers:
         views, offset = [], 0
         for (extents, dtype), size in zip(arrays, sizes, strict=True):
             if self.reserved is not None:
-                views.append(lane.request_array(self.reserved, offset, extents, dtype))
+                views.append(self.reserved.lane.request_array(self.reserved, offset, extents, dtype))
             else:
                 views.append(np.zeros(extents, dtype))
             offset += size

@@ -21,7 +21,7 @@ Float32Array = npt.NDArray[np.float32]
 Bf16Array = npt.NDArray[np.uint16]
 
 # The wire is little endian, whatever this machine is.
-_NUMPY_TYPES = {
+_NUMPY_TYPES: dict[types_pb2.DataType, np.dtype[Any]] = {
     types_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     types_pb2.DATA_TYPE_FLOAT16: np.dtype("<f2"),
     types_pb2.DATA_TYPE_BFLOAT16: np.dtype("<u2"),
