@@ -57,7 +57,8 @@ class StepBuffers:
         views, offset = [], 0
         for (extents, dtype), size in zip(arrays, sizes, strict=True):
             if self.reserved is not None:
-                views.append(self.reserved.lane.request_array(self.reserved, offset, extents, dtype))
+                shared = self.reserved.lane
+                views.append(shared.request_array(self.reserved, offset, extents, dtype))
             else:
                 views.append(np.zeros(extents, dtype))
             offset += size
