@@ -93,6 +93,15 @@ def test_a_lane_answers_as_grpc_does(server, unary, filled):
             assert reply.service_s > 0
 
 
+def test_a_caller_may_look_for_the_answer_before_it_sleeps(server, unary, filled):
+    # Longer than any answer takes, and shorter: both find it.
+    for spin_s in (10.0, 1e-9):
+        with Client(server.endpoint, lane=LaneOptions(spin_s=spin_s)) as client:
+            reply = attend(client, filled, queries(8))
+            assert reply.transport == "lane"
+            assert_equal(reply, attend(unary, filled, queries(8)))
+
+
 def test_rows_fail_on_their_own(server, filled):
     stranger = Sequence(None, types_pb2.SequenceHandle(id=b"x" * 16, generation=1))
     with Client(server.endpoint, transport="lane") as client:

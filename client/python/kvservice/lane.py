@@ -35,7 +35,7 @@ _CONNECTION_CHECK_S = 0.1
 _REOPEN_PAUSE_S = 1.0
 # As the C++ client: only where the threads that look leave enough CPUs to the others.
 _SPIN_CPUS_MIN = 8
-_SPIN_S = 500e-6
+_SPIN_S = 2e-3
 _WORD_MAX = 0xFFFFFFFF
 
 _log = logging.getLogger("kvservice")
@@ -50,7 +50,7 @@ class LaneOptions:
     # Tensors and message of one call, in either direction; takes memory only as it is used.
     call_bytes_max: int = 2 << 20
     # For how long a calling thread looks for the answer before it sleeps: sooner awake, and a CPU
-    # busy meanwhile. Default: 500 us with eight CPUs or more, else not at all.
+    # busy meanwhile. Default: 2 ms with eight CPUs or more, else not at all.
     spin_s: float | None = None
 
 
