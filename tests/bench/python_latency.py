@@ -124,6 +124,29 @@ def measure(endpoint, kib, echo):
     return seconds
 
 
+def append_rates(endpoint):
+    """Gigabytes per second of appends of 32 MiB by name of the way, several of each."""
+    tokens, heads = 8192, 8
+    k = np.zeros((1, tokens, heads, HEAD_DIM // 2), np.uint16)
+    rates = {"unary": [], "lane": []}
+    for round_number in range(-1, 8):
+        for transport, samples in rates.items():
+            with Client(endpoint, transport=transport) as client:
+                client.register_model(
+                    model_pb2.Model(
+                        name="append", layer_count=1, query_head_count=heads, kv_head_count=heads,
+                        head_dim=HEAD_DIM // 2, cache_dtype=types_pb2.DATA_TYPE_BFLOAT16, scale=1.0,
+                    )
+                )
+                with client.sequence("append") as sequence:
+                    began = time.perf_counter()
+                    sequence.append(0, k, k)
+                    elapsed = time.perf_counter() - began
+            if round_number >= 0:
+                samples.append(2 * k.nbytes / elapsed / 1e9)
+    return rates
+
+
 def main():
     # Before gRPC has threads, which a forked process would miss.
     echoes = {kib: Echo(kib << 10) for kib in SIZES_KIB}
@@ -141,6 +164,12 @@ def main():
                         f"{value / floor:8.2f}x raw_socket {value / unary:8.2f}x unary",
                         flush=True,
                     )
+        rates = append_rates(server.endpoint)
+        unary = np.median(rates["unary"])
+        for name, samples in rates.items():
+            value = np.median(samples)
+            case = f"append_32MiB_{name}"
+            print(f"python_latency  {case:42} {value:10.2f} GB/s {value / unary:37.2f}x unary")
     # The later ones hold copies of the earlier ones' sockets.
     for echo in reversed(echoes.values()):
         echo.close()

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import runpy
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from transformers import PreTrainedTokenizerFast
 
 import kvservice
 from kvservice import Client, KvServiceError
@@ -317,3 +320,16 @@ def test_torch_tensors_come_and_go_without_copies(server):
                     torch.testing.assert_close(
                         reply.out[0], weights @ v[0, :, 0].float(), rtol=1e-5, atol=1e-5
                     )
+
+
+def test_the_example_program(server, monkeypatch, capsys, tmp_path):
+    _, tokenizer = smollm2()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer)
+    fast.save_pretrained(tmp_path)
+    tiny(vocab_size=len(fast)).save_pretrained(tmp_path)
+    program = Path(__file__).resolve().parents[2] / "client" / "python" / "example_huggingface.py"
+    monkeypatch.setattr("sys.argv", [str(program), str(tmp_path), server.endpoint, "Hello"])
+    runpy.run_path(str(program), run_name="__main__")
+    text = capsys.readouterr().out
+    assert text.startswith("Hello")
+    assert "certified 0.05 · 1 sequence · 99 steps · calls: 198 by lane" in text

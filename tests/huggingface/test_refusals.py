@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import kvservice
 from kvservice import Client, KvServiceError, make_policy
@@ -156,6 +156,39 @@ def test_a_forward_pass_outside_of_generate(model):
     for arguments in ({}, {"use_cache": False}):
         with pytest.raises(UnsupportedError, match="call generate"):
             model(input_ids=PROMPT, **arguments)
+
+
+class ImpatientStreamer:
+    """Wants another text before it has taken the first."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def put(self, value):
+        with pytest.raises(UnsupportedError, match="at a time"):
+            self._model.generate(PROMPT, max_new_tokens=1)
+
+    def end(self):
+        """Nothing to do."""
+
+
+def test_one_generation_at_a_time(model):
+    output = model.generate(PROMPT, max_new_tokens=1, streamer=ImpatientStreamer(model))
+    assert output.shape == (1, 21)
+    # The only token came of the prompt.
+    report = model.kvservice.report
+    assert report.steps == 0 and report.tokens_read_share == 1
+    assert str(report) == "dense · 1 sequence · 0 steps · calls: none"
+    assert report.to_dict()["dropped_mass_upper_max"] == 0
+    report.figure()
+
+
+def test_the_config_as_second_argument(model):
+    config = GenerationConfig(num_beams=2, max_new_tokens=2)
+    with pytest.raises(UnsupportedError, match="num_beams=2"):
+        model.generate(PROMPT, config)
+    config.num_beams = 1
+    assert model.generate(PROMPT, config).shape == (1, 22)
 
 
 def test_masks_that_are_not_left_padding(model):

@@ -93,6 +93,15 @@ def test_a_lane_answers_as_grpc_does(server, unary, filled):
             assert reply.service_s > 0
 
 
+def test_a_caller_may_look_for_the_answer_before_it_sleeps(server, unary, filled):
+    # Longer than any answer takes, and shorter: both find it.
+    for spin_s in (10.0, 1e-9):
+        with Client(server.endpoint, lane=LaneOptions(spin_s=spin_s)) as client:
+            reply = attend(client, filled, queries(8))
+            assert reply.transport == "lane"
+            assert_equal(reply, attend(unary, filled, queries(8)))
+
+
 def test_rows_fail_on_their_own(server, filled):
     stranger = Sequence(None, types_pb2.SequenceHandle(id=b"x" * 16, generation=1))
     with Client(server.endpoint, transport="lane") as client:
@@ -206,6 +215,22 @@ def test_buffers_are_read_and_written_in_place(server, unary, filled):
         assert_equal(reply, attend(unary, filled, queries(2)))
 
 
+def test_buffers_are_left_as_they_are(server, unary, filled):
+    heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
+    with Client(server.endpoint) as client, client.step_buffers(2, *heads) as buffers:
+        buffers.q[:], buffers.k[:], buffers.v[:] = queries(2), 7, 9
+        reply = attend(client, filled, buffers.q, buffers=buffers)
+        assert reply.transport == "lane" and not reply.out.flags.owndata
+        # Arrays that are not theirs, or not whole, find their own way.
+        for q in (queries(8), queries(1), buffers.q[:1], buffers.q[1:]):
+            expected = attend(unary, filled, q.copy())
+            reply = attend(client, filled, q, buffers=buffers)
+            assert reply.transport == "lane" and reply.out.flags.owndata
+            assert_equal(reply, expected)
+        np.testing.assert_array_equal(buffers.q, queries(2))
+        assert (buffers.k == 7).all() and (buffers.v == 9).all()
+
+
 def test_new_tokens_through_buffers_are_stored(server, filled):
     heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
     rng = np.random.default_rng(5)
@@ -225,6 +250,66 @@ def test_new_tokens_through_buffers_are_stored(server, filled):
                 0, [Row(by_arrays, TOKENS)], buffers.q, buffers.k, buffers.v, buffers=buffers
             )
             assert reply.rows[0].attended_tokens == TOKENS + 1
+
+
+def random_keys(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return to_bf16(rng.standard_normal((1, count, CONFIG.kv_head_count, CONFIG.head_dim)))
+
+
+def test_appends_travel_through_the_lane(server, unary):
+    k, v = random_keys(9000), random_keys(9000, 1)
+    sample = np.random.default_rng(2).standard_normal((1, 200, *OUT[1:]))
+    replies = []
+    with Client(server.endpoint, transport="lane") as lane:
+        # Nothing of it may go by gRPC.
+        lane._stream = None
+        for client in (lane, unary):
+            with client.sequence(MODEL, policy=DENSE) as sequence:
+                first = sequence.append(0, k, v, query_sample=sample)
+                again = sequence.append(8990, k[:, 8990:], v[:, 8990:])
+                reply = unary.attend_rows(0, [Row(sequence, 8999)], queries(1))
+                assert first.sequence.length_tokens == 9000
+                assert (again.message_count, again.duplicate_count) == (1, 1)
+                replies.append((first.message_count, first.duplicate_count, reply.out.tobytes()))
+    assert replies[0] == replies[1] and replies[0][0] > 1
+
+
+def test_an_append_that_finds_no_room_goes_on_by_grpc(server, unary):
+    heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
+    k, v = random_keys(9000), random_keys(9000, 1)
+    with Client(server.endpoint, lane=LaneOptions(calls_max=1)) as client:
+        with client.sequence(MODEL) as sequence, client.step_buffers(1, *heads) as buffers:
+            # The first message by the lane, the second when its only slot is taken.
+            buffers.close()
+            parts = sequence._append_parts(0, 0, k, v, None, None)
+
+            def interrupted():
+                for index, part in enumerate(parts):
+                    if index == 1:
+                        buffers.__init__(buffers.shape, client._lane())
+                    yield part
+
+            reply = client._append(sequence.handle, interrupted())
+            assert buffers.reserved is not None
+            assert reply.message_count > 1 and reply.duplicate_count == 0
+            assert reply.sequence.length_tokens == 9000
+            assert unary.attend_rows(0, [Row(sequence, 8999)], queries(1)).rows[0].out.any()
+
+
+def test_errors_of_appends_are_those_of_grpc(server, unary):
+    k, v = random_keys(8), random_keys(8, 1)
+    with Client(server.endpoint, transport="lane") as lane:
+        errors = []
+        for client in (lane, unary):
+            with client.sequence(MODEL) as sequence:
+                with pytest.raises(KvServiceError) as refused:
+                    sequence.append(3, k, v)
+                errors.append(refused.value)
+                with pytest.raises(KvServiceError, match="APPEND_EMPTY"):
+                    sequence.append(0, k[:, :0], v[:, :0])
+    assert errors[0].reason == errors[1].reason == "POSITION_GAP"
+    assert errors[0].metadata == errors[1].metadata and errors[0].field == errors[1].field
 
 
 def test_threads_share_a_client(server, unary, filled):
@@ -298,6 +383,21 @@ def test_a_server_that_leaves_in_the_middle_of_a_call(tmp_path, server, unary, f
         assert_equal(reply, attend(unary, filled))
         assert client.transport == "unary"
         assert client.lane_error.reason == "LANE_UNAVAILABLE"
+
+
+def test_a_slow_server_is_waited_for_and_rung_again(tmp_path, server, filled):
+    rings = []
+
+    def answer(lane):
+        rings.append(lane)
+        if len(rings) == 3:
+            reply_with(lane)
+
+    stack, client = scripted(tmp_path, server, answer)
+    with stack:
+        # It looks again each time that it looks whether the server is still there.
+        assert attend(client, filled).transport == "lane"
+        assert len(rings) == 3 and client.transport == "lane"
 
 
 def test_a_server_that_goes_down_says_so(tmp_path, server, unary, filled):

@@ -1,12 +1,13 @@
 """Calls to a server.
 
-Attend takes the fastest way that works, call by call: memory shared with a server on the same host
-(`lane`), else a gRPC call. Everything else goes through gRPC. Every call carries a deadline and
+Attend and Append take the fastest way that works, call by call: memory shared with a server on the
+same host (`lane`), else gRPC. Everything else goes through gRPC. Every call carries a deadline and
 raises `KvServiceError`. A `Client` may be shared between threads.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -21,7 +22,7 @@ from kvservice.lane import LaneOptions, LanePath, LaneReply, Tensors
 from kvservice.results import AttendResult
 from kvservice.sequence import Sequence
 from kvservice.step_buffers import StepBuffers, StepShape
-from kvservice.tensors import describe_tensor, from_message, like
+from kvservice.tensors import from_message, like, put_inside
 from kvservice.v1 import (
     admin_pb2,
     attention_pb2,
@@ -56,8 +57,8 @@ class Client:
     ) -> None:
         """`endpoint` is `unix:/path/to/socket` or `host:port`; `deadline_s` applies per call.
 
-        `transport`: how Attend travels. "auto" takes a lane where there is one and gRPC otherwise,
-        "unary" gRPC alone; with "lane" the lane is opened here, and KvServiceError
+        `transport`: how Attend and Append travel. "auto" takes a lane where there is one and gRPC
+        otherwise, "unary" gRPC alone; with "lane" the lane is opened here, and KvServiceError
         (LANE_UNAVAILABLE, or as the server refuses) says why it cannot be. Single calls may always
         take the slower way.
         """
@@ -65,11 +66,11 @@ class Client:
             raise ValueError(f"transport is {transport!r}, expected 'auto', 'lane' or 'unary'")
         self.endpoint = endpoint
         self._deadline_s = deadline_s
-        self._lanes = None
+        self._lanes: LanePath | None = None
         if transport != "unary":
             self._lanes = LanePath(endpoint, lane or LaneOptions(), min(deadline_s, 5.0))
-        if transport == "lane":
-            self._lanes.open()
+            if transport == "lane":
+                self._lanes.open()
         self._channel = grpc.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
         self._methods: dict[str, Any] = {}
 
@@ -158,8 +159,8 @@ class Client:
         or torch.bfloat16; with a torch q the outputs are torch tensors. Each row has its own result
         or its own error.
 
-        `buffers` are the ones that q, k and v are arrays of: then outputs too stay where the server
-        wrote them if they can, and are overwritten by the next call with these buffers.
+        `buffers` are the ones whose whole arrays q, k and v are: then outputs too stay where the
+        server wrote them if they can, and are overwritten by the next call with these buffers.
         """
         request = attention_pb2.AttendRequest(
             layer=layer,
@@ -221,22 +222,52 @@ class Client:
         buffers: StepBuffers | None,
     ) -> tuple[LaneReply, Transport]:
         deadline = time.monotonic() + self._deadline_s
-        lane, slot = self._lane(), None
-        if buffers is not None and buffers.lane is not None and buffers.lane.is_usable:
-            lane, slot = buffers.lane, buffers.slot
+        lane, reserved = self._lane(), None
+        if buffers is not None and buffers.reserved is not None and buffers.hold(tensors):
+            if buffers.reserved.lane.is_usable:
+                lane, reserved = buffers.reserved.lane, buffers.reserved
         if lane is not None:
-            reply = lane.attend(request, tensors, deadline, slot)
+            reply = lane.attend(request, tensors, deadline, reserved)
             if reply is not None:
                 return reply, "lane"
-        for name, array in tensors.items():
-            tensor = describe_tensor(getattr(request, name), array)
-            tensor.ClearField("region")
-            tensor.data = array.tobytes()
+        put_inside(request, tensors)
         timeout_s = max(0.0, deadline - time.monotonic())
         message = self._call(
             "AttentionService/Attend", request, attention_pb2.AttendResponse, timeout_s
         )
         return LaneReply(message, from_message(message.out), from_message(message.lse)), "unary"
+
+    def _append(
+        self,
+        handle: types_pb2.SequenceHandle,
+        parts: Iterator[tuple[sequence_pb2.AppendRequest, Tensors]],
+    ) -> sequence_pb2.AppendResponse:
+        """Stores the tokens of all messages, in order; `parts` are requests and their tensors."""
+        deadline = time.monotonic() + self._deadline_s
+        lane, counted = self._lane(), sequence_pb2.AppendResponse()
+        rest = parts
+        for request, tensors in parts if lane is not None else ():
+            reply = lane.append(request, tensors, deadline)
+            if reply is None:
+                # It and those behind it take the other way, where repeating it is harmless.
+                rest = itertools.chain([(request, tensors)], parts)
+                break
+            counted.message_count += reply.message_count
+            counted.duplicate_count += reply.duplicate_count
+        else:
+            if counted.message_count > 0:
+                got = sequence_pb2.GetRequest(handle=handle)
+                described = self._call("SequenceService/Get", got, sequence_pb2.GetResponse)
+                counted.sequence.CopyFrom(described.sequence)
+                return counted
+        response = self._stream(
+            "SequenceService/Append",
+            (put_inside(request, tensors) for request, tensors in rest),
+            sequence_pb2.AppendResponse,
+        )
+        response.message_count += counted.message_count
+        response.duplicate_count += counted.duplicate_count
+        return response
 
     def _call(
         self, method: str, request: Any, response_type: Any, timeout_s: float | None = None

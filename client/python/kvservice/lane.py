@@ -1,4 +1,4 @@
-"""Attend calls through memory shared with a server on the same host: client/lane.cc in Python.
+"""Calls through memory shared with a server on the same host: client/lane.cc in Python.
 
 Nothing here makes a call fail that gRPC could carry: what does not fit, finds no slot or meets a
 server that goes down is handed back to take the other way, and repeating it there is safe.
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import numpy as np
@@ -24,7 +25,7 @@ from kvservice import lane_memory
 from kvservice.errors import KvServiceError, error_from_status
 from kvservice.lane_memory import LaneMemory, LaneShape, SlotWords, align_up
 from kvservice.tensors import describe_tensor, element_type
-from kvservice.v1 import attention_pb2, error_details_pb2, lane_pb2, types_pb2
+from kvservice.v1 import attention_pb2, error_details_pb2, lane_pb2, sequence_pb2, types_pb2
 
 UNIX_PREFIX = "unix:"
 
@@ -34,7 +35,8 @@ _CONNECTION_CHECK_S = 0.1
 _REOPEN_PAUSE_S = 1.0
 # As the C++ client: only where the threads that look leave enough CPUs to the others.
 _SPIN_CPUS_MIN = 8
-_SPIN_S = 500e-6
+_SPIN_S = 2e-3
+_WORD_MAX = 0xFFFFFFFF
 
 _log = logging.getLogger("kvservice")
 
@@ -48,7 +50,7 @@ class LaneOptions:
     # Tensors and message of one call, in either direction; takes memory only as it is used.
     call_bytes_max: int = 2 << 20
     # For how long a calling thread looks for the answer before it sleeps: sooner awake, and a CPU
-    # busy meanwhile. Default: 500 us with eight CPUs or more, else not at all.
+    # busy meanwhile. Default: 2 ms with eight CPUs or more, else not at all.
     spin_s: float | None = None
 
 
@@ -63,6 +65,15 @@ class _Slot:
     is_abandoned: bool = False
 
 
+@dataclass(frozen=True)
+class Reservation:
+    """A slot that belongs to a `StepBuffers`, with its tensors at the begin of the slot's area."""
+
+    lane: Lane
+    index: int
+    tensor_bytes: int
+
+
 @dataclass
 class LaneReply:
     """A server's answer; the arrays are copies unless the caller's buffers own the slot."""
@@ -73,6 +84,7 @@ class LaneReply:
 
 
 Tensors = dict[str, np.ndarray]
+Request = attention_pb2.AttendRequest | sequence_pb2.AppendRequest
 
 
 def _unavailable(problem: str) -> KvServiceError:
@@ -107,6 +119,8 @@ class Lane:
         self._socket = _connect(path, deadline_s)
         try:
             self._memory = _share_memory(self._socket, LaneShape(calls, area, area))
+            # Python waits on a socket with a timeout whatever the flags of a call say.
+            self._socket.setblocking(False)
         except BaseException:
             self._socket.close()
             raise
@@ -115,6 +129,7 @@ class Lane:
         self._is_broken = False
         self._mutex = threading.Lock()
         # Guarded by the mutex, but for the number, which is the taker's.
+        self._append_count = 0
         self._slots = [_Slot(words) for words in self._memory.slots]
 
     @property
@@ -132,60 +147,73 @@ class Lane:
         request: attention_pb2.AttendRequest,
         tensors: Tensors,
         deadline: float,
-        reserved_slot: int | None = None,
+        reserved: Reservation | None = None,
     ) -> LaneReply | None:
         """The answer to `request` with its `tensors` by field name, q first, each of 3 extents.
 
         None if it must take another way: all slots are busy, it is too large for one, the server
         goes down or is gone. `deadline` is a time of time.monotonic(). Fills in the tensors' places
-        in the memory.
+        in the memory. With a slot that is `reserved` the tensors are in place there.
         """
-        index = self._take_slot(reserved_slot)
+        index = self._take_slot(reserved)
         if index is None:
             return None
+        kept = reserved.tensor_bytes if reserved is not None else 0
         try:
-            if not self._put_request(index, request, tensors):
+            message = self._exchange(index, lane_memory.ATTEND, request, tensors, deadline, kept)
+            if message is None:
                 return None
-            answered = self._wait(index, deadline)
-            if answered is None:
-                self._is_broken = True
-                return None
-            if not answered:
-                raise KvServiceError(
-                    grpc.StatusCode.DEADLINE_EXCEEDED, "the server did not answer in time"
-                )
-            return self._take_reply(index, request, in_place=reserved_slot is not None)
+            response = self._parse(attention_pb2.AttendResponse, message)
+            return self._take_outputs(index, request, response, reserved is not None)
         finally:
             self._leave_slot(index)
 
-    def reserve_slot(self, tensor_bytes: int) -> int | None:
+    def append(
+        self, request: sequence_pb2.AppendRequest, tensors: Tensors, deadline: float
+    ) -> sequence_pb2.AppendResponse | None:
+        """Stores the tokens of one message; the answer has counts alone. As `attend` otherwise."""
+        index = self._take_slot(None)
+        if index is None:
+            return None
+        try:
+            message = self._exchange(index, lane_memory.APPEND, request, tensors, deadline)
+            if message is None:
+                return None
+            return self._parse(sequence_pb2.AppendResponse, message)
+        finally:
+            self._leave_slot(index)
+
+    def reserve_slot(self, tensor_bytes: int) -> Reservation | None:
         """A slot for `StepBuffers` of so many bytes; None if there is none to have."""
         if tensor_bytes >= self._memory.shape.request_bytes or not self.is_usable:
             return None
         index = self._take_slot(None)
-        if index is not None:
-            with self._mutex:
-                self._slots[index].is_reserved = True
-        return index
+        if index is None:
+            return None
+        with self._mutex:
+            self._slots[index].is_reserved = True
+        return Reservation(self, index, tensor_bytes)
 
-    def return_slot(self, index: int) -> None:
+    def return_slot(self, reserved: Reservation) -> None:
         """Gives a reserved slot back; no call of it may be under way."""
         with self._mutex:
-            slot = self._slots[index]
+            slot = self._slots[reserved.index]
             slot.is_reserved = False
             slot.is_taken = slot.is_abandoned
 
     def request_array(
-        self, index: int, offset: int, shape: tuple[int, ...], dtype: np.dtype
+        self, reserved: Reservation, offset: int, shape: tuple[int, ...], dtype: np.dtype
     ) -> np.ndarray:
         """An array in a reserved slot's request area; `offset` from its begin."""
-        return self._memory.array(self._slots[index].words.request_begin + offset, shape, dtype)
+        begin = self._slots[reserved.index].words.request_begin
+        return self._memory.array(begin + offset, shape, dtype)
 
-    def _take_slot(self, reserved: int | None) -> int | None:
+    def _take_slot(self, reserved: Reservation | None) -> int | None:
         with self._mutex:
             if reserved is not None:
-                self._reclaim(self._slots[reserved])
-                return None if self._slots[reserved].is_abandoned else reserved
+                slot = self._slots[reserved.index]
+                self._reclaim(slot)
+                return None if slot.is_abandoned else reserved.index
             for index, slot in enumerate(self._slots):
                 self._reclaim(slot)
                 if not slot.is_taken:
@@ -206,8 +234,31 @@ class Lane:
             slot.is_abandoned = slot.words.reply_number() != slot.number
             slot.is_taken = slot.is_abandoned or slot.is_reserved
 
+    def _exchange(
+        self,
+        index: int,
+        method: int,
+        request: Request,
+        tensors: Tensors,
+        deadline: float,
+        kept_bytes: int = 0,
+    ) -> bytes | None:
+        """The answer's message; None for another way. The area's first `kept_bytes` are left to
+        tensors."""
+        if not self._put_request(index, method, request, tensors, kept_bytes):
+            return None
+        answered = self._wait(index, deadline)
+        if answered is None:
+            self._is_broken = True
+            return None
+        if not answered:
+            raise KvServiceError(
+                grpc.StatusCode.DEADLINE_EXCEEDED, "the server did not answer in time"
+            )
+        return self._take_message(index)
+
     def _put_request(
-        self, index: int, request: attention_pb2.AttendRequest, tensors: Tensors
+        self, index: int, method: int, request: Request, tensors: Tensors, kept_bytes: int
     ) -> bool:
         memory, slot = self._memory, self._slots[index]
         offset = slot.words.request_begin
@@ -216,20 +267,27 @@ class Lane:
             if array.nbytes > end - offset:
                 return False
             target = memory.array(offset, array.shape, array.dtype)
-            # StepBuffers have their tensors in place already.
+            # Those of a reserved slot are in place already.
             if array.__array_interface__["data"][0] != memory.address + offset:
                 np.copyto(target, array)
             region = describe_tensor(getattr(request, name), array).region
             region.offset_bytes = offset
             region.length_bytes = array.nbytes
             offset = align_up(offset + array.nbytes)
+        offset = max(offset, slot.words.request_begin + kept_bytes)
         message = request.SerializeToString()
         if len(message) > end - offset:
             return False
         memory.bytes[offset : offset + len(message)] = np.frombuffer(message, np.uint8)
-        slot.number = (slot.number + 1) & 0xFFFFFFFF
-        slot.words.put_request(offset, len(message), slot.number)
+        slot.number = (slot.number + 1) & _WORD_MAX
+        order = self._next_order() if method == lane_memory.APPEND else 0
+        slot.words.put_request(method, order, offset, len(message), slot.number)
         return True
+
+    def _next_order(self) -> int:
+        with self._mutex:
+            self._append_count = (self._append_count + 1) & _WORD_MAX
+            return self._append_count
 
     def _ring(self) -> bool:
         """Wakes the server if it sleeps; False when it is gone."""
@@ -280,22 +338,36 @@ class Lane:
         except OSError:
             return False
 
-    def _take_reply(
-        self, index: int, request: attention_pb2.AttendRequest, *, in_place: bool
-    ) -> LaneReply | None:
+    def _take_message(self, index: int) -> bytes | None:
         words = self._slots[index].words
         code, offset, byte_count = words.reply()
         if not words.reply_begin <= offset <= offset + byte_count <= words.reply_end:
             self._is_broken = True
             raise _malformed("reply_offset", "is not in the slot")
         message = self._memory.bytes[offset : offset + byte_count].tobytes()
+        if code == 0:
+            return message
+        error = error_from_status(code, self._parse(error_details_pb2.Status, message))
+        # Another way may do better.
+        if error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "REPLY_TOO_LARGE":
+            return None
+        raise error
+
+    def _parse(self, message_type: Any, message: bytes) -> Any:
         try:
-            if code != 0:
-                return _raise_status(code, message)
-            response = attention_pb2.AttendResponse.FromString(message)
+            return message_type.FromString(message)
         except DecodeError:
             self._is_broken = True
             raise _malformed("message", "does not parse") from None
+
+    def _take_outputs(
+        self,
+        index: int,
+        request: attention_pb2.AttendRequest,
+        response: attention_pb2.AttendResponse,
+        in_place: bool,
+    ) -> LaneReply:
+        words = self._slots[index].words
         rows = sum(max(1, row.query_count) for row in request.rows)
         heads, head_dim = request.q.shape[1:]
         out = self._output(words, response.out, "out", (rows, heads, head_dim), in_place)
@@ -324,14 +396,6 @@ class Lane:
             raise _malformed(name, problem)
         array = self._memory.array(begin, shape, dtype)
         return array if in_place else array.copy()
-
-
-def _raise_status(code: int, message: bytes) -> None:
-    """Raises the error of a call; returns when another way may do better."""
-    error = error_from_status(code, error_details_pb2.Status.FromString(message))
-    is_for_others = error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "REPLY_TOO_LARGE"
-    if not is_for_others:
-        raise error
 
 
 def _default_spin_s() -> float:

@@ -1,6 +1,6 @@
 """The memory that a lane shares with a server, and the system calls around it.
 
-The layout is that of wire/lane_layout.h, version 1. Its words need loads and stores that no other
+The layout is that of wire/lane_layout.h, version 2. Its words need loads and stores that no other
 load or store passes. Python has no fences; x86-64 reorders nothing but a store with a later load of
 another word, which `fence` keeps in order. Other processors are not `is_supported`.
 """
@@ -18,12 +18,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 PATH_SUFFIX = ".lane"
 MESSAGE_BYTES_MAX = 4096
 SLOTS_MAX = 16
 PAGE_BYTES = 4096
 ALIGNMENT = 64
+
+# Methods of calls.
+ATTEND = 0
+APPEND = 1
 
 _LANE_HEAD_BYTES = 64
 _SLOT_HEAD_BYTES = 128
@@ -103,8 +107,15 @@ class SlotWords:
         self.reply_begin = self.request_begin + shape.request_bytes
         self.reply_end = self.reply_begin + shape.reply_bytes
 
-    def put_request(self, offset: int, byte_count: int, number: int) -> None:
-        """Hands the slot to the server; `number` differs from the one before."""
+    def put_request(
+        self, method: int, order: int, offset: int, byte_count: int, number: int
+    ) -> None:
+        """Hands the slot to the server; `number` differs from the one before.
+
+        `order` counts the appends of a lane.
+        """
+        self._words[self._word + 4] = method
+        self._words[self._word + 5] = order
         self._longs[self._long + 1] = offset
         self._words[self._word + 1] = byte_count
         self._words[self._word + 21] = 0

@@ -126,6 +126,8 @@ class AttendResult:
 class _RowResult(AttendResult):
     """A row whose arrays are made when they are asked for: most callers want few of them."""
 
+    _row: attention_pb2.AttendRowResult
+
     def __init__(
         self, row: attention_pb2.AttendRowResult, out: Any, lse: Any, replay_name: str
     ) -> None:

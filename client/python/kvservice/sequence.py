@@ -11,8 +11,9 @@ import numpy as np
 
 from kvservice.attend import Row
 from kvservice.errors import KvServiceError
+from kvservice.lane import Tensors
 from kvservice.results import AttendResult
-from kvservice.tensors import as_array, to_message
+from kvservice.tensors import as_array
 from kvservice.v1 import sequence_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -98,12 +99,10 @@ class Sequence:
         if query_sample_positions is not None:
             positions = np.asarray(query_sample_positions, np.int64)
             _check_positions(positions, query_sample, start_position, k.shape[1])
-        requests = self._append_requests(
+        parts = self._append_parts(
             start_position, layer or 0, k, v, query_sample, positions, durable
         )
-        return self._client._stream(
-            "SequenceService/Append", requests, sequence_pb2.AppendResponse
-        )
+        return self._client._append(self._handle, parts)
 
     def attend(
         self,
@@ -188,7 +187,7 @@ class Sequence:
         request = sequence_pb2.DropRequest(handle=self._handle)
         self._client._call("SequenceService/Drop", request, sequence_pb2.DropResponse)
 
-    def _append_requests(
+    def _append_parts(
         self,
         start_position: int,
         first_layer: int,
@@ -197,7 +196,7 @@ class Sequence:
         query_sample: np.ndarray | None,
         positions: np.ndarray | None,
         durable: bool,
-    ) -> Iterator[sequence_pb2.AppendRequest]:
+    ) -> Iterator[tuple[sequence_pb2.AppendRequest, Tensors]]:
         durability = sequence_pb2.DURABILITY_DURABLE if durable else sequence_pb2.DURABILITY_MEMORY
         token_bytes = 2 * k[:1, :1].nbytes
         step = max(1, _APPEND_BYTES_MAX // max(1, token_bytes))
@@ -208,19 +207,18 @@ class Sequence:
             if offsets is not None:
                 sampled = slice(*np.searchsorted(offsets, [piece.start, piece.stop]))
             for index, (keys, values) in enumerate(zip(k, v, strict=True)):
-                sample = None
-                if query_sample is not None and len(query_sample[index][sampled]) > 0:
-                    sample = to_message(query_sample[index][sampled].astype(np.float32))
-                yield sequence_pb2.AppendRequest(
+                request = sequence_pb2.AppendRequest(
                     handle=self._handle,
                     layer=first_layer + index,
                     position=start_position + piece.start,
-                    query_sample=sample,
                     durability=durability,
                     query_sample_positions=() if positions is None else positions[sampled],
-                    k=to_message(keys[piece]),
-                    v=to_message(values[piece]),
                 )
+                tensors = {"k": keys[piece], "v": values[piece]}
+                if query_sample is not None and len(query_sample[index][sampled]) > 0:
+                    sample = query_sample[index][sampled]
+                    tensors["query_sample"] = np.asarray(sample, np.float32)
+                yield request, tensors
 
 
 def _check_positions(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from kvservice.lane import Lane
 from kvservice.lane_memory import align_up
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -39,9 +40,9 @@ class StepBuffers:
 
     def __init__(self, shape: StepShape, lane: Lane | None) -> None:
         """`Client.step_buffers` makes them; ValueError for a type that tensors cannot have."""
-        for dtype in (shape.q_dtype, shape.kv_dtype):
-            if dtype not in _DTYPES:
-                raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+        for name in (shape.q_dtype, shape.kv_dtype):
+            if name not in _DTYPES:
+                raise ValueError(f"dtype is {name!r}, expected one of {', '.join(_DTYPES)}")
         self.shape = shape
         keys = (shape.token_count, shape.kv_heads, shape.head_dim)
         queries = (shape.token_count, shape.query_heads, shape.head_dim)
@@ -51,12 +52,13 @@ class StepBuffers:
             (keys, _DTYPES[shape.kv_dtype]),
         ]
         sizes = [align_up(math.prod(extents) * dtype.itemsize) for extents, dtype in arrays]
-        self.slot = None if lane is None else lane.reserve_slot(sum(sizes))
-        self.lane = None if self.slot is None else lane
+        # The slot that they are in, if there was one to have.
+        self.reserved = None if lane is None else lane.reserve_slot(sum(sizes))
         views, offset = [], 0
         for (extents, dtype), size in zip(arrays, sizes, strict=True):
-            if self.lane is not None and self.slot is not None:
-                views.append(self.lane.request_array(self.slot, offset, extents, dtype))
+            if self.reserved is not None:
+                shared = self.reserved.lane
+                views.append(shared.request_array(self.reserved, offset, extents, dtype))
             else:
                 views.append(np.zeros(extents, dtype))
             offset += size
@@ -75,6 +77,15 @@ class StepBuffers:
 
     def close(self) -> None:
         """Gives the slot back; its arrays must not be written any more."""
-        if self.lane is not None and self.slot is not None:
-            self.lane.return_slot(self.slot)
-        self.lane = self.slot = None
+        if self.reserved is not None:
+            self.reserved.lane.return_slot(self.reserved)
+        self.reserved = None
+
+    def hold(self, tensors: dict[str, np.ndarray]) -> bool:
+        """Whether the tensors of a call, by field name, are these arrays, whole."""
+        return all(
+            array.__array_interface__["data"] == own.__array_interface__["data"]
+            and (array.shape, array.dtype) == (own.shape, own.dtype)
+            and array.flags.c_contiguous
+            for own, array in ((getattr(self, name), array) for name, array in tensors.items())
+        )

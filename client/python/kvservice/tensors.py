@@ -21,7 +21,7 @@ Float32Array = npt.NDArray[np.float32]
 Bf16Array = npt.NDArray[np.uint16]
 
 # The wire is little endian, whatever this machine is.
-_NUMPY_TYPES = {
+_NUMPY_TYPES: dict[types_pb2.DataType, np.dtype[Any]] = {
     types_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     types_pb2.DATA_TYPE_FLOAT16: np.dtype("<f2"),
     types_pb2.DATA_TYPE_BFLOAT16: np.dtype("<u2"),
@@ -103,6 +103,15 @@ def to_message(values: np.ndarray) -> types_pb2.Tensor:
     tensor = describe_tensor(types_pb2.Tensor(), values)
     tensor.data = values.tobytes()
     return tensor
+
+
+def put_inside(request: Any, tensors: dict[str, np.ndarray]) -> Any:
+    """Writes tensors into their fields of a request, payload and all; returns the request."""
+    for name, array in tensors.items():
+        tensor = describe_tensor(getattr(request, name), array)
+        tensor.ClearField("region")
+        tensor.data = array.tobytes()
+    return request
 
 
 def element_type(tensor: types_pb2.Tensor) -> np.dtype | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Attachment:
         self.client = client
         self.policy = policy
         self.report: GenerationReport | None = None  # of the latest generate()
+        self._busy = threading.Lock()
         self._model = model
         self._dtype = dtype or model.dtype
         if self._dtype not in _DTYPES:
@@ -54,8 +56,18 @@ class Attachment:
         parameters = inspect.signature(type(model).forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
 
-    def generate(self, inputs: Any = None, **arguments: Any) -> Any:
+    def generate(
+        self, inputs: Any = None, generation_config: Any = None, **arguments: Any
+    ) -> Any:
         """`model.generate` with the attention of every token after the prompt in the service."""
+        if not self._busy.acquire(blocking=False):
+            raise UnsupportedError("one generate() of an attached model at a time")
+        try:
+            return self._generate(inputs, generation_config=generation_config, **arguments)
+        finally:
+            self._busy.release()
+
+    def _generate(self, inputs: Any, **arguments: Any) -> Any:
         asked = GenerationArguments(self._model, inputs, arguments)
         asked.check()
         self.report = GenerationReport(

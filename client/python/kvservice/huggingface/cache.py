@@ -138,7 +138,8 @@ class ServiceCache(Cache):
         self._policy = policy
         self._copies = copies
         self._report = report
-        self._pads: list[int] | None = None
+        # Per row, once a mask has been seen.
+        self._pads: list[int] = []
         self._sequences: list[Sequence] = []
         self._is_forked = False
 
@@ -165,7 +166,7 @@ class ServiceCache(Cache):
             pads = counts.tolist()
         if any(pad == length for pad in pads):
             raise UnsupportedError("a row of the batch has no token")
-        if self._pads is None:
+        if not self._pads:
             self._begin(pads)
         elif pads != self._pads:
             raise UnsupportedError("the padding of a batch must stay as it was")
@@ -178,7 +179,7 @@ class ServiceCache(Cache):
         `tensors` are q [batch, query heads, tokens, head_dim], k and v alike with the KV heads.
         """
         check_attention(module, arguments, self._scale)
-        if self._pads is None:
+        if not self._pads:
             raise UnsupportedError("attention masks must be 2D")
         query, key, value = tensors
         if query.shape[0] != len(self._pads):

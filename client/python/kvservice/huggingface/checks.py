@@ -84,12 +84,12 @@ class GenerationArguments:
         return self.value("num_return_sequences") or 1
 
     @property
-    def prompts(self) -> int | None:
-        """Prompts of the batch; None if that cannot be told."""
+    def prompts(self) -> int:
+        """Prompts of the batch; 0 if that cannot be told."""
         for inputs in (self._inputs, *map(self._arguments.get, ("input_ids", "inputs_embeds"))):
             if inputs is not None:
-                return inputs.shape[0]
-        return None
+                return int(inputs.shape[0])
+        return 0
 
     def check(self) -> None:
         """UnsupportedError for what the adapter does not do."""
@@ -97,7 +97,7 @@ class GenerationArguments:
             value = self.value(name)
             if not any(value is each or value == each for each in unused):
                 raise UnsupportedError(f"generate({name}={value!r}) is not supported: {reason}")
-        if self.prompts is None:
+        if self.prompts == 0:
             raise UnsupportedError("generate() needs input_ids or inputs_embeds")
         rows = self.prompts * self.copies
         if rows > ROWS_MAX:
