@@ -311,7 +311,9 @@ class ThreadedEngine : public Engine {
     };
     std::vector<AttendCall*>* const calls = &work->attends;
     calls->erase(std::remove_if(calls->begin(), calls->end(), parks), calls->end());
-    if (!calls->empty()) RunOnDevice(work);
+    if (!calls->empty()) return RunOnDevice(work);
+    // What a sweep did.
+    PublishStats();
   }
 
   void RunOnDevice(Work* work) {

@@ -172,14 +172,9 @@ bool Executor::WaitsForRoom(const absl::Status& status, uint32_t attempts, size_
       DetailsOf(status).reason != "POOL_FULL") {
     return false;
   }
-  const SequenceRecord* const keep = table_.FindAnywhere(tenant, id, clock_->SteadyNowNs());
-  if (!store_.MakeRoom(bytes, keep)) return false;
-  // It may have had to leave itself meanwhile.
-  store_.ParkForRoom([this, owner = std::string(tenant), id,
-                      again = std::move(*task)](const absl::Status& admission) mutable {
-    if (!admission.ok()) return again(admission);
-    store_.WhenThere(SequenceStore::Need::kInMemory, owner, id, std::move(again));
-  });
+  SequenceRecord* const record = table_.FindAnywhere(tenant, id, clock_->SteadyNowNs());
+  if (record == nullptr || !store_.MakeRoom(bytes, record)) return false;
+  store_.ParkForRoom(tenant, record, std::move(*task));
   return true;
 }
 

@@ -117,7 +117,9 @@ bool SequenceStore::MustWait(Need need, std::string_view tenant, const SequenceI
                              bool is_again) {
   SequenceRecord* const record =
       parts_.table->FindAnywhere(tenant, id, parts_.clock->SteadyNowNs());
-  if (record == nullptr || record->residence == Residence::kMemory) return false;
+  if (record == nullptr) return false;
+  if (record->room_waits > 0) return true;
+  if (record->residence == Residence::kMemory) return false;
   if (record->residence != Residence::kDisk) return true;
   if (need == Need::kSettled || record->is_suspended) return false;
   if (is_again && !record->load_status.ok()) return false;
@@ -139,6 +141,23 @@ void SequenceStore::ParkForRoom(Task task) {
   }
   ++parked_count_;
   parked_for_room_.push_back(std::move(task));
+}
+
+void SequenceStore::ParkForRoom(std::string_view tenant, SequenceRecord* record, Task task) {
+  ++record->room_waits;
+  ParkForRoom([this, owner = std::string(tenant), record,
+               task = std::move(task)](absl::Status admission) mutable {
+    // Whoever wants to erase it waits too.
+    --record->room_waits;
+    const SequenceId id = record->id;
+    if (admission.ok()) {
+      // It may have had to leave memory itself meanwhile.
+      RunWhenThere(Need::kInMemory, std::move(owner), id, std::move(task), true);
+    } else {
+      task(std::move(admission));
+    }
+    Arrived(id);
+  });
 }
 
 // Those that park again wait for the next arrival.
@@ -335,7 +354,7 @@ void SequenceStore::RemoveLost(const SequenceId& id, StatusDone done) {
 bool SequenceStore::Expire(SequenceRecord* record) {
   const bool is_moving =
       record->residence == Residence::kSaving || record->residence == Residence::kLoading;
-  if (is_moving) return false;
+  if (is_moving || record->room_waits > 0) return false;
   if (record->stored == nullptr || !worker_->healthy()) return true;
   if (!worker_->HasRoom(0)) return false;
   Remove(*record, [](const absl::Status&) {});

@@ -81,8 +81,9 @@ class SequenceStore {
   // After POOL_FULL: true if others are on their way out of memory, else nothing can be done.
   // `keep` stays.
   bool MakeRoom(size_t bytes, const SequenceRecord* keep);
-  // Runs `task` after the next of them has gone.
-  void ParkForRoom(Task task);
+  // Runs `task` after the next of them has gone, when the sequence is in memory. Calls that name
+  // the sequence meanwhile stay behind it.
+  void ParkForRoom(std::string_view tenant, SequenceRecord* record, Task task);
   // Keeps some of the pool free as long as there are sequences that nobody uses.
   void KeepWatermark();
 
@@ -135,6 +136,7 @@ class SequenceStore {
     StatusDone done;
   };
 
+  void ParkForRoom(Task task);
   void RunWhenThere(Need need, std::string tenant, const SequenceId& id, Task task, bool is_again);
   absl::Status CheckDisk(uint64_t more_bytes) const;
   // Rows that a sequence needs before its first slice.

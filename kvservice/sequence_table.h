@@ -78,6 +78,8 @@ struct SequenceRecord {
   bool is_suspended = false;
   // What the disk tier has of it; nullptr if it has no rows.
   std::unique_ptr<StoredProgress> stored;
+  // Calls that found the pool full and wait for room; those behind them wait too.
+  uint32_t room_waits = 0;
   // Why it did not come back when somebody waited for it.
   absl::Status load_status;
 

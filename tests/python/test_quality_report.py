@@ -436,7 +436,8 @@ def test_other_models_have_their_own_verdicts(study):
     duels = len(rows.PUBLISHED) * len(rows.BUDGETS) * 4
     assert f"in {duels} of {duels} comparisons" in text
     assert "gemma3: KL 0.00195 at 512 tokens; all but 5 % of the mass takes 300 tokens" in text
-    assert "| cpe (calibrated) | 10 % | 4 % | 1.20 / 1.20 | 0 | 0.512 |" in text
+    assert "| cpe (calibrated) | 512 | 10 % | 4 % | 1.20 / 1.20 | 0 | 51.2 % |" in text
+    assert "scans in 10 % of steps and KV heads at 512 tokens" in text
     # One bad row of the other model, and one of the demo's, which is not spoken of here.
     worse = changed(study, lambda row: is_row(CALIBRATED, "512", "prose", 32000)(row)
                     or is_row(CALIBRATED, "512", "prose", 2048)(row), kl_mean=1.0)

@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <future>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -260,6 +262,27 @@ TEST_F(StoredEngineTest, AFullPoolMakesRoomForWhatIsUsed) {
     engine_->clock.AdvanceMs(1000);
     ExpectWords(handles[i], Counting(1000 * i, 640));
   }
+}
+
+// A client may send the next message before the one before it is answered.
+TEST_F(StoredEngineTest, AppendsThatWaitForRoomKeepTheirOrder) {
+  const Handle idle = engine_->NewSequence();
+  engine_->Fill(idle, 0, Counting(0, 63 * 64));
+  engine_->clock.AdvanceMs(1000);
+  const Handle busy = engine_->NewSequence();
+  std::vector<std::unique_ptr<AppendStep>> steps;
+  std::vector<std::promise<absl::Status>> answers(8);
+  for (uint32_t i = 0; i < answers.size(); ++i) {
+    steps.push_back(
+        std::make_unique<AppendStep>(engine_->model(), busy, 0, 64 * i, Counting(64 * i, 64)));
+    engine_->get()->Append(steps.back()->call,
+                           [&answers, i](const absl::StatusOr<AppendResult>& appended) {
+                             answers[i].set_value(appended.status());
+                           });
+  }
+  for (auto& answer : answers) EXPECT_EQ(ErrorLine(answer.get_future().get()), "OK");
+  EXPECT_EQ(engine_->Get(busy)->length_max, 8 * 64);
+  EXPECT_EQ(engine_->Get(idle)->tier, SequenceTier::kDisk);
 }
 
 TEST_F(StoredEngineTest, AnAttendThatFoundThePoolFullSucceedsWhenItComesAgain) {
