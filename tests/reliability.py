@@ -27,7 +27,7 @@ MEANINGS = {
                  "dropped sequence is back, a stale handle is taken, the store does not open.",
     "sigkill": "Server processes are killed under gRPC load of three clients and started again; "
                "compared alike. The page cache survives a kill, so this says nothing about syncs.",
-    "bit_flip": "A closed store is damaged: a flipped bit four times in five, else zeros, a cut-off "
+    "bit_flip": "A closed store is damaged: a flipped bit four times in five, else zeros, a cut "
                 "end, two files that changed places, or a file of an earlier close. A failure: a "
                 "wrong byte, or a sequence that is absent or shorter without an error.",
     "restart": "GiB of sequences in a store that was closed: the seconds until a new engine has "

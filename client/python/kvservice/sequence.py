@@ -83,8 +83,8 @@ class Sequence:
         queries of these tokens, from which the server learns to make its bounds tighter; without
         `query_sample_positions` at most 256. With positions [n], ascending and of these tokens, the
         latest of them also become anchors, which saves the first steps of "cis" and "cpe" their
-        scans. What was sent before an error stays. With `durable` all of it is on the server's disk,
-        synced, when this returns.
+        scans. What was sent before an error stays. With `durable` all of it is on the server's
+        disk, synced, when this returns.
         """
         k, v = as_array(k), as_array(v)
         query_sample = None if query_sample is None else as_array(query_sample)
