@@ -112,13 +112,15 @@ def test_batches_with_left_padding(attach):
 
 
 def test_several_answers_of_a_prompt_share_it(attach):
-    model, _ = smollm2()
-    inputs = chat("Tell me a story.", "Hi!")
+    model = tiny()
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, :12] = 0
+    inputs = {"input_ids": torch.randint(1, 128, (2, 30)), "attention_mask": mask}
     plain, served = generate_both(
-        attach, model, "dense", inputs, max_new_tokens=6, do_sample=True, num_return_sequences=3
+        attach, model, "dense", inputs, max_new_tokens=12, do_sample=True, num_return_sequences=3
     )
     assert torch.equal(plain, served)
-    assert len({tuple(row.tolist()) for row in served}) > 2
+    assert len({tuple(row.tolist()) for row in served}) == 6
     # Prompts are stored once; their copies are forks.
     assert len(model.kvservice.client.created) == 2
     assert model.kvservice.report.sequences == 6
@@ -326,7 +328,8 @@ def test_the_example_program(server, monkeypatch, capsys, tmp_path):
     _, tokenizer = smollm2()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer)
     fast.save_pretrained(tmp_path)
-    tiny(vocab_size=len(fast)).save_pretrained(tmp_path)
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    tiny(vocab_size=len(fast), **shape).save_pretrained(tmp_path)
     program = Path(__file__).resolve().parents[2] / "client" / "python" / "example_huggingface.py"
     monkeypatch.setattr("sys.argv", [str(program), str(tmp_path), server.endpoint, "Hello"])
     runpy.run_path(str(program), run_name="__main__")
