@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from kvservice import Client, KvServiceError, LaneOptions, Row, Sequence, make_policy
-from kvservice.lane import LanePath
+from kvservice.lane import Lane, LanePath
 from kvservice.lane_memory import LaneMemory, LaneShape
+from kvservice.step_buffers import StepBuffers, StepShape
 from kvservice.tensors import to_bf16
 from kvservice.v1 import attention_pb2, error_details_pb2, types_pb2
 from kvservice_demo.gguf_model import LlamaConfig
@@ -275,26 +276,32 @@ def test_appends_travel_through_the_lane(server, unary):
     assert replies[0] == replies[1] and replies[0][0] > 1
 
 
-def test_an_append_that_finds_no_room_goes_on_by_grpc(server, unary):
+def test_an_append_that_finds_no_room_goes_on_by_grpc(server, unary, monkeypatch):
     heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
     k, v = random_keys(9000), random_keys(9000, 1)
+    answers, taken = [], []
+
+    def append(lane, *arguments):
+        # The first message goes by the lane; then its only slot is taken.
+        if len(answers) == 1:
+            taken.append(StepBuffers(StepShape(1, *heads, "float32", "bfloat16"), lane))
+        answers.append(plain(lane, *arguments))
+        return answers[-1]
+
+    plain = Lane.append
+    monkeypatch.setattr(Lane, "append", append)
     with Client(server.endpoint, lane=LaneOptions(calls_max=1)) as client:
-        with client.sequence(MODEL) as sequence, client.step_buffers(1, *heads) as buffers:
-            # The first message by the lane, the second when its only slot is taken.
-            buffers.close()
-            parts = sequence._append_parts(0, 0, k, v, None, None)
-
-            def interrupted():
-                for index, part in enumerate(parts):
-                    if index == 1:
-                        buffers.__init__(buffers.shape, client._lane())
-                    yield part
-
-            reply = client._append(sequence.handle, interrupted())
-            assert buffers.reserved is not None
+        with client.sequence(MODEL, policy=DENSE) as sequence:
+            reply = sequence.append(0, k, v)
+            assert taken[0].reserved is not None
+            assert answers[0].message_count == 1 and answers[1] is None
             assert reply.message_count > 1 and reply.duplicate_count == 0
             assert reply.sequence.length_tokens == 9000
-            assert unary.attend_rows(0, [Row(sequence, 8999)], queries(1)).rows[0].out.any()
+            got = unary.attend_rows(0, [Row(sequence, 8999)], queries(1))
+    with unary.sequence(MODEL, policy=DENSE) as other:
+        other.append(0, k, v)
+        expected = unary.attend_rows(0, [Row(other, 8999)], queries(1))
+    np.testing.assert_array_equal(got.out, expected.out)
 
 
 def test_errors_of_appends_are_those_of_grpc(server, unary):
