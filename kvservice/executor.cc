@@ -318,9 +318,12 @@ void Executor::Drop(std::string_view tenant, const SequenceId& id, Done<Sequence
     done(std::move(last));
   };
   if (is_lost) return store_.RemoveLost(id, std::move(answer));
-  if (has_rows) store_.Remove(**found, std::move(answer));
+  if (!has_rows) {
+    table_.Erase(*found);
+    return answer(absl::OkStatus());
+  }
+  store_.Remove(**found, std::move(answer));
   table_.Erase(*found);
-  if (!has_rows) answer(absl::OkStatus());
 }
 
 void Executor::Suspend(std::string_view tenant, const SequenceId& id, uint64_t generation,

@@ -71,11 +71,11 @@ def test_what_was_durable_survives_a_kill(server):
     server.kill()
     with server.start() as client:
         sequence._client = client
+        assert sequence.describe().tier == sequence_pb2.TIER_DISK
         with pytest.raises(KvServiceError, match="generation"):
             sequence.append(105, *tokens(1, 3))
         found = sequence.refresh()
         assert found.length_tokens == 100
-        assert found.tier == sequence_pb2.TIER_DISK
         again = sequence.append(0, k, v)
         assert again.duplicate_count == again.message_count
 

@@ -213,7 +213,11 @@ void KilledClient::Work(std::atomic<uint64_t>* operations, CampaignResult* resul
     lives =
         creates ? Create(client.get(), result) : ActOn(Below(owned_.size()), client.get(), result);
     operations->fetch_add(1);
+    operations->notify_one();
   }
+  // Whoever counts on this client does so no longer.
+  operations->fetch_add(kKillWithin);
+  operations->notify_one();
 }
 
 void KilledClient::CheckAll(CampaignResult* result) {
@@ -320,7 +324,7 @@ CampaignResult RunSigkills(const SigkillOptions& options) {
       threads.emplace_back([&, i] { clients[i]->Work(&operations, &parts[i]); });
     }
     const uint64_t kill_at = 1 + random() % kKillWithin;
-    while (operations.load() < kill_at) std::this_thread::yield();
+    for (uint64_t done = 0; done < kill_at; done = operations) operations.wait(done);
     server.Signal(SIGKILL);
     for (std::thread& thread : threads) thread.join();
     server.Wait();
