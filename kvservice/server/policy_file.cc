@@ -63,8 +63,9 @@ absl::Status AddPolicies(std::string_view text, PolicyRegistry* registry) {
   for (int i = 0; i < entries.policies_size(); ++i) {
     const absl::Status status = AddOne(entries.policies(i), registry);
     if (status.ok()) continue;
-    return Invalid(absl::StrCat("[", i, "] (", entries.policies(i).name(),
-                                "): ", OneLine(std::string(status.message()))));
+    // The name is whatever the file has there.
+    return Invalid(
+        OneLine(absl::StrCat("[", i, "] (", entries.policies(i).name(), "): ", status.message())));
   }
   return absl::OkStatus();
 }

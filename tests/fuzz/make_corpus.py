@@ -100,7 +100,9 @@ def main():
         b'[{"name": "a", "policy": {"selector": "SELECTOR_CERTIFIED", "maxDroppedMass": 0.05}},'
         b' {"name": "b", "policy": {"name": "a"}}]',
         b'{"name": "c", "policy": {"selector": "SELECTOR_CIS", "cis": {"minCosine": 0.9}}}',
-        b"[]", b"{", b'"text"'])
+        b"[]", b"{", b'"text"',
+        # Found: its name made two lines of the error.
+        b'{"name": "fas\n","policy": {}}'])
 
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ TEST_F(BatchingTest, WhatWaitsForALayerIsOneBatch) {
   EXPECT_EQ(batches(), (std::vector<size_t>{1, 2, 1}));
 }
 
-// A prompt that is streamed in by another worker has its chunks stored between steps, not before.
+// A chunk of a prompt that came before a step is stored behind it. Both bring a token for the same
+// place, so that the answers tell which was first.
 TEST_F(BatchingTest, StepsDoNotWaitForPrompts) {
   brake_.Set(true);
   Pending running(channels_[0], Step(0));
@@ -127,7 +128,6 @@ TEST_F(BatchingTest, StepsDoNotWaitForPrompts) {
   const auto context = NewContext();
   const auto sequences = v1::SequenceService::NewStub(channels_[1]);
   const auto writer = sequences->Append(context.get(), &response);
-  // It takes a token away from the step: the one that comes first stores it.
   EXPECT_TRUE(writer->Write(
       MakeAppend(served_.model(), handles_[1], 0, kLength, Counting(kLength + 7, 1))));
   ASSERT_TRUE(Eventually([&] { return waiting() == 1; }));

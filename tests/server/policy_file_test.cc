@@ -62,6 +62,7 @@ TEST(PolicyFileTest, SaysWhereAndWhatIsWrong) {
   EXPECT_EQ(Problem(Named("cpe", "")), "[0] (cpe): name cpe is taken");
   EXPECT_EQ(Problem("[" + good + "," + good + "]"), "[1] (good): name good is taken");
   EXPECT_EQ(Problem(R"({"name": "x"})"), "[0] (x): policy is missing");
+  EXPECT_EQ(Problem(Named("two\\nlines", "")).find('\n'), std::string::npos);
   EXPECT_EQ(Problem(Named("x", R"("name": "y")")), "[0] (x): there is no policy named y");
   EXPECT_EQ(Problem("[]"), "there is no policy in it");
   for (const std::string& name : {std::string(), std::string("a b"), std::string(65, 'a')}) {
