@@ -9,8 +9,12 @@
 #include <random>
 #include <vector>
 
+#include "tests/attention/cpu_targets.h"
+
 namespace kvservice::eval {
 namespace {
+
+using testing::OnEveryTarget;
 
 std::vector<float> Numbers(size_t count, uint64_t seed) {
   std::mt19937_64 random(seed);
@@ -33,33 +37,37 @@ constexpr Shape kShapes[] = {{1, 16, 4},    {1, 7, 1},   {2, 64, 5},   {3, 33, 9
 double Tolerance(size_t count) { return 1e-6 * (1.0 + static_cast<double>(count)); }
 
 TEST(MultiplyRowsTest, IsThatOfPlainLoops) {
-  for (const auto& [rows, from, to] : kShapes) {
-    const std::vector<float> x = Numbers(rows * from, 1), matrix = Numbers(to * from, 2);
-    std::vector<float> out(rows * to + 1, 9.0F);
-    MultiplyRows(rows, from, to, x.data(), matrix.data(), out.data());
-    EXPECT_EQ(out.back(), 9.0F);
-    for (size_t row = 0; row < rows; ++row) {
-      for (size_t column = 0; column < to; ++column) {
-        double sum = 0.0;
-        for (size_t i = 0; i < from; ++i)
-          sum += double{x[row * from + i]} * matrix[column * from + i];
-        ASSERT_NEAR(out[row * to + column], sum, Tolerance(from))
-            << rows << " " << from << " " << to << ": " << row << " " << column;
+  OnEveryTarget([] {
+    for (const auto& [rows, from, to] : kShapes) {
+      const std::vector<float> x = Numbers(rows * from, 1), matrix = Numbers(to * from, 2);
+      std::vector<float> out(rows * to + 1, 9.0F);
+      MultiplyRows(rows, from, to, x.data(), matrix.data(), out.data());
+      EXPECT_EQ(out.back(), 9.0F);
+      for (size_t row = 0; row < rows; ++row) {
+        for (size_t column = 0; column < to; ++column) {
+          double sum = 0.0;
+          for (size_t i = 0; i < from; ++i)
+            sum += double{x[row * from + i]} * matrix[column * from + i];
+          ASSERT_NEAR(out[row * to + column], sum, Tolerance(from))
+              << rows << " " << from << " " << to << ": " << row << " " << column;
+        }
       }
     }
-  }
+  });
 }
 
 // A contender's numbers do not depend on who runs beside it.
 TEST(MultiplyRowsTest, ARowDoesNotDependOnTheOthers) {
-  constexpr size_t kRows = 7, kFrom = 70, kTo = 10;
-  const std::vector<float> x = Numbers(kRows * kFrom, 1), matrix = Numbers(kTo * kFrom, 2);
-  std::vector<float> together(kRows * kTo), alone(kTo);
-  MultiplyRows(kRows, kFrom, kTo, x.data(), matrix.data(), together.data());
-  for (size_t row = 0; row < kRows; ++row) {
-    MultiplyRows(1, kFrom, kTo, &x[row * kFrom], matrix.data(), alone.data());
-    for (size_t i = 0; i < kTo; ++i) EXPECT_EQ(alone[i], together[row * kTo + i]);
-  }
+  OnEveryTarget([] {
+    constexpr size_t kRows = 7, kFrom = 70, kTo = 10;
+    const std::vector<float> x = Numbers(kRows * kFrom, 1), matrix = Numbers(kTo * kFrom, 2);
+    std::vector<float> together(kRows * kTo), alone(kTo);
+    MultiplyRows(kRows, kFrom, kTo, x.data(), matrix.data(), together.data());
+    for (size_t row = 0; row < kRows; ++row) {
+      MultiplyRows(1, kFrom, kTo, &x[row * kFrom], matrix.data(), alone.data());
+      for (size_t i = 0; i < kTo; ++i) EXPECT_EQ(alone[i], together[row * kTo + i]);
+    }
+  });
 }
 
 TEST(MultiplyEachTest, RowsLieAnywhere) {
@@ -79,31 +87,33 @@ TEST(MultiplyEachTest, RowsLieAnywhere) {
 }
 
 TEST(AddMixesTest, IsThatOfPlainLoops) {
-  for (const auto& [rows, count, width] : kShapes) {
-    for (const size_t tokens : {count, size_t{513} + count}) {
-      const std::vector<float> weights = Numbers(rows * tokens, 1);
-      const std::vector<float> v = Numbers(tokens * width, 2);
-      // There is something already.
-      std::vector<float> out = Numbers(rows * width, 3);
-      const std::vector<float> before = out;
-      std::vector<const float*> of_weights;
-      std::vector<float*> of_out;
-      for (size_t row = 0; row < rows; ++row) {
-        of_weights.push_back(&weights[row * tokens]);
-        of_out.push_back(&out[row * width]);
-      }
-      AddMixes(of_weights, tokens, width, v.data(), of_out);
-      for (size_t row = 0; row < rows; ++row) {
-        for (size_t c = 0; c < width; ++c) {
-          double sum = before[row * width + c];
-          for (size_t i = 0; i < tokens; ++i)
-            sum += double{weights[row * tokens + i]} * v[i * width + c];
-          ASSERT_NEAR(out[row * width + c], sum, Tolerance(tokens))
-              << rows << " " << tokens << " " << width << ": " << row << " " << c;
+  OnEveryTarget([] {
+    for (const auto& [rows, count, width] : kShapes) {
+      for (const size_t tokens : {count, size_t{513} + count}) {
+        const std::vector<float> weights = Numbers(rows * tokens, 1);
+        const std::vector<float> v = Numbers(tokens * width, 2);
+        // There is something already.
+        std::vector<float> out = Numbers(rows * width, 3);
+        const std::vector<float> before = out;
+        std::vector<const float*> of_weights;
+        std::vector<float*> of_out;
+        for (size_t row = 0; row < rows; ++row) {
+          of_weights.push_back(&weights[row * tokens]);
+          of_out.push_back(&out[row * width]);
+        }
+        AddMixes(of_weights, tokens, width, v.data(), of_out);
+        for (size_t row = 0; row < rows; ++row) {
+          for (size_t c = 0; c < width; ++c) {
+            double sum = before[row * width + c];
+            for (size_t i = 0; i < tokens; ++i)
+              sum += double{weights[row * tokens + i]} * v[i * width + c];
+            ASSERT_NEAR(out[row * width + c], sum, Tolerance(tokens))
+                << rows << " " << tokens << " " << width << ": " << row << " " << c;
+          }
         }
       }
     }
-  }
+  });
 }
 
 TEST(AddMixesTest, OfNothingNothingComes) {
