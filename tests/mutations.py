@@ -283,7 +283,7 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "static_cast<void>(number);", "lane_test",
      "*RequestsBeforeTheAnswer*"),
     # ---- Nothing lost, nothing wrong: the disk tier ----
-    ("writes_are_synced", TIER, "how.sync = is_synced;", "how.sync = false;",
+    ("writes_are_synced", TIER, "how.sync = is_synced;", "how.sync = is_synced && false;",
      "power_cut_test", "*NothingAcknowledged*"),
     ("a_group_is_synced_for_any", WORKER, "is_synced = is_synced || job.is_synced;", "",
      "power_cut_test", "*NothingAcknowledged*"),
