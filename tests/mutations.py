@@ -307,9 +307,10 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "stored_engine_test", ""),
     ("truncates_are_stored", STORE,
      "CutLayer(record->id, shape, *record->cache, layer, length, record->stored.get(), &batch);",
-     "", "stored_engine_test", "*Truncate*"),
+     "if (length == UINT32_MAX) record->stored.reset();", "stored_engine_test", "*Truncate*"),
     ("loss_is_the_owners", TABLE, "return found != lost_.end() && found->second == tenant;",
-     "return found != lost_.end();", "bit_flip_test", ""),
+     "return found != lost_.end() && found->second.size() + tenant.size() > 0;", "bit_flip_test",
+     ""),
     ("inventory_finds_the_missing", RECOVERY,
      "ChecksumOfRow(**row) == entry.state", "true", "stored_engine_test", ""),
 ]]
