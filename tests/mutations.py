@@ -283,7 +283,7 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "static_cast<void>(number);", "lane_test",
      "*RequestsBeforeTheAnswer*"),
     # ---- Nothing lost, nothing wrong: the disk tier ----
-    ("writes_are_synced", TIER, "how.sync = is_synced;", "how.sync = false;",
+    ("writes_are_synced", TIER, "how.sync = is_synced;", "how.sync = is_synced && false;",
      "power_cut_test", "*NothingAcknowledged*"),
     ("a_group_is_synced_for_any", WORKER, "is_synced = is_synced || job.is_synced;", "",
      "power_cut_test", "*NothingAcknowledged*"),
@@ -307,9 +307,10 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "stored_engine_test", ""),
     ("truncates_are_stored", STORE,
      "CutLayer(record->id, shape, *record->cache, layer, length, record->stored.get(), &batch);",
-     "", "stored_engine_test", "*Truncate*"),
+     "if (length == UINT32_MAX) record->stored.reset();", "stored_engine_test", "*Truncate*"),
     ("loss_is_the_owners", TABLE, "return found != lost_.end() && found->second == tenant;",
-     "return found != lost_.end();", "bit_flip_test", ""),
+     "return found != lost_.end() && found->second.size() + tenant.size() > 0;", "bit_flip_test",
+     ""),
     ("inventory_finds_the_missing", RECOVERY,
      "ChecksumOfRow(**row) == entry.state", "true", "stored_engine_test", ""),
 ]]

@@ -23,7 +23,7 @@ class MapTier final : public DiskTier {
     ++entered_;
     changed_.notify_all();
     changed_.wait(lock, [this] { return !is_held_; });
-    commits_.push_back({batches.size(), is_synced});
+    commits_.emplace_back(batches.size(), is_synced);
     if (fails_) return absl::UnavailableError("no disk");
     for (const TierBatch& batch : batches) {
       for (const auto& [key, value] : batch.puts) rows_[key] = value;
@@ -67,7 +67,7 @@ class MapTier final : public DiskTier {
   const std::vector<std::pair<size_t, bool>>& commits() const { return commits_; }
 
  private:
-  const ClosedStore closed_;
+  const ClosedStore closed_{};
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::map<std::string, std::string> rows_;

@@ -116,7 +116,9 @@ TEST_F(RocksdbTierTest, AStaleStateIsNotBelieved) {
 TEST_F(RocksdbTierTest, AMissingDatabaseIsRefused) {
   auto tier = Open();
   ASSERT_TRUE(tier->Close("").ok());
-  std::filesystem::remove(folder_ + "/store/CURRENT");
+  for (const auto& entry : std::filesystem::directory_iterator(folder_ + "/store")) {
+    if (entry.path().filename() != "STATE") std::filesystem::remove(entry.path());
+  }
   EXPECT_EQ(ReasonOf(TryOpen().status()), "STORE_DAMAGED");
 }
 

@@ -52,8 +52,9 @@ absl::Status StoredEngine::Start() {
   auto engine =
       std::make_unique<TestEngine>(options_.engine, options_.layer_count, nullptr, *std::move(tier),
                                    options_.filesystem.seed * 1000 + ++starts_);
-  if (engine->start_status().ok()) engine_ = std::move(engine);
-  return engine_ == nullptr ? engine->start_status() : absl::OkStatus();
+  const absl::Status started = engine->start_status();
+  if (started.ok()) engine_ = std::move(engine);
+  return started;
 }
 
 void StoredEngine::Stop() { engine_.reset(); }
