@@ -32,6 +32,15 @@ MEANINGS = {
                 "wrong byte, or a sequence that is absent or shorter without an error.",
     "restart": "GiB of sequences in a store that was closed: the seconds until a new engine has "
                "answered its first Attend. A failure: five or more.",
+    "cancel_storm": "Calls of a served engine are cancelled at random moments: unary, Attend and "
+                    "Append streams, lanes whose memory goes while the server works on it. A "
+                    "failure: a crash, a descriptor or a mapping that stays, a wrong answer "
+                    "afterwards, a drain that waits.",
+    "fuzz_convert": "Bytes that may be a request become what the engine works on, or are refused "
+                    "with a reason; what is accepted survives the client's way of writing it.",
+    "fuzz_lane": "A lane's memory in front of a real engine: every request is answered with a "
+                 "message that parses.",
+    "fuzz_policy": "The text of a policy file: read, or refused in one line.",
 }
 
 

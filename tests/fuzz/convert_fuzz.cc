@@ -88,7 +88,7 @@ void RunAppend(const std::string& bytes) {
 }
 
 void Run(const uint8_t* data, size_t size) {
-  static const auto* const registry = new PolicyRegistry;
+  static const auto* const kRegistry = new PolicyRegistry;
   FuzzInput input(data, size);
   const auto kind = input.Take<uint8_t>();
   const std::string bytes = input.Rest();
@@ -98,16 +98,16 @@ void Run(const uint8_t* data, size_t size) {
   v1::ExplainRequest explain;
   switch (kind % 6) {
     case 0:
-      return RunAttend(bytes, *registry);
+      return RunAttend(bytes, *kRegistry);
     case 1:
       return RunAppend(bytes);
     case 2:
       if (policy.ParseFromString(bytes)) {
-        ExpectTyped(PolicyFromProto(policy, "policy", *registry).status());
+        ExpectTyped(PolicyFromProto(policy, "policy", *kRegistry).status());
       }
       return;
     case 3:
-      if (model.ParseFromString(bytes)) ExpectTyped(ModelFromProto(model, *registry).status());
+      if (model.ParseFromString(bytes)) ExpectTyped(ModelFromProto(model, *kRegistry).status());
       return;
     case 4:
       if (audit.ParseFromString(bytes)) ExpectTyped(AuditFromProto(audit).status());

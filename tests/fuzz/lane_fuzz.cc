@@ -124,7 +124,7 @@ class Fixture {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   // Never deleted: it lives as long as the process.
-  static auto* const fixture = new kvservice::testing::Fixture;
-  fixture->Run(data, size);
+  static auto* const kFixture = new kvservice::testing::Fixture;
+  kFixture->Run(data, size);
   return 0;
 }

@@ -80,7 +80,8 @@ def main():
     for target in targets:
         passed, count = fuzz(target, arguments.seconds, arguments.seed)
         rows.append({"test": f"fuzz_{target}", "count": count, "failures": 0 if passed else 1,
-                     "seed": arguments.seed, "commit": commit(),
+                     "seed": arguments.seed, "seconds": arguments.seconds,
+                     "checked": {"inputs": count}, "commit": commit(),
                      "command": f"tests/fuzz/run_fuzz.py --only={target} "
                                 f"--seconds={arguments.seconds} --seed={arguments.seed}",
                      "machine": machine()})
