@@ -51,7 +51,8 @@ class ByteReader {
   }
   void Raw(void* to, size_t count) {
     const std::string_view from = Bytes(count);
-    if (from.size() == count) std::memcpy(to, from.data(), count);
+    // Of nothing there may be no address.
+    if (count > 0 && from.size() == count) std::memcpy(to, from.data(), count);
   }
   // Borrows from what is read; empty if there are not so many bytes.
   std::string_view Bytes(size_t count) {
