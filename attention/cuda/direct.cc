@@ -390,7 +390,7 @@ void Direct::CutWaves(absl::Span<const AttendRow> rows, const LayerShape& shape,
 void Direct::Begin(const LayerShape& shape, std::vector<Asked*> asked, Flight* flight) {
   flight->asked = std::move(asked);
   std::vector<WaveGroup> groups(flight->asked.size());
-  for (size_t i = 0; i < groups.size(); ++i) groups[i] = std::move(flight->asked[i]->group);
+  for (size_t i = 0; i < groups.size(); ++i) groups[i] = flight->asked[i]->group;
   flight->wave->Fly(shape, std::move(groups), pool_, stream_);
 }
 
