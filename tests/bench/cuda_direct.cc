@@ -305,7 +305,7 @@ void DirectBench::PrintWave() {
         group.row = &row;
         group.tables = tables;
         group.kv_head = kv_head;
-        groups.push_back(std::move(group));
+        groups.push_back(group);
       }
     }
     waves.push_back(std::make_unique<cuda::Wave>(context_));
