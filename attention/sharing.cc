@@ -14,12 +14,6 @@ namespace {
 
 // See the header; two and three serve about equally well (docs/decisions.md).
 constexpr float kDeviations = 2.0F;
-// Reading the boxes of more pages than this adds time but no knowledge.
-constexpr size_t kSpreadPagesMax = 32;
-// Variance of a channel within a page, over the square of its box's width.
-constexpr double kVarianceOfWidth = 1.0 / 24.0;
-// A box is this many steps wide.
-constexpr double kBoxSteps = 16.0;
 
 struct HeavyTokens {
   std::vector<uint32_t> positions;
@@ -59,7 +53,7 @@ void SharingTerms::Leave(uint32_t head, double log_ratio) {
 }
 
 std::vector<size_t> SpreadSample(size_t page_count) {
-  const size_t count = std::min(page_count, kSpreadPagesMax);
+  const size_t count = std::min<size_t>(page_count, kSpreadPagesMax);
   std::vector<size_t> sample(count);
   for (size_t i = 0; i < count; ++i) sample[i] = i * page_count / count;
   return sample;

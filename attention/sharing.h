@@ -35,6 +35,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/types/span.h"
 #include "attention/device.h"
+#include "attention/sharing_numbers.h"
 
 namespace kvservice {
 
@@ -70,9 +71,6 @@ std::vector<size_t> SpreadSample(size_t page_count);
 // pages: sketch pages of one KV head (attention/sketch.h), of which SpreadSample are read, from
 // SketchLayout::lo on. No pages: zeros.
 KeySpread SpreadOfKeys(uint32_t head_dim, absl::Span<const std::byte* const> pages);
-
-// Share of what is read above which a token is heavy; smaller ones tell no more.
-inline constexpr double kHeavyShare = 0x1p-6;
 
 struct SharingTask {
   const LayerShape* shape = nullptr;

@@ -12,9 +12,6 @@
 namespace kvservice {
 namespace {
 
-// Half of what is heavy, since the weights of a scan are estimates.
-constexpr double kMaybeHeavyShare = kHeavyShare / 2;
-
 // Adds those tokens of `among` that one head may give a heavy share of e^log_read.
 void AddMaybeHeavy(const ScanWeights& weights, uint32_t head, double log_read,
                    absl::Span<const uint64_t> among, TokenMask* heavy) {

@@ -5,6 +5,7 @@
 #include "attention/cuda/anchors.h"
 
 #include "attention/cuda/elements-inl.h"
+#include "attention/sharing_numbers.h"
 
 namespace kvservice::cuda {
 namespace {
@@ -15,10 +16,6 @@ constexpr uint32_t kHeadsMax = 16;
 constexpr uint32_t kHeadDimMax = 256;
 constexpr uint32_t kLaneChannelsMax = kHeadDimMax / kWarp;
 constexpr double kLn2 = 0.6931471805599453;
-// Exact logits decide what is heavy; half of that is enough to be looked at.
-constexpr double kMaybeHeavyShare = kAnchorHeavyShare / 2;
-constexpr double kVarianceOfWidth = 1.0 / 24.0;
-constexpr double kBoxSteps = 16.0;
 
 struct Shared {
   double of_warps[kWarps];
@@ -28,7 +25,7 @@ struct Shared {
   double read[kHeadsMax];
   double least[kHeadsMax];
   double log_read[kHeadsMax];
-  uint32_t sample[kAnchorPagesMax];
+  uint32_t sample[kSpreadPagesMax];
   float mean[kHeadDimMax];
 };
 
@@ -85,7 +82,7 @@ __device__ uint32_t SamplePages(const AnchorSet& set, Shared* shared) {
     total += set.to_scan[block] != 0 ? 1 : 0;
   }
   total = static_cast<uint32_t>(SumOverCta(total, shared));
-  const uint32_t count = total < kAnchorPagesMax ? total : kAnchorPagesMax;
+  const uint32_t count = total < kSpreadPagesMax ? total : kSpreadPagesMax;
   uint32_t before = 0;  // of earlier turns
   for (uint32_t first = 0; first < set.block_count && count > 0; first += kThreads) {
     const uint32_t block = first + threadIdx.x;
@@ -193,7 +190,7 @@ __device__ void AddToken(const AnchorCall& call, const AnchorSet& set, uint32_t 
     logit = SumOverLanes(logit);
     if (call.softcap > 0.0F) logit = SoftcapOf(logit, call.softcap);
     const double share = exp(static_cast<double>(logit) - shared.log_read[i]);
-    if (!(share >= kAnchorHeavyShare)) continue;
+    if (!(share >= kHeavyShare)) continue;
 #pragma unroll
     for (uint32_t j = 0; j < kLaneChannelsMax; ++j) {
       const uint32_t c = lane + j * kWarp;

@@ -11,10 +11,6 @@
 
 namespace kvservice::cuda {
 
-// As kHeavyShare of attention/sharing.h, and the pages that SpreadSample takes at most.
-inline constexpr double kAnchorHeavyShare = 0x1p-6;
-inline constexpr uint32_t kAnchorPagesMax = 32;
-
 // One KV head of one row whose list was chosen, after FindThresholds and SelectTokens; scanned
 // without bounds. Words are [block_count], positions count from word 0.
 struct AnchorSet {

@@ -81,6 +81,13 @@ struct WaveGroup {
   // What is read is known before a weight is.
   bool settled() const { return reads_all || listed; }
   bool has_list() const { return listed || competes; }
+  // Tokens that are chosen by rank.
+  uint32_t top_k() const { return competes ? places : row->plan.keep.top_k; }
+  // A position counted from the first block, 0 for those before it.
+  uint32_t Relative(uint32_t position) const {
+    const uint32_t base = block_begin * kBlockTokens;
+    return std::max(position, base) - base;
+  }
   uint32_t listed_count() const {
     return static_cast<uint32_t>(list.size()) + fresh_end - fresh_begin;
   }

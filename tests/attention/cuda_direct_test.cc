@@ -402,6 +402,8 @@ TEST_F(CudaDirect, VerifiedSharingTakesIt) {
         EXPECT_EQ(step.cuda->groups[0].tokens_scanned, 0U);
       }
       for (const uint32_t length : {3200U, 5000U}) {
+        // What a scan would keep by mass does not matter to those that compete.
+        plan.keep.mass_limit = length == 5000 ? 0.2F : 0.0F;
         const SharingStep step = at(length);
         EXPECT_EQ(step.cuda->groups[0].action, Action::kReused);
         EXPECT_FALSE(step.cuda->groups[0].scanned);
@@ -410,6 +412,7 @@ TEST_F(CudaDirect, VerifiedSharingTakesIt) {
         EXPECT_EQ(ChosenOf(kv, *step.cuda, 0).size(), 50U);
       }
       // What is not similar enough makes another anchor.
+      plan.keep.mass_limit = 0.0F;
       plan.min_cosine = 1.1F;
       EXPECT_TRUE(at(5000).cuda->groups[0].scanned);
     }
