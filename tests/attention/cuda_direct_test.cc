@@ -104,7 +104,6 @@ TEST_F(CudaDirect, LimitsThatDoNotHoldAreTheHosts) {
   EXPECT_EQ(enough, 2U);
 }
 
-// Lists are read as they are; what the CPU device reads is what has to be read.
 // A choice that aimed too low is made once more before the host is asked.
 TEST_F(CudaDirect, ChoicesAreMadeTwice) {
   CaseOptions options;
@@ -137,6 +136,7 @@ TEST_F(CudaDirect, ChoicesAreMadeTwice) {
   }
 }
 
+// Lists are read as they are; what the CPU device reads is what has to be read.
 TEST_F(CudaDirect, ListsTakeIt) {
   auto cpu = NewDevice("cpu", {});
   ASSERT_TRUE(cpu.ok());
