@@ -232,6 +232,30 @@ def test_buffers_are_left_as_they_are(server, unary, filled):
         assert (buffers.k == 7).all() and (buffers.v == 9).all()
 
 
+def test_arrays_of_closed_buffers_are_arrays_like_others(server, unary, filled):
+    heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
+    with Client(server.endpoint, lane=LaneOptions(calls_max=1)) as client:
+        with client.step_buffers(4, *heads) as buffers:
+            buffers.q[:] = queries(4)
+        # The call takes the slot that they are in.
+        expected = attend(unary, filled, queries(4)[::2])
+        reply = attend(client, filled, buffers.q[::2], buffers=buffers)
+        assert reply.transport == "lane" and reply.out.flags.owndata
+        assert_equal(reply, expected)
+
+
+def test_buffers_of_another_client_take_this_ones_way(server, unary, filled):
+    heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
+    with Client(server.endpoint) as client, client.step_buffers(1, *heads) as buffers:
+        buffers.q[:] = queries(1)
+        reply = attend(unary, filled, buffers.q, buffers=buffers)
+        assert reply.transport == "unary"
+        with Client(server.endpoint) as other:
+            reply = attend(other, filled, buffers.q, buffers=buffers)
+            assert reply.transport == "lane" and reply.out.flags.owndata
+            assert_equal(reply, attend(unary, filled, queries(1)))
+
+
 def test_new_tokens_through_buffers_are_stored(server, filled):
     heads = (CONFIG.query_head_count, CONFIG.kv_head_count, CONFIG.head_dim)
     rng = np.random.default_rng(5)
@@ -418,7 +442,7 @@ def test_a_server_that_goes_down_says_so(tmp_path, server, unary, filled):
 
 def test_a_call_that_is_given_up_keeps_its_slot_until_it_is_answered(tmp_path, server, filled):
     unanswered = []
-    stack, client = scripted(tmp_path, server, unanswered.append, deadline_s=0.05)
+    stack, client = scripted(tmp_path, server, unanswered.append, deadline_s=0.5)
     with stack:
         with pytest.raises(KvServiceError) as late:
             attend(client, filled)

@@ -222,11 +222,11 @@ class Client:
         buffers: StepBuffers | None,
     ) -> tuple[LaneReply, Transport]:
         deadline = time.monotonic() + self._deadline_s
-        lane, reserved = self._lane(), None
-        if buffers is not None and buffers.reserved is not None and buffers.hold(tensors):
-            if buffers.reserved.lane.is_usable:
-                lane, reserved = buffers.reserved.lane, buffers.reserved
+        lane = self._lane()
         if lane is not None:
+            # Those of another client, or of a lane that broke, are arrays like others.
+            is_own = buffers is not None and buffers.is_in(lane) and buffers.hold(tensors)
+            reserved = buffers.reserved if is_own else None
             reply = lane.attend(request, tensors, deadline, reserved)
             if reply is not None:
                 return reply, "lane"

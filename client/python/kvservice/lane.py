@@ -266,10 +266,9 @@ class Lane:
         for name, array in tensors.items():
             if array.nbytes > end - offset:
                 return False
-            target = memory.array(offset, array.shape, array.dtype)
             # Those of a reserved slot are in place already.
-            if array.__array_interface__["data"][0] != memory.address + offset:
-                np.copyto(target, array)
+            if kept_bytes == 0:
+                np.copyto(memory.array(offset, array.shape, array.dtype), array)
             region = describe_tensor(getattr(request, name), array).region
             region.offset_bytes = offset
             region.length_bytes = array.nbytes

@@ -34,7 +34,9 @@ class StepShape:
 class StepBuffers:
     """q, k and v of calls of one shape, to be written before each; one thread at a time.
 
-    A call leaves them as they are. They are ordinary arrays where there is no lane to be had.
+    A call leaves them as they are. The server may still read those of one that ended with
+    DEADLINE_EXCEEDED: repeat it before they are written again. They are ordinary arrays where there
+    is no lane to be had.
     bf16 is uint16 bits; `torch.from_dlpack(buffers.k).view(torch.bfloat16)` shows them to torch.
     """
 
@@ -76,10 +78,14 @@ class StepBuffers:
         self.close()
 
     def close(self) -> None:
-        """Gives the slot back; its arrays must not be written any more."""
+        """Gives the slot back; others write where its arrays, and outputs that stayed, are."""
         if self.reserved is not None:
             self.reserved.lane.return_slot(self.reserved)
         self.reserved = None
+
+    def is_in(self, lane: Lane) -> bool:
+        """Whether the arrays are in this lane's memory."""
+        return self.reserved is not None and self.reserved.lane is lane
 
     def hold(self, tensors: dict[str, np.ndarray]) -> bool:
         """Whether the tensors of a call, by field name, are these arrays, whole."""
