@@ -322,6 +322,10 @@ def test_torch_tensors_come_and_go_without_copies(server):
                     torch.testing.assert_close(
                         reply.out[0], weights @ v[0, :, 0].float(), rtol=1e-5, atol=1e-5
                     )
+                    asked = {"output_dtype": types_pb2.DATA_TYPE_BFLOAT16}
+                    small = other.attend_rows(0, [row], q[None], **asked)
+                    assert small.out.dtype == torch.bfloat16
+                    assert torch.equal(small.out, reply.out.bfloat16())
 
 
 def test_the_example_program(server, monkeypatch, capsys, tmp_path):

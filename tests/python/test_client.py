@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kvservice import Action, Client, KvServiceError, Level, make_policy
-from kvservice.tensors import to_bf16
+from kvservice.tensors import from_bf16, to_bf16
 from kvservice_demo.decoding import count_bound_violations
 from kvservice_demo.gguf_model import LlamaConfig
 from kvservice_demo.local_attention import LocalAttention
@@ -107,6 +107,19 @@ def test_sampled_queries_become_anchors(sequence):
     assert ((0 <= groups.assumed_cis_excess_mass) & (groups.assumed_cis_excess_mass <= 1)).all()
     assert (groups.assumed_psaw_dropped_mass == -1).all()
     assert totals.rows == 7 and totals.groups == 7 * CONFIG.kv_head_count
+
+
+def test_sampled_queries_may_be_bf16(sequence, monkeypatch):
+    parts = []
+    monkeypatch.setattr(Client, "_append", lambda client, handle, taken: parts.extend(taken))
+    k, v = random_tokens(4)
+    queries = np.random.default_rng(3).standard_normal(
+        (CONFIG.layer_count, 2, CONFIG.query_head_count, CONFIG.head_dim)
+    )
+    sequence.append(0, k, v, query_sample=to_bf16(queries))
+    for (_, tensors), expected in zip(parts, queries, strict=True):
+        assert tensors["query_sample"].dtype == np.float32
+        np.testing.assert_array_equal(tensors["query_sample"], from_bf16(to_bf16(expected)))
 
 
 def test_replies_name_their_random_numbers_and_bring_deferred_masses(sequence):

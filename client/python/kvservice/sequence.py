@@ -13,7 +13,7 @@ from kvservice.attend import Row
 from kvservice.errors import KvServiceError
 from kvservice.lane import Tensors
 from kvservice.results import AttendResult
-from kvservice.tensors import as_array
+from kvservice.tensors import as_array, as_float32
 from kvservice.v1 import sequence_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Sequence:
         disk, synced, when this returns.
         """
         k, v = as_array(k), as_array(v)
-        query_sample = None if query_sample is None else as_array(query_sample)
+        query_sample = None if query_sample is None else as_float32(query_sample)
         if k.shape != v.shape:
             raise ValueError(f"k and v differ in shape: {k.shape} and {v.shape}")
         if layer is not None:
@@ -216,8 +216,7 @@ class Sequence:
                 )
                 tensors = {"k": keys[piece], "v": values[piece]}
                 if query_sample is not None and len(query_sample[index][sampled]) > 0:
-                    sample = query_sample[index][sampled]
-                    tensors["query_sample"] = np.asarray(sample, np.float32)
+                    tensors["query_sample"] = query_sample[index][sampled]
                 yield request, tensors
 
 

@@ -82,10 +82,23 @@ def as_array(values: Any) -> np.ndarray:
     return np.from_dlpack(values)
 
 
+def as_float32(values: Any) -> Float32Array:
+    """An array as `as_array` takes it, in float32."""
+    array = as_array(values)
+    return from_bf16(array) if array.dtype == np.uint16 else np.asarray(array, np.float32)
+
+
 def like(array: np.ndarray, values: Any) -> Any:
-    """A numpy array as the kind of array that `values` is, without a copy: numpy's or torch's."""
-    module = type(values).__module__.partition(".")[0]
-    return sys.modules["torch"].from_dlpack(array) if module == "torch" else array
+    """A numpy array as the kind of array that `values` is, without a copy: numpy's or torch's.
+
+    bf16 bits become torch's bfloat16.
+    """
+    if type(values).__module__.partition(".")[0] != "torch":
+        return array
+    torch = sys.modules["torch"]
+    if array.dtype == np.uint16:
+        return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(array)
 
 
 def describe_tensor(tensor: types_pb2.Tensor, values: np.ndarray) -> types_pb2.Tensor:
