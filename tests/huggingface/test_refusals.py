@@ -80,6 +80,9 @@ def test_the_generation_config_is_looked_at_too(model):
     model.generation_config.num_beams = 3
     with pytest.raises(UnsupportedError, match="num_beams=3"):
         model.generate(PROMPT, max_new_tokens=2)
+    # What a config leaves open is the model's.
+    with pytest.raises(UnsupportedError, match="num_beams=3"):
+        model.generate(PROMPT, GenerationConfig(max_new_tokens=2))
     with pytest.raises(UnsupportedError, match="input_ids"):
         model.generate(num_beams=1)
 
@@ -197,6 +200,23 @@ def test_masks_that_are_not_left_padding(model):
             model.generate(PROMPT, attention_mask=torch.tensor([pattern]), max_new_tokens=2)
     with pytest.raises(UnsupportedError, match="2D"):
         forward(model, new_cache(model), PROMPT, attention_mask=torch.ones(1, 1, 20, 20).bool())
+
+
+def test_a_mask_of_a_later_token(model, cache):
+    with torch.no_grad():
+        forward(model, cache, PROMPT)
+        hidden = torch.ones(1, 1, 1, 21).bool()
+        hidden[..., 5] = False
+        with pytest.raises(UnsupportedError, match="2D"):
+            forward(model, cache, PROMPT[:, :1], attention_mask=hidden)
+
+
+def test_a_cache_whose_generation_has_ended(model, cache):
+    with torch.no_grad():
+        forward(model, cache, PROMPT)
+        cache.close()
+        with pytest.raises(UnsupportedError, match="has ended"):
+            forward(model, cache, PROMPT[:, :1])
 
 
 def test_padding_that_changes(model, cache):

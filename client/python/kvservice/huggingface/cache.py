@@ -179,8 +179,10 @@ class ServiceCache(Cache):
         `tensors` are q [batch, query heads, tokens, head_dim], k and v alike with the KV heads.
         """
         check_attention(module, arguments, self._scale)
-        if not self._pads:
+        if not self._pads or (step.begin > 0 and mask is not None):
             raise UnsupportedError("attention masks must be 2D")
+        if not self._sequences:
+            raise UnsupportedError("the generation of this cache has ended")
         query, key, value = tensors
         if query.shape[0] != len(self._pads):
             raise UnsupportedError("the batch must keep its size")

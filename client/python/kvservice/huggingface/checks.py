@@ -69,14 +69,14 @@ class GenerationArguments:
 
     def __init__(self, model: Any, inputs: Any, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
-        self._config = arguments.get("generation_config") or model.generation_config
+        # What one config leaves open is the next one's.
+        self._configs = (arguments.get("generation_config"), model.generation_config)
         self._inputs = inputs
 
     def value(self, name: str) -> Any:
-        """An argument, else what the generation config says."""
-        if self._arguments.get(name) is not None:
-            return self._arguments[name]
-        return getattr(self._config, name, None)
+        """An argument, else what the generation configs say."""
+        values = (self._arguments.get(name), *(getattr(each, name, None) for each in self._configs))
+        return next((value for value in values if value is not None), None)
 
     @property
     def copies(self) -> int:
