@@ -86,6 +86,13 @@ def test_many_tasks_share_a_client(server):
                 np.testing.assert_array_equal(got, wanted)
 
 
+def test_a_sequence_has_every_call_of_the_blocking_one():
+    def calls(kind):
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    assert calls(aio.Sequence) == calls(kvservice.Sequence)
+
+
 def test_the_block_drops_the_sequence_also_after_an_error(server):
     async def run():
         async with aio.Client(server.endpoint) as client:

@@ -128,6 +128,16 @@ class Sequence:
         """Id and generation, as messages name the sequence."""
         return self._sequence.handle
 
+    @property
+    def id(self) -> bytes:
+        """16 random bytes."""
+        return self._sequence.id
+
+    @property
+    def generation(self) -> int:
+        """See `kvservice.Sequence`."""
+        return self._sequence.generation
+
     async def append(
         self, start_position: int, k: Any, v: Any, **options: Any
     ) -> sequence_pb2.AppendResponse:
@@ -152,6 +162,18 @@ class Sequence:
     async def describe(self) -> sequence_pb2.Sequence:
         """See `kvservice.Sequence`."""
         return await self._client.run(self._sequence.describe)
+
+    async def suspend(self) -> sequence_pb2.Sequence:
+        """See `kvservice.Sequence`."""
+        return await self._client.run(self._sequence.suspend)
+
+    async def resume(self) -> sequence_pb2.Sequence:
+        """See `kvservice.Sequence`."""
+        return await self._client.run(self._sequence.resume)
+
+    async def refresh(self) -> sequence_pb2.Sequence:
+        """See `kvservice.Sequence`."""
+        return await self._client.run(self._sequence.refresh)
 
     async def renew_lease(self, lease_ms: int = 0) -> int:
         """See `kvservice.Sequence`."""
