@@ -17,7 +17,6 @@ import asyncio
 import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from kvservice import client as blocking
@@ -42,12 +41,7 @@ class Client:
     async def __aenter__(self) -> Client:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -115,13 +109,8 @@ class Sequence:
     async def __aenter__(self) -> Sequence:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._client.run(self._sequence.__exit__, kind, error, traceback)
+    async def __aexit__(self, *error: object) -> None:
+        await self._client.run(self._sequence.__exit__)
 
     @property
     def handle(self) -> types_pb2.SequenceHandle:
