@@ -386,17 +386,20 @@ void SequenceStore::Suspend(SequenceRecord* record, StatusDone done) {
 void SequenceStore::StartSaving(SequenceRecord* record, Goal goal, uint32_t layer,
                                 StatusDone done) {
   const CacheShape& shape = record->tables->shape;
-  uint64_t more_bytes = kOtherRowBytes;
+  uint64_t more_bytes = 0;
   for (uint32_t i = 0; i < shape.layer_count; ++i) {
+    if (goal == Goal::kLayer && i != layer) continue;
     const uint32_t stored = record->stored == nullptr ? 0 : record->stored->layers[i].length;
     more_bytes +=
         StoredLayerBytes(shape, record->cache->length(i)) - StoredLayerBytes(shape, stored);
   }
-  const absl::Status status = CheckDisk(more_bytes);
+  const absl::Status status = CheckDisk(more_bytes + kOtherRowBytes);
   if (!status.ok()) {
     if (done != nullptr) done(status);
     return;
   }
+  // All pieces at once: others that are on their way count too.
+  bytes_used_ += more_bytes;
   auto saving = std::make_shared<Saving>();
   saving->record = record;
   saving->goal = goal;
@@ -415,14 +418,12 @@ void SequenceStore::SavePiece(std::shared_ptr<Saving> saving) {
   const CacheShape& shape = record->tables->shape;
   TierBatch batch;
   BeginStoring(record, &batch);
-  bytes_used_ -= StoredBytes(shape, *record->stored);
   bool is_last = true;
   for (uint32_t layer = 0; layer < shape.layer_count && is_last; ++layer) {
     if (saving->goal == Goal::kLayer && layer != saving->layer) continue;
     is_last = StoreLayer(record->id, shape, *record->cache, layer, kPieceBytes,
                          record->stored.get(), &batch);
   }
-  bytes_used_ += StoredBytes(shape, *record->stored);
   PutState(record, is_last && saving->goal == Goal::kSuspend, &batch);
   Write(std::move(batch), is_last,
         [this, is_last, saving = std::move(saving)](const absl::Status& status) mutable {

@@ -175,7 +175,8 @@ class SequenceStore {
   std::set<std::pair<uint64_t, Sha256::Digest>> stored_tables_;
   uint64_t crash_count_ = 0;
 
-  // Of all sequences' rows, those handed over included.
+  // Of all sequences' rows, those that are still to be handed over of sequences on their way out
+  // included.
   uint64_t bytes_used_ = 0;
   // Of sequences on their way out.
   size_t evicting_bytes_ = 0;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kvservice/error.h"
+#include "kvservice/stored_progress.h"
 #include "kvservice/stored_rows.h"
 #include "tests/stress/stored_engine.h"
 
@@ -319,6 +320,55 @@ TEST_F(StoredEngineTest, WithoutRoomOnDiskAFullPoolIsAnErrorAndChangesNothing) {
   EXPECT_EQ(ErrorLine(durable.status()), "RESOURCE_EXHAUSTED DISK_FULL");
   EXPECT_EQ(small->Get(first)->length_max, 63 * 64);
   EXPECT_EQ(ErrorLine(small->Suspend(first).status()), "RESOURCE_EXHAUSTED DISK_FULL");
+}
+
+// Sequences that are written in several pieces.
+constexpr uint32_t kLongTokens = 256 * kBlockTokens;
+StoredEngine::Options LongSequences() {
+  StoredEngine::Options options;
+  options.engine.sequence_tokens_max = kLongTokens;
+  options.engine.pool_bytes = 2 * 256 * BlockBytes(SmallModel(kLayers));
+  return options;
+}
+uint64_t LongLayerBytes() {
+  return StoredLayerBytes(CacheShape(SmallModel(kLayers).layout, kLayers, {}), kLongTokens);
+}
+
+TEST_F(StoredEngineTest, SequencesOnTheirWayTogetherKeepToTheDisksLimit) {
+  StoredEngine::Options options = LongSequences();
+  options.engine.disk_bytes_max = 2 * kLayers * LongLayerBytes() - 1;
+  StoredEngine stored(options);
+  ASSERT_TRUE(stored.Start().ok());
+  std::vector<std::promise<absl::Status>> answers(2);
+  std::vector<Handle> handles;
+  for (uint32_t i = 0; i < answers.size(); ++i) {
+    handles.push_back(stored->NewSequence());
+    stored->Fill(handles.back(), 0, Counting(0, kLongTokens));
+  }
+  for (uint32_t i = 0; i < answers.size(); ++i) {
+    stored->get()->Suspend(kTenant, handles[i].id, handles[i].generation,
+                           [&answers, i](const absl::StatusOr<SequenceInfo>& suspended) {
+                             answers[i].set_value(suspended.status());
+                           });
+  }
+  EXPECT_EQ(ErrorLine(answers[0].get_future().get()), "OK");
+  EXPECT_EQ(ErrorLine(answers[1].get_future().get()), "RESOURCE_EXHAUSTED DISK_FULL");
+  EXPECT_EQ(stored->get()->Stats().disk_bytes_used, kLayers * LongLayerBytes());
+}
+
+TEST_F(StoredEngineTest, ADurableAppendNeedsRoomForItsLayerAlone) {
+  StoredEngine::Options options = LongSequences();
+  options.engine.disk_bytes_max = LongLayerBytes() * 3 / 2;
+  StoredEngine stored(options);
+  ASSERT_TRUE(stored.Start().ok());
+  const Handle handle = stored->NewSequence();
+  stored->Fill(handle, 0, Counting(0, kLongTokens - 1));
+  const auto last = Counting(kLongTokens - 1, 1);
+  EXPECT_EQ(ErrorLine(stored->AppendDurably(handle, 0, kLongTokens - 1, last).status()), "OK");
+  EXPECT_EQ(stored->get()->Stats().disk_bytes_used, LongLayerBytes());
+  EXPECT_EQ(ErrorLine(stored->AppendDurably(handle, 1, kLongTokens - 1, last).status()),
+            "RESOURCE_EXHAUSTED DISK_FULL");
+  EXPECT_EQ(stored->Get(handle)->length, kLongTokens - 1);
 }
 
 TEST_F(StoredEngineTest, WithoutADataDirectoryDurabilityIsRefused) {
