@@ -115,8 +115,8 @@ void SequenceStore::RunWhenThere(Need need, std::string tenant, const SequenceId
 
 bool SequenceStore::MustWait(Need need, std::string_view tenant, const SequenceId& id,
                              bool is_again) {
-  SequenceRecord* const record =
-      parts_.table->FindAnywhere(tenant, id, parts_.clock->SteadyNowNs());
+  const uint64_t now_ns = parts_.clock->SteadyNowNs();
+  SequenceRecord* record = parts_.table->FindAnywhere(tenant, id, now_ns);
   if (record == nullptr) return false;
   if (record->room_waits > 0) return true;
   if (record->residence == Residence::kMemory) return false;
@@ -124,7 +124,9 @@ bool SequenceStore::MustWait(Need need, std::string_view tenant, const SequenceI
   if (need == Need::kSettled || record->is_suspended) return false;
   if (is_again && !record->load_status.ok()) return false;
   StartLoading(record, false, nullptr);
-  return record->residence == Residence::kLoading;
+  // A load that fails at once lets those go on who wait, and one of them may drop the sequence.
+  record = parts_.table->FindAnywhere(tenant, id, now_ns);
+  return record != nullptr && record->residence == Residence::kLoading;
 }
 
 void SequenceStore::Park(const SequenceId& id, Task task) {
