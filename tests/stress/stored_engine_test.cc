@@ -435,6 +435,24 @@ TEST_F(StoredEngineTest, ASequenceOfAnotherTimeIsALoss) {
   EXPECT_EQ(engine_->get()->Stats().sequences_lost, 1);
 }
 
+// Its generation would go down, to where it had been with other contents.
+TEST_F(StoredEngineTest, ASequenceOfAfterTheLastCrashIsALoss) {
+  const Handle handle = engine_->NewSequence();
+  FillDurably(handle, 0, Counting(0, 10));
+  engine_.Crash();
+  {
+    const auto tier = *engine_.OpenTier();
+    auto state = ReadState(*tier->Read(StateKey(handle.id)));
+    ASSERT_TRUE(state.has_value());
+    state->crash_count = 7;
+    TierBatch batch;
+    batch.puts.emplace_back(StateKey(handle.id), WriteState(*state));
+    ASSERT_TRUE(tier->Commit({&batch, 1}, true).ok());
+  }
+  ASSERT_TRUE(engine_.Start().ok());
+  EXPECT_EQ(ErrorLine(engine_->Get(handle).status()), "DATA_LOSS SEQUENCE_LOST");
+}
+
 TEST_F(StoredEngineTest, AFailedDiskStopsWritingAndNothingElse) {
   const Handle handle = engine_->NewSequence();
   FillDurably(handle, 0, Counting(0, 100));
