@@ -68,7 +68,7 @@ absl::Status ReadError(const rocksdb::Status& status) {
 
 absl::Status OpenError(const rocksdb::Status& status) {
   const std::string text = status.ToString();
-  if (status.IsIOError() && absl::StrContains(text, "lock")) {
+  if (status.IsIOError() && absl::StrContains(text, "/LOCK")) {
     return TierError(absl::StatusCode::kFailedPrecondition, "STORE_LOCKED",
                      "the data directory is in use");
   }
