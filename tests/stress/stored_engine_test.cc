@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <future>
 #include <map>
 #include <memory>
@@ -379,6 +380,34 @@ TEST_F(StoredEngineTest, WithoutADataDirectoryDurabilityIsRefused) {
   EXPECT_EQ(plain.Get(handle)->length_max, 0);
   EXPECT_EQ(ErrorLine(plain.Suspend(handle).status()), "FAILED_PRECONDITION NO_DISK_TIER");
   EXPECT_EQ(ErrorLine(plain.Resume(handle).status()), "FAILED_PRECONDITION NO_DISK_TIER");
+}
+
+// The audit asks for background work when its sequence has arrived: by then there is none any more.
+TEST_F(StoredEngineTest, AnAuditThatWaitsForItsSequenceIsAnsweredAtTheEnd) {
+  StoredEngine::Options options;
+  options.engine.audit_rate = 1.0;
+  StoredEngine stored(options);
+  ASSERT_TRUE(stored.Start().ok());
+  const Handle audited = stored->NewSequence();
+  stored->Fill(audited, 0, Counting(0, 40 * 64));
+  AttendStep step(stored->model(), 0);
+  step.Add(audited, 40 * 64 - 1, Counting(40 * 64 - 1, 1)).OnlyRead();
+  ASSERT_TRUE(step.Run(stored->get()).ok());
+  ASSERT_TRUE(Eventually([&] { return stored->get()->Stats().audit.rows_audited == 1; }));
+  stored->clock.AdvanceMs(1000);
+  stored->Fill(stored->NewSequence(), 0, Counting(0, 40 * 64));
+  ASSERT_EQ(stored->Get(audited)->tier, SequenceTier::kDisk);
+  std::promise<std::string> answer;
+  stored->get()->Audit(kTenant, audited.id, {.row_count = 1},
+                       [&answer](const absl::StatusOr<AuditReport>& report) {
+                         answer.set_value(ErrorLine(report.status()));
+                       });
+  stored->get()->Drain();
+  std::future<std::string> answered = answer.get_future();
+  ASSERT_EQ(answered.wait_for(std::chrono::seconds(0)), std::future_status::ready);
+  // OK where it was faster than the drain.
+  const std::string told = answered.get();
+  EXPECT_TRUE(told == "UNAVAILABLE DRAINING" || told == "OK") << told;
 }
 
 TEST_F(StoredEngineTest, AnExpiredSequenceLeavesTheDiskToo) {
