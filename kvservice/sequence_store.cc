@@ -152,24 +152,30 @@ void SequenceStore::ParkForRoom(std::string_view tenant, SequenceRecord* record,
     // Whoever wants to erase it waits too.
     --record->room_waits;
     const SequenceId id = record->id;
+    // They stay behind it, should it have to wait again.
+    std::deque<Task> behind = TakeParked(id);
     if (admission.ok()) {
       // It may have had to leave memory itself meanwhile.
       RunWhenThere(Need::kInMemory, std::move(owner), id, std::move(task), true);
     } else {
       task(std::move(admission));
     }
-    Arrived(id);
+    for (Task& next : behind) next(absl::OkStatus());
   });
+}
+
+std::deque<Task> SequenceStore::TakeParked(const SequenceId& id) {
+  const auto found = parked_.find(id);
+  if (found == parked_.end()) return {};
+  std::deque<Task> tasks = std::move(found->second);
+  parked_.erase(found);
+  parked_count_ -= tasks.size();
+  return tasks;
 }
 
 // Those that park again wait for the next arrival.
 void SequenceStore::Arrived(const SequenceId& id) {
-  const auto found = parked_.find(id);
-  if (found == parked_.end()) return;
-  std::deque<Task> tasks = std::move(found->second);
-  parked_.erase(found);
-  parked_count_ -= tasks.size();
-  for (Task& task : tasks) task(absl::OkStatus());
+  for (Task& task : TakeParked(id)) task(absl::OkStatus());
 }
 
 void SequenceStore::RoomMade() {

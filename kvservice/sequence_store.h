@@ -162,6 +162,7 @@ class SequenceStore {
   void Lose(SequenceRecord* record);
   void Empty(SequenceRecord* record);
 
+  std::deque<Task> TakeParked(const SequenceId& id);
   void Arrived(const SequenceId& id);
   void RoomMade();
   void DrainNext();

@@ -287,6 +287,38 @@ TEST_F(StoredEngineTest, AppendsThatWaitForRoomKeepTheirOrder) {
   EXPECT_EQ(engine_->Get(idle)->tier, SequenceTier::kDisk);
 }
 
+// The sequence itself leaves memory while the first of them waits.
+TEST_F(StoredEngineTest, AppendsKeepTheirOrderWhereTheirSequenceHasToLeaveToo) {
+  std::vector<Handle> handles;  // 64 blocks
+  for (const uint32_t blocks : {2U, 31U, 31U}) {
+    handles.push_back(engine_->NewSequence());
+    engine_->clock.AdvanceMs(1000);
+    engine_->Fill(handles.back(), 0, Counting(0, blocks * 64));
+  }
+  struct Ask {
+    uint32_t sequence, position, count;
+  };
+  // The first evicts sequence 0, which is less than the last wants.
+  const std::vector<Ask> asks = {{1, 31 * 64, 64}, {1, 32 * 64, 64}, {2, 31 * 64, 128}};
+  std::vector<std::unique_ptr<AppendStep>> steps;
+  std::vector<std::promise<std::string>> answers(asks.size());
+  // They come together.
+  std::promise<void> all_there;
+  engine_->get()->Get(kTenant, handles[2].id,
+                      [&](const absl::StatusOr<SequenceInfo>&) { all_there.get_future().wait(); });
+  for (uint32_t i = 0; i < asks.size(); ++i) {
+    const auto [sequence, position, count] = asks[i];
+    steps.push_back(std::make_unique<AppendStep>(engine_->model(), handles[sequence], 0, position,
+                                                 Counting(position, count)));
+    engine_->get()->Append(steps.back()->call,
+                           [&answers, i](const absl::StatusOr<AppendResult>& appended) {
+                             answers[i].set_value(ErrorLine(appended.status()));
+                           });
+  }
+  all_there.set_value();
+  for (auto& answer : answers) EXPECT_EQ(answer.get_future().get(), "OK");
+}
+
 TEST_F(StoredEngineTest, AnAttendThatFoundThePoolFullSucceedsWhenItComesAgain) {
   const Handle idle = engine_->NewSequence();
   engine_->Fill(idle, 0, Counting(0, 63 * 64));
