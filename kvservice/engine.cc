@@ -275,8 +275,9 @@ class ThreadedEngine : public Engine {
         RunAttends(&work);
       }
     }
-    executor_.StopBackground(Draining());
     FinishAnswers(&work);
+    // Calls that waited for a sequence may have asked for more of it.
+    executor_.StopBackground(Draining());
     executor_.BeginDrain();
     FinishAnswers(&work);
     // Whoever opens the store next sees how it was left.

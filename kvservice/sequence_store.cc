@@ -115,8 +115,8 @@ void SequenceStore::RunWhenThere(Need need, std::string tenant, const SequenceId
 
 bool SequenceStore::MustWait(Need need, std::string_view tenant, const SequenceId& id,
                              bool is_again) {
-  SequenceRecord* const record =
-      parts_.table->FindAnywhere(tenant, id, parts_.clock->SteadyNowNs());
+  const uint64_t now_ns = parts_.clock->SteadyNowNs();
+  SequenceRecord* record = parts_.table->FindAnywhere(tenant, id, now_ns);
   if (record == nullptr) return false;
   if (record->room_waits > 0) return true;
   if (record->residence == Residence::kMemory) return false;
@@ -124,7 +124,9 @@ bool SequenceStore::MustWait(Need need, std::string_view tenant, const SequenceI
   if (need == Need::kSettled || record->is_suspended) return false;
   if (is_again && !record->load_status.ok()) return false;
   StartLoading(record, false, nullptr);
-  return record->residence == Residence::kLoading;
+  // A load that fails at once lets those go on who wait, and one of them may drop the sequence.
+  record = parts_.table->FindAnywhere(tenant, id, now_ns);
+  return record != nullptr && record->residence == Residence::kLoading;
 }
 
 void SequenceStore::Park(const SequenceId& id, Task task) {
@@ -150,24 +152,30 @@ void SequenceStore::ParkForRoom(std::string_view tenant, SequenceRecord* record,
     // Whoever wants to erase it waits too.
     --record->room_waits;
     const SequenceId id = record->id;
+    // They stay behind it, should it have to wait again.
+    std::deque<Task> behind = TakeParked(id);
     if (admission.ok()) {
       // It may have had to leave memory itself meanwhile.
       RunWhenThere(Need::kInMemory, std::move(owner), id, std::move(task), true);
     } else {
       task(std::move(admission));
     }
-    Arrived(id);
+    for (Task& next : behind) next(absl::OkStatus());
   });
+}
+
+std::deque<Task> SequenceStore::TakeParked(const SequenceId& id) {
+  const auto found = parked_.find(id);
+  if (found == parked_.end()) return {};
+  std::deque<Task> tasks = std::move(found->second);
+  parked_.erase(found);
+  parked_count_ -= tasks.size();
+  return tasks;
 }
 
 // Those that park again wait for the next arrival.
 void SequenceStore::Arrived(const SequenceId& id) {
-  const auto found = parked_.find(id);
-  if (found == parked_.end()) return;
-  std::deque<Task> tasks = std::move(found->second);
-  parked_.erase(found);
-  parked_count_ -= tasks.size();
-  for (Task& task : tasks) task(absl::OkStatus());
+  for (Task& task : TakeParked(id)) task(absl::OkStatus());
 }
 
 void SequenceStore::RoomMade() {
@@ -386,17 +394,20 @@ void SequenceStore::Suspend(SequenceRecord* record, StatusDone done) {
 void SequenceStore::StartSaving(SequenceRecord* record, Goal goal, uint32_t layer,
                                 StatusDone done) {
   const CacheShape& shape = record->tables->shape;
-  uint64_t more_bytes = kOtherRowBytes;
+  uint64_t more_bytes = 0;
   for (uint32_t i = 0; i < shape.layer_count; ++i) {
+    if (goal == Goal::kLayer && i != layer) continue;
     const uint32_t stored = record->stored == nullptr ? 0 : record->stored->layers[i].length;
     more_bytes +=
         StoredLayerBytes(shape, record->cache->length(i)) - StoredLayerBytes(shape, stored);
   }
-  const absl::Status status = CheckDisk(more_bytes);
+  const absl::Status status = CheckDisk(more_bytes + kOtherRowBytes);
   if (!status.ok()) {
     if (done != nullptr) done(status);
     return;
   }
+  // All pieces at once: others that are on their way count too.
+  bytes_used_ += more_bytes;
   auto saving = std::make_shared<Saving>();
   saving->record = record;
   saving->goal = goal;
@@ -415,14 +426,12 @@ void SequenceStore::SavePiece(std::shared_ptr<Saving> saving) {
   const CacheShape& shape = record->tables->shape;
   TierBatch batch;
   BeginStoring(record, &batch);
-  bytes_used_ -= StoredBytes(shape, *record->stored);
   bool is_last = true;
   for (uint32_t layer = 0; layer < shape.layer_count && is_last; ++layer) {
     if (saving->goal == Goal::kLayer && layer != saving->layer) continue;
     is_last = StoreLayer(record->id, shape, *record->cache, layer, kPieceBytes,
                          record->stored.get(), &batch);
   }
-  bytes_used_ += StoredBytes(shape, *record->stored);
   PutState(record, is_last && saving->goal == Goal::kSuspend, &batch);
   Write(std::move(batch), is_last,
         [this, is_last, saving = std::move(saving)](const absl::Status& status) mutable {

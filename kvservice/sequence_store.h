@@ -162,6 +162,7 @@ class SequenceStore {
   void Lose(SequenceRecord* record);
   void Empty(SequenceRecord* record);
 
+  std::deque<Task> TakeParked(const SequenceId& id);
   void Arrived(const SequenceId& id);
   void RoomMade();
   void DrainNext();
@@ -175,7 +176,8 @@ class SequenceStore {
   std::set<std::pair<uint64_t, Sha256::Digest>> stored_tables_;
   uint64_t crash_count_ = 0;
 
-  // Of all sequences' rows, those handed over included.
+  // Of all sequences' rows, those that are still to be handed over of sequences on their way out
+  // included.
   uint64_t bytes_used_ = 0;
   // Of sequences on their way out.
   size_t evicting_bytes_ = 0;

@@ -129,8 +129,10 @@ absl::Status Recovery::ReadSequence(const SequenceId& id, const std::string& sta
   if (!row.ok()) return row.status();
   std::optional<StoredIdentity> identity;
   if (row->has_value() && ChecksumOfRow(**row) == state->identity) identity = ReadIdentity(**row);
-  const bool is_whole =
-      identity.has_value() && identity->id == id && identity->tenant == state->tenant;
+  // A row of later than the store's counts would get a generation that a handle of before may have.
+  const bool is_whole = identity.has_value() && identity->id == id &&
+                        identity->tenant == state->tenant &&
+                        state->crash_count <= tier_.closed().crash_count;
   if (!is_whole) {
     Lose(id, state->tenant);
     return absl::OkStatus();

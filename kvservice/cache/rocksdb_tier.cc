@@ -68,7 +68,7 @@ absl::Status ReadError(const rocksdb::Status& status) {
 
 absl::Status OpenError(const rocksdb::Status& status) {
   const std::string text = status.ToString();
-  if (status.IsIOError() && absl::StrContains(text, "lock")) {
+  if (status.IsIOError() && absl::StrContains(text, "/LOCK")) {
     return TierError(absl::StatusCode::kFailedPrecondition, "STORE_LOCKED",
                      "the data directory is in use");
   }
@@ -279,6 +279,10 @@ absl::Status RocksdbTier::Open() {
   const absl::StatusOr<Counts> counted = ReadCounts();
   if (!counted.ok()) return counted.status();
   if (counted->opens > state.counts.opens) state.phase = Phase::kOpen;
+  // The row is on disk before STATE is: the database has forgotten, and there is no inventory.
+  if (counted->opens < state.counts.opens && state.phase == Phase::kOpen) {
+    return StoreDamaged("rows that were on disk are gone");
+  }
   counts_.opens = std::max(state.counts.opens, counted->opens) + 1;
   counts_.crashes = std::max(state.counts.crashes, counted->crashes);
   if (state.phase == Phase::kOpen) ++counts_.crashes;

@@ -8,7 +8,8 @@
 //
 // Beside the database lies STATE, written by us and replaced atomically: whether the store is open
 // or was closed, how often it was not, and the inventory of its rows. Damage that makes RocksDB
-// forget rows without an error (a flipped bit in its manifest can) shows against the inventory.
+// forget rows without an error (a flipped bit in its manifest can) shows against the inventory, or,
+// if there is none, when the database has forgotten that it was opened.
 
 #ifndef KVSERVICE_KVSERVICE_CACHE_ROCKSDB_TIER_H_
 #define KVSERVICE_KVSERVICE_CACHE_ROCKSDB_TIER_H_

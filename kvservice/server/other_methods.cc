@@ -110,8 +110,10 @@ class OtherMethodCall final {
     if (status.ok() && is_watch_) {
       watcher_ = methods_.health->Watch(
           request.value(), [this](HealthStatus changed) { Tell(changed); }, &health);
-      Tell(health);
-      return;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      // What the watcher was told meanwhile is newer.
+      if (next_ == HealthStatus{0}) next_ = health;
+      return Write();
     }
     if (status.ok() && health == HealthStatus::kServiceUnknown) {
       status = ServiceUnknown(request.value());
@@ -136,7 +138,6 @@ class OtherMethodCall final {
   }
   // The client is gone, or everything was said.
   void Done(bool /*ok*/) {
-    if (watcher_ != 0) methods_.health->Unwatch(watcher_);
     bool is_last = false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -171,6 +172,8 @@ class OtherMethodCall final {
   }
 
   void Delete() {
+    // Here, as a watch may begin after the client has gone.
+    if (watcher_ != 0) methods_.health->Unwatch(watcher_);
     InFlight* const in_flight = methods_.host->in_flight;
     const bool is_watch = is_watch_;
     delete this;

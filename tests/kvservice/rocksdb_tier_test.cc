@@ -122,6 +122,24 @@ TEST_F(RocksdbTierTest, AMissingDatabaseIsRefused) {
   EXPECT_EQ(ReasonOf(TryOpen().status()), "STORE_DAMAGED");
 }
 
+// After a crash too: nobody could say which rows it had.
+TEST_F(RocksdbTierTest, ADatabaseOfBeforeIsRefused) {
+  const std::filesystem::path store = folder_ + "/store";
+  const std::filesystem::path copy = folder_ + "/copy";
+  auto tier = Open();
+  ASSERT_TRUE(tier->Commit({{Put("a", "1")}}, true).ok());
+  tier.reset();
+  std::filesystem::copy(store, copy);
+  tier = Open();
+  ASSERT_TRUE(tier->Commit({{Put("a", "2")}}, true).ok());
+  tier.reset();
+  std::filesystem::copy_file(store / "STATE", copy / "STATE",
+                             std::filesystem::copy_options::overwrite_existing);
+  std::filesystem::remove_all(store);
+  std::filesystem::rename(copy, store);
+  EXPECT_EQ(ReasonOf(TryOpen().status()), "STORE_DAMAGED");
+}
+
 TEST_F(RocksdbTierTest, CompactGivesRoomBackAndKeepsTheRest) {
   const auto tier = Open();
   constexpr size_t kBytes = size_t{256} << 10;

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <future>
 #include <map>
 #include <memory>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "kvservice/error.h"
+#include "kvservice/stored_progress.h"
 #include "kvservice/stored_rows.h"
 #include "tests/stress/stored_engine.h"
 
@@ -285,6 +287,38 @@ TEST_F(StoredEngineTest, AppendsThatWaitForRoomKeepTheirOrder) {
   EXPECT_EQ(engine_->Get(idle)->tier, SequenceTier::kDisk);
 }
 
+// The sequence itself leaves memory while the first of them waits.
+TEST_F(StoredEngineTest, AppendsKeepTheirOrderWhereTheirSequenceHasToLeaveToo) {
+  std::vector<Handle> handles;  // 64 blocks
+  for (const uint32_t blocks : {2U, 31U, 31U}) {
+    handles.push_back(engine_->NewSequence());
+    engine_->clock.AdvanceMs(1000);
+    engine_->Fill(handles.back(), 0, Counting(0, blocks * 64));
+  }
+  struct Ask {
+    uint32_t sequence, position, count;
+  };
+  // The first evicts sequence 0, which is less than the last wants.
+  const std::vector<Ask> asks = {{1, 31 * 64, 64}, {1, 32 * 64, 64}, {2, 31 * 64, 128}};
+  std::vector<std::unique_ptr<AppendStep>> steps;
+  std::vector<std::promise<std::string>> answers(asks.size());
+  // They come together.
+  std::promise<void> all_there;
+  engine_->get()->Get(kTenant, handles[2].id,
+                      [&](const absl::StatusOr<SequenceInfo>&) { all_there.get_future().wait(); });
+  for (uint32_t i = 0; i < asks.size(); ++i) {
+    const auto [sequence, position, count] = asks[i];
+    steps.push_back(std::make_unique<AppendStep>(engine_->model(), handles[sequence], 0, position,
+                                                 Counting(position, count)));
+    engine_->get()->Append(steps.back()->call,
+                           [&answers, i](const absl::StatusOr<AppendResult>& appended) {
+                             answers[i].set_value(ErrorLine(appended.status()));
+                           });
+  }
+  all_there.set_value();
+  for (auto& answer : answers) EXPECT_EQ(answer.get_future().get(), "OK");
+}
+
 TEST_F(StoredEngineTest, AnAttendThatFoundThePoolFullSucceedsWhenItComesAgain) {
   const Handle idle = engine_->NewSequence();
   engine_->Fill(idle, 0, Counting(0, 63 * 64));
@@ -321,6 +355,55 @@ TEST_F(StoredEngineTest, WithoutRoomOnDiskAFullPoolIsAnErrorAndChangesNothing) {
   EXPECT_EQ(ErrorLine(small->Suspend(first).status()), "RESOURCE_EXHAUSTED DISK_FULL");
 }
 
+// Sequences that are written in several pieces.
+constexpr uint32_t kLongTokens = 256 * kBlockTokens;
+StoredEngine::Options LongSequences() {
+  StoredEngine::Options options;
+  options.engine.sequence_tokens_max = kLongTokens;
+  options.engine.pool_bytes = 2 * 256 * BlockBytes(SmallModel(kLayers));
+  return options;
+}
+uint64_t LongLayerBytes() {
+  return StoredLayerBytes(CacheShape(SmallModel(kLayers).layout, kLayers, {}), kLongTokens);
+}
+
+TEST_F(StoredEngineTest, SequencesOnTheirWayTogetherKeepToTheDisksLimit) {
+  StoredEngine::Options options = LongSequences();
+  options.engine.disk_bytes_max = 2 * kLayers * LongLayerBytes() - 1;
+  StoredEngine stored(options);
+  ASSERT_TRUE(stored.Start().ok());
+  std::vector<std::promise<absl::Status>> answers(2);
+  std::vector<Handle> handles;
+  for (uint32_t i = 0; i < answers.size(); ++i) {
+    handles.push_back(stored->NewSequence());
+    stored->Fill(handles.back(), 0, Counting(0, kLongTokens));
+  }
+  for (uint32_t i = 0; i < answers.size(); ++i) {
+    stored->get()->Suspend(kTenant, handles[i].id, handles[i].generation,
+                           [&answers, i](const absl::StatusOr<SequenceInfo>& suspended) {
+                             answers[i].set_value(suspended.status());
+                           });
+  }
+  EXPECT_EQ(ErrorLine(answers[0].get_future().get()), "OK");
+  EXPECT_EQ(ErrorLine(answers[1].get_future().get()), "RESOURCE_EXHAUSTED DISK_FULL");
+  EXPECT_EQ(stored->get()->Stats().disk_bytes_used, kLayers * LongLayerBytes());
+}
+
+TEST_F(StoredEngineTest, ADurableAppendNeedsRoomForItsLayerAlone) {
+  StoredEngine::Options options = LongSequences();
+  options.engine.disk_bytes_max = LongLayerBytes() * 3 / 2;
+  StoredEngine stored(options);
+  ASSERT_TRUE(stored.Start().ok());
+  const Handle handle = stored->NewSequence();
+  stored->Fill(handle, 0, Counting(0, kLongTokens - 1));
+  const auto last = Counting(kLongTokens - 1, 1);
+  EXPECT_EQ(ErrorLine(stored->AppendDurably(handle, 0, kLongTokens - 1, last).status()), "OK");
+  EXPECT_EQ(stored->get()->Stats().disk_bytes_used, LongLayerBytes());
+  EXPECT_EQ(ErrorLine(stored->AppendDurably(handle, 1, kLongTokens - 1, last).status()),
+            "RESOURCE_EXHAUSTED DISK_FULL");
+  EXPECT_EQ(stored->Get(handle)->length, kLongTokens - 1);
+}
+
 TEST_F(StoredEngineTest, WithoutADataDirectoryDurabilityIsRefused) {
   TestEngine plain;
   const Handle handle = plain.NewSequence();
@@ -329,6 +412,34 @@ TEST_F(StoredEngineTest, WithoutADataDirectoryDurabilityIsRefused) {
   EXPECT_EQ(plain.Get(handle)->length_max, 0);
   EXPECT_EQ(ErrorLine(plain.Suspend(handle).status()), "FAILED_PRECONDITION NO_DISK_TIER");
   EXPECT_EQ(ErrorLine(plain.Resume(handle).status()), "FAILED_PRECONDITION NO_DISK_TIER");
+}
+
+// The audit asks for background work when its sequence has arrived: by then there is none any more.
+TEST_F(StoredEngineTest, AnAuditThatWaitsForItsSequenceIsAnsweredAtTheEnd) {
+  StoredEngine::Options options;
+  options.engine.audit_rate = 1.0;
+  StoredEngine stored(options);
+  ASSERT_TRUE(stored.Start().ok());
+  const Handle audited = stored->NewSequence();
+  stored->Fill(audited, 0, Counting(0, 40 * 64));
+  AttendStep step(stored->model(), 0);
+  step.Add(audited, 40 * 64 - 1, Counting(40 * 64 - 1, 1)).OnlyRead();
+  ASSERT_TRUE(step.Run(stored->get()).ok());
+  ASSERT_TRUE(Eventually([&] { return stored->get()->Stats().audit.rows_audited == 1; }));
+  stored->clock.AdvanceMs(1000);
+  stored->Fill(stored->NewSequence(), 0, Counting(0, 40 * 64));
+  ASSERT_EQ(stored->Get(audited)->tier, SequenceTier::kDisk);
+  std::promise<std::string> answer;
+  stored->get()->Audit(kTenant, audited.id, {.row_count = 1},
+                       [&answer](const absl::StatusOr<AuditReport>& report) {
+                         answer.set_value(ErrorLine(report.status()));
+                       });
+  stored->get()->Drain();
+  std::future<std::string> answered = answer.get_future();
+  ASSERT_EQ(answered.wait_for(std::chrono::seconds(0)), std::future_status::ready);
+  // OK where it was faster than the drain.
+  const std::string told = answered.get();
+  EXPECT_TRUE(told == "UNAVAILABLE DRAINING" || told == "OK") << told;
 }
 
 TEST_F(StoredEngineTest, AnExpiredSequenceLeavesTheDiskToo) {
@@ -383,6 +494,24 @@ TEST_F(StoredEngineTest, ASequenceOfAnotherTimeIsALoss) {
   ASSERT_TRUE(engine_.Start().ok());
   EXPECT_EQ(ErrorLine(engine_->Get(handle).status()), "DATA_LOSS SEQUENCE_LOST");
   EXPECT_EQ(engine_->get()->Stats().sequences_lost, 1);
+}
+
+// Its generation would go down, to where it had been with other contents.
+TEST_F(StoredEngineTest, ASequenceOfAfterTheLastCrashIsALoss) {
+  const Handle handle = engine_->NewSequence();
+  FillDurably(handle, 0, Counting(0, 10));
+  engine_.Crash();
+  {
+    const auto tier = *engine_.OpenTier();
+    auto state = ReadState(*tier->Read(StateKey(handle.id)));
+    ASSERT_TRUE(state.has_value());
+    state->crash_count = 7;
+    TierBatch batch;
+    batch.puts.emplace_back(StateKey(handle.id), WriteState(*state));
+    ASSERT_TRUE(tier->Commit({&batch, 1}, true).ok());
+  }
+  ASSERT_TRUE(engine_.Start().ok());
+  EXPECT_EQ(ErrorLine(engine_->Get(handle).status()), "DATA_LOSS SEQUENCE_LOST");
 }
 
 TEST_F(StoredEngineTest, AFailedDiskStopsWritingAndNothingElse) {
