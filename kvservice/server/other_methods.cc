@@ -106,13 +106,12 @@ class OtherMethodCall final {
   void Read(bool ok) {
     HealthCheckRequest request;
     absl::Status status = ok ? ParseMessage(&message_, &request) : MessageMalformed(request);
-    HealthStatus health = methods_.health->Get(request.value());
     if (status.ok() && is_watch_) {
-      watcher_ = methods_.health->Watch(
-          request.value(), [this](HealthStatus changed) { Tell(changed); }, &health);
-      Tell(health);
+      watcher_ =
+          methods_.health->Watch(request.value(), [this](HealthStatus changed) { Tell(changed); });
       return;
     }
+    const HealthStatus health = methods_.health->Get(request.value());
     if (status.ok() && health == HealthStatus::kServiceUnknown) {
       status = ServiceUnknown(request.value());
     }
