@@ -142,13 +142,12 @@ TEST_F(LaneAppendTest, MethodsThatAreNoneAreRefused) {
   EXPECT_EQ(lane.Answer(0), "INVALID_ARGUMENT MESSAGE_MALFORMED");
 }
 
-TEST_F(LaneAppendTest, VersionOneHasNoAppends) {
-  const FileDescriptor socket = ConnectLane(endpoint());
-  const uint64_t bytes = wire::LaneBytes(kShape).value();
-  const FileDescriptor file = wire::NewSealedMemory(bytes);
-  v1::OpenLaneRequest request = MakeOpen(kShape);
-  request.set_version(1);
-  EXPECT_EQ(OpenAnswer(socket.get(), request.SerializeAsString(), {file.get()}), "OK");
+// Its clients know of no methods and leave zeros there.
+TEST_F(LaneAppendTest, VersionOneIsServedToo) {
+  const RawLane lane(endpoint(), kShape, 1);
+  EXPECT_EQ(lane.Call(0, lane.Place(0, MakeAttend(served_.model(), handle_, 0, 0, {0}))), "OK");
+  EXPECT_EQ(RowErrorText(lane.Response(0).results(0)), "OK");
+  EXPECT_EQ(Length(), 1U);
 }
 
 // Slots are filled in any order, also while the server looks; the order that counts is the
