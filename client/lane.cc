@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <string_view>
 #include <thread>
@@ -365,7 +366,7 @@ std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
     return status;
   }
   // That of a few rows needs no other memory.
-  std::array<char, kReplyArenaBytes> block;
+  alignas(std::max_align_t) std::array<char, kReplyArenaBytes> block;
   google::protobuf::ArenaOptions arena_options;
   arena_options.initial_block = block.data();
   arena_options.initial_block_size = block.size();

@@ -91,9 +91,9 @@ class Lane {
   void Reclaim(uint32_t index);
   void LeaveSlot(uint32_t index, bool abandon);
   bool PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest* request);
-  // False when the server is gone.
-  // Tells the server of the message at `offset` of the memory.
+  // Names the message at `offset` of the memory, of which the server does not know yet.
   void PutHead(uint32_t index, uint32_t method, uint64_t offset, uint64_t bytes);
+  // Makes it a request. False when the server is gone.
   bool Ring(uint32_t index);
   Outcome Wait(uint32_t index, std::chrono::steady_clock::time_point deadline);
   bool SpinForReply(uint32_t index) const;

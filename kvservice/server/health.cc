@@ -24,9 +24,9 @@ HealthStatus HealthBoard::Get(const std::string& service) const {
   return Find(service);
 }
 
-uint64_t HealthBoard::Watch(const std::string& service, Changed changed, HealthStatus* first) {
+uint64_t HealthBoard::Watch(const std::string& service, Changed changed) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  *first = Find(service);
+  changed(Find(service));
   watchers_[++last_number_] = {.service = service, .changed = std::move(changed)};
   return last_number_;
 }

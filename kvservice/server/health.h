@@ -27,11 +27,12 @@ class HealthBoard {
   // kServiceUnknown for a service that was never set.
   HealthStatus Get(const std::string& service) const;
 
-  // Called after every Set of the service, on its thread and under the board's lock: must be quick
-  // and must not come back here.
+  // Called at once with the present status and after every Set of the service, on the thread of
+  // either and under the board's lock, so that the last it hears is how it is: must be quick and
+  // must not come back here.
   using Changed = std::function<void(HealthStatus status)>;
-  // Returns the watcher's number and its first status.
-  uint64_t Watch(const std::string& service, Changed changed, HealthStatus* first);
+  // Returns the watcher's number.
+  uint64_t Watch(const std::string& service, Changed changed);
   // `changed` is not called any more once this returns.
   void Unwatch(uint64_t number);
 

@@ -248,20 +248,23 @@ void Lane::Reply(uint32_t index, const absl::Status& status) {
   absl::Status answer = status;
   if (status.ok()) answer = is_append ? WriteAppendAnswer(index) : WriteAnswer(index);
   if (!answer.ok()) WriteError(index, answer);
-  wire::Store(&head->reply_number, slot.number);
-  if (wire::Load(head->client_asleep) != 0) wire::Wake(&head->reply_number);
 
   const CallHost& calls = host_->service.calls;
-  const uint64_t duration_ns = calls.clock->SteadyNowNs() - slot.call->arrived_ns;
+  const uint64_t arrived_ns = slot.call->arrived_ns;
   const size_t reserved_bytes = slot.call->reserved_bytes;
   const uint32_t number = slot.number;
   slot.out = std::move(slot.call->run.call.out);
   slot.lse = std::move(slot.call->run.call.lse);
   slot.call.reset();
+  // Before the client can see the answer and use the slot again: a request in a slot that is busy
+  // is passed by, and appends of other slots would overtake it.
   slot.is_busy = false;
-  // The lane thread may have passed by the next request while the slot was still busy.
+  // That of a client which did not wait for the answer may have been passed by.
   if (wire::Load(head->request_number) != number) host_->wake();
-  calls.gate->Ended(is_append ? "Append" : "Attend", tenant_, answer, duration_ns);
+  wire::Store(&head->reply_number, number);
+  if (wire::Load(head->client_asleep) != 0) wire::Wake(&head->reply_number);
+  calls.gate->Ended(is_append ? "Append" : "Attend", tenant_, answer,
+                    calls.clock->SteadyNowNs() - arrived_ns);
   calls.in_flight->Leave(reserved_bytes);
 }
 

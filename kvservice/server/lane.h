@@ -3,8 +3,9 @@
 // and its tensors are copied once, and what is checked and used is the copy.
 //
 // A slot is the lane thread's until it has given the call to the engine; the engine's thread
-// answers and gives the slot back. A client that breaks the rules (a new request before the answer,
-// changes while it waits, an order that is none) confuses nobody but itself.
+// writes the answer, gives the slot back, and only then says that the answer is there. A client
+// that breaks the rules (a new request before the answer, changes while it waits, an order that is
+// none) confuses nobody but itself.
 
 #ifndef KVSERVICE_KVSERVICE_SERVER_LANE_H_
 #define KVSERVICE_KVSERVICE_SERVER_LANE_H_

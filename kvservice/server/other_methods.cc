@@ -106,15 +106,15 @@ class OtherMethodCall final {
   void Read(bool ok) {
     HealthCheckRequest request;
     absl::Status status = ok ? ParseMessage(&message_, &request) : MessageMalformed(request);
-    HealthStatus health = methods_.health->Get(request.value());
     if (status.ok() && is_watch_) {
-      watcher_ = methods_.health->Watch(
-          request.value(), [this](HealthStatus changed) { Tell(changed); }, &health);
+      const uint64_t number =
+          methods_.health->Watch(request.value(), [this](HealthStatus changed) { Tell(changed); });
       const std::lock_guard<std::mutex> lock(mutex_);
-      // What the watcher was told meanwhile is newer.
-      if (next_ == HealthStatus{0}) next_ = health;
+      // Only from here on is anything written: what is written can end this call.
+      watcher_ = number;
       return Write();
     }
+    const HealthStatus health = methods_.health->Get(request.value());
     if (status.ok() && health == HealthStatus::kServiceUnknown) {
       status = ServiceUnknown(request.value());
     }
@@ -128,7 +128,7 @@ class OtherMethodCall final {
   void Tell(HealthStatus health) {
     const std::lock_guard<std::mutex> lock(mutex_);
     next_ = health;
-    Write();
+    if (watcher_ != 0) Write();
   }
   void Written(bool ok) {
     const std::lock_guard<std::mutex> lock(mutex_);

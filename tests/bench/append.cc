@@ -5,7 +5,9 @@
 // "open" appends 63 tokens of every layer to each of many sequences, so that no slice becomes full
 // and nothing is sealed: what moving and storing costs. "sealed" appends a long prompt to one
 // sequence, with the sketches that sealing makes. "engine" has the same calls made to an engine in
-// the caller's own process: what is left of the time when nothing is sent anywhere.
+// the caller's own process: what is left of the time when nothing is sent anywhere. Every sequence
+// and layer has keys and values of its own, as a case is larger than a cache and so is what memcpy
+// copies. Making sequences and forgetting them is not timed.
 //
 // Checks: the server's count of tokens after every round.
 
@@ -44,16 +46,37 @@ struct Case {
   std::string model() const { return absl::StrCat(name, "_", layer_count, "_layers"); }
 };
 
-// Keys and values of one layer; the same for all of them.
-struct Tokens {
-  explicit Tokens(uint32_t count) : k(count * kTokenBytes / 4), v(count * kTokenBytes / 4) {
+// Keys and values of a case, of every sequence and layer its own: a prefill's are not in a cache.
+class Tokens {
+ public:
+  explicit Tokens(const Case& bench_case)
+      : layer_count_(bench_case.layer_count),
+        layer_elements_(bench_case.token_count * kTokenBytes / 4),
+        k_(bench_case.bytes() / 4),
+        v_(k_.size()) {
     // Finite bfloat16 around 1.
-    for (size_t i = 0; i < k.size(); ++i) {
-      k[i] = static_cast<uint16_t>(0x3f00 + i * 7 % 251);
-      v[i] = static_cast<uint16_t>(0x3f00 + i * 11 % 241);
+    for (size_t i = 0; i < k_.size(); ++i) {
+      k_[i] = static_cast<uint16_t>(0x3f00 + i * 7 % 251);
+      v_[i] = static_cast<uint16_t>(0x3f00 + i * 11 % 241);
     }
   }
-  std::vector<uint16_t> k, v;
+  absl::Span<const uint16_t> k(size_t sequence, uint32_t layer) const {
+    return Of(k_, sequence, layer);
+  }
+  absl::Span<const uint16_t> v(size_t sequence, uint32_t layer) const {
+    return Of(v_, sequence, layer);
+  }
+
+ private:
+  absl::Span<const uint16_t> Of(const std::vector<uint16_t>& of_all, size_t sequence,
+                                uint32_t layer) const {
+    return absl::MakeConstSpan(of_all).subspan((sequence * layer_count_ + layer) * layer_elements_,
+                                               layer_elements_);
+  }
+
+  const uint32_t layer_count_;
+  const size_t layer_elements_;
+  std::vector<uint16_t> k_, v_;
 };
 
 // What appends a case's tokens once, to new sequences.
@@ -103,11 +126,11 @@ class ClientAppender final : public Appender {
 
   absl::Status Append(const Case& bench_case, const Tokens& tokens) override {
     const uint32_t count = bench_case.token_count;
-    const auto k = client::Bfloat16View(tokens.k, count, kKvHeads, kHeadDim);
-    const auto v = client::Bfloat16View(tokens.v, count, kKvHeads, kHeadDim);
-    for (const client::Sequence& sequence : sequences_) {
-      client::AppendWriter writer = sequence.Append();
+    for (size_t s = 0; s < sequences_.size(); ++s) {
+      client::AppendWriter writer = sequences_[s].Append();
       for (uint32_t layer = 0; layer < bench_case.layer_count; ++layer) {
+        const auto k = client::Bfloat16View(tokens.k(s, layer), count, kKvHeads, kHeadDim);
+        const auto v = client::Bfloat16View(tokens.v(s, layer), count, kKvHeads, kHeadDim);
         const absl::Status written = writer.Write(layer, 0, k, v);
         if (!written.ok()) return written;
       }
@@ -176,9 +199,9 @@ class EngineAppender final : public Appender {
   }
 
   absl::Status Append(const Case& bench_case, const Tokens& tokens) override {
-    for (const SequenceId& id : sequences_) {
+    for (size_t s = 0; s < sequences_.size(); ++s) {
       for (uint32_t layer = 0; layer < bench_case.layer_count; ++layer) {
-        const absl::Status appended = AppendLayer(id, layer, bench_case, tokens);
+        const absl::Status appended = AppendLayer(s, layer, bench_case, tokens);
         if (!appended.ok()) return appended;
       }
     }
@@ -211,12 +234,12 @@ class EngineAppender final : public Appender {
     return promise.get_future().get();
   }
 
-  absl::Status AppendLayer(const SequenceId& id, uint32_t layer, const Case& bench_case,
+  absl::Status AppendLayer(size_t sequence, uint32_t layer, const Case& bench_case,
                            const Tokens& tokens) {
     for (uint32_t begin = 0; begin < bench_case.token_count; begin += kChunkTokens) {
       const uint32_t count = std::min(kChunkTokens, bench_case.token_count - begin);
       const std::vector<int64_t> shape = {count, kKvHeads, kHeadDim};
-      const auto view = [&](const std::vector<uint16_t>& bits, const char* field) {
+      const auto view = [&](absl::Span<const uint16_t> bits, const char* field) {
         const auto* const data = reinterpret_cast<const std::byte*>(bits.data());
         return TensorView{.dtype = DType::kBfloat16,
                           .shape = shape,
@@ -225,12 +248,12 @@ class EngineAppender final : public Appender {
       };
       const auto appended = Await<AppendResult>([&](auto done) {
         engine_->Append({.tenant = {},
-                         .id = id,
+                         .id = sequences_[sequence],
                          .generation = 1,
                          .layer = layer,
                          .position = begin,
-                         .k = view(tokens.k, "k"),
-                         .v = view(tokens.v, "v")},
+                         .k = view(tokens.k(sequence, layer), "k"),
+                         .v = view(tokens.v(sequence, layer), "v")},
                         std::move(done));
       });
       if (!appended.ok()) return appended.status();
@@ -274,7 +297,7 @@ absl::Status RunAppend(const BenchOptions& options, std::vector<Row>* rows) {
   }
   std::vector<std::byte> from, to;
   for (const Case& bench_case : cases) {
-    const Tokens tokens(bench_case.token_count);
+    const Tokens tokens(bench_case);
     std::vector<double> copies;
     std::array<std::vector<double>, ways.size()> times;
     for (int round = -kWarmUpRounds; round < round_count; ++round) {

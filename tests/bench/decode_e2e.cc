@@ -2,7 +2,9 @@
 // v of one new token per sequence and layer and gets outputs and certificates back. The baseline is
 // what the service has to beat: dense attention over the same keys in the caller's own process, on
 // the same kind of device, with nothing sent anywhere. Calls go by the ways that --transport names;
-// their tensors are in StepBuffers, which the ways other than shared memory copy.
+// their tensors are in StepBuffers, which the ways other than shared memory copy. Making queries,
+// keys and values and putting them there is not timed, on either side: a caller whose tensors are
+// elsewhere pays one more copy of q, k and v.
 //
 // Times are those of one call (one layer of one step) as the caller sees it: the median over steps
 // of the mean over layers. Cases take turns. Sizes are such that keys and values do not stay in the

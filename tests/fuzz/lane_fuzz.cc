@@ -78,7 +78,6 @@ class Fixture {
     head->request_offset = offset;
     head->request_bytes = wanted_bytes.value_or(static_cast<uint32_t>(message.size()));
     wire::Store(&head->request_number, ++number_);
-    // The engine's thread gives the slot back a moment after its answer.
     while (wire::Load(head->reply_number) != number_) {
       if (!lane_->TakeRequests()) std::this_thread::yield();
     }

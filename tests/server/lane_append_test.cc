@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -13,8 +14,10 @@
 #include <utility>
 #include <vector>
 
+#include "kvservice/server/lane.h"
 #include "kvservice/v1/attention.grpc.pb.h"
 #include "kvservice/v1/sequence.grpc.pb.h"
+#include "tests/kvservice/engine_client.h"
 #include "tests/server/raw_lane.h"
 #include "tests/server/served_engine.h"
 
@@ -139,13 +142,12 @@ TEST_F(LaneAppendTest, MethodsThatAreNoneAreRefused) {
   EXPECT_EQ(lane.Answer(0), "INVALID_ARGUMENT MESSAGE_MALFORMED");
 }
 
-TEST_F(LaneAppendTest, VersionOneHasNoAppends) {
-  const FileDescriptor socket = ConnectLane(endpoint());
-  const uint64_t bytes = wire::LaneBytes(kShape).value();
-  const FileDescriptor file = wire::NewSealedMemory(bytes);
-  v1::OpenLaneRequest request = MakeOpen(kShape);
-  request.set_version(1);
-  EXPECT_EQ(OpenAnswer(socket.get(), request.SerializeAsString(), {file.get()}), "OK");
+// Its clients know of no methods and leave zeros there.
+TEST_F(LaneAppendTest, VersionOneIsServedToo) {
+  const RawLane lane(endpoint(), kShape, 1);
+  EXPECT_EQ(lane.Call(0, lane.Place(0, MakeAttend(served_.model(), handle_, 0, 0, {0}))), "OK");
+  EXPECT_EQ(RowErrorText(lane.Response(0).results(0)), "OK");
+  EXPECT_EQ(Length(), 1U);
 }
 
 // Slots are filled in any order, also while the server looks; the order that counts is the
@@ -198,6 +200,99 @@ TEST_F(LaneAppendTest, OrdersThatAreNoneHarmNobody) {
   stop = true;
   vandal.join();
   EXPECT_EQ(Length(), 64U);
+}
+
+// Stops whoever asks on another thread than the owner's until it is let go.
+class GateClock final : public FakeClock {
+ public:
+  ~GateClock() override { Open(); }
+  uint64_t SteadyNowNs() const override {
+    if (std::this_thread::get_id() != owner_) opened_.wait(false);
+    return FakeClock::SteadyNowNs();
+  }
+  void Open() {
+    opened_ = true;
+    opened_.notify_all();
+  }
+
+ private:
+  const std::thread::id owner_ = std::this_thread::get_id();
+  std::atomic<bool> opened_{false};
+};
+
+class OpenGate final : public CallGate {
+ public:
+  absl::Status Admit() override { return absl::OkStatus(); }
+  void Ended(const char* /*method*/, const std::string& /*tenant*/, const absl::Status& /*status*/,
+             uint64_t /*duration_ns*/) override {}
+};
+
+// The thread that has answered may be stopped right there. What the client then puts into the slot
+// is taken before what it puts into others later.
+TEST(LaneOrderTest, AnAnswerThatIsSeenHasFreedItsSlot) {
+  TestEngine engine;
+  const Handle handle = engine.NewSequence();
+  GateClock clock;
+  OpenGate gate;
+  InFlight in_flight{size_t{1} << 20};
+  PolicyRegistry policies;
+  const LaneHost host = {
+      .service = {.calls = {.gate = &gate, .in_flight = &in_flight, .clock = &clock},
+                  .engine = engine.get(),
+                  .policies = &policies},
+      .wake = [] {}};
+  const uint64_t bytes = wire::LaneBytes(kShape).value();
+  const FileDescriptor file = wire::NewSealedMemory(bytes);
+  const wire::SharedMemory mine = wire::SharedMemory::Map(file.get(), bytes);
+  const wire::LaneMemory memory(mine.bytes(), kShape);
+  const auto lane =
+      std::make_shared<Lane>(&host, kTenant, wire::SharedMemory::Map(file.get(), bytes), kShape);
+
+  const auto put = [&](uint32_t slot, uint32_t order, uint32_t position) {
+    v1::SequenceHandle to;
+    to.set_id(handle.id.bytes.data(), handle.id.bytes.size());
+    to.set_generation(handle.generation);
+    v1::AppendRequest request = MakeAppend(SmallModel(2), to, 0, position, {position});
+    uint64_t offset = memory.RequestOffset(slot);
+    for (v1::Tensor* const tensor : {request.mutable_k(), request.mutable_v()}) {
+      const std::string data = std::move(*tensor->mutable_data());
+      tensor->clear_data();
+      std::memcpy(memory.Range(offset, data.size()).data(), data.data(), data.size());
+      tensor->mutable_region()->set_offset_bytes(offset);
+      tensor->mutable_region()->set_length_bytes(data.size());
+      offset += wire::kLanePageBytes;
+    }
+    const std::string message = request.SerializeAsString();
+    std::memcpy(memory.Range(offset, message.size()).data(), message.data(), message.size());
+    wire::SlotHead* const head = memory.slot(slot);
+    wire::Store(&head->request_offset, offset);
+    wire::Store(&head->request_bytes, static_cast<uint32_t>(message.size()));
+    wire::Store(&head->request_method, wire::kLaneAppend);
+    wire::Store(&head->request_order, order);
+    wire::Store(&head->request_number, wire::Load(head->request_number) + 1);
+  };
+  const auto answered = [&](uint32_t slot, uint32_t number) {
+    return Eventually([&, head = memory.slot(slot)] {
+      lane->TakeRequests();
+      return wire::Load(head->reply_number) == number;
+    });
+  };
+
+  put(0, 1, 0);
+  ASSERT_TRUE(answered(0, 1));
+  put(0, 2, 1);
+  put(1, 3, 2);
+  lane->TakeRequests();
+  clock.Open();
+  ASSERT_TRUE(answered(0, 2));
+  ASSERT_TRUE(answered(1, 1));
+  for (const uint32_t slot : {0U, 1U}) {
+    const wire::SlotHead& head = *memory.slot(slot);
+    const absl::Span<const std::byte> reply = memory.Range(head.reply_offset, head.reply_bytes);
+    EXPECT_EQ(head.reply_code, 0U)
+        << std::string(reinterpret_cast<const char*>(reply.data()), reply.size());
+  }
+  EXPECT_EQ(engine.Get(handle)->length_max, 3U);
 }
 
 }  // namespace

@@ -131,6 +131,25 @@ TEST_F(LaneTest, AnswersAreThoseOfUnaryCalls) {
   }
 }
 
+// Memory of a slot is used by call after call.
+TEST_F(LaneTest, AnswersHaveNothingOfTheOnesBefore) {
+  const RawLane lane(endpoint());
+  const v1::AttendRequest good = Request(kLength - 1);
+  v1::AttendRequest failing = good;
+  failing.mutable_rows(0)->mutable_handle()->set_generation(handle_.generation() + 1);
+  for (int round = 0; round < 2; ++round) {
+    ASSERT_EQ(lane.Call(0, lane.Place(0, good)), "OK");
+    const std::string zeros(lane.Response(0).out().data().size(), '\0');
+    EXPECT_NE(lane.Response(0).out().data(), zeros);
+    ASSERT_EQ(lane.Call(0, lane.Place(0, failing)), "OK");
+    EXPECT_EQ(RowErrorText(lane.Response(0).results(0)),
+              "FAILED_PRECONDITION GENERATION_MISMATCH rows[0].handle.generation");
+    EXPECT_EQ(lane.Response(0).out().data(), zeros);
+    EXPECT_EQ(lane.Response(0).lse().data(),
+              std::string(lane.Response(0).lse().data().size(), '\0'));
+  }
+}
+
 // Tensors may also be in the message, and anywhere in the memory.
 TEST_F(LaneTest, PayloadsMayLieAnywhere) {
   const RawLane lane(endpoint());

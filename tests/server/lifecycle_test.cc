@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "kvservice/server/health.h"
 #include "kvservice/v1/admin.grpc.pb.h"
 #include "kvservice/v1/attention.grpc.pb.h"
 #include "kvservice/v1/sequence.grpc.pb.h"
@@ -129,6 +130,21 @@ TEST(LifecycleTest, WatchersHearOfChangesAndHoldUpNothing) {
   served.server()->Drain(60'000);
   EXPECT_EQ(ready.Next(), kNotServing);
   EXPECT_EQ(unknown.Next(), "") << "the data side is gone";
+}
+
+// The first status comes by the same way as the later ones: a change cannot come between.
+TEST(LifecycleTest, WatchersOfABoardHearHowItIs) {
+  HealthBoard board;
+  board.Set("a", true);
+  std::vector<HealthStatus> heard;
+  const uint64_t number = board.Watch("a", [&](HealthStatus status) { heard.push_back(status); });
+  EXPECT_EQ(heard, (std::vector{HealthStatus::kServing}));
+  board.Set("b", true);
+  board.Set("a", false);
+  EXPECT_EQ(heard, (std::vector{HealthStatus::kServing, HealthStatus::kNotServing}));
+  board.Unwatch(number);
+  board.Set("a", true);
+  EXPECT_EQ(heard.size(), 2U);
 }
 
 TEST(LifecycleTest, ReflectionListsTheServices) {

@@ -22,10 +22,12 @@ uint64_t AlignUp(uint64_t offset) {
   return (offset + wire::kLaneAlignment - 1) / wire::kLaneAlignment * wire::kLaneAlignment;
 }
 
-wire::SharedMemory OpenLane(int socket, const wire::LaneShape& shape) {
+wire::SharedMemory OpenLane(int socket, const wire::LaneShape& shape, uint32_t version) {
   const uint64_t bytes = wire::LaneBytes(shape).value();
   const FileDescriptor file = wire::NewSealedMemory(bytes);
-  EXPECT_EQ(OpenAnswer(socket, MakeOpen(shape).SerializeAsString(), {file.get()}), "OK");
+  v1::OpenLaneRequest request = MakeOpen(shape);
+  request.set_version(version);
+  EXPECT_EQ(OpenAnswer(socket, request.SerializeAsString(), {file.get()}), "OK");
   return wire::SharedMemory::Map(file.get(), bytes);
 }
 
@@ -95,9 +97,9 @@ std::string OpenAnswer(int socket, const std::string& bytes, const std::vector<i
   return response.has_error() ? ErrorText(response.error()) : "OK";
 }
 
-RawLane::RawLane(const Endpoint& endpoint, const wire::LaneShape& shape)
+RawLane::RawLane(const Endpoint& endpoint, const wire::LaneShape& shape, uint32_t version)
     : socket_(ConnectLane(endpoint)),
-      mapping_(OpenLane(socket_.get(), shape)),
+      mapping_(OpenLane(socket_.get(), shape, version)),
       memory_(mapping_.bytes(), shape) {}
 
 void RawLane::PlaceTensor(uint32_t slot, v1::Tensor* tensor, uint64_t* offset) const {

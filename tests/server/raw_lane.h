@@ -37,7 +37,8 @@ class RawLane {
   static constexpr wire::LaneShape kShape = {
       .slot_count = 2, .request_bytes = 65536, .reply_bytes = 65536};
 
-  explicit RawLane(const Endpoint& endpoint, const wire::LaneShape& shape = kShape);
+  explicit RawLane(const Endpoint& endpoint, const wire::LaneShape& shape = kShape,
+                   uint32_t version = wire::kLaneVersion);
 
   const wire::LaneMemory& memory() const { return memory_; }
   wire::SlotHead* head(uint32_t slot) const { return memory_.slot(slot); }
