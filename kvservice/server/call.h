@@ -21,12 +21,9 @@
 #include <utility>
 
 #include "absl/status/status.h"
+#include "google/protobuf/message_lite.h"
 #include "kvservice/clock.h"
 #include "kvservice/server/in_flight.h"
-
-namespace google::protobuf {
-class MessageLite;
-}  // namespace google::protobuf
 
 namespace kvservice {
 
