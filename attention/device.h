@@ -17,6 +17,7 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -190,6 +191,13 @@ class Device {
   // Executes one layer's rows. Row errors go to AttendRow::status; nothing else can fail on a host
   // device.
   virtual void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) = 0;
+  // The same, and runs `meanwhile` once, on the calling thread: when it would wait for a device
+  // that is not the host. It may read the rows, and sets nothing of theirs.
+  virtual void AttendWhile(const LayerShape& shape, absl::Span<AttendRow> rows,
+                           absl::FunctionRef<void()> meanwhile) {
+    Attend(shape, rows);
+    meanwhile();
+  }
 };
 
 struct DeviceOptions {

@@ -33,15 +33,22 @@ size_t TokenHeads(const AttendCall& call) { return static_cast<size_t>(call.q.sh
 
 void SizeOutputs(AttendCall* call) {
   const uint64_t token_count = QueryTokens(*call);
-  call->out.resize(token_count * TokenFloats(*call));
+  const size_t floats = token_count * TokenFloats(*call);
+  if (call->out_place.size() != floats) call->out_place = {};
+  call->out.resize(call->out_place.empty() ? floats : 0);
   call->lse.resize(token_count * TokenHeads(*call));
   call->results.resize(call->rows.size());
 }
 
+// Of the call's tokens from this one on.
+float* OutputsFrom(AttendCall* call, uint64_t first_token) {
+  float* const outputs = call->out_place.empty() ? call->out.data() : call->out_place.data();
+  return outputs + first_token * TokenFloats(*call);
+}
+
 void FailRow(AttendCall* call, uint32_t index, uint64_t first_token, absl::Status status) {
   const uint64_t count = call->rows[index].query_count;
-  std::fill_n(call->out.begin() + static_cast<ptrdiff_t>(first_token * TokenFloats(*call)),
-              count * TokenFloats(*call), 0.0F);
+  std::fill_n(OutputsFrom(call, first_token), count * TokenFloats(*call), 0.0F);
   std::fill_n(call->lse.begin() + static_cast<ptrdiff_t>(first_token * TokenHeads(*call)),
               count * TokenHeads(*call), 0.0F);
   call->results[index] = AttendRowResult();
@@ -233,7 +240,12 @@ void AttendBatch::RunDevice() {
     SeedRow(batch_[i], planned_[i]);
   }
   const uint32_t layer = batch_.front().call->layer;
-  parts_.device->Attend(batch_.front().record->model->layers[layer], absl::MakeSpan(planned_));
+  parts_.device->AttendWhile(batch_.front().record->model->layers[layer], absl::MakeSpan(planned_),
+                             [this] {
+                               for (size_t i = 0; i < batch_.size(); ++i) {
+                                 RememberQuery(batch_[i], planned_[i]);
+                               }
+                             });
   for (size_t i = 0; i < batch_.size(); ++i) FinishRow(batch_[i], planned_[i]);
 }
 
@@ -302,7 +314,11 @@ void AttendBatch::PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) 
       Queries(call->q, row.first_token * q_floats, asked.query_count * q_floats, &buffers->q);
   planned->plan = step.plan;
   planned->tables = row.record->tables->shape.TablesOf(call->layer);
-  planned->out = call->out.data() + row.first_token * q_floats;
+  planned->out = OutputsFrom(call, row.first_token);
+  if (row.kept && !call->out_place.empty()) {
+    buffers->out.resize(asked.query_count * q_floats);
+    planned->out = buffers->out.data();
+  }
   planned->lse = call->lse.data() + row.first_token * TokenHeads(*call);
   planned->certificates = result.certificates.data();
   planned->groups = result.groups.data();
@@ -355,9 +371,10 @@ void AttendBatch::KeepRow(const Row& row, const AttendRow& done) {
 }
 
 // The place of an earlier query of the layer is used again; without room the query is forgotten.
-void AttendBatch::RememberQuery(const Row& row, const AttendRow& done) const {
+// Remembered is what was asked, whether or not it could be answered.
+void AttendBatch::RememberQuery(const Row& row, const AttendRow& planned) const {
   SequenceRecord* record = row.record;
-  const size_t floats = done.query_count * TokenFloats(*row.call);
+  const size_t floats = planned.query_count * TokenFloats(*row.call);
   if (record->last_queries.empty()) {
     if (parts_.options->query_bytes_per_sequence_max == 0) return;
     record->last_queries.resize(record->model->spec.layer_count);
@@ -366,9 +383,9 @@ void AttendBatch::RememberQuery(const Row& row, const AttendRow& done) const {
   const size_t others_bytes = record->last_query_bytes - last->q.size() * sizeof(float);
   const bool fits =
       others_bytes + floats * sizeof(float) <= parts_.options->query_bytes_per_sequence_max;
-  last->position = done.position;
-  last->query_count = done.query_count;
-  last->q.assign(done.q, done.q + (fits ? floats : 0));
+  last->position = planned.position;
+  last->query_count = planned.query_count;
+  last->q.assign(planned.q, planned.q + (fits ? floats : 0));
   record->last_query_bytes = others_bytes + last->q.size() * sizeof(float);
 }
 
@@ -403,6 +420,10 @@ void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
     return;
   }
   result.status = absl::OkStatus();
+  float* const outputs = OutputsFrom(row.call, row.first_token);
+  if (done.out != outputs) {
+    std::copy_n(done.out, done.query_count * TokenFloats(*row.call), outputs);
+  }
   const LayerShape& shape = row.record->model->layers[row.call->layer];
   FinishAssumed(shape, done, &result);
   const uint32_t window = shape.sliding_window;
@@ -415,7 +436,6 @@ void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
     }
   }
   if (row.kept) KeepRow(row, done);
-  RememberQuery(row, done);
   const uint32_t deferred = row.policy->deferred_exact_steps;
   if (deferred > 0 && done.plan.mode == Mode::kEnforce) {
     result.deferred = DeferExact(done, row.call->layer, deferred, row.record, parts_.device);

@@ -62,6 +62,8 @@ class AttendBatch {
   // Memory behind one AttendRow of a device batch.
   struct Buffers {
     std::vector<float> q;
+    // Of a row that is kept and whose outputs go to a place of the caller's.
+    std::vector<float> out;
     // Of a row that is kept and whose caller did not ask for it.
     std::vector<std::vector<uint32_t>> selected;
   };
@@ -81,7 +83,7 @@ class AttendBatch {
   void PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) const;
   void SeedRow(const Row& row, const AttendRow& planned);
   void KeepRow(const Row& row, const AttendRow& done);
-  void RememberQuery(const Row& row, const AttendRow& done) const;
+  void RememberQuery(const Row& row, const AttendRow& planned) const;
   static void FinishAssumed(const LayerShape& shape, const AttendRow& done,
                             AttendRowResult* result);
   void FinishRow(const Row& row, const AttendRow& done);

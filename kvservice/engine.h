@@ -238,6 +238,9 @@ struct AttendCall {
   uint64_t started_ns = 0;
   std::vector<float> out;  // [T][query_head_count][head_dim]
   std::vector<float> lse;  // [T][query_head_count]
+  // If it has room for just that, outputs go here instead of to `out`: memory that others may
+  // change, so nothing is read back. The engine empties it otherwise.
+  absl::Span<float> out_place;
   std::vector<AttendRowResult> results;
 
   // OK if any row ran or could have run; an error only when nothing ran (bad shapes, unknown layer,

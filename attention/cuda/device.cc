@@ -85,7 +85,11 @@ class CudaDevice : public Device {
   void Copy(absl::Span<const MemoryCopy> copies) override;
   void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override;
   void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) override;
-  void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override;
+  void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override {
+    AttendWhile(shape, rows, [] {});
+  }
+  void AttendWhile(const LayerShape& shape, absl::Span<AttendRow> rows,
+                   absl::FunctionRef<void()> meanwhile) override;
   uint64_t groups_answered_directly() const { return direct_.answered(); }
 
  private:
@@ -499,7 +503,8 @@ void CudaDevice::DecideOnHost(const LayerShape& shape, absl::Span<AttendRow> row
   }
 }
 
-void CudaDevice::Attend(const LayerShape& shape, absl::Span<AttendRow> rows) {
+void CudaDevice::AttendWhile(const LayerShape& shape, absl::Span<AttendRow> rows,
+                             absl::FunctionRef<void()> meanwhile) {
   const KvLayout& layout = shape.layout;
   tables_.Begin();
   row_tables_.clear();
@@ -510,7 +515,7 @@ void CudaDevice::Attend(const LayerShape& shape, absl::Span<AttendRow> rows) {
     row_tables_.push_back(tables_.Get(row.view));
   }
   Unrotate(shape, rows);
-  direct_.Answer(shape, rows, row_tables_, unrotated_, &left_);
+  direct_.Answer(shape, rows, row_tables_, unrotated_, meanwhile, &left_);
   for (uint32_t i = 0; i < rows.size(); ++i) {
     if (cuda::Direct::Takes(shape, rows[i])) continue;
     for (uint32_t kv_head = 0; kv_head < layout.kv_head_count; ++kv_head) {

@@ -438,7 +438,7 @@ bool Direct::MayTryAgain(const Flight& flight, size_t index) const {
 
 // Answers the groups of all_.
 void Direct::Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
-                 std::vector<GroupName>* left) {
+                 absl::FunctionRef<void()> meanwhile, std::vector<GroupName>* left) {
   std::vector<std::vector<Asked*>> waves;
   for (const Kind kind : {Kind::kSettled, Kind::kChoosing, Kind::kProving}) {
     CutWaves(rows, shape, kind, &waves);
@@ -448,6 +448,7 @@ void Direct::Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
     Finish(shape, flight, left);
     Begin(shape, std::move(waves[i]), flight);
   }
+  meanwhile();
   for (size_t i = 0; i < flights_.size(); ++i) {
     Finish(shape, &flights_[(waves.size() + i) % flights_.size()], left);
   }
@@ -456,7 +457,7 @@ void Direct::Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
 void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
                     absl::Span<const RowTables> tables,
                     absl::Span<const absl::Span<const float>> unrotated,
-                    std::vector<GroupName>* left) {
+                    absl::FunctionRef<void()> meanwhile, std::vector<GroupName>* left) {
   all_.clear();
   covered_ends_.assign(rows.size(), 0);
   bool compares = false;  // what a row asks for takes some work
@@ -476,11 +477,12 @@ void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
   for (const Asked& asked : all_) {
     if (asked.kind == Kind::kLeft) left->push_back(asked.name);
   }
-  Fly(shape, rows, left);
+  Fly(shape, rows, meanwhile, left);
   if (again_.empty()) return;
   all_.swap(again_);
   again_.clear();
-  Fly(shape, rows, left);
+  Fly(
+      shape, rows, [] {}, left);
 }
 
 }  // namespace kvservice::cuda

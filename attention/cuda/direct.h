@@ -14,6 +14,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/types/span.h"
 #include "attention/cpu/thread_pool.h"
 #include "attention/cuda/readings.h"
@@ -39,10 +40,11 @@ class Direct {
 
   // Answers all groups of the rows that are taken. tables: [rows.size()]; unrotated: likewise, the
   // newest query token's queries before rotation, of rows that reuse lists. Adds to `left` the
-  // groups that are not answered.
+  // groups that are not answered. Runs `meanwhile` once, while the device works if it does.
   void Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
               absl::Span<const RowTables> tables,
-              absl::Span<const absl::Span<const float>> unrotated, std::vector<GroupName>* left);
+              absl::Span<const absl::Span<const float>> unrotated,
+              absl::FunctionRef<void()> meanwhile, std::vector<GroupName>* left);
 
   // Groups that were answered here so far, for tests: a path that is never taken tests nothing.
   uint64_t answered() const { return answered_; }
@@ -70,7 +72,8 @@ class Direct {
   void Begin(const LayerShape& shape, std::vector<Asked*> asked, Flight* flight);
   void Finish(const LayerShape& shape, Flight* flight, std::vector<GroupName>* left);
   bool MayTryAgain(const Flight& flight, size_t index) const;
-  void Fly(const LayerShape& shape, absl::Span<const AttendRow> rows, std::vector<GroupName>* left);
+  void Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
+           absl::FunctionRef<void()> meanwhile, std::vector<GroupName>* left);
 
   const cudaStream_t stream_;
   ThreadPool* const pool_;

@@ -9,17 +9,11 @@
 #include "attention/sketch.h"
 
 namespace kvservice::cuda {
-namespace {
-
-// So many groups keep the device busy with a quarter of them.
-constexpr uint32_t kDividedGroupsMin = 32;
-
-}  // namespace
 
 Wave::Wave(const Context& context) : context_(context) {
   Check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "stream");
   Check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "stream");
-  for (cudaEvent_t* event : {&forked_, &uploaded_, &attended_}) {
+  for (cudaEvent_t* event : {&forked_, &attended_}) {
     Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
   }
   int device = 0;
@@ -31,7 +25,7 @@ Wave::Wave(const Context& context) : context_(context) {
 
 Wave::~Wave() {
   // Codes are not checked: at the end of a process there may be no device any more.
-  for (cudaEvent_t event : {forked_, uploaded_, attended_}) cudaEventDestroy(event);
+  for (cudaEvent_t event : {forked_, attended_}) cudaEventDestroy(event);
   cudaStreamDestroy(side_);
   cudaStreamDestroy(context_.stream);
 }
@@ -55,7 +49,7 @@ void Wave::Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
   shape_ = &shape;
   groups_ = std::move(groups);
   to_device_.Reset();
-  for (Arena& arena : queries_) arena.Reset();
+  queries_.Reset();
   to_host_.Reset();
   scratch_.Reset();
   bounded_ = groups_[0].proves();
@@ -75,14 +69,10 @@ void Wave::Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
     bounds_values_ |= group.proves();
     ranks_ |= !group.settled() && group.top_k() > 0;
   }
-  SetParts();
-  for (uint32_t part = 0; part < part_count_; ++part) {
-    for (uint32_t i = part_begin(part); i < ends_[part].groups; ++i) {
-      TakeInputs(groups_[i], &inputs_[i], &queries_[part]);
-    }
-  }
+  for (uint32_t i = 0; i < groups_.size(); ++i) TakeInputs(groups_[i], &inputs_[i]);
   BuildChoices();
   BuildFirst(pool);
+  scan_ = ScanCall();
   anchors_ = AnchorCall();
   if (chooses_) {
     BuildScan();
@@ -95,35 +85,25 @@ void Wave::Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
   choice_.groups = slot.device;
 }
 
-// The first part is small: the device waits for its queries, and its scan takes longer than the
-// host's work on the others.
-void Wave::SetParts() {
-  const auto count = static_cast<uint32_t>(groups_.size());
-  part_count_ = chooses_ && !lists_ && count >= kDividedGroupsMin ? 2 : 1;
-  ends_ = {};
-  if (part_count_ > 1) ends_[0].groups = count / 4;
-  ends_[part_count_ - 1].groups = count;
-}
-
-void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs, Arena* arena) {
+void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs) {
   const uint32_t dim = shape_->layout.head_dim;
   const uint32_t heads = HeadsOf(group);
-  inputs->qs = arena->Take<float>(size_t{heads} * dim);
-  inputs->visible = arena->Take<uint32_t>(size_t{2} * heads);
+  inputs->qs = queries_.Take<float>(size_t{heads} * dim);
+  inputs->visible = queries_.Take<uint32_t>(size_t{2} * heads);
   inputs->listed = {};
-  if (group.has_list()) inputs->listed = arena->Take<uint64_t>(BlocksOf(group));
+  if (group.has_list()) inputs->listed = queries_.Take<uint64_t>(BlocksOf(group));
   if (!Scans(group)) return;
-  inputs->qw = arena->Take<float>(size_t{SketchDirections(dim)} * heads);
+  inputs->qw = queries_.Take<float>(size_t{SketchDirections(dim)} * heads);
   if (!bounded_) return;
-  inputs->metric = arena->Take<float>(dim);
-  inputs->x = arena->Take<float>(size_t{heads} * dim);
-  inputs->norm = arena->Take<double>(size_t{4} * heads);
+  inputs->metric = queries_.Take<float>(dim);
+  inputs->x = queries_.Take<float>(size_t{heads} * dim);
+  inputs->norm = queries_.Take<double>(size_t{4} * heads);
 }
 
-void Wave::FillPart(uint32_t part, ThreadPool* pool) {
-  const uint32_t begin = part_begin(part);
+void Wave::FillAll(ThreadPool* pool) {
   pool->ParallelFor(
-      ends_[part].groups - begin, [&](uint32_t i, uint32_t) { Fill(begin + i); }, kGroupsPerThread);
+      static_cast<uint32_t>(groups_.size()), [&](uint32_t i, uint32_t) { Fill(i); },
+      kGroupsPerThread);
 }
 
 // Any thread, one per group.
@@ -183,18 +163,11 @@ void Wave::Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
   to_device_.Upload(stream);
   // Lists come with the queries.
   if (!lists_) Run(MarkWords(choice_, stream), "mark");
-  FillPart(0, pool);
-  queries_[0].Upload(stream);
+  FillAll(pool);
+  queries_.Upload(stream);
   if (lists_) Run(MarkWords(choice_, stream), "mark");
   Fork(stream);
-  LaunchScan(0, stream);
-  if (part_count_ > 1) {
-    FillPart(1, pool);
-    queries_[1].Upload(side_);
-    Check(cudaEventRecord(uploaded_, side_), "event");
-    Check(cudaStreamWaitEvent(stream, uploaded_, 0), "event");
-    LaunchScan(1, stream);
-  }
+  LaunchScan(stream);
   LaunchFirst();
   LaunchRest(stream, Stage::kAll);
   to_host_.Download(stream);
@@ -202,14 +175,14 @@ void Wave::Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
 
 void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool) {
   Lay(shape, std::move(groups), pool);
-  for (uint32_t part = 0; part < part_count_; ++part) FillPart(part, pool);
+  FillAll(pool);
 }
 
 void Wave::Upload(cudaStream_t after) {
   Check(cudaEventRecord(forked_, after), "event");
   Check(cudaStreamWaitEvent(context_.stream, forked_, 0), "event");
   to_device_.Upload(context_.stream);
-  for (uint32_t part = 0; part < part_count_; ++part) queries_[part].Upload(context_.stream);
+  queries_.Upload(context_.stream);
 }
 
 void Wave::Launch(cudaStream_t stream, Stage last) {
@@ -217,7 +190,7 @@ void Wave::Launch(cudaStream_t stream, Stage last) {
   Run(MarkWords(choice_, stream), "mark");
   if (last == Stage::kMark) return;
   Fork(stream);
-  for (uint32_t part = 0; part < part_count_; ++part) LaunchScan(part, stream);
+  LaunchScan(stream);
   LaunchFirst();
   LaunchRest(stream, last);
 }
@@ -233,12 +206,8 @@ void Wave::Fork(cudaStream_t stream) {
   Check(cudaStreamWaitEvent(side_, forked_, 0), "event");
 }
 
-void Wave::LaunchScan(uint32_t part, cudaStream_t stream) {
-  const uint32_t begin = part == 0 ? 0 : ends_[part - 1].scan_jobs;
-  ScanCall call = scan_;
-  call.jobs += begin;
-  call.job_count = ends_[part].scan_jobs - begin;
-  if (call.job_count > 0) Run(cuda::Scan(call, stream), "scan");
+void Wave::LaunchScan(cudaStream_t stream) {
+  if (scan_.job_count > 0) Run(cuda::Scan(scan_, stream), "scan");
 }
 
 void Wave::LaunchFirst() {

@@ -3,16 +3,12 @@
 // chosen, add up. Nothing in between waits for the host, and what comes back is outputs and a few
 // numbers per head.
 //
-// Large waves go in two parts: while the sketches of the first part's groups are scanned, the host
-// prepares the queries of the second.
-//
 // Built, launched and looked at by one thread, but for Fill.
 
 #ifndef KVSERVICE_ATTENTION_CUDA_WAVE_H_
 #define KVSERVICE_ATTENTION_CUDA_WAVE_H_
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -130,12 +126,6 @@ class Wave {
   uint32_t launch_count() const { return launch_count_; }
 
  private:
-  static constexpr uint32_t kParts = 2;
-  // Groups and jobs of scans up to here.
-  struct PartEnd {
-    uint32_t groups = 0;
-    uint32_t scan_jobs = 0;
-  };
   struct Inputs {
     HeadQueries queries;
     Slot<float> qs, x, qw, metric;
@@ -150,11 +140,9 @@ class Wave {
   bool Scans(const WaveGroup& group) const;
   uint32_t BlocksOf(const WaveGroup& group) const;
   uint32_t HeadsOf(const WaveGroup& group) const;
-  void TakeInputs(const WaveGroup& group, Inputs* inputs, Arena* arena);
+  void TakeInputs(const WaveGroup& group, Inputs* inputs);
   void Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool);
-  void SetParts();
-  uint32_t part_begin(uint32_t part) const { return part == 0 ? 0 : ends_[part - 1].groups; }
-  void FillPart(uint32_t part, ThreadPool* pool);
+  void FillAll(ThreadPool* pool);
   void Fill(uint32_t index);
   void SetRanges(const WaveGroup& group, ChoiceGroup* choice) const;
   void SetRules(const WaveGroup& group, ChoiceGroup* choice) const;
@@ -176,21 +164,18 @@ class Wave {
 
   void Run(cudaError_t code, const char* what);
   void Fork(cudaStream_t stream);
-  void LaunchScan(uint32_t part, cudaStream_t stream);
+  void LaunchScan(cudaStream_t stream);
   void LaunchFirst();
   void LaunchRest(cudaStream_t stream, Stage last);
 
   Context context_;
   cudaStream_t side_ = nullptr;
   cudaEvent_t forked_ = nullptr;
-  cudaEvent_t uploaded_ = nullptr;
   cudaEvent_t attended_ = nullptr;
   const LayerShape* shape_ = nullptr;
   std::vector<WaveGroup> groups_;
   std::deque<Inputs> inputs_;
   std::vector<ChoiceGroup> choices_;
-  uint32_t part_count_ = 1;
-  std::array<PartEnd, kParts> ends_;
   bool bounded_ = false;
   bool lists_ = false;  // some group has a list
   bool chooses_ = false;
@@ -200,7 +185,7 @@ class Wave {
   uint32_t head_count_max_ = 0;
   uint32_t launch_count_ = 0;
   Arena to_device_{Arena::Sides::kBoth};
-  std::array<Arena, kParts> queries_{Arena(Arena::Sides::kBoth), Arena(Arena::Sides::kBoth)};
+  Arena queries_{Arena::Sides::kBoth};
   Arena to_host_{Arena::Sides::kBoth};
   Arena scratch_{Arena::Sides::kDevice};
   Slot<ChoiceStats> stats_;

@@ -369,7 +369,6 @@ ScanSet Wave::ScanSetOf(uint32_t index) const {
 }
 
 void Wave::BuildScan() {
-  scan_ = ScanCall();
   scan_.shape = choice_.shape;
   scan_.softcap = shape_->logit_softcap;
   scan_.bounded = bounded_;
@@ -393,18 +392,15 @@ void Wave::BuildScan() {
   const Slot<ScanJob> jobs = to_device_.Take<ScanJob>(pages / target + set_count);
   uint32_t set = 0;
   uint32_t job = 0;
-  for (uint32_t part = 0; part < part_count_; ++part) {
-    for (uint32_t i = part_begin(part); i < ends_[part].groups; ++i) {
-      if (!Scans(groups_[i])) continue;
-      sets.host[set] = ScanSetOf(i);
-      const uint32_t blocks = blocks_of(choices_[i]);
-      for (uint32_t block = 0; block < blocks; block += target) {
-        jobs.host[job++] = {
-            .set = set, .first_block = block, .block_count = std::min(target, blocks - block)};
-      }
-      ++set;
+  for (uint32_t i = 0; i < groups_.size(); ++i) {
+    if (!Scans(groups_[i])) continue;
+    sets.host[set] = ScanSetOf(i);
+    const uint32_t blocks = blocks_of(choices_[i]);
+    for (uint32_t block = 0; block < blocks; block += target) {
+      jobs.host[job++] = {
+          .set = set, .first_block = block, .block_count = std::min(target, blocks - block)};
     }
-    ends_[part].scan_jobs = job;
+    ++set;
   }
   scan_.sets = sets.device;
   scan_.jobs = jobs.device;

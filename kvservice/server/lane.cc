@@ -13,6 +13,7 @@
 #include "kvservice/server/convert.h"
 #include "kvservice/server/region_copy.h"
 #include "kvservice/server/status.h"
+#include "kvservice/tensor_check.h"
 
 namespace kvservice {
 namespace {
@@ -58,6 +59,27 @@ google::protobuf::ArenaOptions OptionsOf(absl::Span<char> block) {
   options.initial_block = block.data();
   options.initial_block_size = block.size();
   return options;
+}
+
+// Where the parts of an Attend's answer lie; the message is the last.
+struct ReplyPlaces {
+  uint64_t lse = 0;
+  uint64_t lse_bytes = 0;
+  uint64_t out = 0;
+  uint64_t out_bytes = 0;
+  uint64_t message = 0;
+};
+
+// Nothing if the shape of q is not one that the engine takes.
+std::optional<ReplyPlaces> LayOut(uint64_t begin, absl::Span<const int64_t> q_shape, DType dtype) {
+  if (q_shape.size() != 3) return std::nullopt;
+  const std::optional<size_t> lse_bytes = TensorBytes(DType::kFloat32, q_shape.first(2));
+  const std::optional<size_t> out_bytes = TensorBytes(dtype, q_shape);
+  if (!lse_bytes.has_value() || !out_bytes.has_value()) return std::nullopt;
+  ReplyPlaces places{.lse = begin, .lse_bytes = *lse_bytes, .out_bytes = *out_bytes};
+  places.out = AlignUp(places.lse + places.lse_bytes);
+  places.message = AlignUp(places.out + places.out_bytes);
+  return places;
 }
 
 // A call in a slot; the messages are of its method. The block is borrowed.
@@ -201,12 +223,24 @@ absl::Status Lane::BeginAttend(uint32_t index) {
   const absl::Status status =
       PrepareAttend(*call->request, *host_->service.policies, tenant_, &slot.region, &call->run);
   if (!status.ok()) return status;
+  PlaceOutputs(index);
   call->run.arrived_ns = call->arrived_ns;
   call->run.call.done = [lane = shared_from_this(), index](const absl::Status& done) {
     lane->Reply(index, done);
   };
   host_->service.engine->Attend(&call->run.call);
   return absl::OkStatus();
+}
+
+// Outputs that need no conversion are written where the client reads them.
+void Lane::PlaceOutputs(uint32_t index) {
+  AttendRun* const run = &slots_[index].call->run;
+  if (run->output_dtype != DType::kFloat32) return;
+  const uint64_t begin = memory_.ReplyOffset(index);
+  const auto places = LayOut(begin, run->call.q.shape, run->output_dtype);
+  if (!places.has_value() || places->message - begin > memory_.shape().reply_bytes) return;
+  const absl::Span<std::byte> range = memory_.Range(places->out, places->out_bytes);
+  run->call.out_place = {reinterpret_cast<float*>(range.data()), range.size() / sizeof(float)};
 }
 
 absl::Status Lane::BeginAppend(uint32_t index) {
@@ -276,26 +310,27 @@ absl::Status Lane::WriteAnswer(uint32_t index) {
   v1::Tensor* const lse = response->mutable_lse();
   v1::Tensor* const out = response->mutable_out();
   DescribeOutputs(run, lse, out);
-  const uint64_t lse_offset = memory_.ReplyOffset(index);
-  const uint64_t lse_bytes = run.call.lse.size() * sizeof(float);
-  const uint64_t out_offset = AlignUp(lse_offset + lse_bytes);
-  const uint64_t out_bytes = run.call.out.size() * ElementBytes(run.output_dtype);
-  lse->mutable_region()->set_offset_bytes(lse_offset);
-  lse->mutable_region()->set_length_bytes(lse_bytes);
-  out->mutable_region()->set_offset_bytes(out_offset);
-  out->mutable_region()->set_length_bytes(out_bytes);
-  const uint64_t offset = AlignUp(out_offset + out_bytes);
+  // The engine has looked at the shape.
+  const uint64_t begin = memory_.ReplyOffset(index);
+  const ReplyPlaces places = *LayOut(begin, run.call.q.shape, run.output_dtype);
+  lse->mutable_region()->set_offset_bytes(places.lse);
+  lse->mutable_region()->set_length_bytes(places.lse_bytes);
+  out->mutable_region()->set_offset_bytes(places.out);
+  out->mutable_region()->set_length_bytes(places.out_bytes);
   const size_t message_bytes = response->ByteSizeLong();
-  const uint64_t bytes = offset + message_bytes - lse_offset;
+  const uint64_t bytes = places.message + message_bytes - begin;
   if (bytes > memory_.shape().reply_bytes) {
     return ReplyTooLarge(bytes, memory_.shape().reply_bytes);
   }
-  std::memcpy(memory_.Range(lse_offset, lse_bytes).data(), run.call.lse.data(), lse_bytes);
-  StoreOutput(run.output_dtype, run.call.out, memory_.Range(out_offset, out_bytes).data());
+  std::memcpy(memory_.Range(places.lse, places.lse_bytes).data(), run.call.lse.data(),
+              places.lse_bytes);
+  if (run.call.out_place.empty()) {
+    StoreOutput(run.output_dtype, run.call.out, memory_.Range(places.out, places.out_bytes).data());
+  }
   // Not into the shared memory: what serializing does there is protobuf's business.
   slot.message.resize(message_bytes);
   response->SerializeWithCachedSizesToArray(reinterpret_cast<uint8_t*>(slot.message.data()));
-  WriteMessage(index, 0, offset, slot.message);
+  WriteMessage(index, 0, places.message, slot.message);
   return absl::OkStatus();
 }
 

@@ -63,6 +63,7 @@ class Lane final : public std::enable_shared_from_this<Lane> {
   void Take(const Request& request);
   absl::Status Begin(uint32_t index);
   absl::Status BeginAttend(uint32_t index);
+  void PlaceOutputs(uint32_t index);
   absl::Status BeginAppend(uint32_t index);
   absl::Status CopyMessage(uint32_t index);
   // On the thread that has the slot, once per call.
