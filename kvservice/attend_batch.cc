@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "attention/float16.h"
+#include "attention/prefetch.h"
 #include "kvservice/bound_not_met.h"
 #include "kvservice/deferred_exact.h"
 #include "kvservice/engine_errors.h"
@@ -246,7 +247,15 @@ void AttendBatch::RunDevice() {
                                  RememberQuery(batch_[i], planned_[i]);
                                }
                              });
-  for (size_t i = 0; i < batch_.size(); ++i) FinishRow(batch_[i], planned_[i]);
+  for (size_t i = 0; i < batch_.size(); ++i) {
+    // The device's threads have written them.
+    if (i + 1 < batch_.size()) {
+      const Row& next = batch_[i + 1];
+      const auto& certificates = next.call->results[next.index].certificates;
+      Prefetch(certificates.data(), certificates.size() * sizeof(HeadCertificate));
+    }
+    FinishRow(batch_[i], planned_[i]);
+  }
 }
 
 void AttendBatch::SeedRow(const Row& row, const AttendRow& planned) {
@@ -428,13 +437,13 @@ void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
   FinishAssumed(shape, done, &result);
   const uint32_t window = shape.sliding_window;
   const uint32_t seen_by_last = window == 0 ? done.view.length : std::min(window, done.view.length);
-  for (AttendStats* stats : {&row.record->stats, parts_.totals}) {
-    ++stats->attend_rows;
-    for (const GroupReport& group : result.groups) AddGroup(group, seen_by_last, stats);
-    for (const HeadCertificate& certificate : result.certificates) {
-      AddCertificate(certificate, stats);
-    }
+  AttendStats stats;
+  ++stats.attend_rows;
+  for (const GroupReport& group : result.groups) AddGroup(group, seen_by_last, &stats);
+  for (const HeadCertificate& certificate : result.certificates) {
+    AddCertificate(certificate, &stats);
   }
+  for (AttendStats* const sums : {&row.record->stats, parts_.totals}) AddStats(stats, sums);
   if (row.kept) KeepRow(row, done);
   const uint32_t deferred = row.policy->deferred_exact_steps;
   if (deferred > 0 && done.plan.mode == Mode::kEnforce) {

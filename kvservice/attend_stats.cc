@@ -42,4 +42,27 @@ void AddCertificate(const HeadCertificate& certificate, AttendStats* stats) {
   stats->dropped_mass_upper_max = std::max(stats->dropped_mass_upper_max, dropped);
 }
 
+void AddStats(const AttendStats& from, AttendStats* to) {
+  to->attend_rows += from.attend_rows;
+  to->groups += from.groups;
+  to->groups_scanned += from.groups_scanned;
+  to->groups_dense += from.groups_dense;
+  to->tokens_read += from.tokens_read;
+  to->tokens_visible += from.tokens_visible;
+  to->keys_sampled += from.keys_sampled;
+  to->rows_sampled += from.rows_sampled;
+  to->anchor_seed_scans += from.anchor_seed_scans;
+  to->certificates += from.certificates;
+  to->certificates_proven += from.certificates_proven;
+  to->dropped_mass_upper_sum = AddUp(to->dropped_mass_upper_sum, from.dropped_mass_upper_sum);
+  to->dropped_mass_upper_max = std::max(to->dropped_mass_upper_max, from.dropped_mass_upper_max);
+  to->failure_probability_sum = AddUp(to->failure_probability_sum, from.failure_probability_sum);
+  const auto add = [](const auto& counts, auto* sums) {
+    for (size_t i = 0; i < counts.size(); ++i) (*sums)[i] += counts[i];
+  };
+  add(from.by_level, &to->by_level);
+  add(from.by_action, &to->by_action);
+  add(from.dropped_mass_counts, &to->dropped_mass_counts);
+}
+
 }  // namespace kvservice

@@ -55,6 +55,8 @@ struct AttendStats {
 // tokens_visible: what dense attention would have read.
 void AddGroup(const GroupReport& group, uint64_t tokens_visible, AttendStats* stats);
 void AddCertificate(const HeadCertificate& certificate, AttendStats* stats);
+// What was counted apart.
+void AddStats(const AttendStats& from, AttendStats* to);
 
 }  // namespace kvservice
 

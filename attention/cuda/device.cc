@@ -105,6 +105,7 @@ class CudaDevice : public Device {
 
   Arena* Stage();
   void Staged();
+  bool RunAppend();
   void Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows);
   void LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows);
   void LoadRow(const LayerShape& shape, const AttendRow& row, RowData* data);
@@ -139,6 +140,14 @@ class CudaDevice : public Device {
   };
   std::array<Staging, 2> staging_;
   uint32_t staged_ = 0;  // the one that was used last
+  // What Append has staged and nobody has launched: decoding comes with its attention, whose scans
+  // need not wait for it. count = 0: nothing.
+  struct WaitingAppend {
+    cuda::CacheShape shape;
+    const cuda::AppendItem* items = nullptr;
+    uint32_t count = 0;
+  };
+  WaitingAppend append_;
   // Of one call.
   Arena to_device_{Arena::Sides::kBoth};
   Arena to_host_{Arena::Sides::kBoth};
@@ -208,6 +217,7 @@ absl::StatusOr<DeviceMemory> CudaDevice::Allocate(size_t bytes) {
 }
 
 void CudaDevice::Copy(absl::Span<const MemoryCopy> copies) {
+  RunAppend();
   for (const MemoryCopy& copy : copies) {
     Check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyDefault, context_.stream),
           "copy");
@@ -229,7 +239,17 @@ void CudaDevice::Staged() {
   Check(cudaEventRecord(staging_[staged_].done, context_.stream), "stage");
 }
 
+// Launches what waits; false if nothing does.
+bool CudaDevice::RunAppend() {
+  if (append_.count == 0) return false;
+  Check(cuda::Append(append_.shape, append_.items, append_.count, context_.stream), "append");
+  append_.count = 0;
+  Staged();
+  return true;
+}
+
 void CudaDevice::Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) {
+  RunAppend();
   Arena* const staging = Stage();
   const size_t token_bytes = size_t{layout.kv_head_count} * layout.vector_bytes();
   size_t token_count = 0;
@@ -252,14 +272,15 @@ void CudaDevice::Append(const KvLayout& layout, absl::Span<const AppendSlice> sl
                            .token_count = slice.token_count};
   }
   if (!in_place) staging->Upload(context_.stream);
-  Check(cuda::Append(cuda::ShapeOf(layout), in_place ? items.host : items.device, count,
-                     context_.stream),
-        "append");
-  Staged();
+  append_ = {.shape = cuda::ShapeOf(layout),
+             .items = in_place ? items.host : items.device,
+             .count = count};
+  if (!in_place) RunAppend();
 }
 
 void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) {
   if (slices.empty()) return;
+  RunAppend();
   Arena* const staging = Stage();
   const SketchLayout sketch(layout.head_dim);
   const uint32_t heads = layout.kv_head_count;
@@ -515,7 +536,9 @@ void CudaDevice::AttendWhile(const LayerShape& shape, absl::Span<AttendRow> rows
     row_tables_.push_back(tables_.Get(row.view));
   }
   Unrotate(shape, rows);
-  direct_.Answer(shape, rows, row_tables_, unrotated_, meanwhile, &left_);
+  const auto append = [this] { return RunAppend(); };
+  direct_.Answer(shape, rows, row_tables_, unrotated_, append, meanwhile, &left_);
+  RunAppend();
   for (uint32_t i = 0; i < rows.size(); ++i) {
     if (cuda::Direct::Takes(shape, rows[i])) continue;
     for (uint32_t kv_head = 0; kv_head < layout.kv_head_count; ++kv_head) {

@@ -387,11 +387,12 @@ void Direct::CutWaves(absl::Span<const AttendRow> rows, const LayerShape& shape,
   }
 }
 
-void Direct::Begin(const LayerShape& shape, std::vector<Asked*> asked, Flight* flight) {
+void Direct::Begin(const LayerShape& shape, std::vector<Asked*> asked,
+                   absl::FunctionRef<bool()> append, Flight* flight) {
   flight->asked = std::move(asked);
   std::vector<WaveGroup> groups(flight->asked.size());
   for (size_t i = 0; i < groups.size(); ++i) groups[i] = flight->asked[i]->group;
-  flight->wave->Fly(shape, std::move(groups), pool_, stream_);
+  flight->wave->Fly(shape, std::move(groups), pool_, stream_, append);
 }
 
 void Direct::Finish(const LayerShape& shape, Flight* flight, std::vector<GroupName>* left) {
@@ -402,6 +403,7 @@ void Direct::Finish(const LayerShape& shape, Flight* flight, std::vector<GroupNa
   pool_->ParallelFor(
       static_cast<uint32_t>(answered.size()),
       [&](uint32_t i, uint32_t) {
+        wave.Prefetch(wave.group(i));
         Answerer answerer(shape, wave, wave.group(i), flight->asked[i]->anchor);
         answered[i] = answerer.Answer() ? 1 : 0;
       },
@@ -438,7 +440,8 @@ bool Direct::MayTryAgain(const Flight& flight, size_t index) const {
 
 // Answers the groups of all_.
 void Direct::Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
-                 absl::FunctionRef<void()> meanwhile, std::vector<GroupName>* left) {
+                 absl::FunctionRef<bool()> append, absl::FunctionRef<void()> meanwhile,
+                 std::vector<GroupName>* left) {
   std::vector<std::vector<Asked*>> waves;
   for (const Kind kind : {Kind::kSettled, Kind::kChoosing, Kind::kProving}) {
     CutWaves(rows, shape, kind, &waves);
@@ -446,7 +449,7 @@ void Direct::Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
   for (size_t i = 0; i < waves.size(); ++i) {
     Flight* const flight = &flights_[i % flights_.size()];
     Finish(shape, flight, left);
-    Begin(shape, std::move(waves[i]), flight);
+    Begin(shape, std::move(waves[i]), append, flight);
   }
   meanwhile();
   for (size_t i = 0; i < flights_.size(); ++i) {
@@ -457,7 +460,8 @@ void Direct::Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
 void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
                     absl::Span<const RowTables> tables,
                     absl::Span<const absl::Span<const float>> unrotated,
-                    absl::FunctionRef<void()> meanwhile, std::vector<GroupName>* left) {
+                    absl::FunctionRef<bool()> append, absl::FunctionRef<void()> meanwhile,
+                    std::vector<GroupName>* left) {
   all_.clear();
   covered_ends_.assign(rows.size(), 0);
   bool compares = false;  // what a row asks for takes some work
@@ -477,12 +481,12 @@ void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
   for (const Asked& asked : all_) {
     if (asked.kind == Kind::kLeft) left->push_back(asked.name);
   }
-  Fly(shape, rows, meanwhile, left);
+  Fly(shape, rows, append, meanwhile, left);
   if (again_.empty()) return;
   all_.swap(again_);
   again_.clear();
   Fly(
-      shape, rows, [] {}, left);
+      shape, rows, append, [] {}, left);
 }
 
 }  // namespace kvservice::cuda

@@ -40,10 +40,11 @@ class Direct {
 
   // Answers all groups of the rows that are taken. tables: [rows.size()]; unrotated: likewise, the
   // newest query token's queries before rotation, of rows that reuse lists. Adds to `left` the
-  // groups that are not answered. Runs `meanwhile` once, while the device works if it does.
+  // groups that are not answered. `append`: see Wave::Fly. Runs `meanwhile` once, while the device
+  // works if it does.
   void Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
               absl::Span<const RowTables> tables,
-              absl::Span<const absl::Span<const float>> unrotated,
+              absl::Span<const absl::Span<const float>> unrotated, absl::FunctionRef<bool()> append,
               absl::FunctionRef<void()> meanwhile, std::vector<GroupName>* left);
 
   // Groups that were answered here so far, for tests: a path that is never taken tests nothing.
@@ -69,11 +70,13 @@ class Direct {
   };
   void CutWaves(absl::Span<const AttendRow> rows, const LayerShape& shape, Kind kind,
                 std::vector<std::vector<Asked*>>* waves);
-  void Begin(const LayerShape& shape, std::vector<Asked*> asked, Flight* flight);
+  void Begin(const LayerShape& shape, std::vector<Asked*> asked, absl::FunctionRef<bool()> append,
+             Flight* flight);
   void Finish(const LayerShape& shape, Flight* flight, std::vector<GroupName>* left);
   bool MayTryAgain(const Flight& flight, size_t index) const;
   void Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
-           absl::FunctionRef<void()> meanwhile, std::vector<GroupName>* left);
+           absl::FunctionRef<bool()> append, absl::FunctionRef<void()> meanwhile,
+           std::vector<GroupName>* left);
 
   const cudaStream_t stream_;
   ThreadPool* const pool_;

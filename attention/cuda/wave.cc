@@ -6,6 +6,7 @@
 #include <cmath>
 #include <utility>
 
+#include "attention/prefetch.h"
 #include "attention/sketch.h"
 
 namespace kvservice::cuda {
@@ -13,7 +14,7 @@ namespace kvservice::cuda {
 Wave::Wave(const Context& context) : context_(context) {
   Check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "stream");
   Check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "stream");
-  for (cudaEvent_t* event : {&forked_, &attended_}) {
+  for (cudaEvent_t* event : {&forked_, &appended_, &attended_}) {
     Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
   }
   int device = 0;
@@ -25,7 +26,7 @@ Wave::Wave(const Context& context) : context_(context) {
 
 Wave::~Wave() {
   // Codes are not checked: at the end of a process there may be no device any more.
-  for (cudaEvent_t event : {forked_, attended_}) cudaEventDestroy(event);
+  for (cudaEvent_t event : {forked_, appended_, attended_}) cudaEventDestroy(event);
   cudaStreamDestroy(side_);
   cudaStreamDestroy(context_.stream);
 }
@@ -44,8 +45,7 @@ uint32_t Wave::HeadsOf(const WaveGroup& group) const {
   return group.row->query_count * shape_->layout.group_size();
 }
 
-// Everything but the queries.
-void Wave::Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool) {
+void Wave::Take(const LayerShape& shape, std::vector<WaveGroup> groups) {
   shape_ = &shape;
   groups_ = std::move(groups);
   to_device_.Reset();
@@ -70,6 +70,10 @@ void Wave::Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
     ranks_ |= !group.settled() && group.top_k() > 0;
   }
   for (uint32_t i = 0; i < groups_.size(); ++i) TakeInputs(groups_[i], &inputs_[i]);
+}
+
+// Everything but the queries.
+void Wave::Lay(ThreadPool* pool) {
   BuildChoices();
   BuildFirst(pool);
   scan_ = ScanCall();
@@ -113,6 +117,11 @@ void Wave::Fill(uint32_t index) {
   const uint32_t dim = shape_->layout.head_dim;
   const uint32_t heads = HeadsOf(group);
   const HeadQueries& queries = inputs.queries;
+  // The heads of a query token lie side by side.
+  for (uint32_t head = 0; head < heads; head += shape_->layout.group_size()) {
+    const size_t first = size_t{OutputIndex(shape_->layout, group.kv_head, head)} * dim;
+    kvservice::Prefetch(group.row->q + first, shape_->layout.group_size() * dim * sizeof(float));
+  }
   FillHeadQueries(*shape_, *group.row, group.kv_head, &inputs.queries);
   std::copy_n(queries.qs.begin(), size_t{heads} * dim, inputs.qs.host);
   const uint32_t base = group.block_begin * kBlockTokens;
@@ -153,28 +162,53 @@ void Wave::Fill(uint32_t index) {
   }
 }
 
+void Wave::Mark() {
+  to_device_.Upload(context_.stream);
+  Run(MarkWords(choice_, context_.stream), "mark");
+}
+
+// One thread lays the wave out and sends that while the others fill in the queries. Lists take all
+// of them for both, and are marked from what comes with the queries.
+void Wave::Prepare(ThreadPool* pool) {
+  if (lists_) {
+    Lay(pool);
+    FillAll(pool);
+    queries_.Upload(context_.stream);
+    return Mark();
+  }
+  pool->ParallelFor(
+      static_cast<uint32_t>(groups_.size()) + 1,
+      [&](uint32_t i, uint32_t) {
+        if (i > 0) return Fill(i - 1);
+        Lay(pool);
+        Mark();
+      },
+      kGroupsPerThread);
+  queries_.Upload(context_.stream);
+}
+
 void Wave::Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool,
-               cudaStream_t after) {
-  Lay(shape, std::move(groups), pool);
+               cudaStream_t after, absl::FunctionRef<bool()> append) {
   launch_count_ = 0;
   const cudaStream_t stream = context_.stream;
   Check(cudaEventRecord(forked_, after), "event");
   Check(cudaStreamWaitEvent(stream, forked_, 0), "event");
-  to_device_.Upload(stream);
-  // Lists come with the queries.
-  if (!lists_) Run(MarkWords(choice_, stream), "mark");
-  FillAll(pool);
-  queries_.Upload(stream);
-  if (lists_) Run(MarkWords(choice_, stream), "mark");
+  Take(shape, std::move(groups));
+  Prepare(pool);
   Fork(stream);
   LaunchScan(stream);
+  if (append()) {
+    Check(cudaEventRecord(appended_, after), "event");
+    Check(cudaStreamWaitEvent(side_, appended_, 0), "event");
+  }
   LaunchFirst();
   LaunchRest(stream, Stage::kAll);
   to_host_.Download(stream);
 }
 
 void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool) {
-  Lay(shape, std::move(groups), pool);
+  Take(shape, std::move(groups));
+  Lay(pool);
   FillAll(pool);
 }
 
@@ -240,6 +274,17 @@ void Wave::LaunchRest(cudaStream_t stream, Stage last) {
 }
 
 void Wave::Wait() { Check(cudaStreamSynchronize(context_.stream), "wave"); }
+
+void Wave::Prefetch(const WaveGroup& group) const {
+  const uint32_t heads = HeadsOf(group);
+  kvservice::Prefetch(group.stats.host, sizeof(ChoiceStats));
+  kvservice::Prefetch(group.first_sums.host, heads * sizeof(HeadSums));
+  if (chooses_) {
+    kvservice::Prefetch(group.chosen_sums.host, heads * sizeof(HeadSums));
+    kvservice::Prefetch(group.dropped.host, heads * sizeof(DroppedSums));
+  }
+  kvservice::Prefetch(group.out.host, size_t{heads} * shape_->layout.head_dim * sizeof(float));
+}
 
 Partial Wave::Kept(const WaveGroup& group) const {
   const ChoiceStats& stats = *group.stats.host;

@@ -14,6 +14,7 @@
 #include <deque>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/types/span.h"
 #include "attention/cpu/attend_kernel.h"
 #include "attention/cpu/head_queries.h"
@@ -102,10 +103,12 @@ class Wave {
   static size_t WeightBytes(const LayerShape& shape, const AttendRow& row);
 
   // Takes groups that are all proven or all not, sends them to the device, when what is in `after`
-  // now is done, and asks for the results. The shape and rows are borrowed. Two waves may be on
-  // their way at the same time; Wait ends when everything has come back.
+  // now is done, and asks for the results. The shape and rows are borrowed. `append` may add to
+  // `after` what stores tokens at the end of rows, and then returns true: scans, which read
+  // sketches alone, do not wait for it. Two waves may be on their way at the same time; Wait ends
+  // when everything has come back.
   void Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool,
-           cudaStream_t after);
+           cudaStream_t after, absl::FunctionRef<bool()> append);
   void Wait();
 
   // The same in steps, for measuring: all that the host does; to the device, behind what `after`
@@ -119,6 +122,8 @@ class Wave {
   cudaStream_t stream() const { return context_.stream; }
   size_t size() const { return groups_.size(); }
   const WaveGroup& group(size_t i) const { return groups_[i]; }
+  // Begins to fetch what came back of a group.
+  void Prefetch(const WaveGroup& group) const;
   // Masses of all heads over what was read (`out` is empty: see WaveGroup::out), and whether
   // something was left to be chosen from.
   Partial Kept(const WaveGroup& group) const;
@@ -141,7 +146,10 @@ class Wave {
   uint32_t BlocksOf(const WaveGroup& group) const;
   uint32_t HeadsOf(const WaveGroup& group) const;
   void TakeInputs(const WaveGroup& group, Inputs* inputs);
-  void Lay(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool);
+  void Take(const LayerShape& shape, std::vector<WaveGroup> groups);
+  void Lay(ThreadPool* pool);
+  void Prepare(ThreadPool* pool);
+  void Mark();
   void FillAll(ThreadPool* pool);
   void Fill(uint32_t index);
   void SetRanges(const WaveGroup& group, ChoiceGroup* choice) const;
@@ -171,6 +179,7 @@ class Wave {
   Context context_;
   cudaStream_t side_ = nullptr;
   cudaEvent_t forked_ = nullptr;
+  cudaEvent_t appended_ = nullptr;
   cudaEvent_t attended_ = nullptr;
   const LayerShape* shape_ = nullptr;
   std::vector<WaveGroup> groups_;

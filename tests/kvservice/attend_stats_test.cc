@@ -49,6 +49,44 @@ TEST(AttendStatsTest, TheUnionBoundIsRoundedUp) {
   EXPECT_GE(stats.failure_probability_sum, 1.0 + 10000 * small);
 }
 
+TEST(AttendStatsTest, WhatIsCountedApartAddsUp) {
+  AttendStats all;
+  AttendStats first;
+  AttendStats second;
+  for (AttendStats* stats : {&all, &first}) {
+    ++stats->attend_rows;
+    AddGroup({.action = Action::kDense, .scanned = true, .tokens_read = 10, .keys_sampled = 3}, 20,
+             stats);
+    AddCertificate(Certificate(Level::kConfidence, 0.04, 1e-9), stats);
+  }
+  for (AttendStats* stats : {&all, &second}) {
+    stats->attend_rows += 2;
+    stats->anchor_seed_scans += 5;
+    AddGroup({.action = Action::kReused, .tokens_read = 7, .rows_sampled = 4}, 30, stats);
+    AddCertificate(Certificate(Level::kDeterministic, 0.3), stats);
+    AddCertificate(Certificate(Level::kNone, 1.0), stats);
+  }
+  AddStats(second, &first);
+  EXPECT_EQ(first.attend_rows, 3U);
+  EXPECT_EQ(first.groups, 2U);
+  EXPECT_EQ(first.groups_scanned, 1U);
+  EXPECT_EQ(first.groups_dense, 1U);
+  EXPECT_EQ(first.tokens_read, 17U);
+  EXPECT_EQ(first.tokens_visible, 50U);
+  EXPECT_EQ(first.keys_sampled, 3U);
+  EXPECT_EQ(first.rows_sampled, 4U);
+  EXPECT_EQ(first.anchor_seed_scans, 5U);
+  EXPECT_EQ(first.certificates, 3U);
+  EXPECT_EQ(first.certificates_proven, 2U);
+  EXPECT_EQ(first.dropped_mass_upper_max, 0.3);
+  EXPECT_GE(first.dropped_mass_upper_sum, 0.34);
+  EXPECT_LT(first.dropped_mass_upper_sum, 0.34 + 1e-15);
+  EXPECT_GE(first.failure_probability_sum, 1e-9);
+  EXPECT_EQ(first.by_level, all.by_level);
+  EXPECT_EQ(first.by_action, all.by_action);
+  EXPECT_EQ(first.dropped_mass_counts, all.dropped_mass_counts);
+}
+
 TEST(AttendStatsTest, ClassesHoldTheirUpperEnds) {
   for (size_t i = 0; i < kDroppedMassBounds.size(); ++i) {
     AttendStats stats;

@@ -150,6 +150,45 @@ TEST_F(LaneTest, AnswersHaveNothingOfTheOnesBefore) {
   }
 }
 
+// Outputs are written where the client reads them, but what is kept of a call for audits is never
+// read from there.
+TEST_F(LaneTest, AuditsLookAtNothingThatTheClientCanChange) {
+  const RawLane lane(endpoint());
+  constexpr uint32_t kCalls = 50;
+  v1::AuditRequest audit;
+  *audit.mutable_handle() = handle_;
+  audit.set_keep_next(kCalls);
+  v1::AuditResponse found;
+  ASSERT_EQ(ErrorText(attention_->Audit(NewContext().get(), audit, &found)), "OK");
+  v1::AttendRequest request = Request(kLength - 1);
+  v1::Policy* const policy = request.mutable_policy();
+  policy->set_selector(v1::SELECTOR_CERTIFIED);
+  policy->set_guarantee(v1::GUARANTEE_DETERMINISTIC);
+  policy->set_max_output_error(0.5F);
+  policy->set_dense_below_tokens(0);
+  policy->mutable_layers();
+  const absl::Span<std::byte> reply =
+      lane.memory().Range(lane.memory().ReplyOffset(0), lane.memory().shape().reply_bytes);
+  std::atomic<bool> over{false};
+  std::thread hostile([&] {
+    while (!over) std::memset(reply.data(), 0x4b, 4096);
+  });
+  for (uint32_t i = 0; i < kCalls; ++i) {
+    const v1::AttendRequest placed = lane.Place(0, request);
+    lane.PutMessage(0, placed.SerializeAsString());
+    lane.Submit(0);
+    EXPECT_TRUE(lane.Wait(0));
+  }
+  over = true;
+  hostile.join();
+  audit.clear_keep_next();
+  audit.set_call_count(kCalls);
+  ASSERT_EQ(ErrorText(attention_->Audit(NewContext().get(), audit, &found)), "OK");
+  EXPECT_EQ(found.totals().rows_audited(), kCalls);
+  EXPECT_GT(found.totals().outputs_audited(), 0U);
+  EXPECT_EQ(found.totals().violations(), 0U);
+}
+
 // Tensors may also be in the message, and anywhere in the memory.
 TEST_F(LaneTest, PayloadsMayLieAnywhere) {
   const RawLane lane(endpoint());
