@@ -208,6 +208,7 @@ absl::Status GroupsFromProto(const v1::GroupReports& from, const RowPlace& place
       from.keys_sampled_size() != count || from.rows_sampled_size() != count) {
     return MalformedReply(field, "are not one per KV head");
   }
+  to->groups.reserve(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) {
     const std::optional<Action> action = ActionFromProto(from.action(i));
     if (!action.has_value()) {

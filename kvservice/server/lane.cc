@@ -87,6 +87,8 @@ struct LaneCall {
   explicit LaneCall(absl::Span<char> block) : arena(OptionsOf(block)) {}
 
   Arena arena;
+  // Of the thread that answers: what a thread takes from another's arena is not of its block.
+  std::optional<Arena> reply_arena;
   uint32_t method = 0;
   v1::AttendRequest* request = nullptr;
   v1::AppendRequest* append = nullptr;
@@ -110,6 +112,7 @@ struct Lane::Slot {
   RegionCopy region;
   // Kept from call to call, so that decoding allocates and clears no large buffers.
   const std::unique_ptr<char[]> arena = std::make_unique_for_overwrite<char[]>(kArenaBytes);
+  const std::unique_ptr<char[]> reply_arena = std::make_unique_for_overwrite<char[]>(kArenaBytes);
   std::vector<float> out;
   std::vector<float> lse;
   std::optional<LaneCall> call;
@@ -304,7 +307,9 @@ void Lane::Reply(uint32_t index, const absl::Status& status) {
 
 absl::Status Lane::WriteAnswer(uint32_t index) {
   Slot& slot = slots_[index];
-  auto* const response = Arena::CreateMessage<v1::AttendResponse>(&slot.call->arena);
+  Arena* const arena = &slot.call->reply_arena.emplace(
+      OptionsOf(absl::MakeSpan(slot.reply_arena.get(), kArenaBytes)));
+  auto* const response = Arena::CreateMessage<v1::AttendResponse>(arena);
   const AttendRun& run = slot.call->run;
   DescribeAttend(*slot.call->request, run, host_->service.calls.clock, response);
   v1::Tensor* const lse = response->mutable_lse();
