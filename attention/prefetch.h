@@ -6,8 +6,6 @@
 
 #include <cstddef>
 
-#include "hwy/cache_control.h"
-
 namespace kvservice {
 
 // Begins to fetch what will be read soon: a few kilobytes, more than that fetches in vain. Any
@@ -15,7 +13,7 @@ namespace kvservice {
 inline void Prefetch(const void* data, size_t bytes) {
   constexpr size_t kLineBytes = 64;
   const auto* const lines = static_cast<const char*>(data);
-  for (size_t at = 0; at < bytes; at += kLineBytes) hwy::Prefetch(lines + at);
+  for (size_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(lines + at);
 }
 
 }  // namespace kvservice
