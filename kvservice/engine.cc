@@ -200,6 +200,17 @@ class ThreadedEngine : public Engine {
     if (!status.ok()) task(status);
   }
 
+  void DropSent(std::string_view tenant, SequenceId id, std::string head,
+                Done<SequenceInfo> done) override {
+    ControlThere<SequenceInfo>(
+        Need::kInMemory, tenant, id, std::move(done),
+        [this, id, sent = std::move(head)](const std::string& owner, Done<SequenceInfo> answer) {
+          const absl::Status status = executor_.CheckAsSent(owner, id, sent);
+          if (!status.ok()) return answer(status);
+          executor_.Drop(owner, id, std::move(answer));
+        });
+  }
+
   EngineStats Stats() const override {
     EngineStats stats;
     {

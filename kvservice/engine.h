@@ -349,6 +349,11 @@ class Engine {
   virtual void Receive(std::string_view tenant, TransferAttempt attempt, TransferPart part,
                        Done<ReceiveReply> done) = 0;
 
+  // Drops a sequence that is still as its head (the first part of Send) says: else
+  // FAILED_PRECONDITION / SEQUENCE_GREW.
+  virtual void DropSent(std::string_view tenant, SequenceId id, std::string head,
+                        Done<SequenceInfo> done) = 0;
+
   virtual EngineStats Stats() const = 0;
   virtual std::string_view device_name() const = 0;
   // Refuses new calls (UNAVAILABLE / DRAINING), runs what is queued, stops the executor.

@@ -562,6 +562,15 @@ absl::StatusOr<TransferPart> Executor::Send(std::string_view tenant, const Seque
   return ReadTransferPart(**record, ask);
 }
 
+absl::Status Executor::CheckAsSent(std::string_view tenant, const SequenceId& id,
+                                   std::string_view head) {
+  const auto record = Use(tenant, id);
+  if (!record.ok()) return record.status();
+  const auto now = ReadTransferPart(**record, {.part = SendAsk::Part::kBegin});
+  if (!now.ok()) return now.status();
+  return std::get<TransferBegin>(*now).head == head ? absl::OkStatus() : SequenceGrew();
+}
+
 absl::StatusOr<ReceiveReply> Executor::Receive(std::string_view tenant,
                                                const TransferAttempt& attempt,
                                                const TransferPart& part) {

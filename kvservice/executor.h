@@ -96,6 +96,7 @@ class Executor {
 
   absl::StatusOr<TransferPart> Send(std::string_view tenant, const SequenceId& id,
                                     uint64_t generation, const SendAsk& ask);
+  absl::Status CheckAsSent(std::string_view tenant, const SequenceId& id, std::string_view head);
   absl::StatusOr<ReceiveReply> Receive(std::string_view tenant, const TransferAttempt& attempt,
                                        const TransferPart& part);
 
