@@ -273,16 +273,19 @@ absl::StatusOr<ReceiveReply> TransferReceiver::Take(std::string_view tenant,
 absl::Status TransferReceiver::Verify(const Arriving& arriving, const TransferSlices& slices) {
   const CacheShape& shape = arriving.record->tables->shape;
   Checksum previous = arriving.layers[slices.layer].last;
+  scratch_.resize(shape.slice_bytes + shape.sketch_bytes);
+  auto* const rows = reinterpret_cast<std::byte*>(scratch_.data());
+  std::byte* const sketch = rows + shape.slice_bytes;
   for (size_t i = 0; i < slices.checksums.size(); ++i) {
     const uint32_t block = slices.first_block + static_cast<uint32_t>(i);
     const SliceIdentity identity =
         SliceIdentityOf(arriving.head.id, shape, slices.layer, block,
                         TokensOfBlock(block, arriving.head.lengths[slices.layer]), previous);
-    std::string record = BeginSliceRecord(identity);
-    std::byte* const rows = SliceRecordPayload(&record);
-    arriving.record->cache->CopySlice(slices.layer, block, identity.token_count, rows,
-                                      rows + identity.kv_bytes);
-    previous = FinishSliceRecord(&record);
+    // As it is there now, not as it came.
+    arriving.record->cache->CopySlice(slices.layer, block, identity.token_count, rows, sketch);
+    previous = ChecksumOfSlice(
+        identity, std::string_view(scratch_).substr(0, identity.kv_bytes),
+        std::string_view(scratch_).substr(shape.slice_bytes, identity.sketch_bytes));
     if (previous != slices.checksums[i]) {
       return Damaged(kRowsField, absl::StrCat("block ", block, " of layer ", slices.layer));
     }

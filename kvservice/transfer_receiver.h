@@ -83,12 +83,14 @@ class TransferReceiver {
   absl::Status TakeMemory(Arriving* arriving);
   absl::Status CheckSlices(const Arriving& arriving, const TransferSlices& slices) const;
   // Whether what was pasted has the records that the source has.
-  static absl::Status Verify(const Arriving& arriving, const TransferSlices& slices);
+  absl::Status Verify(const Arriving& arriving, const TransferSlices& slices);
   ReceiveReply ReplyOf(const Sha256::Digest& name, const Arriving& arriving) const;
 
   const Parts parts_;
   std::map<Key, Arriving> arriving_;
   uint64_t attempts_ = 0;
+  // One slice with its sketch, reused.
+  std::string scratch_;
 };
 
 }  // namespace kvservice

@@ -47,17 +47,23 @@ absl::StatusOr<TransferPart> ReadSlices(const SequenceRecord& record, const Send
   TransferSlices slices;
   slices.layer = ask.layer;
   slices.first_block = ask.first_block;
-  slices.rows.reserve(ask.block_count * shape.slice_bytes);
+  const auto tokens = static_cast<size_t>(std::min(end * kBlockTokens, uint64_t{ask.length}) -
+                                          uint64_t{ask.first_block} * kBlockTokens);
+  slices.rows.resize(tokens * shape.layout.kv_head_count * shape.layout.row_bytes());
+  std::string sketch(shape.sketch_bytes, '\0');
+  size_t at = 0;
   Checksum previous = ask.previous;
   for (uint32_t block = ask.first_block; block < end; ++block) {
     const SliceIdentity identity = SliceIdentityOf(record.id.bytes, shape, ask.layer, block,
                                                    TokensOfBlock(block, ask.length), previous);
-    std::string bytes = BeginSliceRecord(identity);
-    std::byte* const rows = SliceRecordPayload(&bytes);
-    record.cache->CopySlice(ask.layer, block, identity.token_count, rows, rows + identity.kv_bytes);
-    slices.rows.append(reinterpret_cast<const char*>(rows), identity.kv_bytes);
-    previous = FinishSliceRecord(&bytes);
+    record.cache->CopySlice(ask.layer, block, identity.token_count,
+                            reinterpret_cast<std::byte*>(slices.rows.data() + at),
+                            reinterpret_cast<std::byte*>(sketch.data()));
+    previous =
+        ChecksumOfSlice(identity, std::string_view(slices.rows).substr(at, identity.kv_bytes),
+                        std::string_view(sketch).substr(0, identity.sketch_bytes));
     slices.checksums.push_back(previous);
+    at += identity.kv_bytes;
   }
   return slices;
 }

@@ -9,6 +9,7 @@
 #include <optional>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "kvservice/error.h"
 #include "kvservice/server/convert_transfer.h"
@@ -104,66 +105,62 @@ class TransferRun {
     return promise->get_future();
   }
 
+  // Every layer's slices, then its seeds. The next part is read while the last is on its way.
   absl::Status SendLayers() {
+    absl::StatusOr<ReceiveReply> reply = ReplyFromProto(answer_);
     const std::optional<TransferHead> head = ReadTransferHead(sent_.head);
-    const absl::StatusOr<ReceiveReply> reply = ReplyFromProto(answer_);
     if (!reply.ok() || reply->layers.size() != head->lengths.size()) {
       return MalformedAnswer("with other layers");
     }
-    for (uint32_t layer = 0; layer < head->lengths.size(); ++layer) {
-      absl::Status status = SendSlices(layer, head->lengths[layer], reply->layers[layer]);
-      if (status.ok()) status = SendSeeds(layer);
+    lengths_ = head->lengths;
+    received_ = std::move(reply->layers);
+    std::future<absl::StatusOr<TransferPart>> next = AskNext();
+    while (next.valid()) {
+      absl::StatusOr<TransferPart> part = next.get();
+      if (!part.ok()) return part.status();
+      const bool has_content = StepOver(*part);
+      next = AskNext();
+      const absl::Status status = has_content ? WritePart(*std::move(part)) : absl::OkStatus();
       if (!status.ok()) return status;
     }
     return absl::OkStatus();
   }
 
-  // The next slices are read while the last are on their way.
-  absl::Status SendSlices(uint32_t layer, uint32_t length, const LayerReceived& received) {
-    SendAsk ask = {.part = Part::kSlices,
-                   .layer = layer,
-                   .first_block = received.block_count,
-                   .block_count = blocks_per_part_,
-                   .length = length,
-                   .previous = received.last};
-    const uint32_t end = BlockCount(length);
-    if (ask.first_block > end) return MalformedAnswer("with more blocks than there are");
-    const auto ask_next = [&] {
-      ask.block_count = std::min(blocks_per_part_, end - ask.first_block);
-      return Ask(ask);
-    };
-    std::future<absl::StatusOr<TransferPart>> next;
-    if (ask.first_block < end) next = ask_next();
-    while (next.valid()) {
-      absl::StatusOr<TransferPart> part = next.get();
-      if (!part.ok()) return part.status();
-      const auto& slices = std::get<TransferSlices>(*part);
-      const size_t bytes = slices.rows.size();
-      ask.first_block += ask.block_count;
-      ask.previous = slices.checksums.back();
-      blocks_per_part_ = static_cast<uint32_t>(std::clamp<size_t>(
-          kRowsBytesAim / std::max<size_t>(1, bytes / slices.checksums.size()), 1, kBlocksMax));
-      if (ask.first_block < end) next = ask_next();
-      const absl::Status status = WritePart(*std::move(part));
-      if (!status.ok()) {
-        if (next.valid()) next.wait();
-        return status;
-      }
-      *sent_bytes_ += bytes;
-    }
-    return absl::OkStatus();
+  // Nothing when all of it was asked for.
+  std::future<absl::StatusOr<TransferPart>> AskNext() {
+    if (layer_ == lengths_.size()) return {};
+    const LayerReceived& received = received_[layer_];
+    const uint32_t end = BlockCount(lengths_[layer_]);
+    if (received.block_count >= end) return Ask({.part = Part::kSeeds, .layer = layer_});
+    return Ask({.part = Part::kSlices,
+                .layer = layer_,
+                .first_block = received.block_count,
+                .block_count = std::min(blocks_per_part_, end - received.block_count),
+                .length = lengths_[layer_],
+                .previous = received.last});
   }
 
-  absl::Status SendSeeds(uint32_t layer) {
-    absl::StatusOr<TransferPart> seeds = Ask({.part = Part::kSeeds, .layer = layer}).get();
-    if (!seeds.ok()) return seeds.status();
-    if (std::get<TransferSeeds>(*seeds).positions.empty()) return absl::OkStatus();
-    return WritePart(*std::move(seeds));
+  // Whether there is anything in it.
+  bool StepOver(const TransferPart& part) {
+    if (const auto* seeds = std::get_if<TransferSeeds>(&part)) {
+      ++layer_;
+      return !seeds->positions.empty();
+    }
+    const auto& slices = std::get<TransferSlices>(part);
+    received_[layer_].block_count += static_cast<uint32_t>(slices.checksums.size());
+    received_[layer_].last = slices.checksums.back();
+    const size_t slice_bytes = std::max<size_t>(1, slices.rows.size() / slices.checksums.size());
+    blocks_per_part_ =
+        static_cast<uint32_t>(std::clamp<size_t>(kRowsBytesAim / slice_bytes, 1, kBlocksMax));
+    return true;
   }
 
   absl::Status WritePart(TransferPart part) {
-    if (stream_->Write(PartToProto(std::move(part)))) return absl::OkStatus();
-    return Broken();
+    const auto* const slices = std::get_if<TransferSlices>(&part);
+    const size_t bytes = slices == nullptr ? 0 : slices->rows.size();
+    if (!stream_->Write(PartToProto(std::move(part)))) return Broken();
+    *sent_bytes_ += bytes;
+    return absl::OkStatus();
   }
 
   // A part that is answered.
@@ -196,7 +193,11 @@ class TransferRun {
       stream_;
   v1::ReceiveResponse answer_;
   TransferSent sent_;
-  // How many make a message is known once one was read.
+  // [layer_count]: how long they are, and what was read of them so far. How many blocks make a
+  // message is known once one was read.
+  std::vector<uint32_t> lengths_;
+  std::vector<LayerReceived> received_;
+  uint32_t layer_ = 0;
   uint32_t blocks_per_part_ = 1;
   bool is_broken_ = false;
 };
