@@ -3,7 +3,8 @@
 
     PYTHONPATH=build/python build/venv/bin/python tests/fuzz/make_corpus.py
 
-Inputs that a campaign has found (tests/fuzz/run_fuzz.py) are added to the files by hand.
+corpus/stored.txt holds what an engine has written to its disk and to another server; nothing here
+makes it. Inputs that a campaign has found (tests/fuzz/run_fuzz.py) are added to the files by hand.
 """
 
 import pathlib
@@ -96,8 +97,9 @@ TEXTS = ["4GiB", "512MiB", "65536", "250ms", "24h", "unix:/run/kvservice.sock", 
          "18446744073709551615"]
 CONFIGS = ["", "pool-bytes=1GiB\nlisten=unix:/a\n", "[section]\nthreads=2\n", "lanes-max=0",
            'transfer-targets=["tenant=a,unix:/b", "127.0.0.1:5"]\nreceive-idle=5s\n']
-ARGUMENTS = ["", "--listen\nunix:/a", "--pool-bytes=4GiB\n--print-config", "--help", "--audit-rate=2",
-             "--transfer-targets=unix:/b\n--receives-max=0\n--check-config", "--no-keep-queries"]
+ARGUMENTS = ["", "--listen\nunix:/a", "--pool-bytes=4GiB\n--print-config", "--help",
+             "--audit-rate=2", "--transfer-targets=unix:/b\n--receives-max=0\n--check-config",
+             "--no-keep-queries"]
 
 
 def write(name, inputs):
