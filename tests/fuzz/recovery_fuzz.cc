@@ -6,11 +6,14 @@
 // what happens to it.
 
 #include <cstdlib>
+#include <future>
 #include <map>
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "attention/device.h"
 #include "kvservice/cache/checksum.h"
 #include "kvservice/cache/disk_tier.h"
 #include "kvservice/stored_rows.h"
@@ -120,15 +123,25 @@ void Run(FuzzInput input) {
         std::next(rows.by_key.begin(), static_cast<ptrdiff_t>(which % rows.by_key.size()));
     Change(&input, &row->second);
   }
-  TestEngine engine(Options(), 2, nullptr, std::make_unique<MemoryTier>(&rows));
-  if (!engine.start_status().ok()) {
-    Expect(!engine.start_status().message().empty());
+  FakeClock clock;
+  SeededRandom random(1);
+  auto device = NewDevice("cpu", {.thread_count = 1});
+  Expect(device.ok());
+  const auto engine = NewEngine(Options(), *std::move(device), &clock, &random,
+                                std::make_unique<MemoryTier>(&rows));
+  if (!engine.ok()) {
+    Expect(!engine.status().message().empty());
     return;
   }
-  for (const SequenceInfo& info : engine.List("")) {
-    AttendStep step(engine.model(), 1, info.tenant);
+  std::promise<std::vector<SequenceInfo>> listed;
+  (*engine)->List("", {}, UINT32_MAX, [&](absl::StatusOr<std::vector<SequenceInfo>> list) {
+    listed.set_value(*std::move(list));
+  });
+  for (const SequenceInfo& info : listed.get_future().get()) {
+    AttendStep step(SmallModel(2), 1, info.tenant);
     step.Add({info.id, info.generation}, 0, {0}).OnlyRead();
-    const absl::Status status = step.Run(engine.get());
+    const absl::Status status = step.Run(engine->get());
+    Expect(status.ok() || !status.message().empty());
     if (!status.ok()) continue;
     Expect(step.result(0).status.ok() || !step.result(0).status.message().empty());
   }
