@@ -263,6 +263,12 @@ class GrpcRpc final : public Rpc {
     return Call(sequences_.get(), &v1::SequenceService::Stub::Resume, request, response,
                 deadlines_.admin, Repeat::kIfRefused);
   }
+  // A repeat goes on where the attempt before stopped.
+  absl::Status Transfer(const v1::TransferRequest& request,
+                        v1::TransferResponse* response) override {
+    return Call(sequences_.get(), &v1::SequenceService::Stub::Transfer, request, response,
+                deadlines_.admin, Repeat::kAlways);
+  }
   absl::Status Attend(const PayloadMessage& request, steady_clock::time_point deadline,
                       v1::AttendResponse* response) override {
     return Repeated(Until(deadline), Repeat::kAlways,

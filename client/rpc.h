@@ -60,6 +60,9 @@ class Rpc {
   virtual absl::Status Suspend(const v1::SuspendRequest& request,
                                v1::SuspendResponse* response) = 0;
   virtual absl::Status Resume(const v1::ResumeRequest& request, v1::ResumeResponse* response) = 0;
+  // Between two servers: as long as they need, within the admin deadline.
+  virtual absl::Status Transfer(const v1::TransferRequest& request,
+                                v1::TransferResponse* response) = 0;
   // `request` is an AttendRequest.
   virtual absl::Status Attend(const PayloadMessage& request,
                               std::chrono::steady_clock::time_point deadline,

@@ -110,6 +110,33 @@ absl::Status Sequence::Resume() {
   return status;
 }
 
+absl::StatusOr<Transferred> Sequence::Send(const std::string& target_endpoint, bool moves) const {
+  if (core_ == nullptr) return Gone();
+  v1::TransferRequest request;
+  *request.mutable_handle() = MakeHandle(id_, generation_);
+  request.set_target_endpoint(target_endpoint);
+  request.set_move(moves);
+  v1::TransferResponse response;
+  const absl::Status status = core_->rpc->Transfer(request, &response);
+  if (!status.ok()) return status;
+  if (response.handle().id().size() != id_.size()) {
+    return MalformedReply("handle.id", "does not have 16 bytes");
+  }
+  return Transferred{.id = response.handle().id(),
+                     .generation = response.handle().generation(),
+                     .sent_bytes = response.sent_bytes()};
+}
+
+absl::StatusOr<Transferred> Sequence::Transfer(const std::string& target_endpoint) const {
+  return Send(target_endpoint, false);
+}
+
+absl::StatusOr<Transferred> Sequence::MoveTo(const std::string& target_endpoint) {
+  absl::StatusOr<Transferred> sent = Send(target_endpoint, true);
+  if (sent.ok()) Detach();
+  return sent;
+}
+
 absl::StatusOr<SequenceInfo> Sequence::Refresh() {
   if (core_ == nullptr) return Gone();
   v1::GetRequest request;

@@ -39,6 +39,14 @@ struct SequenceInfo {
   double dropped_mass_upper_max = 0.0;
 };
 
+// A sequence that is on another server now: Client::Adopt of a client of that server takes it over.
+struct Transferred {
+  std::string id = {};
+  uint64_t generation = 0;
+  // Keys and values that were sent: less than all after a broken transfer, 0 if it was there.
+  uint64_t sent_bytes = 0;
+};
+
 // Move-only. The destructor asks the client to drop the sequence in the background: it neither
 // blocks nor fails, and a sequence that cannot be dropped expires with its lease. One thread at a
 // time, as the tokens of a sequence have an order; different sequences are independent. The client
@@ -82,6 +90,15 @@ class Sequence {
   // moves on to that, and tells what there is. Append goes on from there.
   absl::StatusOr<SequenceInfo> Refresh();
 
+  // To another server, from this sequence's server to that, with all tokens that it has now. What
+  // the other then has answers as this does, to the bit. Safe to repeat. PERMISSION_DENIED /
+  // TRANSFER_TARGET_NOT_ALLOWED for an endpoint that the server was not started with; the
+  // errors of SequenceService.Transfer.
+  absl::StatusOr<Transferred> Transfer(const std::string& target_endpoint) const;
+  // The same, and this server drops it once the other has it: this object owns nothing then. After
+  // an error it does as before.
+  absl::StatusOr<Transferred> MoveTo(const std::string& target_endpoint);
+
   absl::StatusOr<SequenceInfo> Describe() const;
 
   // Drops it now, and tells whether that worked. Whatever happened, this object owns nothing
@@ -93,6 +110,8 @@ class Sequence {
 
  private:
   friend class Client;
+
+  absl::StatusOr<Transferred> Send(const std::string& target_endpoint, bool moves) const;
 
   Core* core_;
   std::string id_;

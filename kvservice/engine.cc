@@ -179,6 +179,38 @@ class ThreadedEngine : public Engine {
         });
   }
 
+  // Like prefill, transfers wait for everybody else.
+  void Send(std::string_view tenant, SequenceId id, uint64_t generation, SendAsk ask,
+            Done<TransferPart> done) override {
+    Task task = MakeTaskThere<TransferPart>(
+        Need::kInMemory, tenant, id, std::move(done),
+        [this, id, generation, ask](const std::string& owner, Done<TransferPart> answer) {
+          answer(executor_.Send(owner, id, generation, ask));
+        });
+    const absl::Status status = queue_.PushAppend(&task);
+    if (!status.ok()) task(status);
+  }
+  void Receive(std::string_view tenant, TransferAttempt attempt, TransferPart part,
+               Done<ReceiveReply> done) override {
+    Task task = MakeTask<ReceiveReply>(
+        std::move(done), [this, owner = std::string(tenant), attempt, received = std::move(part)] {
+          return executor_.Receive(owner, attempt, received);
+        });
+    const absl::Status status = queue_.PushAppend(&task);
+    if (!status.ok()) task(status);
+  }
+
+  void DropSent(std::string_view tenant, SequenceId id, std::string head,
+                Done<SequenceInfo> done) override {
+    ControlThere<SequenceInfo>(
+        Need::kInMemory, tenant, id, std::move(done),
+        [this, id, sent = std::move(head)](const std::string& owner, Done<SequenceInfo> answer) {
+          const absl::Status status = executor_.CheckAsSent(owner, id, sent);
+          if (!status.ok()) return answer(status);
+          executor_.Drop(owner, id, std::move(answer));
+        });
+  }
+
   EngineStats Stats() const override {
     EngineStats stats;
     {

@@ -55,6 +55,7 @@
 #include "kvservice/model.h"
 #include "kvservice/random.h"
 #include "kvservice/sha256.h"
+#include "kvservice/transfer.h"
 #include "selector/policy.h"
 
 namespace kvservice {
@@ -113,6 +114,10 @@ struct EngineOptions {
   std::string data_directory;
   // Rows of sequences on disk.
   uint64_t disk_bytes_max = uint64_t{64} << 30;
+  // Sequences that may be on their way here from other engines at a time, 0 = none are taken, and
+  // the time after which one that nothing comes for any more is forgotten.
+  uint32_t receives_max = 8;
+  uint32_t receive_idle_ms = 30'000;
   // Told of every violation that an audit finds, in one line, on the executor thread.
   std::function<void(const std::string& violation)> on_audit_violation;
 };
@@ -174,6 +179,17 @@ struct AppendResult {
   uint32_t layer_length = 0;
   // Every token of the call was already stored, with equal bytes.
   bool duplicate = false;
+};
+
+// What an engine says to a part of a transfer (kvservice/transfer.h).
+struct ReceiveReply {
+  // For the parts that follow.
+  TransferAttempt attempt;
+  bool wants_tables = false;
+  // [layer_count]: send what is behind these.
+  std::vector<LayerReceived> layers;
+  // The sequence here, once it is whole: after the end, or at once if it came earlier.
+  std::optional<SequenceInfo> sequence;
 };
 
 struct ExplainAsk {
@@ -319,6 +335,27 @@ class Engine {
   // errors).
   virtual void Explain(std::string_view tenant, SequenceId id, ExplainAsk ask,
                        Done<ExplainReport> done) = 0;
+
+  // A part of a sequence for another engine; the sequence stays as it is. FAILED_PRECONDITION /
+  // GENERATION_MISMATCH once it was truncated.
+  virtual void Send(std::string_view tenant, SequenceId id, uint64_t generation, SendAsk ask,
+                    Done<TransferPart> done) = 0;
+  // A part of a sequence of another engine, in the order of kvservice/transfer.h; `attempt` is what
+  // the answer to the first said. The sequence is there, with an id of its own, when the last was
+  // answered, and not before. Beginning again goes on where the attempt before stopped, or tells
+  // the sequence that came of it while that lives; it ends the attempt before, of which parts are
+  // ABORTED / TRANSFER_SUPERSEDED from then on. FAILED_PRECONDITION / TRANSFERS_NOT_TAKEN or
+  // MODEL_MISMATCH, NOT_FOUND / MODEL_NOT_FOUND, RESOURCE_EXHAUSTED / POOL_FULL or TRANSFERS_BUSY
+  // with a retry delay, SEQUENCES_FULL, TENANT_QUOTA, SEQUENCE_TOO_LONG or TABLES_FULL, DATA_LOSS /
+  // TRANSFER_DAMAGED (what had come is then forgotten), INVALID_ARGUMENT / POLICY_INVALID,
+  // TRANSFER_INVALID, TRANSFER_OUT_OF_ORDER or TENSOR_NOT_FINITE.
+  virtual void Receive(std::string_view tenant, TransferAttempt attempt, TransferPart part,
+                       Done<ReceiveReply> done) = 0;
+
+  // Drops a sequence that is still as its head (the first part of Send) says: else
+  // FAILED_PRECONDITION / SEQUENCE_GREW.
+  virtual void DropSent(std::string_view tenant, SequenceId id, std::string head,
+                        Done<SequenceInfo> done) = 0;
 
   virtual EngineStats Stats() const = 0;
   virtual std::string_view device_name() const = 0;

@@ -156,6 +156,12 @@ absl::Status DiskFailed() {
                    {.reason = "DISK_FAILED", .field = "", .metadata = {}});
 }
 
+absl::Status SequenceGrew() {
+  return MakeError(absl::StatusCode::kFailedPrecondition,
+                   "the sequence has changed since it was sent; it was not dropped",
+                   {.reason = "SEQUENCE_GREW", .field = "move", .metadata = {}});
+}
+
 absl::Status Draining() {
   return MakeError(absl::StatusCode::kUnavailable, "the server is draining",
                    {.reason = "DRAINING", .field = "", .metadata = {}});

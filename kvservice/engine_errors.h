@@ -47,6 +47,8 @@ absl::Status DiskFull(uint64_t bytes_used, uint64_t bytes_max);
 absl::Status DiskBusy();
 // UNAVAILABLE / DISK_FAILED: a write has failed, and nothing is written any more.
 absl::Status DiskFailed();
+// FAILED_PRECONDITION / SEQUENCE_GREW: what was sent to another server is not all of it any more.
+absl::Status SequenceGrew();
 // UNAVAILABLE / DRAINING.
 absl::Status Draining();
 // UNAVAILABLE / RANDOM_UNAVAILABLE.

@@ -11,6 +11,7 @@
 #include "kvservice/row_check.h"
 #include "kvservice/store_rows.h"
 #include "kvservice/tensor_check.h"
+#include "kvservice/transfer_sender.h"
 
 namespace kvservice {
 namespace {
@@ -72,6 +73,13 @@ Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
               .table = &table_,
               .tier = std::move(tier),
               .post = std::move(post)}),
+      receiver_({.options = &options_,
+                 .clock = clock,
+                 .device = device_.get(),
+                 .pool = pool_.get(),
+                 .table = &table_,
+                 .store = &store_,
+                 .registry = registry}),
       auditor_(&options_, secrets.audit_seed, &draw_keys_, device_.get(), &table_),
       attend_batch_({.options = &options_,
                      .device = device_.get(),
@@ -463,7 +471,8 @@ absl::Status Executor::CheckSample(const AppendCall& call, const ModelSpec& spec
 void Executor::TakeSample(const AppendCall& call, absl::Span<const float> queries,
                           const SequenceRecord& record) {
   Learning& learning = learnings_[record.model];
-  if (record.model->tables->count() > 1 || learning.runs) return;
+  const TableVersions& tables = *record.model->tables;
+  if (tables.latest() != tables.first() || learning.runs) return;
   if (learning.learner == nullptr) learning.learner = std::make_unique<TableLearner>(record.model);
   learning.learner->AddQueries(call.layer, static_cast<uint32_t>(call.query_sample->shape[0]),
                                queries);
@@ -546,6 +555,65 @@ absl::StatusOr<ExplainReport> Executor::Explain(std::string_view tenant, const S
                             device_.get());
 }
 
+absl::StatusOr<TransferPart> Executor::Send(std::string_view tenant, const SequenceId& id,
+                                            uint64_t generation, const SendAsk& ask) {
+  const auto record = Use(tenant, id, generation);
+  if (!record.ok()) return record.status();
+  return ReadTransferPart(**record, ask);
+}
+
+absl::Status Executor::CheckAsSent(std::string_view tenant, const SequenceId& id,
+                                   std::string_view head) {
+  const auto record = Use(tenant, id);
+  if (!record.ok()) return record.status();
+  const auto now = ReadTransferPart(**record, {.part = SendAsk::Part::kBegin});
+  if (!now.ok()) return now.status();
+  return std::get<TransferBegin>(*now).head == head ? absl::OkStatus() : SequenceGrew();
+}
+
+absl::StatusOr<ReceiveReply> Executor::Receive(std::string_view tenant,
+                                               const TransferAttempt& attempt,
+                                               const TransferPart& part) {
+  if (const auto* begin = std::get_if<TransferBegin>(&part)) return BeginReceive(tenant, *begin);
+  if (const auto* end = std::get_if<TransferEnd>(&part)) return EndReceive(tenant, attempt, *end);
+  if (const auto* tables = std::get_if<TransferTables>(&part)) {
+    return receiver_.Take(tenant, attempt, *tables);
+  }
+  if (const auto* slices = std::get_if<TransferSlices>(&part)) {
+    return receiver_.Take(tenant, attempt, *slices);
+  }
+  return receiver_.Take(tenant, attempt, std::get<TransferSeeds>(part));
+}
+
+// The answer to an earlier attempt's end may have been lost.
+absl::StatusOr<ReceiveReply> Executor::BeginReceive(std::string_view tenant,
+                                                    const TransferBegin& begin) {
+  const std::string request_id = TransferReceiver::RequestIdOf(TransferName(begin.head));
+  SequenceRecord* const earlier = table_.FindRequest(tenant, request_id, clock_->SteadyNowNs());
+  if (earlier == nullptr) return receiver_.Begin(tenant, begin);
+  SequenceTable::Renew(earlier, clock_->SteadyNowNs());
+  ReceiveReply reply;
+  reply.sequence = Describe(*earlier);
+  return reply;
+}
+
+absl::StatusOr<ReceiveReply> Executor::EndReceive(std::string_view tenant,
+                                                  const TransferAttempt& attempt,
+                                                  const TransferEnd& end) {
+  if (end.gives_up) {
+    receiver_.Forget(tenant, attempt);
+    return ReceiveReply();
+  }
+  absl::StatusOr<std::unique_ptr<SequenceRecord>> whole = receiver_.End(tenant, attempt);
+  if (!whole.ok()) return whole.status();
+  (*whole)->lease_ns = LeaseNs(static_cast<uint32_t>((*whole)->lease_ns / kNsPerMs));
+  const auto inserted = Insert(*std::move(whole));
+  if (!inserted.ok()) return inserted.status();
+  ReceiveReply reply;
+  reply.sequence = Describe(**inserted);
+  return reply;
+}
+
 absl::AnyInvocable<void()> Executor::RunBackground() {
   if (learnings_running_ > 0) LearnOne();
   if (!auditor_.HasWork()) return nullptr;
@@ -556,6 +624,7 @@ void Executor::Sweep() {
   leases_expired_total_ +=
       table_.Sweep(clock_->SteadyNowNs(), kSweepSequencesMax,
                    [this](SequenceRecord* record) { return store_.Expire(record); });
+  receiver_.Sweep();
   store_.KeepWatermark();
 }
 

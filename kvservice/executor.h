@@ -28,6 +28,7 @@
 #include "kvservice/sequence_store.h"
 #include "kvservice/sequence_table.h"
 #include "kvservice/table_learner.h"
+#include "kvservice/transfer_receiver.h"
 
 namespace kvservice {
 
@@ -93,6 +94,12 @@ class Executor {
   absl::StatusOr<ExplainReport> Explain(std::string_view tenant, const SequenceId& id,
                                         ExplainAsk ask);
 
+  absl::StatusOr<TransferPart> Send(std::string_view tenant, const SequenceId& id,
+                                    uint64_t generation, const SendAsk& ask);
+  absl::Status CheckAsSent(std::string_view tenant, const SequenceId& id, std::string_view head);
+  absl::StatusOr<ReceiveReply> Receive(std::string_view tenant, const TransferAttempt& attempt,
+                                       const TransferPart& part);
+
   // Work that can wait for everything else, in small pieces. What a piece returns, if anything, is
   // to be run once.
   bool HasBackground() const { return auditor_.HasWork() || learnings_running_ > 0; }
@@ -123,6 +130,9 @@ class Executor {
   absl::StatusOr<SequenceRecord*> Insert(std::unique_ptr<SequenceRecord> record);
   absl::StatusOr<SequenceInfo> Repeat(SequenceRecord* record, const CreateOptions& asked,
                                       const Policy& policy);
+  absl::StatusOr<ReceiveReply> BeginReceive(std::string_view tenant, const TransferBegin& begin);
+  absl::StatusOr<ReceiveReply> EndReceive(std::string_view tenant, const TransferAttempt& attempt,
+                                          const TransferEnd& end);
   uint64_t LeaseNs(uint32_t lease_ms) const;
   SequenceInfo Describe(const SequenceRecord& record) const;
 
@@ -167,6 +177,7 @@ class Executor {
   const std::unique_ptr<BlockPool> pool_;
   SequenceTable table_;
   SequenceStore store_;
+  TransferReceiver receiver_;
   AttendStats totals_;
   Auditor auditor_;
   AttendBatch attend_batch_;

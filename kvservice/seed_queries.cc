@@ -67,6 +67,20 @@ uint32_t SeedQueries::TakeOldest(uint32_t layer, absl::Span<float> queries) {
   return position;
 }
 
+void SeedQueries::CopyTo(uint32_t layer, std::vector<uint32_t>* positions,
+                         std::string* queries) const {
+  positions->clear();
+  queries->clear();
+  if (count(layer) == 0) return;
+  const Layer& state = layers_[layer];
+  const size_t token_bytes = token_floats_ * ElementBytes(kKeptType);
+  positions->assign(state.kept->positions.begin() + state.begin,
+                    state.kept->positions.begin() + state.end);
+  queries->assign(
+      reinterpret_cast<const char*>(state.kept->queries.data()) + state.begin * token_bytes,
+      positions->size() * token_bytes);
+}
+
 void SeedQueries::Truncate(uint32_t length) {
   for (Layer& state : layers_) {
     while (state.end > state.begin && state.kept->positions[state.end - 1] >= length) --state.end;

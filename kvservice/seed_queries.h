@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -47,6 +48,8 @@ class SeedQueries {
   // Takes the oldest token out: its position, and its queries in `queries`,
   // [query_head_count][head_dim]. count(layer) > 0.
   uint32_t TakeOldest(uint32_t layer, absl::Span<float> queries);
+  // What is kept of a layer, oldest first, as it is kept: queries are bfloat16.
+  void CopyTo(uint32_t layer, std::vector<uint32_t>* positions, std::string* queries) const;
   // Forgets tokens at and above `length`.
   void Truncate(uint32_t length);
   // What is kept, shared parts counted in full.

@@ -8,28 +8,14 @@
 namespace kvservice {
 namespace {
 
-SliceIdentity IdentityOf(const SequenceId& id, const CacheShape& shape, uint32_t layer,
-                         uint32_t block, uint32_t token_count, const Checksum& previous) {
-  return {.id = id.bytes,
-          .layer = layer,
-          .block = block,
-          .token_count = token_count,
-          .kv_bytes = size_t{token_count} * shape.layout.kv_head_count * shape.layout.row_bytes(),
-          .sketch_bytes = token_count == kBlockTokens ? shape.sketch_bytes : 0,
-          .previous = previous};
-}
-
-uint32_t TokensOf(uint32_t block, uint32_t length) {
-  return std::min(kBlockTokens, length - block * kBlockTokens);
-}
-
 // Stores the first `token_count` tokens of a block; all blocks before it are stored in full.
 void StoreSlice(const SequenceId& id, const CacheShape& shape, const Sequence& sequence,
                 uint32_t layer, uint32_t block, uint32_t token_count, StoredProgress* progress,
                 TierBatch* batch) {
   LayerProgress& stored = progress->layers[layer];
   const Checksum& previous = block == 0 ? progress->seed : stored.full[block - 1];
-  const SliceIdentity identity = IdentityOf(id, shape, layer, block, token_count, previous);
+  const SliceIdentity identity =
+      SliceIdentityOf(id.bytes, shape, layer, block, token_count, previous);
   std::string record = BeginSliceRecord(identity);
   std::byte* const payload = SliceRecordPayload(&record);
   sequence.CopySlice(layer, block, token_count, payload, payload + identity.kv_bytes);
@@ -40,6 +26,21 @@ void StoreSlice(const SequenceId& id, const CacheShape& shape, const Sequence& s
 }
 
 }  // namespace
+
+SliceIdentity SliceIdentityOf(const StoredId& id, const CacheShape& shape, uint32_t layer,
+                              uint32_t block, uint32_t token_count, const Checksum& previous) {
+  return {.id = id,
+          .layer = layer,
+          .block = block,
+          .token_count = token_count,
+          .kv_bytes = size_t{token_count} * shape.layout.kv_head_count * shape.layout.row_bytes(),
+          .sketch_bytes = token_count == kBlockTokens ? shape.sketch_bytes : 0,
+          .previous = previous};
+}
+
+uint32_t TokensOfBlock(uint32_t block, uint32_t length) {
+  return std::min(kBlockTokens, length - block * kBlockTokens);
+}
 
 uint32_t StoredProgress::length_min() const {
   uint32_t length = UINT32_MAX;
@@ -73,7 +74,7 @@ bool StoreLayer(const SequenceId& id, const CacheShape& shape, const Sequence& s
   while (progress->layers[layer].length < length) {
     if (bytes >= batch_bytes_max) return false;
     const uint32_t block = progress->layers[layer].length / kBlockTokens;
-    StoreSlice(id, shape, sequence, layer, block, TokensOf(block, length), progress, batch);
+    StoreSlice(id, shape, sequence, layer, block, TokensOfBlock(block, length), progress, batch);
     bytes += batch->puts.back().second.size();
   }
   return true;
@@ -99,12 +100,13 @@ absl::Status ReadSlices(const DiskTier& tier, const SequenceId& id, const CacheS
     ReadSlice slice;
     slice.layer = range.layer;
     slice.block = block;
-    slice.token_count = TokensOf(block, range.length);
+    slice.token_count = TokensOfBlock(block, range.length);
     absl::StatusOr<std::string> record = tier.Read(SliceKey(id, range.layer, block));
     if (!record.ok()) return record.status();
     slice.record = *std::move(record);
     const absl::StatusOr<SlicePayload> payload = ParseSliceRecord(
-        slice.record, IdentityOf(id, shape, range.layer, block, slice.token_count, previous));
+        slice.record,
+        SliceIdentityOf(id.bytes, shape, range.layer, block, slice.token_count, previous));
     if (!payload.ok()) return payload.status();
     previous = slice.checksum = payload->checksum;
     slices->push_back(std::move(slice));

@@ -13,6 +13,7 @@
 #include "kvservice/cache/checksum.h"
 #include "kvservice/cache/disk_tier.h"
 #include "kvservice/cache/sequence.h"
+#include "kvservice/cache/slice_record.h"
 #include "kvservice/engine.h"
 #include "kvservice/stored_rows.h"
 
@@ -48,6 +49,12 @@ bool StoreLayer(const SequenceId& id, const CacheShape& shape, const Sequence& s
 // Forgets stored tokens at and above `length`. The sequence still has those below.
 void CutLayer(const SequenceId& id, const CacheShape& shape, const Sequence& sequence,
               uint32_t layer, uint32_t length, StoredProgress* progress, TierBatch* batch);
+
+// What the record of a slice says about itself.
+SliceIdentity SliceIdentityOf(const StoredId& id, const CacheShape& shape, uint32_t layer,
+                              uint32_t block, uint32_t token_count, const Checksum& previous);
+// Tokens of a block of a layer that has `length`.
+uint32_t TokensOfBlock(uint32_t block, uint32_t length);
 
 // Consecutive slices of one layer to read.
 struct SliceRange {

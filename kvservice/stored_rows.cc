@@ -277,7 +277,9 @@ std::optional<Inventory> ReadInventory(std::string_view bytes) {
     entry.tenant = reader.Text();
     entry.is_lost = ReadFlag(&reader);
     ReadBytes(&reader, &entry.state);
-    inventory.emplace(id, std::move(entry));
+    // Each once, in the order in which they are written.
+    if (!inventory.empty() && !ById()(inventory.rbegin()->first, id)) reader.Fail();
+    inventory.emplace_hint(inventory.end(), id, std::move(entry));
   }
   return reader.Finished() ? std::optional(std::move(inventory)) : std::nullopt;
 }

@@ -23,11 +23,12 @@ TableVersions::TableVersions(const KvLayout& layout, uint32_t layer_count,
                              std::vector<SketchTable> first)
     : layout_(layout), layer_count_(layer_count) {
   versions_.push_back(std::make_unique<const TableVersion>(layout, layer_count, std::move(first)));
+  latest_ = versions_.back().get();
 }
 
 const TableVersion* TableVersions::latest() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return versions_.back().get();
+  return latest_;
 }
 
 const TableVersion* TableVersions::first() const {
@@ -58,8 +59,25 @@ uint32_t TableVersions::IndexOf(const TableVersion* version) const {
 void TableVersions::Add(std::vector<SketchTable> tables) {
   auto version = std::make_unique<const TableVersion>(layout_, layer_count_, std::move(tables));
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (versions_.size() >= kVersionsMax || versions_.back()->digest == version->digest) return;
+  if (latest_->digest == version->digest) return;
+  for (const auto& known : versions_) {
+    // It came with a sequence from elsewhere.
+    if (known->digest == version->digest) latest_ = known.get();
+  }
+  if (latest_->digest == version->digest || versions_.size() >= kVersionsMax) return;
   versions_.push_back(std::move(version));
+  latest_ = versions_.back().get();
+}
+
+const TableVersion* TableVersions::Import(std::vector<SketchTable> tables) {
+  auto version = std::make_unique<const TableVersion>(layout_, layer_count_, std::move(tables));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& known : versions_) {
+    if (known->digest == version->digest) return known.get();
+  }
+  if (versions_.size() >= kVersionsMax) return nullptr;
+  versions_.push_back(std::move(version));
+  return versions_.back().get();
 }
 
 }  // namespace kvservice

@@ -49,6 +49,9 @@ class TableVersions {
   uint32_t IndexOf(const TableVersion* version) const;
   // Makes tables the latest version, unless they are it already or there are kVersionsMax.
   void Add(std::vector<SketchTable> tables);
+  // Makes tables known that a sequence from elsewhere was made with. New sequences do not use them:
+  // whoever sends a sequence chooses for nobody else. nullptr if there are kVersionsMax.
+  const TableVersion* Import(std::vector<SketchTable> tables);
 
  private:
   const KvLayout layout_;
@@ -57,6 +60,7 @@ class TableVersions {
   mutable std::mutex mutex_;
   // Guarded by mutex_. Not empty.
   std::vector<std::unique_ptr<const TableVersion>> versions_;
+  const TableVersion* latest_ = nullptr;
 };
 
 }  // namespace kvservice

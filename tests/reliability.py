@@ -41,6 +41,18 @@ MEANINGS = {
     "fuzz_lane": "A lane's memory in front of a real engine: every request is answered with a "
                  "message that parses.",
     "fuzz_policy": "The text of a policy file: read, or refused in one line.",
+    "fuzz_transfer": "Messages of a transfer in front of a real engine: taken, or refused with a "
+                     "reason; no sequence comes of a wrong one, and nothing stays.",
+    "fuzz_stored": "Rows, records, sketch tables and heads of transfers under a right checksum: "
+                   "none, or what is written again as the same bytes.",
+    "fuzz_recovery": "An engine opens a store whose rows were changed under right checksums: it "
+                     "starts and answers, or says why not.",
+    "fuzz_config": "Command lines and configuration files of the server: understood, or refused "
+                   "in one line.",
+    "fuzz_text": "Numbers, times, ids and addresses as people write them: what is understood is "
+                 "written again with the same meaning; a bound that is shown still is one.",
+    "fuzz_certificate": "The combiner of certificates, given any numbers: sums lie on the side "
+                        "that they say, and nothing more is claimed than the parts do.",
 }
 
 

@@ -221,6 +221,28 @@ int ResumeSequence(const GlobalOptions& options, const std::string& hex_id) {
   return Show(options, Connect(options)->Resume(*id));
 }
 
+int TransferSequence(const GlobalOptions& options, const TransferOptions& transfer) {
+  const std::optional<std::string> id = IdOfHex(transfer.hex_id);
+  if (!id.has_value()) return MalformedId(options, transfer.hex_id);
+  v1::TransferRequest request;
+  request.mutable_handle()->set_id(*id);
+  request.set_target_endpoint(transfer.target_endpoint);
+  request.set_move(transfer.move);
+  const absl::StatusOr<v1::TransferResponse> response = Connect(options)->Transfer(request);
+  if (!response.ok()) return Fail(options, response.status());
+  const std::string there = HexOfId(response->handle().id());
+  Print(options,
+        {{"id", there},
+         {"generation", response->handle().generation()},
+         {"sent_bytes", response->sent_bytes()},
+         {"moved", response->moved()}},
+        "there it is " + there + " at generation " +
+            std::to_string(response->handle().generation()) + ", " +
+            BytesText(response->sent_bytes()) + " sent" +
+            (response->moved() ? ", dropped here\n" : "\n"));
+  return kExitOk;
+}
+
 namespace {
 
 int ShowAuditTotals(const GlobalOptions& options) {

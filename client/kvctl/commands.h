@@ -47,6 +47,12 @@ struct SequenceDropOptions {
   bool yes = false;
 };
 
+struct TransferOptions {
+  std::string hex_id;
+  std::string target_endpoint;
+  bool move = false;
+};
+
 struct AuditOptions {
   // Empty = what the server's own audits have found since it started.
   std::string hex_id;
@@ -83,6 +89,9 @@ int DropSequence(const GlobalOptions& options, const SequenceDropOptions& drop);
 // To disk and back, for a sequence of the endpoint's tenant. Prints it as it then is.
 int SuspendSequence(const GlobalOptions& options, const std::string& hex_id);
 int ResumeSequence(const GlobalOptions& options, const std::string& hex_id);
+// From the endpoint's server to another one, for a sequence of the endpoint's tenant. Prints what
+// it is called there.
+int TransferSequence(const GlobalOptions& options, const TransferOptions& transfer);
 // kExitViolation if a certificate without failure probability was wrong, if misses are more than
 // chance explains, or if a replay differs.
 int AuditCalls(const GlobalOptions& options, const AuditOptions& audit);

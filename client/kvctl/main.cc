@@ -33,6 +33,7 @@ struct Flags {
   bool yes = false;
   SequenceListOptions list;
   SequenceDropOptions drop;
+  TransferOptions transfer;
   AuditOptions audit;
   ExplainOptions explain;
   std::string name;
@@ -140,6 +141,22 @@ void AddSequenceCommands(CLI::App* app, Flags* flags) {
   drop->add_flag("--yes", flags->yes, "Do not ask");
 }
 
+void AddTransferCommand(CLI::App* app, Flags* flags) {
+  CLI::App* const transfer =
+      AddCommand(app, "transfer", "Send a sequence from this server to another one", flags,
+                 [flags] { return TransferSequence(flags->global, flags->transfer); });
+  transfer
+      ->add_option("id", flags->transfer.hex_id, "32 hexadecimal digits, of the endpoint's tenant")
+      ->required();
+  transfer
+      ->add_option("target", flags->transfer.target_endpoint,
+                   "The other server, one of this server's --transfer-targets")
+      ->type_name("ADDRESS")
+      ->required();
+  transfer->add_flag("--move", flags->transfer.move, "Drop it here once the other has it");
+  transfer->footer("Repeating goes on where a broken transfer stopped.");
+}
+
 void AddAuditCommand(CLI::App* app, Flags* flags) {
   CLI::App* const audit =
       AddCommand(app, "audit", "Compare certificates with the truth; status 8 if one was wrong",
@@ -196,6 +213,7 @@ int Main(int argc, const char* const* argv) {
   AddGlobalFlags(&app, &flags);
   AddServerCommands(&app, &flags);
   AddSequenceCommands(&app, &flags);
+  AddTransferCommand(&app, &flags);
   AddAuditCommand(&app, &flags);
   AddExplainCommand(&app, &flags);
   AddModelCommands(&app, &flags);

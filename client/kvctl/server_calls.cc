@@ -98,6 +98,13 @@ class GrpcServerCalls final : public ServerCalls {
                                                              id);
   }
 
+  absl::StatusOr<v1::TransferResponse> Transfer(v1::TransferRequest request) override {
+    const auto found = Get(request.handle().id());
+    if (!found.ok()) return found.status();
+    *request.mutable_handle() = found->sequence().handle();
+    return Call<v1::TransferResponse>(sequences_, &v1::SequenceService::Stub::Transfer, request);
+  }
+
   absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() override {
     return Call<v1::GetServerInfoResponse>(admin_, &v1::AdminService::Stub::GetServerInfo,
                                            v1::GetServerInfoRequest());
@@ -153,14 +160,18 @@ class GrpcServerCalls final : public ServerCalls {
   }
 
  private:
+  absl::StatusOr<v1::GetResponse> Get(const std::string& id) {
+    v1::GetRequest get;
+    get.mutable_handle()->set_id(id);
+    return Call<v1::GetResponse>(sequences_, &v1::SequenceService::Stub::Get, get);
+  }
+
   // A call on a sequence at its present generation.
   template <typename Request, typename Response>
   absl::StatusOr<v1::Sequence> OnSequence(grpc::Status (v1::SequenceService::Stub::*method)(
                                               grpc::ClientContext*, const Request&, Response*),
                                           const std::string& id) {
-    v1::GetRequest get;
-    get.mutable_handle()->set_id(id);
-    const auto found = Call<v1::GetResponse>(sequences_, &v1::SequenceService::Stub::Get, get);
+    const auto found = Get(id);
     if (!found.ok()) return found.status();
     Request request;
     *request.mutable_handle() = found->sequence().handle();

@@ -15,6 +15,7 @@
 #include "kvservice/v1/admin.pb.h"
 #include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/model.pb.h"
+#include "kvservice/v1/sequence.pb.h"
 
 namespace kvservice::client {
 
@@ -33,6 +34,8 @@ class ServerCalls {
   // As it is when they are called. The sequence afterwards.
   virtual absl::StatusOr<v1::Sequence> Suspend(const std::string& id) = 0;
   virtual absl::StatusOr<v1::Sequence> Resume(const std::string& id) = 0;
+  // The request's generation is filled in.
+  virtual absl::StatusOr<v1::TransferResponse> Transfer(v1::TransferRequest request) = 0;
 
   // On the admin side.
   virtual absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() = 0;

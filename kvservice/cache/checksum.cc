@@ -3,16 +3,35 @@
 #include <xxhash.h>
 
 #include <cstring>
+#include <memory>
 
 namespace kvservice {
 
-Checksum ChecksumOf(std::string_view bytes) {
+namespace {
+
+Checksum FromHash(XXH128_hash_t hash) {
   XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, XXH3_128bits(bytes.data(), bytes.size()));
+  XXH128_canonicalFromHash(&canonical, hash);
   Checksum checksum;
   static_assert(sizeof(canonical) == sizeof(checksum));
   std::memcpy(checksum.data(), &canonical, sizeof(checksum));
   return checksum;
+}
+
+}  // namespace
+
+Checksum ChecksumOf(std::string_view bytes) {
+  return FromHash(XXH3_128bits(bytes.data(), bytes.size()));
+}
+
+Checksum ChecksumOf(std::initializer_list<std::string_view> parts) {
+  using State = std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)>;
+  const State state(XXH3_createState(), &XXH3_freeState);
+  XXH3_128bits_reset(state.get());
+  for (const std::string_view part : parts) {
+    XXH3_128bits_update(state.get(), part.data(), part.size());
+  }
+  return FromHash(XXH3_128bits_digest(state.get()));
 }
 
 void Seal(std::string* bytes) {

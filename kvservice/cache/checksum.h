@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <string_view>
 
@@ -17,6 +18,8 @@ namespace kvservice {
 using Checksum = std::array<std::byte, 16>;
 
 Checksum ChecksumOf(std::string_view bytes);
+// Of parts one after another, as if they were one.
+Checksum ChecksumOf(std::initializer_list<std::string_view> parts);
 
 // Appends the checksum of all bytes before it.
 void Seal(std::string* bytes);

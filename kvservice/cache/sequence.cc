@@ -129,11 +129,15 @@ void Sequence::Write(uint32_t layer, uint32_t position, uint32_t count, const st
 void Sequence::SealFull(uint32_t layer, uint32_t old_length, PendingWrites* writes) const {
   const uint32_t full_end = layers_[layer].length / kBlockTokens;
   for (uint32_t block = old_length / kBlockTokens; block < full_end; ++block) {
-    writes->seals_.push_back({.slice = Slice(layer, block),
-                              .sketch = blocks_[block].data() + shape_->SketchOffset(layer),
-                              .block_index = block,
-                              .tables = shape_->TablesOf(layer)});
+    writes->seals_.push_back(SealOf(layer, block));
   }
+}
+
+SealSlice Sequence::SealOf(uint32_t layer, uint32_t block) const {
+  return {.slice = Slice(layer, block),
+          .sketch = blocks_[block].data() + shape_->SketchOffset(layer),
+          .block_index = block,
+          .tables = shape_->TablesOf(layer)};
 }
 
 void Sequence::ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::byte* rows) const {
@@ -238,6 +242,24 @@ void Sequence::PasteSlice(uint32_t layer, uint32_t block, uint32_t token_count,
         {sketch, blocks_[block].data() + shape_->SketchOffset(layer), shape_->sketch_bytes});
   }
   device_->Copy(copies);
+}
+
+void Sequence::PasteRows(uint32_t layer, uint32_t first_block, uint32_t token_count,
+                         const std::byte* rows) {
+  absl::InlinedVector<MemoryCopy, 8> copies;
+  absl::InlinedVector<SealSlice, 2> seals;
+  const size_t token_bytes = size_t{shape_->layout.kv_head_count} * shape_->layout.row_bytes();
+  for (uint32_t block = first_block; token_count > 0; ++block) {
+    const uint32_t part = std::min(token_count, kBlockTokens);
+    ForEachPart(layer, block, part, [&](std::byte* at, size_t offset, size_t bytes) {
+      copies.push_back({rows + offset, at, bytes});
+    });
+    if (part == kBlockTokens) seals.push_back(SealOf(layer, block));
+    token_count -= part;
+    rows += part * token_bytes;
+  }
+  device_->Copy(copies);
+  if (!seals.empty()) device_->Seal(shape_->layout, seals);
 }
 
 std::unique_ptr<Sequence> Sequence::Fork(uint32_t length) const {

@@ -132,6 +132,10 @@ class Sequence {
   void PasteSlice(uint32_t layer, uint32_t block, uint32_t token_count, const std::byte* rows,
                   const std::byte* sketch);
 
+  // The same for `token_count` tokens of consecutive slices, whose rows follow each other; sketches
+  // of full ones are made here, as those of appended rows are.
+  void PasteRows(uint32_t layer, uint32_t first_block, uint32_t token_count, const std::byte* rows);
+
   // A sequence with the first `length` tokens of every layer, at most length_min(). Full blocks are
   // shared, the partial one is copied, lists are shared until one side uses them. nullptr if the
   // pool is full.
@@ -179,6 +183,7 @@ class Sequence {
   void Write(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
              const std::byte* v, PendingWrites* writes) const;
   void SealFull(uint32_t layer, uint32_t old_length, PendingWrites* writes) const;
+  SealSlice SealOf(uint32_t layer, uint32_t block) const;
   // A copy of the first `token_count` tokens of a block in all layers; empty if the pool is full.
   BlockRef CopyBlock(const BlockRef& block, uint32_t token_count) const;
   // Calls `copy(bytes in the block, bytes in the stored form, count)` for each part of a slice.

@@ -23,11 +23,7 @@ absl::Status Damaged(const SliceIdentity& expected, const char* problem) {
                                  {"block", absl::StrCat(expected.block)}}});
 }
 
-}  // namespace
-
-size_t SliceRecordOverheadBytes() { return kHeaderBytes + kFooterBytes; }
-
-std::string BeginSliceRecord(const SliceIdentity& identity) {
+std::string HeaderOf(const SliceIdentity& identity) {
   ByteWriter writer;
   writer.Number(kMagic);
   writer.Number(kSliceRecordVersion);
@@ -39,9 +35,22 @@ std::string BeginSliceRecord(const SliceIdentity& identity) {
   writer.Number(uint64_t{identity.kv_bytes});
   writer.Number(uint64_t{identity.sketch_bytes});
   writer.Raw(identity.previous.data(), identity.previous.size());
+  return writer.Take();
+}
+
+}  // namespace
+
+size_t SliceRecordOverheadBytes() { return kHeaderBytes + kFooterBytes; }
+
+Checksum ChecksumOfSlice(const SliceIdentity& identity, std::string_view rows,
+                         std::string_view sketch) {
+  return ChecksumOf({HeaderOf(identity), rows, sketch});
+}
+
+std::string BeginSliceRecord(const SliceIdentity& identity) {
   std::string record;
   record.reserve(kHeaderBytes + identity.kv_bytes + identity.sketch_bytes + kFooterBytes);
-  record = writer.bytes();
+  record.append(HeaderOf(identity));
   record.resize(kHeaderBytes + identity.kv_bytes + identity.sketch_bytes);
   return record;
 }

@@ -56,6 +56,10 @@ struct SlicePayload {
 // Bytes around the payload.
 size_t SliceRecordOverheadBytes();
 
+// What the checksum of a record with this payload is, without the record.
+Checksum ChecksumOfSlice(const SliceIdentity& identity, std::string_view rows,
+                         std::string_view sketch);
+
 // A record with room for its payload, which Finish takes as it then is.
 std::string BeginSliceRecord(const SliceIdentity& identity);
 std::byte* SliceRecordPayload(std::string* record);

@@ -15,6 +15,7 @@
 #include <grpcpp/support/async_unary_call.h>
 #include <grpcpp/support/byte_buffer.h>
 
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <string>
@@ -82,6 +83,8 @@ class UnaryCallBase : public CompletionTag {
   void Complete(bool ok) final;
   const std::string& tenant() const { return tenant_; }
   uint64_t arrived_ns() const { return arrived_ns_; }
+  // The caller's; far away if it has none.
+  std::chrono::system_clock::time_point deadline() const { return wire_.context.deadline(); }
 
  protected:
   // Asks for the next call of the same method.

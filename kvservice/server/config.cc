@@ -35,6 +35,7 @@ constexpr uint32_t kSpinUsMax = 1'000'000;
 struct Flags {
   std::vector<std::string> listen;
   std::vector<std::string> policy_files;
+  std::vector<std::string> transfer_targets;
   std::string admin_listen;
   bool check_config = false;
   bool print_config = false;
@@ -235,6 +236,29 @@ void AddServerFlags(CLI::App* app, Config* config) {
   AddTime(app, "--drain-grace", "Time a drain gives to calls in flight", &server->drain_grace_ms);
 }
 
+void AddTransferFlags(CLI::App* app, Flags* flags, Config* config) {
+  app->add_option("--transfer-targets", flags->transfer_targets,
+                  "Server that sequences may be sent to: unix:/path or 127.0.0.1:PORT, repeatable; "
+                  "tenant=NAME,ADDRESS for those of a tenant. This server connects to no other "
+                  "(default: none)")
+      ->check([](const std::string& text) -> std::string {
+        const absl::StatusOr<ListenAddress> target = ParseListenAddress(text);
+        if (!target.ok()) return std::string(target.status().message());
+        if (target->endpoint.IsLocal()) return "";
+        return target->endpoint.ToString() + " is on another host, which needs TLS";
+      })
+      ->take_all()
+      ->type_name("ADDRESS");
+  AddCount(app, "--transfers-max", "Sequences on their way to other servers at a time",
+           &config->server.transfers.transfers_max, 1, kThreadsMax);
+  AddCount(app, "--receives-max",
+           "Sequences on their way here from other servers at a time; 0 = none are taken",
+           &config->server.engine.receives_max, 0);
+  AddTime(app, "--receive-idle",
+          "Time after which a sequence on its way here that nothing comes for is forgotten",
+          &config->server.engine.receive_idle_ms);
+}
+
 void AddProcessFlags(CLI::App* app, Flags* flags, Config* config) {
   AddChoice(app, "--log-level", "Least severe messages to log to stderr", &config->log_level,
             {"trace", "debug", "info", "warn", "error", "off"});
@@ -290,6 +314,13 @@ absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
     }
     config.server.admin_listen = *std::move(endpoint);
   }
+  for (const std::string& text : flags.transfer_targets) {
+    absl::StatusOr<ListenAddress> target = ParseListenAddress(text);
+    if (!target.ok()) {
+      return Invalid("--transfer-targets: " + std::string(target.status().message()));
+    }
+    config.server.transfers.targets.push_back(*std::move(target));
+  }
   const absl::Status status = CheckTogether(config);
   if (!status.ok()) return status;
   for (const std::string& path : flags.policy_files) {
@@ -333,6 +364,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   AddDiskFlags(&app, &config);
   AddCertificateFlags(&app, &config);
   AddServerFlags(&app, &config);
+  AddTransferFlags(&app, &flags, &config);
   AddProcessFlags(&app, &flags, &config);
   std::vector<std::string> arguments = WithEnvironment(app, argc, argv);
   // The library wants them last first.
@@ -360,6 +392,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   app.get_option("--admin-listen")->configurable(false);
   // None would be printed as a file without a name.
   if (flags.policy_files.empty()) app.get_option("--policy-file")->configurable(false);
+  if (flags.transfer_targets.empty()) app.get_option("--transfer-targets")->configurable(false);
   result->text = flags.print_config ? AddressLines(result->server) + app.config_to_str(true)
                                     : "the configuration is valid\n";
   return result;

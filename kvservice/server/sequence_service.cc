@@ -6,6 +6,7 @@
 #include "kvservice/server/append_stream.h"
 #include "kvservice/server/convert.h"
 #include "kvservice/server/convert_policy.h"
+#include "kvservice/server/receive_stream.h"
 #include "kvservice/server/service.h"
 #include "kvservice/v1/sequence.grpc.pb.h"
 
@@ -13,8 +14,9 @@ namespace kvservice {
 namespace {
 
 using Declared = v1::SequenceService;
-using NotServed = Declared::WithGenericMethod_Transfer<Declared::Service>;
-using OnDisk = Declared::WithRawMethod_Suspend<Declared::WithRawMethod_Resume<NotServed>>;
+using Elsewhere =
+    Declared::WithRawMethod_Transfer<Declared::WithRawMethod_Receive<Declared::Service>>;
+using OnDisk = Declared::WithRawMethod_Suspend<Declared::WithRawMethod_Resume<Elsewhere>>;
 using Rpc = Declared::WithRawMethod_Create<Declared::WithRawMethod_Fork<
     Declared::WithRawMethod_Truncate<Declared::WithRawMethod_Append<Declared::WithRawMethod_Get<
         Declared::WithRawMethod_Drop<Declared::WithRawMethod_RenewLease<OnDisk>>>>>>>;
@@ -27,6 +29,7 @@ using DropCall = UnaryCall<v1::DropRequest, v1::DropResponse>;
 using RenewLeaseCall = UnaryCall<v1::RenewLeaseRequest, v1::RenewLeaseResponse>;
 using SuspendCall = UnaryCall<v1::SuspendRequest, v1::SuspendResponse>;
 using ResumeCall = UnaryCall<v1::ResumeRequest, v1::ResumeResponse>;
+using TransferCall = UnaryCall<v1::TransferRequest, v1::TransferResponse>;
 
 constexpr size_t kRequestIdBytesMax = 64;
 constexpr uint32_t kWholeLength = UINT32_MAX;
@@ -51,7 +54,14 @@ class SequenceService final : public RpcService {
         drop_(Bind("Drop", &Rpc::RequestDrop, &SequenceService::Drop)),
         renew_lease_(Bind("RenewLease", &Rpc::RequestRenewLease, &SequenceService::RenewLease)),
         suspend_(Bind("Suspend", &Rpc::RequestSuspend, &SequenceService::Suspend)),
-        resume_(Bind("Resume", &Rpc::RequestResume, &SequenceService::Resume)) {
+        resume_(Bind("Resume", &Rpc::RequestResume, &SequenceService::Resume)),
+        transfer_(Bind("Transfer", &Rpc::RequestTransfer, &SequenceService::Transfer)) {
+    receive_.host = host.calls;
+    receive_.engine = host.engine;
+    receive_.request = [this](grpc::ServerContext* context, ReceiveMethod::Stream* stream,
+                              grpc::ServerCompletionQueue* queue, void* tag) {
+      rpc_.RequestReceive(context, stream, queue, queue, tag);
+    };
     append_.host = host.calls;
     append_.engine = host.engine;
     append_.request = [this](grpc::ServerContext* context, AppendMethod::Reader* reader,
@@ -70,6 +80,8 @@ class SequenceService final : public RpcService {
     renew_lease_.Listen(&renew_lease_, queue);
     suspend_.Listen(&suspend_, queue);
     resume_.Listen(&resume_, queue);
+    transfer_.Listen(&transfer_, queue);
+    ReceiveStream::Listen(&receive_, queue);
   }
 
  private:
@@ -173,9 +185,34 @@ class SequenceService final : public RpcService {
     host_.engine->Resume(tenant, *id, generation, ReplyWithSequence(std::move(call)));
   }
 
+  void Transfer(std::unique_ptr<TransferCall> call) {
+    const v1::TransferRequest& request = call->request();
+    const absl::StatusOr<SequenceId> id = IdFromProto(request.handle().id(), "handle.id");
+    if (!id.ok()) return TransferCall::Reply(std::move(call), id.status());
+    TransferAsk ask = {.tenant = call->tenant(),
+                       .id = *id,
+                       .generation = request.handle().generation(),
+                       .target_endpoint = request.target_endpoint(),
+                       .move = request.move(),
+                       .deadline = call->deadline()};
+    host_.transfers->Start(
+        std::move(ask),
+        [call = std::move(call)](const absl::StatusOr<TransferOutcome>& outcome) mutable {
+          if (outcome.ok()) {
+            v1::TransferResponse* const response = call->response();
+            response->mutable_handle()->set_id(outcome->id.bytes.data(), outcome->id.bytes.size());
+            response->mutable_handle()->set_generation(outcome->generation);
+            response->set_sent_bytes(outcome->sent_bytes);
+            response->set_moved(outcome->moved);
+          }
+          TransferCall::Reply(std::move(call), outcome.status());
+        });
+  }
+
   const ServiceHost host_;
   Rpc rpc_;
   AppendMethod append_;
+  ReceiveMethod receive_;
   const UnaryMethod<v1::CreateRequest, v1::CreateResponse> create_;
   const UnaryMethod<v1::ForkRequest, v1::ForkResponse> fork_;
   const UnaryMethod<v1::TruncateRequest, v1::TruncateResponse> truncate_;
@@ -184,6 +221,7 @@ class SequenceService final : public RpcService {
   const UnaryMethod<v1::RenewLeaseRequest, v1::RenewLeaseResponse> renew_lease_;
   const UnaryMethod<v1::SuspendRequest, v1::SuspendResponse> suspend_;
   const UnaryMethod<v1::ResumeRequest, v1::ResumeResponse> resume_;
+  const UnaryMethod<v1::TransferRequest, v1::TransferResponse> transfer_;
 };
 
 }  // namespace

@@ -114,6 +114,8 @@ class ServerOnEngine final : public Server {
   Gate admin_gate_;
   InFlight data_in_flight_;
   InFlight admin_in_flight_;
+  // Outlives the calls that wait for it.
+  std::unique_ptr<Transfers> transfers_;
   std::unique_ptr<RpcServer> data_;
   // nullptr when none are served.
   std::unique_ptr<LaneServer> lanes_;
@@ -141,7 +143,14 @@ absl::Status ServerOnEngine::Start() {
 }
 
 absl::Status ServerOnEngine::StartData() {
-  const ServiceHost host = HostFor(&data_gate_, &data_in_flight_);
+  for (const ListenAddress& target : options_.transfers.targets) {
+    if (target.endpoint.IsLocal()) continue;
+    return absl::InvalidArgumentError("the transfer target " + target.endpoint.ToString() +
+                                      " is on another host, which needs TLS");
+  }
+  transfers_ = NewTransfers(options_.transfers, engine_);
+  ServiceHost host = HostFor(&data_gate_, &data_in_flight_);
+  host.transfers = transfers_.get();
   std::vector<std::unique_ptr<RpcService>> services;
   services.push_back(NewAttentionService(host));
   services.push_back(NewSequenceService(host));
@@ -219,6 +228,8 @@ absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
                   {"sequence_tokens_max", options_.engine.sequence_tokens_max},
                   {"queue_calls_max", options_.engine.queue_calls_max},
                   {"rows_max", options_.engine.rows_max},
+                  {"transfers_max", options_.transfers.transfers_max},
+                  {"receives_max", options_.engine.receives_max},
                   {"lease_default_ms", options_.engine.lease_default_ms},
                   {"lease_max_ms", options_.engine.lease_max_ms},
                   {"disk_bytes_max", options_.engine.disk_bytes_max}};
@@ -233,7 +244,13 @@ void ServerOnEngine::Drain(uint32_t grace_ms) {
   for (RpcServer* server : {data_.get(), admin_.get()}) {
     if (server != nullptr) server->SetServing(false);
   }
-  if (data_ != nullptr) data_->Shutdown(std::chrono::milliseconds(grace_ms));
+  // Their callers are calls in flight: what the grace leaves of them ends before it does.
+  const uint64_t begin_ns = seams_.clock->SteadyNowNs();
+  const std::chrono::milliseconds grace(grace_ms);
+  if (transfers_ != nullptr) transfers_->Stop(grace);
+  const auto waited = std::chrono::duration_cast<std::chrono::milliseconds>(
+      std::chrono::nanoseconds(seams_.clock->SteadyNowNs() - begin_ns));
+  if (data_ != nullptr) data_->Shutdown(std::max(grace - waited, std::chrono::milliseconds(0)));
   // No call is left, and none is admitted any more.
   lanes_.reset();
   engine_->Drain();

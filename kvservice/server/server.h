@@ -15,6 +15,7 @@
 #include "kvservice/random.h"
 #include "kvservice/server/endpoint.h"
 #include "kvservice/server/policy_registry.h"
+#include "kvservice/server/transfers.h"
 #include "kvservice/server/transport.h"
 
 namespace spdlog {
@@ -48,6 +49,8 @@ struct ServerOptions {
   uint32_t lanes_max = 64;
   // Shared memory of one lane.
   size_t lane_bytes_max = size_t{64} << 20;
+  // Sequences that go to other servers; without targets none do. Targets must be local.
+  TransferOptions transfers;
   // Time that a drain gives to calls in flight.
   uint32_t drain_grace_ms = 10'000;
   // What requests may name.

@@ -13,6 +13,7 @@
 #include "kvservice/engine.h"
 #include "kvservice/server/call.h"
 #include "kvservice/server/policy_registry.h"
+#include "kvservice/server/transfers.h"
 
 namespace grpc {
 class AsyncGenericService;
@@ -37,6 +38,8 @@ struct ServiceHost {
   CallHost calls;
   Engine* engine = nullptr;
   const PolicyRegistry* policies = nullptr;
+  // Of the data side; nullptr elsewhere.
+  Transfers* transfers = nullptr;
 };
 
 // What the admin service tells and does besides. Constant after construction; `request_drain` is

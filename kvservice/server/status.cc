@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <string>
 
+#include "absl/strings/match.h"
+#include "google/protobuf/any.pb.h"
 #include "google/protobuf/message_lite.h"
 #include "kvservice/error.h"
 
@@ -16,6 +18,8 @@ namespace {
 constexpr size_t kMessageBytesMax = 1024;
 constexpr size_t kMetadataEntriesMax = 16;
 constexpr size_t kMetadataValueBytesMax = 128;
+// Longer pauses that another server asks for are taken as this.
+constexpr int64_t kRetryDelayMsMax = 60'000;
 
 // Cuts at a character boundary: a proto string must stay valid UTF-8.
 std::string Truncated(std::string_view text, size_t bytes_max) {
@@ -70,6 +74,34 @@ v1::Status RpcStatus(const absl::Status& status, const ErrorDetails& details,
 v1::Status StatusToProto(const absl::Status& status) {
   return RpcStatus(status, DetailsOf(status),
                    Truncated({status.message().data(), status.message().size()}, kMessageBytesMax));
+}
+
+absl::Status FromGrpcStatus(const grpc::Status& status) {
+  if (status.ok()) return absl::OkStatus();
+  ErrorDetails details;
+  v1::Status rpc;
+  if (!rpc.ParseFromString(status.error_details())) rpc.Clear();
+  for (const google::protobuf::Any& any : rpc.details()) {
+    v1::ErrorInfo info;
+    v1::BadRequest bad_request;
+    v1::RetryInfo retry;
+    if (absl::EndsWith(any.type_url(), "google.rpc.ErrorInfo") &&
+        info.ParseFromString(any.value())) {
+      details.reason = info.reason();
+      details.metadata.assign(info.metadata().begin(), info.metadata().end());
+    } else if (absl::EndsWith(any.type_url(), "google.rpc.BadRequest") &&
+               bad_request.ParseFromString(any.value()) &&
+               bad_request.field_violations_size() > 0) {
+      details.field = bad_request.field_violations(0).field();
+    } else if (absl::EndsWith(any.type_url(), "google.rpc.RetryInfo") &&
+               retry.ParseFromString(any.value())) {
+      const int64_t ms =
+          retry.retry_delay().seconds() * 1000 + retry.retry_delay().nanos() / 1'000'000;
+      details.retry_delay_ms = static_cast<uint32_t>(std::clamp<int64_t>(ms, 0, kRetryDelayMsMax));
+    }
+  }
+  return MakeError(static_cast<absl::StatusCode>(status.error_code()), status.error_message(),
+                   details);
 }
 
 grpc::Status ToGrpcStatus(const absl::Status& status, grpc::ServerContext* context) {

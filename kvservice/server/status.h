@@ -21,6 +21,10 @@ namespace kvservice {
 // code's name.
 grpc::Status ToGrpcStatus(const absl::Status& status, grpc::ServerContext* context);
 
+// The other way round, for answers of other servers: code, message and the details above. A status
+// without such details has no reason.
+absl::Status FromGrpcStatus(const grpc::Status& status);
+
 // The same where gRPC does not carry it. Not for OK.
 v1::Status StatusToProto(const absl::Status& status);
 

@@ -13,6 +13,8 @@ const std::vector<Workload>& Workloads() {
       {"decode_e2e", "decode steps of one layer through gRPC against local dense attention",
        RunDecodeE2e},
       {"append", "bulk prefill by lane and stream, against one CPU's copies in memory", RunAppend},
+      {"transfer", "a sequence from server to server, against copies and a raw Unix socket",
+       RunTransfer},
       {"rpc_latency", "a call there and back by every way, against a raw Unix socket",
        RunRpcLatency},
       {"rpc_idle", "the first call after two idle seconds, by every way", RunRpcIdle},

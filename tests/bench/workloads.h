@@ -21,6 +21,9 @@ absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows);
 // Bulk prefill by the lane and by a stream, against one CPU's copies in memory.
 absl::Status RunAppend(const BenchOptions& options, std::vector<Row>* rows);
 
+// A sequence from one server to another, against one CPU's copies and a raw Unix socket.
+absl::Status RunTransfer(const BenchOptions& options, std::vector<Row>* rows);
+
 // A call there and back by every way, against as many bytes through a raw Unix socket.
 absl::Status RunRpcLatency(const BenchOptions& options, std::vector<Row>* rows);
 

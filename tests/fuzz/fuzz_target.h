@@ -28,6 +28,14 @@ class FuzzInput {
     size_ -= bytes;
     return number;
   }
+  std::string TakeBytes(size_t count) {
+    const size_t bytes = std::min(count, size_);
+    std::string taken(reinterpret_cast<const char*>(data_), bytes);
+    data_ += bytes;
+    size_ -= bytes;
+    return taken;
+  }
+  bool empty() const { return size_ == 0; }
   std::string Rest() const { return {reinterpret_cast<const char*>(data_), size_}; }
 
  private:

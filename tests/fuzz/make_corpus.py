@@ -3,7 +3,8 @@
 
     PYTHONPATH=build/python build/venv/bin/python tests/fuzz/make_corpus.py
 
-Inputs that a campaign has found (tests/fuzz/run_fuzz.py) are added to the files by hand.
+corpus/stored.txt holds what an engine has written to its disk and to another server; nothing here
+makes it. Inputs that a campaign has found (tests/fuzz/run_fuzz.py) are added to the files by hand.
 """
 
 import pathlib
@@ -64,6 +65,43 @@ def policies():
             types_pb2.Policy(selector=types_pb2.SELECTOR_CIS)]
 
 
+def transfer():
+    """Streams of a source that never knows the right checksums."""
+    begin = sequence_pb2.ReceiveRequest(begin=sequence_pb2.TransferBegin(lease_ms=1000))
+    slices = [sequence_pb2.ReceiveRequest(slices=sequence_pb2.TransferSlices(
+        layer=layer, checksums=bytes(16), rows=b"\x80\x3c" * (9 * 2 * 2 * 64)))
+        for layer in (0, 1)]
+    seeds = sequence_pb2.ReceiveRequest(seeds=sequence_pb2.TransferSeeds(
+        layer=1, positions=[3, 7], checksum=bytes(16),
+        queries=b"\x80\x3c" * (2 * QUERY_HEADS * HEAD_DIM)))
+    tables = sequence_pb2.ReceiveRequest(tables=sequence_pb2.TransferTables(encoded=b"KVSKTAB"))
+    end = sequence_pb2.ReceiveRequest(end=sequence_pb2.TransferEnd())
+    gives_up = sequence_pb2.ReceiveRequest(end=sequence_pb2.TransferEnd(gives_up=True))
+    streams = [[begin, slices[0]], [begin, slices[1], slices[0], end], [begin, seeds], [begin, end],
+               [begin, tables], [begin, begin, gives_up, slices[0]], [slices[0]]]
+    return [b"".join(struct.pack("<H", len(bytes_)) + bytes_
+                     for bytes_ in (message.SerializeToString() for message in stream))
+            for stream in streams]
+
+
+def certificates():
+    numbers = [(1.0, 0.9, 1.1, -2.0, -3.0), (0.0, 0.0, 0.0, float("-inf"), float("-inf")),
+               (700.0, 699.0, 701.0, 710.0, -745.0), (float("nan"),) * 5,
+               (float("inf"), 1e308, float("inf"), float("inf"), 5e-324)]
+    parts = [struct.pack("<BBB5dfdd", 2, 1, 0, *five, 0.1, 1.0, 1e-9) for five in numbers]
+    return [a + b for a in parts for b in parts[:2]]
+
+
+TEXTS = ["4GiB", "512MiB", "65536", "250ms", "24h", "unix:/run/kvservice.sock", "127.0.0.1:50051",
+         "[::1]:0", "localhost:65535", "tenant=acme,127.0.0.1:1", "0123456789abcdef" * 2, "2m",
+         "18446744073709551615"]
+CONFIGS = ["", "pool-bytes=1GiB\nlisten=unix:/a\n", "[section]\nthreads=2\n", "lanes-max=0",
+           'transfer-targets=["tenant=a,unix:/b", "127.0.0.1:5"]\nreceive-idle=5s\n']
+ARGUMENTS = ["", "--listen\nunix:/a", "--pool-bytes=4GiB\n--print-config", "--help",
+             "--audit-rate=2", "--transfer-targets=unix:/b\n--receives-max=0\n--check-config",
+             "--no-keep-queries"]
+
+
 def write(name, inputs):
     text = "".join(one.hex() + "\n" for one in inputs)
     (FOLDER / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -94,6 +132,17 @@ def main():
     audit.handle.id, audit.handle.generation = ID, 1
     convert += [b"\4" + audit.SerializeToString()]
     write("convert", convert)
+
+    write("transfer", transfer())
+    write("certificate", certificates())
+    write("text", [kind + text.encode() for text in TEXTS for kind in (b"\0", b"\1")] +
+          [b"\2" + struct.pack("<d", x) for x in (0.05, 1e-300, 123456.7, 9.9996)])
+    write("config", [config.encode() + b"\0" + arguments.encode()
+                     for config in CONFIGS for arguments in ARGUMENTS])
+    # Changes of rows; the rows themselves are made by the target.
+    write("recovery", [b"\0", b"\1"] + [
+        bytes([closed, row, how, 20, 0, 0x55]) for closed in (0, 1) for row in (0, 3, 9, 14, 255)
+        for how in (0, 1, 2, 3)])
 
     write("policy", [
         b'{"name": "fast", "policy": {"selector": "SELECTOR_CPE", "budget": {"topKTokens": 64}}}',

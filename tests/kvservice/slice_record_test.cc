@@ -51,6 +51,17 @@ TEST(SliceRecordTest, WhatWasWrittenIsRead) {
   EXPECT_EQ(parsed->sketch[0], 100);
 }
 
+TEST(SliceRecordTest, TheChecksumIsKnownWithoutTheRecord) {
+  const SliceIdentity identity = SomeIdentity();
+  const std::string record = MakeRecord(identity);
+  const absl::StatusOr<SlicePayload> parsed = ParseSliceRecord(record, identity);
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_EQ(ChecksumOfSlice(identity, parsed->kv, parsed->sketch), parsed->checksum);
+  SliceIdentity other = identity;
+  other.block += 1;
+  EXPECT_NE(ChecksumOfSlice(other, parsed->kv, parsed->sketch), parsed->checksum);
+}
+
 TEST(SliceRecordTest, EveryFlippedBitIsSeen) {
   const SliceIdentity identity = SomeIdentity();
   const std::string record = MakeRecord(identity);

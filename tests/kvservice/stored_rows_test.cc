@@ -118,6 +118,17 @@ TEST(StoredRowsTest, RowsComeBack) {
   EXPECT_TRUE(read->at(SequenceId()).is_lost);
 }
 
+// Of two entries of one sequence nobody could say which is right.
+TEST(StoredRowsTest, AnInventoryNamesEachSequenceOnce) {
+  Inventory one;
+  one[SomeId()] = {.tenant = "acme", .is_lost = false, .state = {}};
+  const std::string bytes = WriteInventory(one);
+  std::string twice = bytes + bytes.substr(sizeof(uint32_t));
+  twice[0] = 2;
+  EXPECT_TRUE(ReadInventory(bytes).has_value());
+  EXPECT_FALSE(ReadInventory(twice).has_value());
+}
+
 // A row is not taken for another kind of row.
 TEST(StoredRowsTest, KindsAreKeptApart) {
   EXPECT_FALSE(ReadState(WriteIdentity(SomeIdentity())).has_value());

@@ -160,6 +160,12 @@ class Sequence:
         """See `kvservice.Sequence`."""
         return await self._client.run(self._sequence.resume)
 
+    async def transfer(
+        self, target_endpoint: str, *, move: bool = False
+    ) -> sequence_pb2.TransferResponse:
+        """See `kvservice.Sequence`."""
+        return await self._client.run(self._sequence.transfer, target_endpoint, move=move)
+
     async def refresh(self) -> sequence_pb2.Sequence:
         """See `kvservice.Sequence`."""
         return await self._client.run(self._sequence.refresh)

@@ -162,6 +162,22 @@ class Sequence:
         self._handle = reply.sequence.handle
         return reply.sequence
 
+    def transfer(
+        self, target_endpoint: str, *, move: bool = False
+    ) -> sequence_pb2.TransferResponse:
+        """Sends it from its server to another one, one of that server's `--transfer-targets`.
+
+        The reply's handle is what the other server calls it: `Sequence(client, reply.handle)` with
+        a client of that server takes it over. With `move` this server drops it then. Safe to
+        repeat: a repeat goes on where a broken transfer stopped.
+        """
+        request = sequence_pb2.TransferRequest(
+            handle=self._handle, target_endpoint=target_endpoint, move=move
+        )
+        return self._client._call(
+            "SequenceService/Transfer", request, sequence_pb2.TransferResponse
+        )
+
     def refresh(self) -> sequence_pb2.Sequence:
         """Moves on to what a restarted server has of it, which may be less than was appended."""
         described = self.describe()
