@@ -8,7 +8,7 @@ packages=(
   build-essential g++ cmake ninja-build ccache pkg-config git
   libgrpc++-dev libgrpc-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev
   libabsl-dev libhwy-dev libcli11-dev libspdlog-dev nlohmann-json3-dev
-  librocksdb-dev libxxhash-dev
+  librocksdb-dev libxxhash-dev prometheus-cpp-dev libcivetweb-dev
   libgtest-dev libgmock-dev libopenblas-dev
   clang-format clang-tidy
   python3 python3-venv python3-pip

@@ -92,6 +92,8 @@ class Executor {
 
   absl::StatusOr<ExplainReport> Explain(std::string_view tenant, const SequenceId& id,
                                         ExplainAsk ask);
+  absl::StatusOr<BlockReport> DescribeBlock(std::string_view tenant, const SequenceId& id,
+                                            const BlockAsk& ask);
 
   // Work that can wait for everything else, in small pieces. What a piece returns, if anything, is
   // to be run once.
@@ -109,6 +111,7 @@ class Executor {
   void BeginDrain() { store_.BeginDrain(); }
   absl::Status CloseStore() { return store_.Close(); }
 
+  const MassHistograms& masses() const { return masses_; }
   // The numbers that the executor keeps; the rest is left alone.
   void FillStats(EngineStats* stats) const;
 
@@ -168,6 +171,7 @@ class Executor {
   SequenceTable table_;
   SequenceStore store_;
   AttendStats totals_;
+  MassHistograms masses_;
   Auditor auditor_;
   AttendBatch attend_batch_;
   uint64_t leases_expired_total_ = 0;

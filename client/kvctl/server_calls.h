@@ -15,6 +15,7 @@
 #include "kvservice/v1/admin.pb.h"
 #include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/model.pb.h"
+#include "kvservice/v1/sequence.pb.h"
 
 namespace kvservice::client {
 
@@ -34,6 +35,9 @@ class ServerCalls {
   virtual absl::StatusOr<v1::Sequence> Suspend(const std::string& id) = 0;
   virtual absl::StatusOr<v1::Sequence> Resume(const std::string& id) = 0;
 
+  // `request` without its handle.
+  virtual absl::StatusOr<v1::Sequence> Fork(const std::string& id, v1::ForkRequest request) = 0;
+
   // On the admin side.
   virtual absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() = 0;
   virtual absl::StatusOr<v1::GetStatsResponse> GetStats() = 0;
@@ -41,6 +45,8 @@ class ServerCalls {
   virtual absl::StatusOr<std::vector<v1::Sequence>> ListSequences(const std::string& tenant,
                                                                   size_t limit, bool* more) = 0;
   virtual absl::StatusOr<v1::Sequence> DescribeSequence(const std::string& id) = 0;
+  virtual absl::StatusOr<v1::DescribeBlockResponse> DescribeBlock(
+      const v1::DescribeBlockRequest& request) = 0;
   virtual absl::StatusOr<v1::ExplainResponse> Explain(const v1::ExplainRequest& request) = 0;
   virtual absl::StatusOr<v1::EvictResponse> Evict(const v1::EvictRequest& request) = 0;
   virtual absl::Status Drain(uint32_t grace_ms) = 0;

@@ -12,7 +12,7 @@
 
 #include "kvservice/engine.h"
 #include "kvservice/server/call.h"
-#include "kvservice/server/policy_registry.h"
+#include "kvservice/server/live_policies.h"
 
 namespace grpc {
 class AsyncGenericService;
@@ -36,7 +36,7 @@ class RpcService {
 struct ServiceHost {
   CallHost calls;
   Engine* engine = nullptr;
-  const PolicyRegistry* policies = nullptr;
+  const LivePolicies* policies = nullptr;
 };
 
 // What the admin service tells and does besides. Constant after construction; `request_drain` is
