@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -73,6 +74,11 @@ bool Program::WaitForLine(const std::string& line) {
     if (!ReadSome(output_pipe_, &output_)) return false;
   }
   return true;
+}
+
+bool Program::ReadMore() {
+  pollfd ready{.fd = output_pipe_.get(), .events = POLLIN, .revents = 0};
+  return poll(&ready, 1, 0) <= 0 || ReadSome(output_pipe_, &output_);
 }
 
 void Program::Signal(int signal) const { kill(pid_, signal); }

@@ -23,6 +23,8 @@ class Program {
 
   // Reads standard output up to and with the line; false when it ends before.
   bool WaitForLine(const std::string& line);
+  // Takes what standard output has to give now, without waiting; false at its end.
+  bool ReadMore();
   void Signal(int signal) const;
   // Waits for the end; the exit status, or 128 + the signal that ended it.
   int Wait();
