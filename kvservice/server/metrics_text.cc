@@ -259,9 +259,10 @@ void AddAudits(const AuditStats& stats, Families* families) {
   const std::array<std::pair<const char*, double>, 3> slack = {
       std::pair{"0.5", stats.slack_median_nats}, std::pair{"0.95", stats.slack_p95_nats},
       std::pair{"1", stats.slack_max_nats}};
-  for (const auto& [quantile, nats] : slack) {
-    families->Gauge("kvservice_audit_slack_nats", "ln(bound / truth) of the dropped mass.", nats,
-                    {{"quantile", quantile}});
+  for (const auto& [share, nats] : slack) {
+    families->Gauge("kvservice_audit_slack_nats",
+                    "So many bounds are at most this: ln(bound / truth) of the dropped mass.", nats,
+                    {{"share", share}});
   }
 }
 

@@ -1,11 +1,17 @@
 #include "kvservice/server/web_server.h"
 
+#include <arpa/inet.h>
 #include <civetweb.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
 
+#include <chrono>
+#include <future>
 #include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kvservice/server/transport.h"
 
 namespace kvservice {
 namespace {
@@ -14,6 +20,30 @@ namespace {
 constexpr char kRequestBytesMax[] = "8192";
 // For a request to come and for its answer to be taken.
 constexpr char kRequestTimeoutMs[] = "10000";
+
+constexpr std::chrono::milliseconds kKnockEvery{10};
+
+// Connects to whoever listens there, without waiting, and goes away.
+void Knock(const Endpoint& endpoint) {
+  sockaddr_storage storage{};
+  socklen_t length = 0;
+  auto* const v4 = reinterpret_cast<sockaddr_in*>(&storage);
+  auto* const v6 = reinterpret_cast<sockaddr_in6*>(&storage);
+  if (inet_pton(AF_INET, endpoint.host.c_str(), &v4->sin_addr) == 1) {
+    v4->sin_family = AF_INET;
+    v4->sin_port = htons(endpoint.port);
+    length = sizeof(*v4);
+  } else if (inet_pton(AF_INET6, endpoint.host.c_str(), &v6->sin6_addr) == 1) {
+    v6->sin6_family = AF_INET6;
+    v6->sin6_port = htons(endpoint.port);
+    length = sizeof(*v6);
+  }
+  const FileDescriptor knocking(
+      socket(storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (knocking.get() < 0) return;
+  [[maybe_unused]] const int heard =
+      connect(knocking.get(), reinterpret_cast<const sockaddr*>(&storage), length);
+}
 
 const char* StatusText(int status) {
   switch (status) {
@@ -32,8 +62,11 @@ class CivetServerOnPages final : public WebServer {
  public:
   CivetServerOnPages(Endpoint endpoint, WebPages pages)
       : endpoint_(std::move(endpoint)), pages_(std::move(pages)) {}
+  // The library's thread looks every two seconds whether it shall stop, or when somebody connects.
   ~CivetServerOnPages() override {
-    if (context_ != nullptr) mg_stop(context_);
+    if (context_ == nullptr) return;
+    const std::future<void> stopped = std::async(std::launch::async, [this] { mg_stop(context_); });
+    while (stopped.wait_for(kKnockEvery) != std::future_status::ready) Knock(endpoint_);
   }
 
   absl::Status Start() {

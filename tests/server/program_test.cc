@@ -99,6 +99,9 @@ TEST_F(ProgramTest, BadConfigurationsAreRefusedInOneLine) {
       {{"--listen", ""}, "--listen"},
       {{"--admin-listen", "10.0.0.1:1"}, "--admin-listen"},
       {{"--admin-listen", "tenant=a,unix:/x"}, "--admin-listen"},
+      {{"--metrics-listen", "unix:/x"}, "--metrics-listen"},
+      {{"--metrics-listen", "9464"}, "--metrics-listen"},
+      {{"--slow-call", "0"}, "--slow-call"},
       {{"--pool-bytes", "lots"}, "--pool-bytes"},
       {{"--pool-bytes", "0"}, "--pool-bytes"},
       {{"--pool-bytes", "-1"}, "--pool-bytes"},
@@ -217,6 +220,50 @@ TEST_F(ProgramTest, FlagsComeBeforeTheEnvironmentBeforeTheFile) {
   EXPECT_NE(print.output().find("\nrows-max=3\n"), std::string::npos) << print.output();
   EXPECT_NE(print.output().find("\nmodels-max=2\n"), std::string::npos) << print.output();
   EXPECT_NE(print.output().find("\nsequences-max=1\n"), std::string::npos) << print.output();
+}
+
+// SIGHUP is awaited before SIGTERM: what was sent before the end has been done.
+TEST_F(ProgramTest, ReloadsWhatCanChange) {
+  const std::string file = Path("config");
+  const auto write = [&](const std::string& text) {
+    std::ofstream(file) << "listen=\"unix:" + Path("data") + "\"\npool-bytes=16MiB\n" + text;
+  };
+  write("slow-call=5s\nmodels-max=2\n");
+  Program server("kvservice", {"--config", file});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  write("slow-call=1s\nlog-level=debug\nmodels-max=3\n");
+  server.Signal(SIGHUP);
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  const std::string& log = server.errors();
+  EXPECT_NE(log.find("configuration reloaded"), std::string::npos) << log;
+  EXPECT_NE(log.find("--models-max has changed and needs a restart"), std::string::npos) << log;
+  EXPECT_EQ(log.find("--slow-call"), std::string::npos) << log;
+  EXPECT_EQ(log.find("--listen"), std::string::npos) << log;
+  EXPECT_LT(log.find("configuration reloaded"), log.find("drained")) << log;
+}
+
+TEST_F(ProgramTest, AWrongReloadChangesNothing) {
+  const std::string file = Path("config");
+  std::ofstream(file) << "log-level=info\n";
+  Program server("kvservice", Arguments({"--config", file}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  std::ofstream(file) << "log-level=off\nlease-default=soon\n";
+  server.Signal(SIGHUP);
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  EXPECT_NE(server.errors().find("reload refused, nothing has changed"), std::string::npos);
+  EXPECT_NE(server.errors().find("lease-default"), std::string::npos) << server.errors();
+  EXPECT_NE(server.errors().find("drained"), std::string::npos) << "the level is what it was";
+}
+
+TEST_F(ProgramTest, AnnouncesItsMetrics) {
+  Program server("kvservice", Arguments({"--metrics-listen", "127.0.0.1:0"}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  EXPECT_NE(server.output().find("\nmetrics on 127.0.0.1:"), std::string::npos);
+  EXPECT_EQ(server.output().find("metrics on 127.0.0.1:0\n"), std::string::npos) << "as bound";
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
 }
 
 TEST_F(ProgramTest, SaysWhatItIs) {
