@@ -8,7 +8,7 @@ QUALITY_ARGS ?=
 cc_files = $(shell find attention selector kvservice client wire tests \
              -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
-.PHONY: help setup build wheel demo test hf-test ops-test bench eval quality campaign format tidy clean
+.PHONY: help setup build wheel demo test hf-test ops-test deb deb-test bench eval quality campaign format tidy clean
 .NOTPARALLEL:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
 	@echo "make hf-test   the Hugging Face adapter's tests alone (they are part of make test)"
 	@echo "make ops-test  rules and dashboard against a real Prometheus (installs it)"
+	@echo "make deb       Debian package in build/deb/; make deb-test tries it in a clean root (as root)"
 	@echo "make build     programs in build/bin/"
 	@echo "make wheel     the Python client as a wheel in build/wheel/"
 	@echo "make bench     kvbench, rows in build/bench.json               (BENCH_ARGS='--workload=...')"
@@ -55,6 +56,14 @@ ops-test: build
 	@deploy/setup.sh prometheus
 	KVSERVICE_BIN_DIR=build/bin build/venv/bin/python -m pytest -q -p no:cacheprovider \
 	  -o 'python_files=*_test.py' tests/ops
+
+deb: build
+	@deploy/setup.sh dpkg-dev help2man
+	@deploy/debian/build.sh
+
+deb-test: deb
+	@deploy/setup.sh debootstrap
+	@tests/ops/deb_test.sh
 
 campaign: setup
 	@python3 tests/run.py --campaign

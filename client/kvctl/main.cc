@@ -397,6 +397,7 @@ int Main(int argc, const char* const* argv) {
   AddExplainCommand(&app, &flags);
   AddBenchCommand(&app, &flags);
   AddCompletionCommand(&app, &flags);
+  app.set_help_all_flag("--help-all", "Help for all commands");
   app.footer(std::string(kExitHelp) + kLevelsHelp);
   if (argc > 1 && std::string(argv[1]) == kCompleteWord) {
     return CompleteWords(app, {argv + 2, argv + argc});

@@ -43,6 +43,7 @@ struct Flags {
   std::vector<std::string> policy_files;
   std::string admin_listen;
   std::string metrics_listen = kNone;
+  std::string socket_mode = "0600";
   bool check_config = false;
   bool print_config = false;
 };
@@ -142,6 +143,10 @@ void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
       })
       ->take_all()
       ->type_name("ADDRESS");
+  AddChoice(app, "--socket-mode",
+            "Who may connect to Unix sockets of --listen: 0600 this user, 0660 its group too, 0666 "
+            "everybody; admin sockets are this user's alone",
+            &flags->socket_mode, {"0600", "0660", "0666"});
   app->add_option("--admin-listen", flags->admin_listen,
                   "Address of the admin side, or none (default: the first Unix socket's path "
                   "with .admin after it)")
@@ -297,6 +302,8 @@ absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
       any_unix = true;
       admin_path = address->endpoint.path;
     }
+    address->endpoint.socket_mode =
+        static_cast<uint32_t>(std::strtoul(flags.socket_mode.c_str(), nullptr, 8));
     config.server.listen.push_back(*std::move(address));
   }
   const bool default_admin = flags.admin_listen.empty();

@@ -23,6 +23,7 @@
 #include "kvservice/engine.h"
 #include "kvservice/server/build_info.h"
 #include "kvservice/server/config.h"
+#include "kvservice/server/notify.h"
 #include "kvservice/server/server.h"
 #include "kvservice/server/transport.h"
 
@@ -128,7 +129,9 @@ class SignalThread {
       if (stopping_) return;
       if (signal == kWakeSignal) continue;
       if (signal == SIGHUP) {
+        NotifyManager("RELOADING=1");
         reloader->Reload(server, logger);
+        NotifyManager("READY=1");
         continue;
       }
       if (draining) _exit(128 + signal);
@@ -162,6 +165,7 @@ bool Announce(const Server& server, const std::string& ready_file) {
     if (std::rename(partial.c_str(), ready_file.c_str()) != 0) return false;
   }
   std::cout << text << std::flush;
+  NotifyManager("READY=1");
   return true;
 }
 
@@ -236,6 +240,7 @@ int Serve(const Config& config, Reloader* reloader, spdlog::logger* logger) {
   }
   const uint32_t grace_ms = (*server)->WaitForDrainRequest();
   logger->info("draining, up to {} ms", grace_ms);
+  NotifyManager("STOPPING=1");
   (*server)->Drain(grace_ms);
   logger->info("drained");
   return 0;

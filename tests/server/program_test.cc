@@ -3,11 +3,14 @@
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <csignal>
+#include <cstring>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -99,6 +102,7 @@ TEST_F(ProgramTest, BadConfigurationsAreRefusedInOneLine) {
       {{"--listen", ""}, "--listen"},
       {{"--admin-listen", "10.0.0.1:1"}, "--admin-listen"},
       {{"--admin-listen", "tenant=a,unix:/x"}, "--admin-listen"},
+      {{"--socket-mode", "0777"}, "--socket-mode"},
       {{"--metrics-listen", "unix:/x"}, "--metrics-listen"},
       {{"--metrics-listen", "9464"}, "--metrics-listen"},
       {{"--slow-call", "0"}, "--slow-call"},
@@ -264,6 +268,47 @@ TEST_F(ProgramTest, AnnouncesItsMetrics) {
   EXPECT_EQ(server.output().find("metrics on 127.0.0.1:0\n"), std::string::npos) << "as bound";
   server.Signal(SIGTERM);
   EXPECT_EQ(server.Wait(), 0);
+}
+
+// Of the sockets that clients use, and of the admin's.
+TEST_F(ProgramTest, SocketsAreForThoseWhoMayConnect) {
+  for (const mode_t mode : {0600U, 0660U}) {
+    Program server("kvservice", Arguments({"--socket-mode", mode == 0600U ? "0600" : "0660"}));
+    ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+    const auto mode_of = [&](const char* name) {
+      struct stat facts {};
+      EXPECT_EQ(stat(Path(name).c_str(), &facts), 0) << name;
+      return facts.st_mode & 0777U;
+    };
+    EXPECT_EQ(mode_of("data"), mode);
+    EXPECT_EQ(mode_of("data.lane"), 0600U) << "shared memory is for the same user alone";
+    EXPECT_EQ(mode_of("data.admin"), 0600U);
+    server.Signal(SIGTERM);
+    EXPECT_EQ(server.Wait(), 0);
+  }
+}
+
+TEST_F(ProgramTest, TellsItsManager) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const std::string path = Path("notify");
+  std::strncpy(address.sun_path, path.c_str(), sizeof(address.sun_path) - 1);
+  const FileDescriptor manager(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+  ASSERT_EQ(bind(manager.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  setenv("NOTIFY_SOCKET", path.c_str(), 1);
+  Program server("kvservice", Arguments());
+  unsetenv("NOTIFY_SOCKET");
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  server.Signal(SIGHUP);
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  std::string told;
+  char buffer[64];
+  for (ssize_t count = 0;
+       (count = recv(manager.get(), buffer, sizeof(buffer), MSG_DONTWAIT)) > 0;) {
+    told += std::string(buffer, static_cast<size_t>(count)) + " ";
+  }
+  EXPECT_EQ(told, "READY=1 RELOADING=1 READY=1 STOPPING=1 ");
 }
 
 TEST_F(ProgramTest, SaysWhatItIs) {
