@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes build/deb/kvservice_VERSION_ARCH.deb of the programs in build/bin. Dependencies are those
-# that dpkg-shlibdeps finds in them, manual pages are made of what the programs say about themselves.
+# that dpkg-shlibdeps finds in them, manual pages are what the programs say about themselves.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -23,8 +23,8 @@ install_programs() {
 
 # help2man PROGRAM SECTION HELP-FLAG; the default endpoint of the page is not that of who builds it.
 page() {
-  XDG_RUNTIME_DIR=/run/user/UID help2man --no-info --version-string="$version" --section="$2" --help-option="$3" \
-    --include="deploy/man/$1.h2m" "$bin/$1" >"$tree/usr/share/man/man$2/$1.$2"
+  XDG_RUNTIME_DIR=/run/user/UID help2man --no-info --version-string="$version" --section="$2" \
+    --help-option="$3" --include="deploy/man/$1.h2m" "$bin/$1" >"$tree/usr/share/man/man$2/$1.$2"
 }
 
 install_documents() {

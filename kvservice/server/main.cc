@@ -164,8 +164,8 @@ bool Announce(const Server& server, const std::string& ready_file) {
     std::ofstream(partial) << text;
     if (std::rename(partial.c_str(), ready_file.c_str()) != 0) return false;
   }
-  std::cout << text << std::flush;
   NotifyManager("READY=1");
+  std::cout << text << std::flush;
   return true;
 }
 

