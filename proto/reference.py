@@ -74,6 +74,8 @@ def anchor(name):
 
 def link(type_name):
     short = type_name.removeprefix(".kvservice.v1.")
+    if short == type_name:
+        return type_name.removeprefix(".")
     return f"[{short}](#{anchor(short)})"
 
 

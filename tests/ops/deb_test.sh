@@ -19,7 +19,11 @@ fail() {
   exit 1
 }
 inside() { chroot "$root" /usr/bin/env LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"; }
-as_user() { chroot --userspec="$1" --groups="$2" "$root" /usr/bin/env PATH=/usr/bin:/bin "${@:3}"; }
+apt() { inside env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 --yes "$@"; }
+# as_user USER GROUP COMMAND...
+as_user() {
+  chroot --userspec="$1" --groups="$2" "$root" /usr/bin/env PATH=/usr/bin:/bin "${@:3}"
+}
 
 clean_up() {
   if [[ -n $server_pid ]]; then kill "$server_pid" 2>/dev/null || true; fi
@@ -33,7 +37,8 @@ make_root() {
   if [[ ! -f $root/.made ]]; then
     step "debootstrap"
     rm -rf "$root"
-    debootstrap --variant=minbase --include=systemd-sysv,dbus bookworm "$root" "$mirror" >build/deb-root.log
+    debootstrap --variant=minbase --include=systemd-sysv,dbus bookworm "$root" "$mirror" \
+      >build/deb-root.log
     touch "$root/.made"
   fi
   mount -t proc proc "$root/proc"
@@ -44,8 +49,7 @@ install_package() {
   step "install $package"
   cp "$package" "$root/kvservice.deb"
   inside apt-get -qq update
-  inside env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 install --yes --no-install-recommends \
-    /kvservice.deb >/dev/null
+  apt install --no-install-recommends /kvservice.deb >/dev/null
   rm "$root/kvservice.deb"
   inside getent passwd kvservice >/dev/null || fail "there is no user kvservice"
   for page in man8/kvservice.8 man1/kvctl.1 man5/kvservice.conf.5; do
@@ -153,7 +157,8 @@ boot() {
   inside systemctl disable --quiet kvservice.service
   rm "$root/boot-test.sh" "$root"/etc/systemd/system/{,multi-user.target.wants/}boot-test.service
   if [[ ! -s $root/boot-test ]]; then
-    step "systemd does not boot in a container here (build/deb-boot.log): its unit was checked alone"
+    step "systemd does not boot in a container here (build/deb-boot.log)"
+    step "so it has not started the service: its unit file was checked alone"
     return
   fi
   local expected="booted active serving \"calls\": 20 serving configuration reloaded success 0 2"
@@ -164,10 +169,10 @@ boot() {
 
 remove() {
   step "remove"
-  inside env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 remove --yes kvservice >/dev/null
+  apt remove kvservice >/dev/null
   [[ -d $root/var/lib/kvservice/store && -f $root/etc/kvservice/kvservice.conf ]] ||
     fail "removal took data or configuration"
-  inside env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 purge --yes kvservice >/dev/null
+  apt purge kvservice >/dev/null
   rm -rf "$root/run/kvservice" "$root"/server.{out,err}
   local left
   left=$(find "$root" -xdev -not -path "$root/proc/*" -not -path "$root/var/lib/apt/*" \
