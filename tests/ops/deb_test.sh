@@ -127,7 +127,7 @@ kvctl -o json bench --count 20 --policy certified --tokens 4096 | grep -o '"call
 systemctl reload kvservice
 systemctl restart kvservice
 kvctl health
-journalctl -o cat -u kvservice | grep -o 'configuration reloaded'
+journalctl -b -o cat -u kvservice | grep -o 'configuration reloaded'
 systemctl stop kvservice
 systemctl show -P Result kvservice
 systemctl show -P ExecMainStatus kvservice
