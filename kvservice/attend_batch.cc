@@ -356,6 +356,7 @@ void AttendBatch::KeepRow(const Row& row, const AttendRow& done) {
       .layer = row.call->layer,
       .position = done.position,
       .query_count = done.query_count,
+      .selector = row.call->results[row.index].selector,
       .plan = done.plan,
       .given = {asked.given.begin(), asked.given.end()},
       .given_offsets = {asked.given_offsets.begin(), asked.given_offsets.end()},
@@ -444,6 +445,7 @@ void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
     AddCertificate(certificate, &stats);
   }
   for (AttendStats* const sums : {&row.record->stats, parts_.totals}) AddStats(stats, sums);
+  parts_.masses->AddCertified(result.selector, row.call->layer, stats);
   if (row.kept) KeepRow(row, done);
   const uint32_t deferred = row.policy->deferred_exact_steps;
   if (deferred > 0 && done.plan.mode == Mode::kEnforce) {

@@ -36,6 +36,7 @@ class AttendBatch {
     const BlockPool* pool = nullptr;
     SequenceTable* table = nullptr;
     AttendStats* totals = nullptr;
+    MassHistograms* masses = nullptr;
     const DrawKeys* draw_keys = nullptr;
     Auditor* auditor = nullptr;
   };

@@ -5,18 +5,14 @@
 #include "attention/rounding.h"
 
 namespace kvservice {
-namespace {
 
-// The last class also takes NaN, which no bound is.
-size_t ClassOf(double dropped_mass) {
+size_t DroppedMassClass(double dropped_mass) {
   size_t index = 0;
   while (index + 1 < kDroppedMassBounds.size() && !(dropped_mass <= kDroppedMassBounds[index])) {
     ++index;
   }
   return index;
 }
-
-}  // namespace
 
 void AddGroup(const GroupReport& group, uint64_t tokens_visible, AttendStats* stats) {
   ++stats->groups;
@@ -33,7 +29,7 @@ void AddCertificate(const HeadCertificate& certificate, AttendStats* stats) {
   ++stats->certificates;
   ++stats->by_level[static_cast<size_t>(certificate.level)];
   ++stats->by_action[static_cast<size_t>(certificate.action)];
-  ++stats->dropped_mass_counts[ClassOf(dropped)];
+  ++stats->dropped_mass_counts[DroppedMassClass(dropped)];
   stats->failure_probability_sum =
       AddUp(stats->failure_probability_sum, certificate.failure_probability);
   if (certificate.level < Level::kConfidence) return;

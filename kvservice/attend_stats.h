@@ -21,6 +21,9 @@ inline constexpr size_t kActionCount = 5;
 inline constexpr std::array<double, 12> kDroppedMassBounds = {0.0,  1e-4, 1e-3, 2e-3, 5e-3, 0.01,
                                                               0.02, 0.05, 0.1,  0.2,  0.5,  1.0};
 
+// Index of the class that a mass belongs to; the last class also takes NaN, which no bound is.
+size_t DroppedMassClass(double dropped_mass);
+
 struct AttendStats {
   uint64_t attend_rows = 0;
   // Per (row, KV head): how many there were, how many scanned to choose, how many were answered

@@ -30,6 +30,7 @@ struct KeptRow {
   uint32_t layer = 0;
   uint32_t position = 0;
   uint32_t query_count = 1;
+  SelectorKind selector = SelectorKind::kDense;
   // Without lists and given positions.
   Plan plan;
   // The caller's positions, if the plan took them.

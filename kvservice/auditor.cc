@@ -96,11 +96,12 @@ Plan ExactPlan(const KeptRow& row, std::vector<uint32_t>* positions,
 }  // namespace
 
 Auditor::Auditor(const EngineOptions* options, uint64_t seed, const DrawKeys* keys, Device* device,
-                 SequenceTable* table)
+                 SequenceTable* table, MassHistograms* masses)
     : options_(options),
       keys_(keys),
       device_(device),
       table_(table),
+      masses_(masses),
       random_(seed),
       chosen_below_(ChosenBelow(options->audit_rate)) {}
 
@@ -188,6 +189,9 @@ void Auditor::AuditRow(KeptRow* row, const SequenceRecord& record, AuditFindings
   findings_.lines.clear();
   CompareRow(*row, truth, &findings_);
   findings_.Summarize();
+  for (const HeadCertificate& certificate : truth.exact) {
+    masses_->AddAudited(row->selector, row->layer, certificate.dropped_mass_upper.value);
+  }
   if (options_->on_audit_violation == nullptr) return;
   for (const std::string& line : findings_.lines) options_->on_audit_violation(line);
 }

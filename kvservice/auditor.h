@@ -38,7 +38,7 @@ class Auditor {
 
   // seed: unpredictable, so that nobody can tell which calls are checked. Borrows all pointers.
   Auditor(const EngineOptions* options, uint64_t seed, const DrawKeys* keys, Device* device,
-          SequenceTable* table);
+          SequenceTable* table, MassHistograms* masses);
 
   // Decides for the next call, at random, whether its rows are kept.
   bool ChooseCall();
@@ -86,6 +86,7 @@ class Auditor {
   const DrawKeys* const keys_;
   Device* const device_;
   SequenceTable* const table_;
+  MassHistograms* const masses_;
   std::mt19937_64 random_;
   // A call is chosen when 53 random bits are below it.
   const uint64_t chosen_below_;

@@ -211,6 +211,14 @@ class ThreadedEngine : public Engine {
         });
   }
 
+  void DescribeBlock(std::string_view tenant, SequenceId id, BlockAsk ask,
+                     Done<BlockReport> done) override {
+    ControlThere<BlockReport>(Need::kInMemory, tenant, id, std::move(done),
+                              [this, id, ask](const std::string& owner, Done<BlockReport> answer) {
+                                answer(executor_.DescribeBlock(owner, id, ask));
+                              });
+  }
+
   EngineStats Stats() const override {
     EngineStats stats;
     {
@@ -224,6 +232,7 @@ class ThreadedEngine : public Engine {
     stats.calls_shed_total = counts.shed_total;
     return stats;
   }
+  const MassHistograms& masses() const override { return executor_.masses(); }
   std::string_view device_name() const override { return device_name_; }
   void Drain() override { Stop(); }
 

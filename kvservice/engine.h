@@ -47,11 +47,13 @@
 #include "attention/device.h"
 #include "kvservice/attend_stats.h"
 #include "kvservice/audit_report.h"
+#include "kvservice/block_report.h"
 #include "kvservice/cache/disk_tier.h"
 #include "kvservice/clock.h"
 #include "kvservice/deferred_report.h"
 #include "kvservice/draw_keys.h"
 #include "kvservice/explain_report.h"
+#include "kvservice/mass_histograms.h"
 #include "kvservice/model.h"
 #include "kvservice/random.h"
 #include "kvservice/sha256.h"
@@ -335,6 +337,9 @@ class Engine {
   // errors).
   virtual void Explain(std::string_view tenant, SequenceId id, ExplainAsk ask,
                        Done<ExplainReport> done) = 0;
+  // Checksums, norms and attention of one block (kvservice/describe_block.h tells the errors).
+  virtual void DescribeBlock(std::string_view tenant, SequenceId id, BlockAsk ask,
+                             Done<BlockReport> done) = 0;
 
   // A part of a sequence for another engine; the sequence stays as it is. FAILED_PRECONDITION /
   // GENERATION_MISMATCH once it was truncated.
@@ -358,6 +363,8 @@ class Engine {
                         Done<SequenceInfo> done) = 0;
 
   virtual EngineStats Stats() const = 0;
+  // Distributions by selector and layer; lives as long as the engine.
+  virtual const MassHistograms& masses() const = 0;
   virtual std::string_view device_name() const = 0;
   // Refuses new calls (UNAVAILABLE / DRAINING), runs what is queued, stops the executor.
   // Idempotent; the destructor calls it.

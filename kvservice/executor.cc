@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kvservice/describe_block.h"
 #include "kvservice/engine_errors.h"
 #include "kvservice/error.h"
 #include "kvservice/explain.h"
@@ -80,12 +81,13 @@ Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
                  .table = &table_,
                  .store = &store_,
                  .registry = registry}),
-      auditor_(&options_, secrets.audit_seed, &draw_keys_, device_.get(), &table_),
+      auditor_(&options_, secrets.audit_seed, &draw_keys_, device_.get(), &table_, &masses_),
       attend_batch_({.options = &options_,
                      .device = device_.get(),
                      .pool = pool_.get(),
                      .table = &table_,
                      .totals = &totals_,
+                     .masses = &masses_,
                      .draw_keys = &draw_keys_,
                      .auditor = &auditor_}) {}
 
@@ -612,6 +614,15 @@ absl::StatusOr<ReceiveReply> Executor::EndReceive(std::string_view tenant,
   ReceiveReply reply;
   reply.sequence = Describe(**inserted);
   return reply;
+}
+
+absl::StatusOr<BlockReport> Executor::DescribeBlock(std::string_view tenant, const SequenceId& id,
+                                                    const BlockAsk& ask) {
+  const auto record = Use(tenant, id);
+  if (!record.ok()) return record.status();
+  const absl::Status status = CheckBlock(**record, ask);
+  if (!status.ok()) return status;
+  return kvservice::DescribeBlock(**record, ask, device_.get());
 }
 
 absl::AnyInvocable<void()> Executor::RunBackground() {

@@ -93,6 +93,8 @@ class Executor {
 
   absl::StatusOr<ExplainReport> Explain(std::string_view tenant, const SequenceId& id,
                                         ExplainAsk ask);
+  absl::StatusOr<BlockReport> DescribeBlock(std::string_view tenant, const SequenceId& id,
+                                            const BlockAsk& ask);
 
   absl::StatusOr<TransferPart> Send(std::string_view tenant, const SequenceId& id,
                                     uint64_t generation, const SendAsk& ask);
@@ -116,6 +118,7 @@ class Executor {
   void BeginDrain() { store_.BeginDrain(); }
   absl::Status CloseStore() { return store_.Close(); }
 
+  const MassHistograms& masses() const { return masses_; }
   // The numbers that the executor keeps; the rest is left alone.
   void FillStats(EngineStats* stats) const;
 
@@ -179,6 +182,7 @@ class Executor {
   SequenceStore store_;
   TransferReceiver receiver_;
   AttendStats totals_;
+  MassHistograms masses_;
   Auditor auditor_;
   AttendBatch attend_batch_;
   uint64_t leases_expired_total_ = 0;

@@ -12,10 +12,9 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "client/kvctl/server_calls.h"
-#include "client/kvctl/show.h"
+#include "client/kvctl/outcome.h"
+#include "client/kvctl/show_block.h"
 #include "client/kvctl/text.h"
-#include "client/status.h"
 
 namespace kvservice::client {
 namespace {
@@ -25,67 +24,6 @@ using Json = nlohmann::ordered_json;
 constexpr std::string_view kUnixPrefix = "unix:";
 constexpr char kSocketName[] = "/kvservice.sock";
 constexpr char kAdminSuffix[] = ".admin";
-
-int ExitOf(absl::StatusCode code) {
-  switch (code) {
-    case absl::StatusCode::kOk:
-      return kExitOk;
-    case absl::StatusCode::kNotFound:
-      return kExitNotFound;
-    case absl::StatusCode::kUnavailable:
-      return kExitUnavailable;
-    case absl::StatusCode::kDeadlineExceeded:
-      return kExitDeadline;
-    case absl::StatusCode::kUnauthenticated:
-    case absl::StatusCode::kPermissionDenied:
-      return kExitAuth;
-    default:
-      return kExitFailed;
-  }
-}
-
-int Fail(const GlobalOptions& options, const absl::Status& status) {
-  if (!options.quiet) {
-    const std::string reason = ReasonOf(status);
-    std::cerr << "kvctl: " << status.message();
-    if (!reason.empty()) std::cerr << " (" << reason << ")";
-    std::cerr << std::endl;
-  }
-  return ExitOf(status.code());
-}
-
-int Usage(const GlobalOptions& options, const std::string& problem) {
-  if (!options.quiet) std::cerr << "kvctl: " << problem << std::endl;
-  return kExitUsage;
-}
-
-void Print(const GlobalOptions& options, const Json& json, const std::string& table) {
-  if (options.quiet) return;
-  if (options.json) {
-    // Names are bytes of other people: whatever is not UTF-8 is replaced.
-    std::cout << json.dump(2, ' ', false, Json::error_handler_t::replace) << "\n";
-  } else {
-    std::cout << table;
-  }
-}
-
-std::unique_ptr<ServerCalls> Connect(const GlobalOptions& options) {
-  return NewServerCalls(options.endpoint, options.admin_endpoint, options.timeout);
-}
-
-template <typename Reply>
-int Show(const GlobalOptions& options, const absl::StatusOr<Reply>& reply) {
-  if (!reply.ok()) return Fail(options, reply.status());
-  Print(options, ToJson(*reply), ToTable(*reply));
-  return kExitOk;
-}
-
-template <typename Item>
-Json ArrayOf(const char* name, const std::vector<Item>& items) {
-  Json array = Json::array();
-  for (const Item& item : items) array.push_back(ToJson(item));
-  return {{name, std::move(array)}};
-}
 
 // Nothing when the command may go on, else its exit status. `word` is what a person must type.
 std::optional<int> Refused(const GlobalOptions& options, bool yes, const std::string& consequence,
@@ -118,10 +56,6 @@ bool ParseReplay(const std::string& text, v1::Replay* replay) {
   replay->set_call_number(*call);
   replay->set_row(static_cast<uint32_t>(*row));
   return true;
-}
-
-int MalformedId(const GlobalOptions& options, const std::string& hex_id) {
-  return Usage(options, "'" + hex_id + "' is not an id: expected 32 digits of 0-9 and a-f");
 }
 
 }  // namespace
@@ -207,6 +141,56 @@ int DropSequence(const GlobalOptions& options, const SequenceDropOptions& drop) 
   Print(options, {{"id", drop.hex_id}, {"freed_bytes", freed}},
         "dropped " + drop.hex_id + ", " + BytesText(freed) + " freed\n");
   return kExitOk;
+}
+
+int ForkSequence(const GlobalOptions& options, const SequenceForkOptions& fork) {
+  const std::optional<std::string> id = IdOfHex(fork.hex_id);
+  if (!id.has_value()) return MalformedId(options, fork.hex_id);
+  v1::ForkRequest request;
+  if (fork.length_tokens.has_value()) request.set_length_tokens(*fork.length_tokens);
+  request.set_lease_ms(static_cast<uint32_t>(fork.lease.count()));
+  return Show(options, Connect(options)->Fork(*id, request));
+}
+
+int ListBlocks(const GlobalOptions& options, const BlockOptions& block) {
+  const std::optional<std::string> id = IdOfHex(block.hex_id);
+  if (!id.has_value()) return MalformedId(options, block.hex_id);
+  const std::unique_ptr<ServerCalls> calls = Connect(options);
+  const absl::StatusOr<v1::Sequence> sequence = calls->DescribeSequence(*id);
+  if (!sequence.ok()) return Fail(options, sequence.status());
+  std::vector<v1::DescribeBlockResponse> blocks;
+  bool more = false;
+  v1::DescribeBlockRequest request;
+  request.set_sequence_id(*id);
+  if (block.layer.has_value()) request.set_layer(*block.layer);
+  for (uint32_t index = block.index; index < sequence->block_count() && !more; ++index) {
+    more = blocks.size() == block.limit;
+    if (more) break;
+    request.set_block_index(index);
+    absl::StatusOr<v1::DescribeBlockResponse> described = calls->DescribeBlock(request);
+    // The sequence may have been cut, and a layer may be shorter than others.
+    if (described.status().code() == absl::StatusCode::kOutOfRange) break;
+    if (!described.ok()) return Fail(options, described.status());
+    blocks.push_back(*std::move(described));
+  }
+  Json json = ArrayOf("blocks", blocks);
+  json["more"] = more;
+  Print(options, json, ToTable(blocks, block.layer.has_value()));
+  if (more && !options.quiet) {
+    std::cerr << "kvctl: there are more than " << block.limit << "; see --limit and --first"
+              << std::endl;
+  }
+  return kExitOk;
+}
+
+int ShowBlock(const GlobalOptions& options, const BlockOptions& block) {
+  const std::optional<std::string> id = IdOfHex(block.hex_id);
+  if (!id.has_value()) return MalformedId(options, block.hex_id);
+  v1::DescribeBlockRequest request;
+  request.set_sequence_id(*id);
+  request.set_block_index(block.index);
+  if (block.layer.has_value()) request.set_layer(*block.layer);
+  return Show(options, Connect(options)->DescribeBlock(request));
 }
 
 int SuspendSequence(const GlobalOptions& options, const std::string& hex_id) {

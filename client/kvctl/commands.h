@@ -24,6 +24,8 @@ enum Exit : int {
   kExitUnhealthy = 7,
   // An audit found a certificate that was wrong.
   kExitViolation = 8,
+  // SIGINT, as shells count it.
+  kExitInterrupted = 130,
 };
 
 struct GlobalOptions {
@@ -33,6 +35,26 @@ struct GlobalOptions {
   bool json = false;
   // Nothing on stdout or stderr: the exit status tells it all.
   bool quiet = false;
+  // Look again after so long; 0 = look once. How often at most; 0 = until interrupted.
+  std::chrono::milliseconds watch{0};
+  uint32_t watch_count = 0;
+};
+
+struct SequenceForkOptions {
+  std::string hex_id;
+  // Absent = all that every layer has.
+  std::optional<uint32_t> length_tokens;
+  // 0 = the server's default.
+  std::chrono::milliseconds lease{0};
+};
+
+struct BlockOptions {
+  std::string hex_id;
+  uint32_t index = 0;
+  // One layer, with attention; absent = all without.
+  std::optional<uint32_t> layer;
+  // Of a list.
+  uint32_t limit = 64;
 };
 
 struct SequenceListOptions {
@@ -92,6 +114,13 @@ int ResumeSequence(const GlobalOptions& options, const std::string& hex_id);
 // From the endpoint's server to another one, for a sequence of the endpoint's tenant. Prints what
 // it is called there.
 int TransferSequence(const GlobalOptions& options, const TransferOptions& transfer);
+// A copy-on-write child of the endpoint's tenant, which is forgotten when its lease ends. Prints
+// it.
+int ForkSequence(const GlobalOptions& options, const SequenceForkOptions& fork);
+// Where blocks are, their checksums and norms, and the attention that a layer's latest query pays
+// to them; never their values.
+int ListBlocks(const GlobalOptions& options, const BlockOptions& block);
+int ShowBlock(const GlobalOptions& options, const BlockOptions& block);
 // kExitViolation if a certificate without failure probability was wrong, if misses are more than
 // chance explains, or if a replay differs.
 int AuditCalls(const GlobalOptions& options, const AuditOptions& audit);

@@ -1,12 +1,18 @@
-// The command line of kvctl. Exit status: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 server
-// unavailable, 5 out of time, 6 not allowed, 7 unhealthy, 8 a certificate was wrong.
+// The command line of kvctl. Its exit status is in kExitHelp.
 
 #include <CLI/CLI.hpp>
+#include <cstdlib>
 #include <functional>
 #include <iostream>
+#include <memory>
 #include <string>
+#include <vector>
 
+#include "client/kvctl/bench.h"
 #include "client/kvctl/commands.h"
+#include "client/kvctl/completion.h"
+#include "client/kvctl/live.h"
+#include "client/kvctl/outcome.h"
 #include "client/kvctl/text.h"
 
 namespace kvservice::client {
@@ -25,6 +31,16 @@ constexpr char kLevelsHelp[] =
     "A bound is an upper bound of the share of softmax attention that was not attended, with the\n"
     "query as received and the keys as stored. Bounds are printed rounded up.";
 
+constexpr char kExitHelp[] =
+    "Exit status: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 server unavailable, 5 out of\n"
+    "time, 6 not allowed, 7 unhealthy, 8 a certificate was wrong, 130 interrupted.\n\n";
+
+// How often commands that go on look again, unless --watch says.
+constexpr std::chrono::milliseconds kWatchDefault{2000};
+// For a person who has pressed tab.
+constexpr std::chrono::milliseconds kCompletionTimeout{200};
+constexpr size_t kCompletionNamesMax = 1000;
+
 struct Flags {
   GlobalOptions global;
   std::string output = "table";
@@ -36,6 +52,12 @@ struct Flags {
   TransferOptions transfer;
   AuditOptions audit;
   ExplainOptions explain;
+  SequenceForkOptions fork;
+  BlockOptions block;
+  BenchOptions bench;
+  uint32_t top_count = 20;
+  uint32_t ping_count = 10;
+  std::string shell = "bash";
   std::string name;
   // The command that was chosen.
   std::function<int()> command;
@@ -51,6 +73,13 @@ CLI::Option* AddDuration(CLI::App* app, const std::string& flag, const std::stri
         return "'" + text + "' is not like 500ms, 5s or 2m";
       })
       ->type_name("TIME");
+}
+
+// The innermost command that was given.
+std::string CommandName(const CLI::App& app) {
+  const CLI::App* command = &app;
+  while (!command->get_subcommands().empty()) command = command->get_subcommands().front();
+  return command->get_name();
 }
 
 // A command without flags of its own.
@@ -79,6 +108,14 @@ void AddGlobalFlags(CLI::App* app, Flags* flags) {
       ->envname("KVCTL_OUTPUT")
       ->type_name("FORMAT")
       ->capture_default_str();
+  AddDuration(app, "-w,--watch",
+              "Repeat a command that changes nothing, so often; in JSON one "
+              "line each time",
+              &flags->global.watch);
+  app->add_option("--watch-count", flags->global.watch_count,
+                  "End after so many times (default: when interrupted)")
+      ->check(CLI::Range(1U, 1'000'000'000U))
+      ->type_name("COUNT");
   app->add_flag("-q,--quiet", flags->global.quiet, "Print nothing; the exit status tells");
   app->require_subcommand(1);
   app->fallthrough();
@@ -89,6 +126,14 @@ void AddServerCommands(CLI::App* app, Flags* flags) {
              [flags] { return CheckHealth(flags->global, flags->service); })
       ->add_option("--service", flags->service,
                    "kvservice.v1.AttentionService or kvservice.liveness (default: ready to serve)");
+  AddCommand(app, "ping", "How long a call that does nothing takes", flags,
+             [flags] { return Ping(flags->global, flags->ping_count); })
+      ->add_option("-c,--count", flags->ping_count, "Calls; the first one is not counted")
+      ->check(CLI::Range(1U, 100'000U))
+      ->type_name("COUNT")
+      ->capture_default_str();
+  AddCommand(app, "stats", "The same as server stats", flags,
+             [flags] { return ShowServerStats(flags->global); });
   AddCommand(app, "version", "Version of this program", flags,
              [flags] { return ShowVersion(flags->global); });
 
@@ -118,10 +163,10 @@ void AddSequenceCommands(CLI::App* app, Flags* flags) {
       ->check(CLI::Range(size_t{1}, size_t{1'000'000}))
       ->type_name("COUNT")
       ->capture_default_str();
-  AddCommand(sequence, "get", "One sequence in full", flags,
-             [flags] { return ShowSequence(flags->global, flags->name); })
-      ->add_option("id", flags->name, "32 hexadecimal digits")
-      ->required();
+  CLI::App* const get = AddCommand(sequence, "get", "One sequence in full", flags,
+                                   [flags] { return ShowSequence(flags->global, flags->name); });
+  get->alias("describe");
+  get->add_option("id", flags->name, "32 hexadecimal digits")->required();
   AddCommand(sequence, "suspend", "To the server's disk and out of its memory", flags,
              [flags] { return SuspendSequence(flags->global, flags->name); })
       ->add_option("id", flags->name, "32 hexadecimal digits, of the endpoint's tenant")
@@ -130,6 +175,15 @@ void AddSequenceCommands(CLI::App* app, Flags* flags) {
              [flags] { return ResumeSequence(flags->global, flags->name); })
       ->add_option("id", flags->name, "32 hexadecimal digits, of the endpoint's tenant")
       ->required();
+  CLI::App* const fork =
+      AddCommand(sequence, "fork", "A copy-on-write child; it ends with its lease", flags,
+                 [flags] { return ForkSequence(flags->global, flags->fork); });
+  fork->add_option("id", flags->fork.hex_id, "32 hexadecimal digits, of the endpoint's tenant")
+      ->required();
+  fork->add_option("--length", flags->fork.length_tokens,
+                   "Its first tokens alone (default: all that every layer has)")
+      ->type_name("COUNT");
+  AddDuration(fork, "--lease", "Until it is forgotten (default: the server's)", &flags->fork.lease);
   CLI::App* const drop =
       AddCommand(sequence, "drop", "Forget a sequence and free its memory", flags, [flags] {
         flags->drop.yes = flags->yes;
@@ -195,16 +249,156 @@ void AddExplainCommand(CLI::App* app, Flags* flags) {
       "DROPPED is the largest bound of the KV head's query heads, rounded up.");
 }
 
+void AddBlockCommands(CLI::App* app, Flags* flags) {
+  CLI::App* const block = app->add_subcommand(
+      "block", "Blocks of 64 tokens: where they are, checksums, norms, attention");
+  block->require_subcommand(1);
+  block->fallthrough();
+  const auto add_flags = [flags](CLI::App* command) {
+    command->add_option("id", flags->block.hex_id, "Sequence, 32 hexadecimal digits")->required();
+    command->add_option("--layer", flags->block.layer,
+                        "This layer alone, with the share of attention that its latest query pays "
+                        "to the block (it is attended densely for that)");
+  };
+  CLI::App* const list = AddCommand(block, "list", "One line each", flags,
+                                    [flags] { return ListBlocks(flags->global, flags->block); });
+  add_flags(list);
+  list->add_option("--first", flags->block.index, "From this one on")->capture_default_str();
+  list->add_option("--limit", flags->block.limit, "At most so many")
+      ->check(CLI::Range(1U, 16'384U))
+      ->type_name("COUNT")
+      ->capture_default_str();
+  CLI::App* const get = AddCommand(block, "get", "One block in full", flags,
+                                   [flags] { return ShowBlock(flags->global, flags->block); });
+  get->alias("describe");
+  add_flags(get);
+  get->add_option("index", flags->block.index, "From 0")->required();
+}
+
+void AddLiveCommands(CLI::App* app, Flags* flags) {
+  CLI::App* const top =
+      AddCommand(app, "top", "What happens now: rates and the busiest sequences", flags,
+                 [flags] { return ShowTop(flags->global, flags->top_count); });
+  top->add_option("--sequences", flags->top_count, "So many of them")
+      ->check(CLI::Range(0U, 10'000U))
+      ->type_name("COUNT")
+      ->capture_default_str();
+  AddCommand(app, "watch", "A line for each sequence that comes, goes, or changes its place", flags,
+             [flags] { return WatchSequences(flags->global); })
+      ->footer(
+          "It compares what is there every 2 s (--watch): what comes and goes in between is "
+          "not seen.");
+}
+
+void AddBenchCommand(CLI::App* app, Flags* flags) {
+  CLI::App* const bench =
+      AddCommand(app, "bench", "Speed of the server from here, with random data", flags,
+                 [flags] { return RunBench(flags->global, flags->bench); });
+  BenchOptions* const of = &flags->bench;
+  const auto count = [bench](const char* flag, uint32_t* target, uint32_t maximum,
+                             const char* help) {
+    bench->add_option(flag, *target, help)
+        ->check(CLI::Range(1U, maximum))
+        ->type_name("COUNT")
+        ->capture_default_str();
+  };
+  count("--layers", &of->layers, 128, "Layers of the model");
+  count("--query-heads", &of->query_heads, 128, "Query heads");
+  count("--kv-heads", &of->kv_heads, 128, "KV heads");
+  count("--head-dim", &of->head_dim, 256, "Channels of a head");
+  count("--tokens", &of->tokens, 1U << 20, "Tokens to fill the sequence with");
+  count("--count", &of->count, 10'000'000, "Attends, one after the other");
+  bench->add_option("--policy", of->policy, "How tokens are chosen")
+      ->check(CLI::IsMember({"dense", "certified", "cis", "cpe", "scan"}))
+      ->type_name("NAME")
+      ->capture_default_str();
+  bench->footer(
+      "Registers a model whose name tells its shape (it stays known until the server restarts) "
+      "and\n"
+      "makes one sequence, which is dropped. Shares of tokens read are those of random keys, "
+      "which\n"
+      "are harder than those of any real model.");
+}
+
+void AddCompletionCommand(CLI::App* app, Flags* flags) {
+  AddCommand(app, "completion", "For your shell: source <(kvctl completion bash)", flags,
+             [flags] {
+               if (!flags->global.quiet) std::cout << BashCompletion();
+               return static_cast<int>(kExitOk);
+             })
+      ->add_option("shell", flags->shell, "bash")
+      ->check(CLI::IsMember({"bash"}))
+      ->required();
+}
+
 void AddModelCommands(CLI::App* app, Flags* flags) {
   CLI::App* const model = app->add_subcommand("model", "Registered models");
   model->require_subcommand(1);
   model->fallthrough();
   AddCommand(model, "list", "One line each, ordered by name", flags,
              [flags] { return ListModels(flags->global); });
-  AddCommand(model, "get", "One model in full", flags,
-             [flags] { return ShowModel(flags->global, flags->name); })
-      ->add_option("name", flags->name, "As it was registered")
-      ->required();
+  CLI::App* const get = AddCommand(model, "get", "One model in full", flags,
+                                   [flags] { return ShowModel(flags->global, flags->name); });
+  get->alias("describe");
+  get->add_option("name", flags->name, "As it was registered")->required();
+}
+
+// Commands that change something, or that end by themselves.
+bool MayRepeat(const CLI::App& app) {
+  const std::string verb = CommandName(app);
+  for (const char* const once :
+       {"drain", "drop", "fork", "suspend", "resume", "bench", "ping", "completion", "version"}) {
+    if (verb == once) return false;
+  }
+  return true;
+}
+
+int RunCommand(const CLI::App& app, Flags* flags) {
+  const std::string verb = CommandName(app);
+  const bool goes_on = verb == "top" || verb == "watch";
+  if (goes_on && flags->global.watch.count() == 0) flags->global.watch = kWatchDefault;
+  if (flags->global.watch.count() == 0) return flags->command();
+  if (goes_on) return flags->command();
+  if (!MayRepeat(app)) return Usage(flags->global, "--watch is not for " + verb);
+  return Repeat(flags->global, flags->command);
+}
+
+// Of the endpoint's server; nothing when it does not answer in time.
+std::vector<std::string> NamesOnServer(const GlobalOptions& options,
+                                       const std::string& positional) {
+  std::vector<std::string> names;
+  const std::unique_ptr<ServerCalls> calls = Connect(options);
+  bool more = false;
+  if (positional == "id") {
+    const auto sequences = calls->ListSequences("", kCompletionNamesMax, &more);
+    if (!sequences.ok()) return names;
+    for (const auto& sequence : *sequences) names.push_back(HexOfId(sequence.handle().id()));
+  } else if (positional == "name") {
+    const auto models = calls->ListModels();
+    if (!models.ok()) return names;
+    for (const auto& model : *models) names.push_back(model.name());
+  }
+  return names;
+}
+
+int CompleteWords(const CLI::App& app, const std::vector<std::string>& words) {
+  GlobalOptions options;
+  options.timeout = kCompletionTimeout;
+  const auto take = [&](const char* variable, const std::string& flag, std::string* target) {
+    if (const char* const value = std::getenv(variable)) *target = value;
+    for (size_t i = 0; i + 1 < words.size(); ++i) {
+      if (words[i] == flag) *target = words[i + 1];
+    }
+  };
+  options.endpoint = DefaultEndpoint();
+  take("KVCTL_ENDPOINT", "--endpoint", &options.endpoint);
+  options.admin_endpoint = DefaultAdminEndpoint(options.endpoint);
+  take("KVCTL_ADMIN_ENDPOINT", "--admin-endpoint", &options.admin_endpoint);
+  const auto names = [&](const std::string& positional) {
+    return NamesOnServer(options, positional);
+  };
+  for (const std::string& word : Complete(app, words, names)) std::cout << word << "\n";
+  return kExitOk;
 }
 
 int Main(int argc, const char* const* argv) {
@@ -212,12 +406,20 @@ int Main(int argc, const char* const* argv) {
   CLI::App app("Looks after a kvservice server.", "kvctl");
   AddGlobalFlags(&app, &flags);
   AddServerCommands(&app, &flags);
+  AddLiveCommands(&app, &flags);
   AddSequenceCommands(&app, &flags);
   AddTransferCommand(&app, &flags);
+  AddBlockCommands(&app, &flags);
+  AddModelCommands(&app, &flags);
   AddAuditCommand(&app, &flags);
   AddExplainCommand(&app, &flags);
-  AddModelCommands(&app, &flags);
-  app.footer(kLevelsHelp);
+  AddBenchCommand(&app, &flags);
+  AddCompletionCommand(&app, &flags);
+  app.set_help_all_flag("--help-all", "Help for all commands");
+  app.footer(std::string(kExitHelp) + kLevelsHelp);
+  if (argc > 1 && std::string(argv[1]) == kCompleteWord) {
+    return CompleteWords(app, {argv + 2, argv + argc});
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -227,7 +429,7 @@ int Main(int argc, const char* const* argv) {
   if (flags.global.admin_endpoint.empty()) {
     flags.global.admin_endpoint = DefaultAdminEndpoint(flags.global.endpoint);
   }
-  return flags.command();
+  return RunCommand(app, &flags);
 }
 
 }  // namespace

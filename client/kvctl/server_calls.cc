@@ -105,6 +105,11 @@ class GrpcServerCalls final : public ServerCalls {
     return Call<v1::TransferResponse>(sequences_, &v1::SequenceService::Stub::Transfer, request);
   }
 
+  absl::StatusOr<v1::Sequence> Fork(const std::string& id, v1::ForkRequest request) override {
+    return OnSequence<v1::ForkRequest, v1::ForkResponse>(&v1::SequenceService::Stub::Fork, id,
+                                                         std::move(request));
+  }
+
   absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() override {
     return Call<v1::GetServerInfoResponse>(admin_, &v1::AdminService::Stub::GetServerInfo,
                                            v1::GetServerInfoRequest());
@@ -145,6 +150,11 @@ class GrpcServerCalls final : public ServerCalls {
     return response->sequence();
   }
 
+  absl::StatusOr<v1::DescribeBlockResponse> DescribeBlock(
+      const v1::DescribeBlockRequest& request) override {
+    return Call<v1::DescribeBlockResponse>(admin_, &v1::AdminService::Stub::DescribeBlock, request);
+  }
+
   absl::StatusOr<v1::ExplainResponse> Explain(const v1::ExplainRequest& request) override {
     return Call<v1::ExplainResponse>(admin_, &v1::AdminService::Stub::Explain, request);
   }
@@ -170,10 +180,9 @@ class GrpcServerCalls final : public ServerCalls {
   template <typename Request, typename Response>
   absl::StatusOr<v1::Sequence> OnSequence(grpc::Status (v1::SequenceService::Stub::*method)(
                                               grpc::ClientContext*, const Request&, Response*),
-                                          const std::string& id) {
+                                          const std::string& id, Request request = {}) {
     const auto found = Get(id);
     if (!found.ok()) return found.status();
-    Request request;
     *request.mutable_handle() = found->sequence().handle();
     const auto response = Call<Response>(sequences_, method, request);
     if (!response.ok()) return response.status();

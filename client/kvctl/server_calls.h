@@ -37,6 +37,9 @@ class ServerCalls {
   // The request's generation is filled in.
   virtual absl::StatusOr<v1::TransferResponse> Transfer(v1::TransferRequest request) = 0;
 
+  // `request` without its handle.
+  virtual absl::StatusOr<v1::Sequence> Fork(const std::string& id, v1::ForkRequest request) = 0;
+
   // On the admin side.
   virtual absl::StatusOr<v1::GetServerInfoResponse> GetServerInfo() = 0;
   virtual absl::StatusOr<v1::GetStatsResponse> GetStats() = 0;
@@ -44,6 +47,8 @@ class ServerCalls {
   virtual absl::StatusOr<std::vector<v1::Sequence>> ListSequences(const std::string& tenant,
                                                                   size_t limit, bool* more) = 0;
   virtual absl::StatusOr<v1::Sequence> DescribeSequence(const std::string& id) = 0;
+  virtual absl::StatusOr<v1::DescribeBlockResponse> DescribeBlock(
+      const v1::DescribeBlockRequest& request) = 0;
   virtual absl::StatusOr<v1::ExplainResponse> Explain(const v1::ExplainRequest& request) = 0;
   virtual absl::StatusOr<v1::EvictResponse> Evict(const v1::EvictRequest& request) = 0;
   virtual absl::Status Drain(uint32_t grace_ms) = 0;

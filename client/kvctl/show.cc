@@ -122,7 +122,8 @@ std::string LargestBound(const v1::AttendTotals& totals) {
 void AddTotals(const v1::AttendTotals& totals, std::vector<Row>* rows) {
   constexpr double kMedian = 0.5;
   constexpr double kHigh = 0.95;
-  const double mean = totals.certificates_proven() == 0
+  // A sum of zeros is exact; other means are rounded up.
+  const double mean = totals.dropped_mass_upper_sum() <= 0.0
                           ? 0.0
                           : std::nextafter(totals.dropped_mass_upper_sum() /
                                                static_cast<double>(totals.certificates_proven()),

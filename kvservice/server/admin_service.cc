@@ -18,18 +18,18 @@ namespace kvservice {
 namespace {
 
 using Declared = v1::AdminService;
-using NotServed = Declared::WithGenericMethod_DescribeBlock<
-    Declared::WithGenericMethod_WatchEvents<Declared::WithGenericMethod_SetQuota<
-        Declared::WithGenericMethod_VerifyStore<Declared::Service>>>>;
-using Rpc = Declared::WithRawMethod_GetServerInfo<
-    Declared::WithRawMethod_GetStats<Declared::WithRawMethod_ListSequences<
-        Declared::WithRawMethod_DescribeSequence<Declared::WithRawMethod_Explain<
-            Declared::WithRawMethod_Evict<Declared::WithRawMethod_Drain<NotServed>>>>>>>;
+using NotServed = Declared::WithGenericMethod_WatchEvents<Declared::WithGenericMethod_SetQuota<
+    Declared::WithGenericMethod_VerifyStore<Declared::Service>>>;
+using Rpc = Declared::WithRawMethod_GetServerInfo<Declared::WithRawMethod_GetStats<
+    Declared::WithRawMethod_ListSequences<Declared::WithRawMethod_DescribeSequence<
+        Declared::WithRawMethod_DescribeBlock<Declared::WithRawMethod_Explain<
+            Declared::WithRawMethod_Evict<Declared::WithRawMethod_Drain<NotServed>>>>>>>>;
 
 using GetServerInfoCall = UnaryCall<v1::GetServerInfoRequest, v1::GetServerInfoResponse>;
 using GetStatsCall = UnaryCall<v1::GetStatsRequest, v1::GetStatsResponse>;
 using ListSequencesCall = UnaryCall<v1::ListSequencesRequest, v1::ListSequencesResponse>;
 using DescribeSequenceCall = UnaryCall<v1::DescribeSequenceRequest, v1::DescribeSequenceResponse>;
+using DescribeBlockCall = UnaryCall<v1::DescribeBlockRequest, v1::DescribeBlockResponse>;
 using ExplainCall = UnaryCall<v1::ExplainRequest, v1::ExplainResponse>;
 using EvictCall = UnaryCall<v1::EvictRequest, v1::EvictResponse>;
 using DrainCall = UnaryCall<v1::DrainRequest, v1::DrainResponse>;
@@ -75,6 +75,33 @@ void OwnedSequenceToProto(const SequenceInfo& info, v1::Sequence* sequence) {
   sequence->set_tenant(info.tenant);
 }
 
+void BlockToProto(const BlockReport& report, v1::DescribeBlockResponse* response) {
+  bool sealed = true;
+  bool on_disk = true;
+  for (const BlockSlice& from : report.slices) {
+    v1::DescribedSlice* const to = response->add_slices();
+    to->set_layer(from.layer);
+    to->set_token_count(from.token_count);
+    to->set_on_disk(from.is_on_disk);
+    to->set_checksum(from.checksum.data(), from.checksum.size());
+    to->set_key_norm_max(from.key.max);
+    to->set_key_norm_mean(from.key.mean);
+    to->set_value_norm_max(from.value.max);
+    to->set_value_norm_mean(from.value.mean);
+    for (const double mass : from.attention_mass) {
+      to->add_attention_mass(static_cast<float>(mass));
+    }
+    sealed = sealed && from.token_count == kBlockTokens;
+    on_disk = on_disk && from.is_on_disk;
+  }
+  response->add_tiers("memory");
+  if (on_disk) response->add_tiers("disk");
+  response->set_sealed(sealed);
+  response->set_first_token(report.first_token);
+  response->set_shared(report.is_shared);
+  response->set_bytes(report.bytes);
+}
+
 class AdminService final : public RpcService {
  public:
   AdminService(const ServiceHost& host, AdminFacts facts)
@@ -87,6 +114,8 @@ class AdminService final : public RpcService {
             Bind("ListSequences", &Rpc::RequestListSequences, &AdminService::ListSequences)),
         describe_sequence_(Bind("DescribeSequence", &Rpc::RequestDescribeSequence,
                                 &AdminService::DescribeSequence)),
+        describe_block_(
+            Bind("DescribeBlock", &Rpc::RequestDescribeBlock, &AdminService::DescribeBlock)),
         explain_(Bind("Explain", &Rpc::RequestExplain, &AdminService::Explain)),
         evict_(Bind("Evict", &Rpc::RequestEvict, &AdminService::Evict)),
         drain_(Bind("Drain", &Rpc::RequestDrain, &AdminService::Drain)) {}
@@ -97,6 +126,7 @@ class AdminService final : public RpcService {
     get_stats_.Listen(&get_stats_, queue);
     list_sequences_.Listen(&list_sequences_, queue);
     describe_sequence_.Listen(&describe_sequence_, queue);
+    describe_block_.Listen(&describe_block_, queue);
     explain_.Listen(&explain_, queue);
     evict_.Listen(&evict_, queue);
     drain_.Listen(&drain_, queue);
@@ -185,8 +215,8 @@ class AdminService final : public RpcService {
   }
 
   // Finds a sequence of any tenant: it is the first one after its predecessor. Errors name `field`.
-  void Find(const std::string& id_bytes, Done<SequenceInfo> done) {
-    const absl::StatusOr<SequenceId> id = IdFromProto(id_bytes, "id");
+  void Find(const std::string& id_bytes, const char* field, Done<SequenceInfo> done) {
+    const absl::StatusOr<SequenceId> id = IdFromProto(id_bytes, field);
     if (!id.ok()) return done(id.status());
     const std::optional<SequenceId> before = Predecessor(*id);
     if (!before.has_value()) return done(SequenceNotFound());
@@ -202,46 +232,66 @@ class AdminService final : public RpcService {
 
   void DescribeSequence(std::unique_ptr<DescribeSequenceCall> call) {
     const std::string id = call->request().id();
-    Find(id, [call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
+    Find(id, "id", [call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
       if (info.ok()) OwnedSequenceToProto(*info, call->response()->mutable_sequence());
       DescribeSequenceCall::Reply(std::move(call), info.status());
     });
   }
 
+  void DescribeBlock(std::unique_ptr<DescribeBlockCall> call) {
+    const std::string id = call->request().sequence_id();
+    auto found = [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
+      if (!info.ok()) return DescribeBlockCall::Reply(std::move(call), info.status());
+      const v1::DescribeBlockRequest& request = call->request();
+      BlockAsk ask{.block = request.block_index()};
+      if (request.has_layer()) ask.layer = request.layer();
+      host_.engine->DescribeBlock(
+          info->tenant, info->id, ask,
+          [call = std::move(call)](const absl::StatusOr<BlockReport>& report) mutable {
+            if (report.ok()) BlockToProto(*report, call->response());
+            DescribeBlockCall::Reply(std::move(call), report.status());
+          });
+    };
+    Find(id, "sequence_id", std::move(found));
+  }
+
   void Explain(std::unique_ptr<ExplainCall> call) {
     const std::string id = call->request().id();
-    Find(id, [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
-      if (!info.ok()) return ExplainCall::Reply(std::move(call), info.status());
-      absl::StatusOr<ExplainAsk> ask = ExplainFromProto(call->request());
-      if (!ask.ok()) return ExplainCall::Reply(std::move(call), ask.status());
-      host_.engine->Explain(
-          info->tenant, info->id, *std::move(ask),
-          [call = std::move(call)](const absl::StatusOr<ExplainReport>& report) mutable {
-            if (report.ok()) ExplainToProto(*report, call->response());
-            ExplainCall::Reply(std::move(call), report.status());
-          });
-    });
+    Find(id, "id",
+         [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
+           if (!info.ok()) return ExplainCall::Reply(std::move(call), info.status());
+           absl::StatusOr<ExplainAsk> ask = ExplainFromProto(call->request());
+           if (!ask.ok()) return ExplainCall::Reply(std::move(call), ask.status());
+           host_.engine->Explain(
+               info->tenant, info->id, *std::move(ask),
+               [call = std::move(call)](const absl::StatusOr<ExplainReport>& report) mutable {
+                 if (report.ok()) ExplainToProto(*report, call->response());
+                 ExplainCall::Reply(std::move(call), report.status());
+               });
+         });
   }
 
   // Two engine calls: the first finds the owner. In between the generation may change; what is
   // dropped then is still the sequence of that id.
   void Evict(std::unique_ptr<EvictCall> call) {
     const std::string id = call->request().id();
-    Find(id, [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
-      if (!info.ok()) return EvictCall::Reply(std::move(call), info.status());
-      const v1::EvictRequest& request = call->request();
-      if (request.has_expected_generation() && request.expected_generation() != info->generation) {
-        const absl::Status mismatch = GenerationMismatch(
-            "expected_generation", request.expected_generation(), info->generation);
-        return EvictCall::Reply(std::move(call), mismatch);
-      }
-      host_.engine->Drop(
-          info->tenant, info->id,
-          [call = std::move(call)](const absl::StatusOr<SequenceInfo>& dropped) mutable {
-            if (dropped.ok()) call->response()->set_freed_bytes(dropped->bytes);
-            EvictCall::Reply(std::move(call), dropped.status());
-          });
-    });
+    Find(id, "id",
+         [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
+           if (!info.ok()) return EvictCall::Reply(std::move(call), info.status());
+           const v1::EvictRequest& request = call->request();
+           if (request.has_expected_generation() &&
+               request.expected_generation() != info->generation) {
+             const absl::Status mismatch = GenerationMismatch(
+                 "expected_generation", request.expected_generation(), info->generation);
+             return EvictCall::Reply(std::move(call), mismatch);
+           }
+           host_.engine->Drop(
+               info->tenant, info->id,
+               [call = std::move(call)](const absl::StatusOr<SequenceInfo>& dropped) mutable {
+                 if (dropped.ok()) call->response()->set_freed_bytes(dropped->bytes);
+                 EvictCall::Reply(std::move(call), dropped.status());
+               });
+         });
   }
 
   void Drain(std::unique_ptr<DrainCall> call) {
@@ -256,6 +306,7 @@ class AdminService final : public RpcService {
   const UnaryMethod<v1::GetStatsRequest, v1::GetStatsResponse> get_stats_;
   const UnaryMethod<v1::ListSequencesRequest, v1::ListSequencesResponse> list_sequences_;
   const UnaryMethod<v1::DescribeSequenceRequest, v1::DescribeSequenceResponse> describe_sequence_;
+  const UnaryMethod<v1::DescribeBlockRequest, v1::DescribeBlockResponse> describe_block_;
   const UnaryMethod<v1::ExplainRequest, v1::ExplainResponse> explain_;
   const UnaryMethod<v1::EvictRequest, v1::EvictResponse> evict_;
   const UnaryMethod<v1::DrainRequest, v1::DrainResponse> drain_;

@@ -18,12 +18,17 @@ absl::Status PrepareAttend(const v1::AttendRequest& request, const PolicyRegistr
   return AttendFromProto(request, registry, region, &run->policies, &run->call);
 }
 
-void DescribeAttend(const v1::AttendRequest& request, const AttendRun& run, Clock* clock,
+void DescribeAttend(const v1::AttendRequest& request, const AttendRun& run, const CallHost& host,
                     v1::AttendResponse* response) {
   AttendToProto(request, run.call, response);
   const uint64_t started_ns = std::max(run.call.started_ns, run.arrived_ns);
   response->set_queue_ns(started_ns - run.arrived_ns);
-  response->set_service_ns(clock->SteadyNowNs() - started_ns);
+  response->set_service_ns(host.clock->SteadyNowNs() - started_ns);
+  host.gate->Attended({.call_number = run.call.call_number,
+                       .layer = run.call.layer,
+                       .row_count = run.call.rows.size(),
+                       .queue_ns = response->queue_ns(),
+                       .service_ns = response->service_ns()});
 }
 
 void DescribeOutputs(const AttendRun& run, v1::Tensor* lse, v1::Tensor* out) {

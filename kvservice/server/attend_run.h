@@ -8,8 +8,8 @@
 #include <string>
 
 #include "absl/status/status.h"
-#include "kvservice/clock.h"
 #include "kvservice/engine.h"
+#include "kvservice/server/call.h"
 #include "kvservice/server/convert.h"
 #include "kvservice/server/policy_registry.h"
 #include "kvservice/v1/attention.pb.h"
@@ -30,8 +30,8 @@ struct AttendRun {
 absl::Status PrepareAttend(const v1::AttendRequest& request, const PolicyRegistry& registry,
                            const std::string& tenant, RegionCopy* region, AttendRun* run);
 
-// Everything of the reply but the two tensors.
-void DescribeAttend(const v1::AttendRequest& request, const AttendRun& run, Clock* clock,
+// Everything of the reply but the two tensors. Tells the gate the times.
+void DescribeAttend(const v1::AttendRequest& request, const AttendRun& run, const CallHost& host,
                     v1::AttendResponse* response);
 
 // Type and shape of the two tensors.

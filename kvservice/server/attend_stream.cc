@@ -87,14 +87,14 @@ absl::Status AttendStream::Begin(Call* call) {
     return parsed;
   }
   if (absl::Status admitted = calls.gate->Admit(); !admitted.ok()) return admitted;
-  return PrepareAttend(call->request, *method_->host.policies, tenant_, nullptr, &call->run);
+  return PrepareAttend(call->request, method_->host.policies->now(), tenant_, nullptr, &call->run);
 }
 
 void AttendStream::Answer(std::unique_ptr<Call> call, const absl::Status& status) {
   v1::AttendResponse response;
   grpc::ByteBuffer bytes;
   if (status.ok()) {
-    DescribeAttend(call->request, call->run, method_->host.calls.clock, &response);
+    DescribeAttend(call->request, call->run, method_->host.calls, &response);
     bytes = SerializeAttendReply(&response, &call->run);
   } else {
     response.set_step_id(call->request.step_id());

@@ -53,7 +53,7 @@ class AttentionService final : public RpcService {
   void Attend(std::unique_ptr<AttendRpcCall> rpc) {
     auto pending = std::make_unique<PendingAttend>();
     const absl::Status status =
-        PrepareAttend(rpc->request(), *host_.policies, rpc->tenant(), nullptr, &pending->run);
+        PrepareAttend(rpc->request(), host_.policies->now(), rpc->tenant(), nullptr, &pending->run);
     if (!status.ok()) return AttendRpcCall::Reply(std::move(rpc), status);
     pending->run.arrived_ns = rpc->arrived_ns();
     pending->rpc = std::move(rpc);
@@ -67,7 +67,7 @@ class AttentionService final : public RpcService {
   void Done(std::unique_ptr<PendingAttend> pending, const absl::Status& status) {
     if (!status.ok()) return AttendRpcCall::Reply(std::move(pending->rpc), status);
     v1::AttendResponse* const response = pending->rpc->response();
-    DescribeAttend(pending->rpc->request(), pending->run, host_.calls.clock, response);
+    DescribeAttend(pending->rpc->request(), pending->run, host_.calls, response);
     AttendRpcCall::ReplyBytes(std::move(pending->rpc),
                               SerializeAttendReply(response, &pending->run));
   }

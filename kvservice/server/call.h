@@ -39,6 +39,16 @@ class CompletionTag {
   ~CompletionTag() = default;
 };
 
+// An Attend between its arrival and its answer.
+struct AttendTimes {
+  uint64_t call_number = 0;
+  uint32_t layer = 0;
+  size_t row_count = 0;
+  // Waiting for the engine, and from there on.
+  uint64_t queue_ns = 0;
+  uint64_t service_ns = 0;
+};
+
 // Decides whether a call that arrived may run, and hears of each that ended. Thread-safe.
 class CallGate {
  public:
@@ -47,6 +57,8 @@ class CallGate {
   virtual absl::Status Admit() = 0;
   virtual void Ended(const char* method, const std::string& tenant, const absl::Status& status,
                      uint64_t duration_ns) = 0;
+  // Of an Attend that is about to be answered.
+  virtual void Attended(const AttendTimes& /*times*/) {}
 };
 
 // What calls need of their server; borrowed, outlives them.

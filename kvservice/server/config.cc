@@ -12,6 +12,9 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <set>
+#include <sstream>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -27,7 +30,10 @@ namespace {
 constexpr char kSocketName[] = "kvservice.sock";
 // Appended to the path of a data socket: the path of its admin socket.
 constexpr char kAdminSuffix[] = ".admin";
-constexpr char kNoAdmin[] = "none";
+constexpr char kNone[] = "none";
+// What a reload takes over.
+constexpr std::array<std::string_view, 4> kReloaded = {"drain-grace", "log-level", "policy-file",
+                                                       "slow-call"};
 constexpr uint32_t kThreadsMax = 1024;
 constexpr uint32_t kSpinUsMax = 1'000'000;
 
@@ -37,6 +43,8 @@ struct Flags {
   std::vector<std::string> policy_files;
   std::vector<std::string> transfer_targets;
   std::string admin_listen;
+  std::string metrics_listen = kNone;
+  std::string socket_mode = "0600";
   bool check_config = false;
   bool print_config = false;
 };
@@ -136,15 +144,30 @@ void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
       })
       ->take_all()
       ->type_name("ADDRESS");
+  AddChoice(app, "--socket-mode",
+            "Who may connect to Unix sockets of --listen: 0600 this user, 0660 its group too, 0666 "
+            "everybody; admin sockets are this user's alone",
+            &flags->socket_mode, {"0600", "0660", "0666"});
   app->add_option("--admin-listen", flags->admin_listen,
                   "Address of the admin side, or none (default: the first Unix socket's path "
                   "with .admin after it)")
       ->check([check_local](const std::string& text) -> std::string {
-        if (text == kNoAdmin) return "";
+        if (text == kNone) return "";
         const absl::StatusOr<Endpoint> endpoint = ParseEndpoint(text);
         if (!endpoint.ok()) return std::string(endpoint.status().message());
         return check_local(*endpoint);
       })
+      ->type_name("ADDRESS");
+  app->add_option("--metrics-listen", flags->metrics_listen,
+                  "HOST:PORT for Prometheus (/metrics) and probes (/livez, /readyz) over HTTP "
+                  "without TLS, or none; numbers alone, so it may be reached from other hosts")
+      ->check([](const std::string& text) -> std::string {
+        if (text == kNone) return "";
+        const absl::StatusOr<Endpoint> endpoint = ParseEndpoint(text);
+        if (!endpoint.ok()) return std::string(endpoint.status().message());
+        return endpoint->kind == Endpoint::Kind::kTcp ? "" : text + " is not HOST:PORT";
+      })
+      ->capture_default_str()
       ->type_name("ADDRESS");
   app->add_option("--policy-file", flags->policy_files,
                   "JSON file of named policies, repeatable: requests may then name them")
@@ -234,6 +257,8 @@ void AddServerFlags(CLI::App* app, Config* config) {
            &server->lanes_max, 0);
   AddBytes(app, "--lane-bytes-max", "Shared memory of one such client", &server->lane_bytes_max);
   AddTime(app, "--drain-grace", "Time a drain gives to calls in flight", &server->drain_grace_ms);
+  AddTime(app, "--slow-call", "Attends that take longer are logged with their stages",
+          &server->slow_call_ms);
 }
 
 void AddTransferFlags(CLI::App* app, Flags* flags, Config* config) {
@@ -301,11 +326,13 @@ absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
       any_unix = true;
       admin_path = address->endpoint.path;
     }
+    address->endpoint.socket_mode =
+        static_cast<uint32_t>(std::strtoul(flags.socket_mode.c_str(), nullptr, 8));
     config.server.listen.push_back(*std::move(address));
   }
   const bool default_admin = flags.admin_listen.empty();
   config.uses_runtime_directory = flags.listen.empty() || (default_admin && !any_unix);
-  if (flags.admin_listen != kNoAdmin) {
+  if (flags.admin_listen != kNone) {
     const std::string text =
         default_admin ? "unix:" + admin_path + kAdminSuffix : flags.admin_listen;
     absl::StatusOr<Endpoint> endpoint = ParseEndpoint(text);
@@ -320,6 +347,13 @@ absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
       return Invalid("--transfer-targets: " + std::string(target.status().message()));
     }
     config.server.transfers.targets.push_back(*std::move(target));
+  }
+  if (flags.metrics_listen != kNone) {
+    absl::StatusOr<Endpoint> endpoint = ParseEndpoint(flags.metrics_listen);
+    if (!endpoint.ok()) {
+      return Invalid("--metrics-listen: " + std::string(endpoint.status().message()));
+    }
+    config.server.metrics_listen = *std::move(endpoint);
   }
   const absl::Status status = CheckTogether(config);
   if (!status.ok()) return status;
@@ -340,7 +374,7 @@ std::string AddressLines(const ServerOptions& server) {
     separator = ", ";
   }
   const std::string admin =
-      server.admin_listen.has_value() ? server.admin_listen->ToString() : kNoAdmin;
+      server.admin_listen.has_value() ? server.admin_listen->ToString() : kNone;
   return text + "]\nadmin-listen=\"" + admin + "\"\n";
 }
 
@@ -385,17 +419,33 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
     return config;
   }
   absl::StatusOr<Config> result = PutTogether(flags, std::move(config));
-  if (!result.ok() || !(flags.check_config || flags.print_config)) return result;
-  result->action = Config::Action::kPrint;
+  if (!result.ok()) return result;
   // As given they may be empty: the effective ones are printed instead.
   app.get_option("--listen")->configurable(false);
   app.get_option("--admin-listen")->configurable(false);
   // None would be printed as a file without a name.
   if (flags.policy_files.empty()) app.get_option("--policy-file")->configurable(false);
   if (flags.transfer_targets.empty()) app.get_option("--transfer-targets")->configurable(false);
-  result->text = flags.print_config ? AddressLines(result->server) + app.config_to_str(true)
-                                    : "the configuration is valid\n";
+  result->settings = AddressLines(result->server) + app.config_to_str(true);
+  if (flags.check_config || flags.print_config) {
+    result->action = Config::Action::kPrint;
+    result->text = flags.print_config ? result->settings : "the configuration is valid\n";
+  }
   return result;
+}
+
+std::vector<std::string> NeedingRestart(const Config& before, const Config& after) {
+  std::set<std::string> old_settings;
+  std::istringstream old_lines(before.settings);
+  for (std::string line; std::getline(old_lines, line);) old_settings.insert(line);
+  std::istringstream new_lines(after.settings);
+  std::vector<std::string> names;
+  for (std::string line; std::getline(new_lines, line);) {
+    const std::string name = line.substr(0, line.find('='));
+    const bool can_change = std::find(kReloaded.begin(), kReloaded.end(), name) != kReloaded.end();
+    if (!can_change && !old_settings.contains(line)) names.push_back("--" + name);
+  }
+  return names;
 }
 
 absl::StatusOr<DrawSecret> ReadDrawSecret(const std::string& path) {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "attention/device.h"
@@ -22,6 +23,8 @@ struct Config {
   };
   Action action = Action::kServe;
   std::string text;
+  // Everything that is in force, one line each, in the form of a configuration file.
+  std::string settings;
 
   ServerOptions server;
   std::string device = "auto";
@@ -39,6 +42,10 @@ struct Config {
 
 // INVALID_ARGUMENT with one line that names the flag, for anything that is wrong.
 absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv);
+
+// The flags whose values differ and that a reload (Server::Reload, and the log level) does not take
+// over.
+std::vector<std::string> NeedingRestart(const Config& before, const Config& after);
 
 // The 32 bytes of a file that only its owner may read or write. PERMISSION_DENIED when others may
 // or it belongs to somebody else, INVALID_ARGUMENT when it does not have 32 bytes, NOT_FOUND.

@@ -16,6 +16,8 @@ struct Endpoint {
   Kind kind = Kind::kUnix;
   // kUnix: absolute path of the socket, at most 107 bytes.
   std::string path;
+  // Of the socket's file when it is listened on: who may connect.
+  uint32_t socket_mode = 0600;
   // kTcp: a numeric IPv4 or IPv6 address; port 0 lets the system choose.
   std::string host;
   uint16_t port = 0;

@@ -48,6 +48,17 @@ class InFlight {
     bytes_ -= bytes;
   }
 
+  // Calls, streams left out, with the bytes they have reserved.
+  struct Load {
+    size_t calls = 0;
+    size_t bytes = 0;
+    size_t bytes_max = 0;
+  };
+  Load load() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {.calls = call_count_, .bytes = bytes_, .bytes_max = bytes_max_};
+  }
+
   // True when no call is left, false when the time is over first.
   bool WaitUntilEmpty(std::chrono::milliseconds time_max) {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -61,7 +72,7 @@ class InFlight {
 
  private:
   const size_t bytes_max_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable empty_;
   size_t call_count_ = 0;
   size_t stream_count_ = 0;

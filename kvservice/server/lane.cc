@@ -223,8 +223,8 @@ absl::Status Lane::BeginAttend(uint32_t index) {
   LaneCall* const call = &*slot.call;
   call->request = Arena::CreateMessage<v1::AttendRequest>(&call->arena);
   if (!call->request->ParseFromString(slot.message)) return MessageMalformed(*call->request);
-  const absl::Status status =
-      PrepareAttend(*call->request, *host_->service.policies, tenant_, &slot.region, &call->run);
+  const absl::Status status = PrepareAttend(*call->request, host_->service.policies->now(), tenant_,
+                                            &slot.region, &call->run);
   if (!status.ok()) return status;
   PlaceOutputs(index);
   call->run.arrived_ns = call->arrived_ns;
@@ -311,7 +311,7 @@ absl::Status Lane::WriteAnswer(uint32_t index) {
       OptionsOf(absl::MakeSpan(slot.reply_arena.get(), kArenaBytes)));
   auto* const response = Arena::CreateMessage<v1::AttendResponse>(arena);
   const AttendRun& run = slot.call->run;
-  DescribeAttend(*slot.call->request, run, host_->service.calls.clock, response);
+  DescribeAttend(*slot.call->request, run, host_->service.calls, response);
   v1::Tensor* const lse = response->mutable_lse();
   v1::Tensor* const out = response->mutable_out();
   DescribeOutputs(run, lse, out);

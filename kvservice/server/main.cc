@@ -16,12 +16,14 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "absl/synchronization/mutex.h"
 #include "attention/device.h"
 #include "kvservice/engine.h"
 #include "kvservice/server/build_info.h"
 #include "kvservice/server/config.h"
+#include "kvservice/server/notify.h"
 #include "kvservice/server/server.h"
 #include "kvservice/server/transport.h"
 
@@ -67,15 +69,50 @@ sigset_t AwaitedSignals() {
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGHUP);
   sigaddset(&signals, kWakeSignal);
   return signals;
 }
 
-// Turns the first SIGTERM or SIGINT into a drain; a second one ends the process at once.
+spdlog::level::level_enum LevelOf(const Config& config) {
+  return spdlog::level::from_str(config.log_level == "error" ? "err" : config.log_level);
+}
+
+// Takes the configuration again, from the same command line, environment and files. What is wrong
+// with it changes nothing but the log.
+class Reloader {
+ public:
+  Reloader(int argc, const char* const* argv, Config config)
+      : argc_(argc), argv_(argv), config_(std::move(config)) {}
+
+  void Reload(Server* server, spdlog::logger* logger) {
+    absl::StatusOr<Config> config = ParseCommandLine(argc_, argv_);
+    absl::Status status = config.status();
+    if (status.ok()) status = server->Reload(config->server);
+    if (!status.ok()) {
+      logger->error("reload refused, nothing has changed: {}", std::string(status.message()));
+      return;
+    }
+    logger->set_level(LevelOf(*config));
+    for (const std::string& name : NeedingRestart(config_, *config)) {
+      logger->warn("{} has changed and needs a restart", name);
+    }
+    logger->info("configuration reloaded");
+  }
+
+ private:
+  const int argc_;
+  const char* const* const argv_;
+  // What the process started with.
+  const Config config_;
+};
+
+// Turns the first SIGTERM or SIGINT into a drain; a second one ends the process at once. SIGHUP is
+// a reload.
 class SignalThread {
  public:
-  SignalThread(Server* server, spdlog::logger* logger)
-      : thread_([this, server, logger] { Run(server, logger); }) {}
+  SignalThread(Server* server, Reloader* reloader, spdlog::logger* logger)
+      : thread_([this, server, reloader, logger] { Run(server, reloader, logger); }) {}
   ~SignalThread() {
     stopping_ = true;
     pthread_kill(thread_.native_handle(), kWakeSignal);
@@ -83,7 +120,7 @@ class SignalThread {
   }
 
  private:
-  void Run(Server* server, spdlog::logger* logger) {
+  void Run(Server* server, Reloader* reloader, spdlog::logger* logger) {
     const sigset_t signals = AwaitedSignals();
     bool draining = false;
     for (;;) {
@@ -91,6 +128,12 @@ class SignalThread {
       sigwait(&signals, &signal);
       if (stopping_) return;
       if (signal == kWakeSignal) continue;
+      if (signal == SIGHUP) {
+        NotifyManager("RELOADING=1");
+        reloader->Reload(server, logger);
+        NotifyManager("READY=1");
+        continue;
+      }
       if (draining) _exit(128 + signal);
       draining = true;
       logger->info("draining on {}", signal == SIGINT ? "SIGINT" : "SIGTERM");
@@ -111,6 +154,9 @@ bool Announce(const Server& server, const std::string& ready_file) {
   if (server.admin_endpoint().has_value()) {
     text += "admin on " + server.admin_endpoint()->ToString() + "\n";
   }
+  if (server.metrics_endpoint().has_value()) {
+    text += "metrics on " + server.metrics_endpoint()->ToString() + "\n";
+  }
   text += "ready\n";
   if (!ready_file.empty()) {
     // Renamed into place, so that whoever waits for the file finds it complete.
@@ -118,6 +164,7 @@ bool Announce(const Server& server, const std::string& ready_file) {
     std::ofstream(partial) << text;
     if (std::rename(partial.c_str(), ready_file.c_str()) != 0) return false;
   }
+  NotifyManager("READY=1");
   std::cout << text << std::flush;
   return true;
 }
@@ -155,7 +202,7 @@ absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
   return engine;
 }
 
-int Serve(const Config& config, spdlog::logger* logger) {
+int Serve(const Config& config, Reloader* reloader, spdlog::logger* logger) {
   if (config.uses_runtime_directory) {
     const absl::Status directory = CreatePrivateDirectory(RuntimeDirectory());
     if (!directory.ok()) return FailConfig(directory);
@@ -184,7 +231,7 @@ int Serve(const Config& config, spdlog::logger* logger) {
     logger->critical("cannot serve: {}", std::string(server.status().message()));
     return server.status().code() == absl::StatusCode::kInvalidArgument ? kExitConfig : 1;
   }
-  const SignalThread signals(server->get(), logger);
+  const SignalThread signals(server->get(), reloader, logger);
   logger->info("kvservice {} on device {}, pool {} MiB", Version(), (*engine)->device_name(),
                config.server.engine.pool_bytes >> 20);
   if (!Announce(**server, config.ready_file)) {
@@ -193,6 +240,7 @@ int Serve(const Config& config, spdlog::logger* logger) {
   }
   const uint32_t grace_ms = (*server)->WaitForDrainRequest();
   logger->info("draining, up to {} ms", grace_ms);
+  NotifyManager("STOPPING=1");
   (*server)->Drain(grace_ms);
   logger->info("drained");
   return 0;
@@ -213,10 +261,10 @@ int Main(int argc, const char* const* argv) {
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
   spdlog::logger logger("kvservice", std::make_shared<spdlog::sinks::stderr_sink_mt>());
-  logger.set_level(
-      spdlog::level::from_str(config->log_level == "error" ? "err" : config->log_level));
+  logger.set_level(LevelOf(*config));
   logger.flush_on(spdlog::level::info);
-  return Serve(*config, &logger);
+  Reloader reloader(argc, argv, *config);
+  return Serve(*config, &reloader, &logger);
 }
 
 }  // namespace

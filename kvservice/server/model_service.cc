@@ -40,7 +40,7 @@ class ModelService final : public RpcService {
  private:
   // The engine answers these at once, on the calling thread.
   void Register(std::unique_ptr<RegisterCall> call) {
-    absl::StatusOr<ModelSpec> spec = ModelFromProto(call->request().model(), *host_.policies);
+    absl::StatusOr<ModelSpec> spec = ModelFromProto(call->request().model(), host_.policies->now());
     if (!spec.ok()) return RegisterCall::Reply(std::move(call), spec.status());
     const absl::StatusOr<uint64_t> fingerprint = host_.engine->RegisterModel(*std::move(spec));
     if (fingerprint.ok()) call->response()->set_fingerprint(*fingerprint);

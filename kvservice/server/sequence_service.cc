@@ -106,7 +106,8 @@ class SequenceService final : public RpcService {
                           .policy = std::nullopt,
                           .request_id = request.request_id()};
     if (request.has_policy()) {
-      absl::StatusOr<Policy> policy = PolicyFromProto(request.policy(), "policy", *host_.policies);
+      absl::StatusOr<Policy> policy =
+          PolicyFromProto(request.policy(), "policy", host_.policies->now());
       if (!policy.ok()) return CreateCall::Reply(std::move(call), policy.status());
       options.policy = *std::move(policy);
     }

@@ -13,9 +13,12 @@
 
 #include "kvservice/engine_errors.h"
 #include "kvservice/server/call.h"
+#include "kvservice/server/call_metrics.h"
 #include "kvservice/server/lane_server.h"
+#include "kvservice/server/metrics_text.h"
 #include "kvservice/server/rpc_server.h"
 #include "kvservice/server/service.h"
+#include "kvservice/server/web_server.h"
 
 namespace kvservice {
 namespace {
@@ -39,9 +42,28 @@ bool IsServerFault(absl::StatusCode code) {
          code == absl::StatusCode::kDataLoss;
 }
 
+// Lets so many through in any second that begins with the first of them.
+class RateLimit {
+ public:
+  bool Admit(uint64_t now_ns) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (now_ns - second_began_ns_ >= 1'000'000'000) {
+      second_began_ns_ = now_ns;
+      count_ = 0;
+    }
+    return ++count_ <= kSlowCallsLoggedPerSecond;
+  }
+
+ private:
+  std::mutex mutex_;
+  uint64_t second_began_ns_ = 0;
+  uint64_t count_ = 0;
+};
+
 class Gate final : public CallGate {
  public:
-  explicit Gate(spdlog::logger* logger) : logger_(logger) {}
+  Gate(spdlog::logger* logger, Clock* clock, uint32_t slow_call_ms)
+      : logger_(logger), clock_(clock), slow_call_ms_(slow_call_ms) {}
 
   void Close() { closed_ = true; }
   bool closed() const { return closed_; }
@@ -50,6 +72,7 @@ class Gate final : public CallGate {
 
   void Ended(const char* method, const std::string& tenant, const absl::Status& status,
              uint64_t duration_ns) override {
+    metrics_.Ended(method, status.code(), duration_ns);
     const auto level = IsServerFault(status.code()) ? spdlog::level::err : spdlog::level::debug;
     if (logger_ == nullptr || !logger_->should_log(level)) return;
     logger_->log(level, "rpc={} tenant={} code={} duration_us={} {}", method, tenant,
@@ -57,8 +80,24 @@ class Gate final : public CallGate {
                  std::string(status.message()));
   }
 
+  void Attended(const AttendTimes& times) override {
+    metrics_.Attended(times.queue_ns, times.service_ns);
+    const uint64_t slow_ns = uint64_t{slow_call_ms_} * 1'000'000;
+    if (slow_ns == 0 || times.queue_ns + times.service_ns < slow_ns || logger_ == nullptr) return;
+    if (!slow_calls_.Admit(clock_->SteadyNowNs())) return;
+    logger_->warn("slow call={} layer={} rows={} queue_us={} service_us={}", times.call_number,
+                  times.layer, times.row_count, times.queue_ns / 1000, times.service_ns / 1000);
+  }
+
+  const CallMetrics& metrics() const { return metrics_; }
+  void set_slow_call_ms(uint32_t slow_call_ms) { slow_call_ms_ = slow_call_ms; }
+
  private:
   spdlog::logger* const logger_;
+  Clock* const clock_;
+  CallMetrics metrics_;
+  RateLimit slow_calls_;
+  std::atomic<uint32_t> slow_call_ms_;
   std::atomic<bool> closed_{false};
 };
 
@@ -68,8 +107,11 @@ class ServerOnEngine final : public Server {
       : options_(options),
         engine_(engine),
         seams_(seams),
-        data_gate_(seams.logger),
-        admin_gate_(seams.logger),
+        policies_(options.policies),
+        drain_grace_ms_(options.drain_grace_ms),
+        started_ns_(seams.clock->SteadyNowNs()),
+        data_gate_(seams.logger, seams.clock, options.slow_call_ms),
+        admin_gate_(seams.logger, seams.clock, 0),
         data_in_flight_(options.requests_bytes_max),
         admin_in_flight_(kAdminRequestsBytesMax) {}
   ~ServerOnEngine() override { Drain(0); }
@@ -81,10 +123,22 @@ class ServerOnEngine final : public Server {
     return admin_ == nullptr ? std::nullopt : std::optional(admin_->endpoints().front());
   }
 
+  std::optional<Endpoint> metrics_endpoint() const override {
+    return web_ == nullptr ? std::nullopt : std::optional(web_->endpoint());
+  }
+
+  absl::Status Reload(const ServerOptions& options) override {
+    const absl::Status replaced = policies_.Replace(options.policies);
+    if (!replaced.ok()) return replaced;
+    drain_grace_ms_ = options.drain_grace_ms;
+    data_gate_.set_slow_call_ms(options.slow_call_ms);
+    return absl::OkStatus();
+  }
+
   void RequestDrain(uint32_t grace_ms) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (drain_request_.has_value()) return;
-    drain_request_ = grace_ms == 0 ? options_.drain_grace_ms : grace_ms;
+    drain_request_ = grace_ms == 0 ? drain_grace_ms_.load() : grace_ms;
     drain_requested_.notify_all();
   }
 
@@ -100,16 +154,21 @@ class ServerOnEngine final : public Server {
   absl::Status StartData();
   absl::Status StartLanes();
   absl::Status StartAdmin();
+  absl::Status StartWeb();
+  WebPages Pages();
   ServiceHost HostFor(CallGate* gate, InFlight* in_flight) {
     return {.calls = {.gate = gate, .in_flight = in_flight, .clock = seams_.clock},
             .engine = engine_,
-            .policies = &options_.policies};
+            .policies = &policies_};
   }
   absl::StatusOr<AdminFacts> Facts();
 
   const ServerOptions options_;
   Engine* const engine_;
   const ServerSeams seams_;
+  LivePolicies policies_;
+  std::atomic<uint32_t> drain_grace_ms_;
+  const uint64_t started_ns_;
   Gate data_gate_;
   Gate admin_gate_;
   InFlight data_in_flight_;
@@ -120,6 +179,7 @@ class ServerOnEngine final : public Server {
   // nullptr when none are served.
   std::unique_ptr<LaneServer> lanes_;
   std::unique_ptr<RpcServer> admin_;
+  std::unique_ptr<WebServer> web_;
   bool drained_ = false;
 
   std::mutex mutex_;
@@ -139,6 +199,7 @@ absl::Status ServerOnEngine::Start() {
   absl::Status status = StartData();
   if (status.ok()) status = StartLanes();
   if (status.ok() && options_.admin_listen.has_value()) status = StartAdmin();
+  if (status.ok() && options_.metrics_listen.has_value()) status = StartWeb();
   return status;
 }
 
@@ -206,6 +267,35 @@ absl::Status ServerOnEngine::StartAdmin() {
   return absl::OkStatus();
 }
 
+absl::Status ServerOnEngine::StartWeb() {
+  absl::StatusOr<std::unique_ptr<WebServer>> web =
+      StartWebServer(*options_.metrics_listen, Pages());
+  if (!web.ok()) return web.status();
+  web_ = *std::move(web);
+  return absl::OkStatus();
+}
+
+WebPages ServerOnEngine::Pages() {
+  WebPages pages;
+  pages["/metrics"] = [this] {
+    return WebPage{.content_type = "text/plain; version=0.0.4; charset=utf-8",
+                   .body = MetricsText({.engine = engine_,
+                                        .data_calls = &data_gate_.metrics(),
+                                        .admin_calls = &admin_gate_.metrics(),
+                                        .data_in_flight = &data_in_flight_,
+                                        .sequences_max = options_.engine.sequences_max,
+                                        .queue_calls_max = options_.engine.queue_calls_max,
+                                        .uptime_ns = seams_.clock->SteadyNowNs() - started_ns_,
+                                        .draining = data_gate_.closed()})};
+  };
+  pages["/livez"] = [] { return WebPage{.body = "alive\n"}; };
+  pages["/readyz"] = [this] {
+    return data_gate_.closed() ? WebPage{.status = 503, .body = "draining\n"}
+                               : WebPage{.body = "ready\n"};
+  };
+  return pages;
+}
+
 absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
   std::array<std::byte, sizeof(uint64_t)> epoch_bytes;
   const absl::Status random = seams_.random->Fill(absl::MakeSpan(epoch_bytes));
@@ -255,6 +345,7 @@ void ServerOnEngine::Drain(uint32_t grace_ms) {
   lanes_.reset();
   engine_->Drain();
   if (admin_ != nullptr) admin_->Shutdown(kAdminGrace);
+  web_.reset();
 }
 
 }  // namespace

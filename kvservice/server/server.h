@@ -26,6 +26,7 @@ namespace kvservice {
 
 // Calls of one AttendStream with the engine at a time: two micro-batches, and the next of each.
 inline constexpr uint32_t kStreamCallsMax = 4;
+inline constexpr uint32_t kSlowCallsLoggedPerSecond = 10;
 
 struct ServerOptions {
   // At least one; every address must be local. A listener's tenant owns everything created through
@@ -33,6 +34,9 @@ struct ServerOptions {
   std::vector<ListenAddress> listen;
   // Operations: statistics, sequences of all tenants, drain. None = no admin side.
   std::optional<Endpoint> admin_listen;
+  // Metrics, and whether the server is alive and ready, over HTTP without TLS: /metrics, /livez and
+  // /readyz. Numbers alone; may be an address that others reach. None = not served.
+  std::optional<Endpoint> metrics_listen;
   // Threads that receive and parse; the engine's threads are the device's.
   uint32_t io_threads = 1;
   // Largest message.
@@ -53,6 +57,9 @@ struct ServerOptions {
   TransferOptions transfers;
   // Time that a drain gives to calls in flight.
   uint32_t drain_grace_ms = 10'000;
+  // Attends that take longer, waiting included, are logged with their stages, at most
+  // kSlowCallsLoggedPerSecond; 0 = none are.
+  uint32_t slow_call_ms = 1'000;
   // What requests may name.
   PolicyRegistry policies;
   // The engine's options, for GetServerInfo.
@@ -75,6 +82,12 @@ class Server {
   // As bound, in the order of the options.
   virtual const std::vector<Endpoint>& endpoints() const = 0;
   virtual std::optional<Endpoint> admin_endpoint() const = 0;
+  virtual std::optional<Endpoint> metrics_endpoint() const = 0;
+
+  // Takes over what can change while calls run: the policies, slow_call_ms and drain_grace_ms of
+  // `options`; everything else of it is passed over. Calls that have begun keep the policies they
+  // had. RESOURCE_EXHAUSTED, and nothing changed, after LivePolicies::kReplacementsMax. Any thread.
+  virtual absl::Status Reload(const ServerOptions& options) = 0;
 
   // Asks for a drain; any thread, also signal-driven ones; returns at once. The first request
   // counts. 0 = the default grace.

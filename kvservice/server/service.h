@@ -12,7 +12,7 @@
 
 #include "kvservice/engine.h"
 #include "kvservice/server/call.h"
-#include "kvservice/server/policy_registry.h"
+#include "kvservice/server/live_policies.h"
 #include "kvservice/server/transfers.h"
 
 namespace grpc {
@@ -37,7 +37,7 @@ class RpcService {
 struct ServiceHost {
   CallHost calls;
   Engine* engine = nullptr;
-  const PolicyRegistry* policies = nullptr;
+  const LivePolicies* policies = nullptr;
   // Of the data side; nullptr elsewhere.
   Transfers* transfers = nullptr;
 };

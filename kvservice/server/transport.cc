@@ -19,7 +19,6 @@ namespace kvservice {
 namespace {
 
 constexpr int kBacklog = 128;
-constexpr mode_t kSocketMode = 0600;
 
 // A bound or dialled address in the form the system calls want.
 struct SocketAddress {
@@ -133,9 +132,10 @@ class SocketTransport final : public Transport {
     FileDescriptor socket = OpenSocket(address);
     if (socket.get() < 0) return SystemError(endpoint, "open a socket for", errno);
     if (endpoint.kind == Endpoint::Kind::kUnix) {
-      // The mode of the descriptor becomes the mode of the file, so there is no moment at which
-      // others could connect.
-      if (fchmod(socket.get(), kSocketMode) != 0) return SystemError(endpoint, "protect", errno);
+      // The mode of the descriptor becomes the mode of the file, but for what the umask takes away,
+      // so there is no moment at which others than those could connect.
+      if (fchmod(socket.get(), endpoint.socket_mode) != 0)
+        return SystemError(endpoint, "protect", errno);
       if (IsStale(endpoint)) unlink(endpoint.path.c_str());
     } else {
       const int on = 1;
@@ -143,6 +143,11 @@ class SocketTransport final : public Transport {
     }
     if (bind(socket.get(), address.get(), address.bytes) != 0) {
       return SystemError(endpoint, "bind", errno);
+    }
+    // What the umask has taken away is given back.
+    if (endpoint.kind == Endpoint::Kind::kUnix &&
+        chmod(endpoint.path.c_str(), endpoint.socket_mode) != 0) {
+      return SystemError(endpoint, "protect", errno);
     }
     Endpoint bound = endpoint;
     if (endpoint.kind == Endpoint::Kind::kTcp) bound.port = BoundPort(socket.get());

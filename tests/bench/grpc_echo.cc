@@ -150,7 +150,7 @@ class ProcessEcho final : public GrpcEcho {
     bool ok = false;
     while (queue_.Next(&tag, &ok)) {
     }
-    kill(pid_, SIGKILL);
+    if (pid_ > 0) kill(pid_, SIGKILL);
     waitpid(pid_, nullptr, 0);
     std::error_code error;
     std::filesystem::remove_all(folder_, error);

@@ -77,7 +77,7 @@ bool ServerProcess::IsReady() const {
 }
 
 ServerProcess::~ServerProcess() {
-  kill(pid_, SIGTERM);
+  if (pid_ > 0) kill(pid_, SIGTERM);
   waitpid(pid_, nullptr, 0);
   close(output_);
   std::error_code error;

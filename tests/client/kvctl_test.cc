@@ -2,17 +2,14 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
 #include <cstdio>
-#include <cstdlib>
-#include <fstream>
 #include <future>
 #include <nlohmann/json.hpp>
-#include <sstream>
 #include <string>
 #include <utility>
 
+#include "tests/client/kvctl_run.h"
 #include "tests/server/served_engine.h"
 
 namespace kvservice::testing {
@@ -22,12 +19,6 @@ using ::testing::HasSubstr;
 using ::testing::StartsWith;
 using Json = nlohmann::json;
 
-struct Outcome {
-  int exit = -1;
-  std::string out;
-  std::string err;
-};
-
 // As kvctl writes sizes of KiB.
 std::string MemoryCell(uint64_t bytes) {
   EXPECT_LT(bytes, uint64_t{1} << 20);
@@ -36,40 +27,14 @@ std::string MemoryCell(uint64_t bytes) {
   return text;
 }
 
-std::string ReadAll(const std::string& path) {
-  std::ostringstream text;
-  text << std::ifstream(path).rdbuf();
-  return text.str();
-}
-
 class KvctlTest : public ::testing::Test {
  protected:
-  // Runs through the shell, with nothing on stdin.
-  Outcome RunWith(const std::string& environment, const std::string& arguments) const {
-    const char* const bin = std::getenv("KVSERVICE_BIN_DIR");
-    EXPECT_NE(bin, nullptr);
-    const std::string err_path = folder_.path() + "/stderr";
-    const std::string line = environment + " '" + std::string(bin == nullptr ? "." : bin) +
-                             "/kvctl' " + arguments + " </dev/null 2>'" + err_path + "'";
-    Outcome outcome;
-    FILE* const pipe = popen(line.c_str(), "r");
-    EXPECT_NE(pipe, nullptr);
-    char buffer[4096];
-    for (size_t count = 0; (count = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) {
-      outcome.out.append(buffer, count);
-    }
-    const int status = pclose(pipe);
-    outcome.exit = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-    outcome.err = ReadAll(err_path);
-    return outcome;
+  static Outcome RunWith(const std::string& environment, const std::string& arguments) {
+    return RunKvctl(environment, arguments);
   }
-
   Outcome Run(const std::string& arguments) const {
-    return RunWith("KVCTL_ENDPOINT='" + DataEndpoint() +
-                       "' KVCTL_ADMIN_ENDPOINT='unix:" + served_.folder() + "/admin'",
-                   arguments);
+    return RunKvctl(EnvironmentOf(served_), arguments);
   }
-
   std::string DataEndpoint() const { return "unix:" + served_.folder() + "/data"; }
 
   Json RunJson(const std::string& arguments) const {
@@ -80,42 +45,17 @@ class KvctlTest : public ::testing::Test {
     return json;
   }
 
-  // A sequence of 100 tokens whose last one was attended. Returns its id in hexadecimal.
-  std::string MakeSequence() const;
+  std::string MakeSequence() const { return kvservice::testing::MakeSequence(served_); }
 
   ServedEngine served_;
   TemporaryFolder folder_;
 };
 
-std::string KvctlTest::MakeSequence() const {
-  const std::string tenant = ListenAddress::kDefaultTenant;
-  std::promise<Handle> created;
-  CreateOptions options;
-  options.model = kModel;
-  served_.engine()->Create(tenant, options, [&](const absl::StatusOr<SequenceInfo>& info) {
-    EXPECT_TRUE(info.ok()) << info.status();
-    created.set_value({.id = info->id, .generation = info->generation});
-  });
-  const Handle handle = created.get_future().get();
-  for (uint32_t layer = 0; layer < 2; ++layer) {
-    const AppendStep append(served_.model(), handle, layer, 0, Counting(0, 99), tenant);
-    EXPECT_TRUE(append.Run(served_.engine()).ok());
-    AttendStep attend(served_.model(), layer, tenant);
-    EXPECT_TRUE(attend.Add(handle, 99, {99}).Run(served_.engine()).ok());
-  }
-  std::string hex;
-  for (const std::byte byte : handle.id.bytes) {
-    char digits[3];
-    std::snprintf(digits, sizeof(digits), "%02x", std::to_integer<unsigned>(byte));
-    hex += digits;
-  }
-  return hex;
-}
-
 TEST_F(KvctlTest, Health) {
   EXPECT_EQ(Run("health").exit, 0);
   EXPECT_EQ(Run("health").out, "serving\n");
-  EXPECT_EQ(RunJson("health"), (Json{{"service", ""}, {"status", "serving"}}));
+  EXPECT_EQ(RunJson("health"),
+            (Json{{"schema_version", 1}, {"service", ""}, {"status", "serving"}}));
   EXPECT_EQ(Run("health --service kvservice.v1.AttentionService").exit, 0);
   EXPECT_EQ(Run("health --service kvservice.v1.Unknown").exit, 3);
 }
@@ -137,6 +77,7 @@ TEST_F(KvctlTest, ServerInfoAndStats) {
   EXPECT_THAT(Run("server info").out, HasSubstr("\ndraining "));
 
   const Json stats = RunJson("server stats");
+  EXPECT_EQ(RunJson("stats"), stats);
   EXPECT_EQ(stats["sequence_count"], 1);
   EXPECT_EQ(stats["model_count"], 1);
   EXPECT_EQ(stats["totals"]["rows"], 2);
@@ -147,7 +88,8 @@ TEST_F(KvctlTest, ServerInfoAndStats) {
 }
 
 TEST_F(KvctlTest, Sequences) {
-  EXPECT_EQ(RunJson("sequence list"), (Json{{"sequences", Json::array()}, {"more", false}}));
+  EXPECT_EQ(RunJson("sequence list"),
+            (Json{{"schema_version", 1}, {"sequences", Json::array()}, {"more", false}}));
   const std::string id = MakeSequence();
   const Json list = RunJson("seq list");
   ASSERT_EQ(list["sequences"].size(), 1U);
@@ -161,7 +103,9 @@ TEST_F(KvctlTest, Sequences) {
                 "  LEASE   READ    DROPPED MAX\n" + id + "  default  small  100     memory  " +
                 memory + "  10m00s  100.0%  0\n");
 
-  const Json sequence = RunJson("sequence get " + id);
+  Json sequence = RunJson("sequence get " + id);
+  EXPECT_EQ(sequence["schema_version"], 1);
+  sequence.erase("schema_version");
   EXPECT_EQ(sequence, list["sequences"][0]);
   EXPECT_EQ(sequence["length_tokens"], 100);
   EXPECT_THAT(Run("seq get " + id).out, HasSubstr("\ntokens                       100\n"));
@@ -274,19 +218,9 @@ TEST(KvctlAuditTest, AViolationIsAnExitStatus) {
   attend.call.policy = &policy;
   ASSERT_TRUE(attend.Run(served.engine()).ok());
 
-  std::string id;
-  for (const std::byte byte : handle.id.bytes) {
-    char digits[3];
-    std::snprintf(digits, sizeof(digits), "%02x", std::to_integer<unsigned>(byte));
-    id += digits;
-  }
+  const std::string id = HexOf(handle.id);
   const auto run = [&](const std::string& arguments) {
-    const std::string line = "KVCTL_ENDPOINT='unix:" + served.folder() +
-                             "/data' KVCTL_ADMIN_ENDPOINT='unix:" + served.folder() + "/admin' '" +
-                             std::string(std::getenv("KVSERVICE_BIN_DIR")) + "/kvctl' " +
-                             arguments + " >/dev/null 2>&1";
-    const int status = std::system(line.c_str());
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    return RunKvctl(EnvironmentOf(served), arguments).exit;
   };
   EXPECT_EQ(run("audit " + id), 8);
   EXPECT_EQ(run("audit"), 8) << "the server's own audits count it, too";

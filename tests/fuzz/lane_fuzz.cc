@@ -108,7 +108,7 @@ class Fixture {
   FakeClock clock_;
   OpenGate gate_;
   InFlight in_flight_{size_t{1} << 30};
-  PolicyRegistry policies_;
+  LivePolicies policies_{PolicyRegistry()};
   FileDescriptor file_;
   wire::SharedMemory mine_;
   wire::LaneMemory memory_;

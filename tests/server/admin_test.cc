@@ -185,6 +185,41 @@ TEST_F(AdminTest, ExplainsASequenceOfAnyTenant) {
             "INVALID_ARGUMENT HANDLE_MALFORMED id");
 }
 
+TEST_F(AdminTest, DescribesABlockOfAnyTenant) {
+  const v1::SequenceHandle handle = NewSequence(theirs_.get());
+  v1::AppendResponse appended;
+  const auto context = NewContext();
+  const auto writer = theirs_->Append(context.get(), &appended);
+  writer->Write(MakeAppend(served_.model(), handle, 1, 0, Counting(0, 70)));
+  writer->WritesDone();
+  ASSERT_TRUE(writer->Finish().ok());
+  v1::DescribeBlockRequest request;
+  request.set_sequence_id(handle.id());
+  v1::DescribeBlockResponse response;
+  ASSERT_EQ(ErrorText(admin_->DescribeBlock(NewContext().get(), request, &response)), "OK");
+  EXPECT_EQ(response.tiers_size(), 1);
+  EXPECT_EQ(response.tiers(0), "memory");
+  EXPECT_TRUE(response.sealed());
+  ASSERT_EQ(response.slices_size(), 1) << "layer 0 has no tokens";
+  EXPECT_EQ(response.slices(0).layer(), 1U);
+  EXPECT_EQ(response.slices(0).token_count(), 64U);
+  EXPECT_EQ(response.slices(0).checksum().size(), 16U);
+  EXPECT_GT(response.slices(0).key_norm_mean(), 0.0);
+  EXPECT_GE(response.slices(0).key_norm_max(), response.slices(0).key_norm_mean());
+  request.set_layer(1);
+  request.set_block_index(1);
+  response.Clear();
+  ASSERT_EQ(ErrorText(admin_->DescribeBlock(NewContext().get(), request, &response)), "OK");
+  EXPECT_FALSE(response.sealed());
+  EXPECT_EQ(response.first_token(), 64U);
+  request.set_block_index(2);
+  EXPECT_EQ(ErrorText(admin_->DescribeBlock(NewContext().get(), request, &response)),
+            "OUT_OF_RANGE BLOCK_OUT_OF_RANGE block_index");
+  request.set_sequence_id("short");
+  EXPECT_EQ(ErrorText(admin_->DescribeBlock(NewContext().get(), request, &response)),
+            "INVALID_ARGUMENT HANDLE_MALFORMED sequence_id");
+}
+
 TEST_F(AdminTest, ModelsAreListedByNameOnBothSides) {
   for (const auto& channel : {served_.Connect(), served_.ConnectAdmin()}) {
     const auto models = v1::ModelService::NewStub(channel);

@@ -235,7 +235,7 @@ TEST(LaneOrderTest, AnAnswerThatIsSeenHasFreedItsSlot) {
   GateClock clock;
   OpenGate gate;
   InFlight in_flight{size_t{1} << 20};
-  PolicyRegistry policies;
+  LivePolicies policies{PolicyRegistry()};
   const LaneHost host = {
       .service = {.calls = {.gate = &gate, .in_flight = &in_flight, .clock = &clock},
                   .engine = engine.get(),

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -56,7 +57,9 @@ Program::Program(const std::string& name, std::vector<std::string> arguments) {
   argv.reserve(arguments.size() + 1);
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
-  EXPECT_EQ(posix_spawn(&pid_, path.c_str(), &actions, nullptr, argv.data(), environ), 0) << path;
+  const int failed = posix_spawn(&pid_, path.c_str(), &actions, nullptr, argv.data(), environ);
+  EXPECT_EQ(failed, 0) << path;
+  if (failed != 0) pid_ = -1;
   posix_spawn_file_actions_destroy(&actions);
   output_pipe_ = std::move(output.read_end);
   error_pipe_ = std::move(errors.read_end);
@@ -75,13 +78,23 @@ bool Program::WaitForLine(const std::string& line) {
   return true;
 }
 
-void Program::Signal(int signal) const { kill(pid_, signal); }
+bool Program::ReadMore() {
+  pollfd ready{.fd = output_pipe_.get(), .events = POLLIN, .revents = 0};
+  return poll(&ready, 1, 0) <= 0 || ReadSome(output_pipe_, &output_);
+}
+
+// To -1 would be to every process that there is.
+void Program::Signal(int signal) const {
+  EXPECT_GT(pid_, 0) << "the program did not start, or has ended";
+  if (pid_ > 0) kill(pid_, signal);
+}
 
 int Program::Wait() {
   while (ReadSome(output_pipe_, &output_)) {
   }
   while (ReadSome(error_pipe_, &errors_)) {
   }
+  if (pid_ <= 0) return -1;
   int status = 0;
   waitpid(std::exchange(pid_, -1), &status, 0);
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);

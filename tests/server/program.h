@@ -23,8 +23,11 @@ class Program {
 
   // Reads standard output up to and with the line; false when it ends before.
   bool WaitForLine(const std::string& line);
+  // Takes what standard output has to give now, without waiting; false at its end.
+  bool ReadMore();
   void Signal(int signal) const;
-  // Waits for the end; the exit status, or 128 + the signal that ended it.
+  // Waits for the end; the exit status, or 128 + the signal that ended it, or -1 if it never
+  // started.
   int Wait();
   // After Wait, all of it; before, what was read so far.
   const std::string& output() const { return output_; }

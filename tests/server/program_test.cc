@@ -3,11 +3,14 @@
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <csignal>
+#include <cstring>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -99,6 +102,10 @@ TEST_F(ProgramTest, BadConfigurationsAreRefusedInOneLine) {
       {{"--listen", ""}, "--listen"},
       {{"--admin-listen", "10.0.0.1:1"}, "--admin-listen"},
       {{"--admin-listen", "tenant=a,unix:/x"}, "--admin-listen"},
+      {{"--socket-mode", "0777"}, "--socket-mode"},
+      {{"--metrics-listen", "unix:/x"}, "--metrics-listen"},
+      {{"--metrics-listen", "9464"}, "--metrics-listen"},
+      {{"--slow-call", "0"}, "--slow-call"},
       {{"--pool-bytes", "lots"}, "--pool-bytes"},
       {{"--pool-bytes", "0"}, "--pool-bytes"},
       {{"--pool-bytes", "-1"}, "--pool-bytes"},
@@ -217,6 +224,91 @@ TEST_F(ProgramTest, FlagsComeBeforeTheEnvironmentBeforeTheFile) {
   EXPECT_NE(print.output().find("\nrows-max=3\n"), std::string::npos) << print.output();
   EXPECT_NE(print.output().find("\nmodels-max=2\n"), std::string::npos) << print.output();
   EXPECT_NE(print.output().find("\nsequences-max=1\n"), std::string::npos) << print.output();
+}
+
+// SIGHUP is awaited before SIGTERM: what was sent before the end has been done.
+TEST_F(ProgramTest, ReloadsWhatCanChange) {
+  const std::string file = Path("config");
+  const auto write = [&](const std::string& text) {
+    std::ofstream(file) << "listen=\"unix:" + Path("data") + "\"\npool-bytes=16MiB\n" + text;
+  };
+  write("slow-call=5s\nmodels-max=2\n");
+  Program server("kvservice", {"--config", file});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  write("slow-call=1s\nlog-level=debug\nmodels-max=3\n");
+  server.Signal(SIGHUP);
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  const std::string& log = server.errors();
+  EXPECT_NE(log.find("configuration reloaded"), std::string::npos) << log;
+  EXPECT_NE(log.find("--models-max has changed and needs a restart"), std::string::npos) << log;
+  EXPECT_EQ(log.find("--slow-call"), std::string::npos) << log;
+  EXPECT_EQ(log.find("--listen"), std::string::npos) << log;
+  EXPECT_LT(log.find("configuration reloaded"), log.find("drained")) << log;
+}
+
+TEST_F(ProgramTest, AWrongReloadChangesNothing) {
+  const std::string file = Path("config");
+  std::ofstream(file) << "log-level=info\n";
+  Program server("kvservice", Arguments({"--config", file}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  std::ofstream(file) << "log-level=off\nlease-default=soon\n";
+  server.Signal(SIGHUP);
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  EXPECT_NE(server.errors().find("reload refused, nothing has changed"), std::string::npos);
+  EXPECT_NE(server.errors().find("lease-default"), std::string::npos) << server.errors();
+  EXPECT_NE(server.errors().find("drained"), std::string::npos) << "the level is what it was";
+}
+
+TEST_F(ProgramTest, AnnouncesItsMetrics) {
+  Program server("kvservice", Arguments({"--metrics-listen", "127.0.0.1:0"}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  EXPECT_NE(server.output().find("\nmetrics on 127.0.0.1:"), std::string::npos);
+  EXPECT_EQ(server.output().find("metrics on 127.0.0.1:0\n"), std::string::npos) << "as bound";
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+}
+
+// Of the sockets that clients use, and of the admin's.
+TEST_F(ProgramTest, SocketsAreForThoseWhoMayConnect) {
+  for (const mode_t mode : {0600U, 0660U}) {
+    Program server("kvservice", Arguments({"--socket-mode", mode == 0600U ? "0600" : "0660"}));
+    ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+    const auto mode_of = [&](const char* name) {
+      struct stat facts {};
+      EXPECT_EQ(stat(Path(name).c_str(), &facts), 0) << name;
+      return facts.st_mode & 0777U;
+    };
+    EXPECT_EQ(mode_of("data"), mode);
+    EXPECT_EQ(mode_of("data.lane"), 0600U) << "shared memory is for the same user alone";
+    EXPECT_EQ(mode_of("data.admin"), 0600U);
+    server.Signal(SIGTERM);
+    EXPECT_EQ(server.Wait(), 0);
+  }
+}
+
+TEST_F(ProgramTest, TellsItsManager) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const std::string path = Path("notify");
+  std::strncpy(address.sun_path, path.c_str(), sizeof(address.sun_path) - 1);
+  const FileDescriptor manager(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+  ASSERT_EQ(bind(manager.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  setenv("NOTIFY_SOCKET", path.c_str(), 1);
+  Program server("kvservice", Arguments());
+  unsetenv("NOTIFY_SOCKET");
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  server.Signal(SIGHUP);
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  std::string told;
+  char buffer[64];
+  for (ssize_t count = 0;
+       (count = recv(manager.get(), buffer, sizeof(buffer), MSG_DONTWAIT)) > 0;) {
+    told += std::string(buffer, static_cast<size_t>(count)) + " ";
+  }
+  EXPECT_EQ(told, "READY=1 RELOADING=1 READY=1 STOPPING=1 ");
 }
 
 TEST_F(ProgramTest, SaysWhatItIs) {
