@@ -110,7 +110,8 @@ class AdminService final : public RpcService {
                             grpc::ServerAsyncResponseWriter<grpc::ByteBuffer>*,
                             grpc::CompletionQueue*, grpc::ServerCompletionQueue*, void*),
       void (AdminService::*handle)(std::unique_ptr<UnaryCall<Request, Response>>)) {
-    return BindMethod(name, &host_.calls, &rpc_, request, this, handle);
+    return BindMethod(std::string("kvservice.v1.AdminService.") + name, &host_.calls, &rpc_,
+                      request, this, handle);
   }
 
   void GetServerInfo(std::unique_ptr<GetServerInfoCall> call) {

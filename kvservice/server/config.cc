@@ -36,6 +36,9 @@ struct Flags {
   std::vector<std::string> listen;
   std::vector<std::string> policy_files;
   std::string admin_listen;
+  TlsFiles tls;
+  uint32_t tls_reload_ms = 60'000;
+  std::vector<std::string> identities_files;
   bool check_config = false;
   bool print_config = false;
 };
@@ -117,32 +120,22 @@ void AddChoice(CLI::App* app, const std::string& flag, const std::string& help, 
 }
 
 void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
-  const auto check_local = [](const Endpoint& endpoint) -> std::string {
-    if (endpoint.IsLocal()) return "";
-    return endpoint.ToString() +
-           " can be reached from other hosts, which needs TLS; use a Unix socket or a loopback "
-           "address";
-  };
   app->add_option("--listen", flags->listen,
-                  "Address to serve: unix:/path or 127.0.0.1:PORT, repeatable; "
-                  "tenant=NAME,ADDRESS gives its connections to a tenant "
+                  "Address to serve: unix:/path or HOST:PORT, repeatable; other than a Unix socket "
+                  "or a loopback address needs --tls-cert; without TLS tenant=NAME,ADDRESS gives "
+                  "its connections to a tenant "
                   "(default: unix:" +
                       RuntimeDirectory() + "/" + kSocketName + ")")
-      ->check([check_local](const std::string& text) -> std::string {
-        const absl::StatusOr<ListenAddress> address = ParseListenAddress(text);
-        if (!address.ok()) return std::string(address.status().message());
-        return check_local(address->endpoint);
+      ->check([](const std::string& text) {
+        return std::string(ParseListenAddress(text).status().message());
       })
       ->take_all()
       ->type_name("ADDRESS");
   app->add_option("--admin-listen", flags->admin_listen,
                   "Address of the admin side, or none (default: the first Unix socket's path "
                   "with .admin after it)")
-      ->check([check_local](const std::string& text) -> std::string {
-        if (text == kNoAdmin) return "";
-        const absl::StatusOr<Endpoint> endpoint = ParseEndpoint(text);
-        if (!endpoint.ok()) return std::string(endpoint.status().message());
-        return check_local(*endpoint);
+      ->check([](const std::string& text) {
+        return text == kNoAdmin ? "" : std::string(ParseEndpoint(text).status().message());
       })
       ->type_name("ADDRESS");
   app->add_option("--policy-file", flags->policy_files,
@@ -151,6 +144,25 @@ void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
       ->type_name("FILE");
   app->add_option("--ready-file", config->ready_file,
                   "File to write when the server is ready, one line per endpoint")
+      ->type_name("FILE");
+}
+
+void AddTlsFlags(CLI::App* app, Flags* flags) {
+  app->add_option("--tls-cert", flags->tls.certificate,
+                  "PEM file of the server's certificate; with it every HOST:PORT, the admin side's "
+                  "too, is served with TLS to clients with certificates alone")
+      ->type_name("FILE");
+  app->add_option("--tls-key", flags->tls.key, "PEM file of its key, which others may not read")
+      ->type_name("FILE");
+  app->add_option("--tls-client-ca", flags->tls.client_ca,
+                  "PEM file of the authorities that sign clients' certificates")
+      ->type_name("FILE");
+  AddTime(app, "--tls-reload", "Time after which these three are looked at again",
+          &flags->tls_reload_ms);
+  app->add_option("--identities-file", flags->identities_files,
+                  "JSON file that gives the URIs of clients' certificates a tenant and roles, "
+                  "repeatable")
+      ->take_all()
       ->type_name("FILE");
 }
 
@@ -264,6 +276,56 @@ absl::Status CheckTogether(const Config& config) {
   return absl::OkStatus();
 }
 
+// Where TLS is used and to whom.
+absl::Status PutTlsTogether(const Flags& flags, Config* config) {
+  const TlsFiles& files = flags.tls;
+  const std::pair<const char*, const std::string*> named[] = {
+      {"--tls-cert", &files.certificate},
+      {"--tls-key", &files.key},
+      {"--tls-client-ca", &files.client_ca}};
+  const auto is_given = [](const auto& file) { return !file.second->empty(); };
+  if (std::any_of(std::begin(named), std::end(named), is_given)) {
+    for (const auto& [flag, path] : named) {
+      if (path->empty()) return Invalid(std::string(flag) + ": is needed for TLS");
+    }
+    config->server.tls = files;
+    config->server.tls->reload_s = std::max(1U, flags.tls_reload_ms / 1000);
+    if (absl::Status status = CheckTlsFiles(files); !status.ok()) return status;
+    if (flags.identities_files.empty()) {
+      return Invalid("--identities-file: is needed with TLS, else nobody may do anything");
+    }
+  } else if (!flags.identities_files.empty()) {
+    return Invalid("--identities-file: means something with --tls-cert alone");
+  }
+  for (const std::string& path : flags.identities_files) {
+    const absl::Status added = config->server.identities.AddFile(path);
+    if (!added.ok()) return Invalid("--identities-file: " + std::string(added.message()));
+  }
+  return absl::OkStatus();
+}
+
+// Nobody on another host reaches the server without TLS.
+absl::Status CheckAddress(const char* flag, const Endpoint& endpoint, const Config& config) {
+  if (endpoint.IsLocal() || config.server.tls.has_value()) return absl::OkStatus();
+  return Invalid(std::string(flag) + ": " + endpoint.ToString() +
+                 " can be reached from other hosts, which needs TLS: give --tls-cert, --tls-key "
+                 "and --tls-client-ca, or use a Unix socket or a loopback address");
+}
+
+absl::Status CheckAddresses(const Config& config) {
+  for (const ListenAddress& address : config.server.listen) {
+    absl::Status status = CheckAddress("--listen", address.endpoint, config);
+    if (!status.ok()) return status;
+    if (address.names_tenant && config.server.tls.has_value() &&
+        address.endpoint.kind == Endpoint::Kind::kTcp) {
+      return Invalid("--listen: " + address.endpoint.ToString() +
+                     " has TLS: tenants follow from clients' certificates, not from tenant=");
+    }
+  }
+  if (!config.server.admin_listen.has_value()) return absl::OkStatus();
+  return CheckAddress("--admin-listen", *config.server.admin_listen, config);
+}
+
 absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
   const std::string default_path = RuntimeDirectory() + "/" + kSocketName;
   std::vector<std::string> listen = flags.listen;
@@ -290,7 +352,9 @@ absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
     }
     config.server.admin_listen = *std::move(endpoint);
   }
-  const absl::Status status = CheckTogether(config);
+  absl::Status status = CheckTogether(config);
+  if (status.ok()) status = PutTlsTogether(flags, &config);
+  if (status.ok()) status = CheckAddresses(config);
   if (!status.ok()) return status;
   for (const std::string& path : flags.policy_files) {
     const absl::Status added = AddPolicyFile(path, &config.server.policies);
@@ -305,7 +369,9 @@ std::string AddressLines(const ServerOptions& server) {
   const char* separator = "";
   for (const ListenAddress& address : server.listen) {
     text += separator;
-    text += "\"tenant=" + address.tenant + "," + address.endpoint.ToString() + "\"";
+    const bool has_tls = server.tls.has_value() && address.endpoint.kind == Endpoint::Kind::kTcp;
+    const std::string tenant = has_tls ? "" : "tenant=" + address.tenant + ",";
+    text += "\"" + tenant + address.endpoint.ToString() + "\"";
     separator = ", ";
   }
   const std::string admin =
@@ -329,6 +395,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
       "Flags come before the environment (KVSERVICE_POOL_BYTES for --pool-bytes), the environment "
       "before the file.");
   AddListenFlags(&app, &flags, &config);
+  AddTlsFlags(&app, &flags);
   AddEngineFlags(&app, &config);
   AddDiskFlags(&app, &config);
   AddCertificateFlags(&app, &config);
@@ -360,6 +427,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   app.get_option("--admin-listen")->configurable(false);
   // None would be printed as a file without a name.
   if (flags.policy_files.empty()) app.get_option("--policy-file")->configurable(false);
+  if (flags.identities_files.empty()) app.get_option("--identities-file")->configurable(false);
   result->text = flags.print_config ? AddressLines(result->server) + app.config_to_str(true)
                                     : "the configuration is valid\n";
   return result;

@@ -53,6 +53,7 @@ class SequenceService final : public RpcService {
         suspend_(Bind("Suspend", &Rpc::RequestSuspend, &SequenceService::Suspend)),
         resume_(Bind("Resume", &Rpc::RequestResume, &SequenceService::Resume)) {
     append_.host = host.calls;
+    append_.access = AccessOf("kvservice.v1.SequenceService.Append");
     append_.engine = host.engine;
     append_.request = [this](grpc::ServerContext* context, AppendMethod::Reader* reader,
                              grpc::ServerCompletionQueue* queue,
@@ -80,7 +81,8 @@ class SequenceService final : public RpcService {
                             grpc::ServerAsyncResponseWriter<grpc::ByteBuffer>*,
                             grpc::CompletionQueue*, grpc::ServerCompletionQueue*, void*),
       void (SequenceService::*handle)(std::unique_ptr<UnaryCall<Request, Response>>)) {
-    return BindMethod(name, &host_.calls, &rpc_, request, this, handle);
+    return BindMethod(std::string("kvservice.v1.SequenceService.") + name, &host_.calls, &rpc_,
+                      request, this, handle);
   }
 
   void Create(std::unique_ptr<CreateCall> call) {

@@ -1,9 +1,6 @@
 #include "kvservice/server/server.h"
 
-#include <spdlog/spdlog.h>
-
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -13,6 +10,7 @@
 
 #include "kvservice/engine_errors.h"
 #include "kvservice/server/call.h"
+#include "kvservice/server/gate.h"
 #include "kvservice/server/lane_server.h"
 #include "kvservice/server/rpc_server.h"
 #include "kvservice/server/service.h"
@@ -33,43 +31,14 @@ constexpr char kAdminTenant[] = "admin";
 // Protobuf cannot hold more in one message.
 constexpr size_t kMessageBytesLimit = (size_t{2} << 30) - 1;
 
-// Codes that say something is wrong with the server rather than with the call.
-bool IsServerFault(absl::StatusCode code) {
-  return code == absl::StatusCode::kInternal || code == absl::StatusCode::kUnknown ||
-         code == absl::StatusCode::kDataLoss;
-}
-
-class Gate final : public CallGate {
- public:
-  explicit Gate(spdlog::logger* logger) : logger_(logger) {}
-
-  void Close() { closed_ = true; }
-  bool closed() const { return closed_; }
-
-  absl::Status Admit() override { return closed_ ? Draining() : absl::OkStatus(); }
-
-  void Ended(const char* method, const std::string& tenant, const absl::Status& status,
-             uint64_t duration_ns) override {
-    const auto level = IsServerFault(status.code()) ? spdlog::level::err : spdlog::level::debug;
-    if (logger_ == nullptr || !logger_->should_log(level)) return;
-    logger_->log(level, "rpc={} tenant={} code={} duration_us={} {}", method, tenant,
-                 absl::StatusCodeToString(status.code()), duration_ns / 1000,
-                 std::string(status.message()));
-  }
-
- private:
-  spdlog::logger* const logger_;
-  std::atomic<bool> closed_{false};
-};
-
 class ServerOnEngine final : public Server {
  public:
   ServerOnEngine(const ServerOptions& options, Engine* engine, const ServerSeams& seams)
       : options_(options),
         engine_(engine),
         seams_(seams),
-        data_gate_(seams.logger),
-        admin_gate_(seams.logger),
+        data_gate_(GateOptions("data", {})),
+        admin_gate_(GateOptions("admin", {Role::kAdmin})),
         data_in_flight_(options.requests_bytes_max),
         admin_in_flight_(kAdminRequestsBytesMax) {}
   ~ServerOnEngine() override { Drain(0); }
@@ -106,6 +75,14 @@ class ServerOnEngine final : public Server {
             .policies = &options_.policies};
   }
   absl::StatusOr<AdminFacts> Facts();
+  Gate::Options GateOptions(const char* side, RoleSet needed) {
+    return {.side = side,
+            .needed = needed,
+            .identities = &options_.identities,
+            .clock = seams_.clock,
+            .logger = seams_.logger,
+            .access_log = seams_.access_log};
+  }
 
   const ServerOptions options_;
   Engine* const engine_;
@@ -134,6 +111,9 @@ absl::Status ServerOnEngine::Start() {
                                       std::to_string(options_.message_bytes_max) +
                                       ", expected 1 to 2147483647");
   }
+  if (options_.tls.has_value()) {
+    if (absl::Status files = CheckTlsFiles(*options_.tls); !files.ok()) return files;
+  }
   absl::Status status = StartData();
   if (status.ok()) status = StartLanes();
   if (status.ok() && options_.admin_listen.has_value()) status = StartAdmin();
@@ -148,6 +128,7 @@ absl::Status ServerOnEngine::StartData() {
   services.push_back(NewModelService(host));
   absl::StatusOr<std::unique_ptr<RpcServer>> server =
       StartRpcServer({.listen = options_.listen,
+                      .tls = options_.tls,
                       .io_threads = options_.io_threads,
                       .spin_us = options_.engine.spin_us,
                       .message_bytes_max = options_.message_bytes_max,
@@ -186,6 +167,7 @@ absl::Status ServerOnEngine::StartAdmin() {
   services.push_back(NewModelService(host));
   absl::StatusOr<std::unique_ptr<RpcServer>> server =
       StartRpcServer({.listen = {{.tenant = kAdminTenant, .endpoint = *options_.admin_listen}},
+                      .tls = options_.tls,
                       .io_threads = 1,
                       .message_bytes_max = kAdminMessageBytesMax,
                       .transport_bytes_max = kAdminTransportBytesMax,

@@ -13,8 +13,10 @@
 #include "kvservice/clock.h"
 #include "kvservice/engine.h"
 #include "kvservice/random.h"
+#include "kvservice/server/access.h"
 #include "kvservice/server/endpoint.h"
 #include "kvservice/server/policy_registry.h"
+#include "kvservice/server/tls.h"
 #include "kvservice/server/transport.h"
 
 namespace spdlog {
@@ -23,14 +25,22 @@ class logger;
 
 namespace kvservice {
 
+class AccessLog;
+
 // Calls of one AttendStream with the engine at a time: two micro-batches, and the next of each.
 inline constexpr uint32_t kStreamCallsMax = 4;
 
 struct ServerOptions {
-  // At least one; every address must be local. A listener's tenant owns everything created through
-  // it.
+  // At least one. Unix sockets never use TLS. TCP addresses all do if `tls` is there, else they
+  // must be local. Without TLS a listener's tenant owns everything created through it, and its
+  // callers have all roles.
   std::vector<ListenAddress> listen;
-  // Operations: statistics, sequences of all tenants, drain. None = no admin side.
+  // Files of the certificates for TCP addresses, the admin side's too.
+  std::optional<TlsFiles> tls;
+  // Whom clients' certificates belong to.
+  IdentityMap identities;
+  // Operations: statistics, sequences of all tenants, drain. None = no admin side. As `listen`,
+  // but callers need the role admin for everything.
   std::optional<Endpoint> admin_listen;
   // Threads that receive and parse; the engine's threads are the device's.
   uint32_t io_threads = 1;
@@ -63,6 +73,8 @@ struct ServerSeams {
   Transport* transport = nullptr;
   // nullptr = silent.
   spdlog::logger* logger = nullptr;
+  // Hears of admin calls and of calls turned away; nullptr = nobody does.
+  AccessLog* access_log = nullptr;
 };
 
 class Server {

@@ -1,0 +1,54 @@
+// The one gate of a side of the server: who a caller is, whether the call may run, what is written
+// about it. Thread-safe.
+
+#ifndef KVSERVICE_KVSERVICE_SERVER_GATE_H_
+#define KVSERVICE_KVSERVICE_SERVER_GATE_H_
+
+#include <atomic>
+
+#include "kvservice/clock.h"
+#include "kvservice/server/access.h"
+#include "kvservice/server/call.h"
+
+namespace spdlog {
+class logger;
+}  // namespace spdlog
+
+namespace kvservice {
+
+class AccessLog;
+
+class Gate final : public CallGate {
+ public:
+  // Pointers are borrowed.
+  struct Options {
+    // "data" or "admin", for the access log.
+    const char* side = nullptr;
+    // Roles of which every caller of this side needs one, besides what the method asks for; none =
+    // the method decides.
+    RoleSet needed;
+    const IdentityMap* identities = nullptr;
+    Clock* clock = nullptr;
+    // nullptr = nothing is written.
+    spdlog::logger* logger = nullptr;
+    AccessLog* access_log = nullptr;
+  };
+  explicit Gate(const Options& options) : options_(options) {}
+
+  // From now on every call is turned away.
+  void Close() { closed_ = true; }
+  bool closed() const { return closed_; }
+
+  Caller Identify(const grpc::ServerContext& context) override;
+  absl::Status Allow(const MethodAccess& method, const Caller& caller) override;
+  absl::Status Admit(const MethodAccess& method, const Caller& caller) override;
+  void Ended(const CallRecord& record) override;
+
+ private:
+  const Options options_;
+  std::atomic<bool> closed_{false};
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_SERVER_GATE_H_
