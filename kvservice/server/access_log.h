@@ -16,7 +16,9 @@
 #include <functional>
 #include <mutex>
 #include <string>
+#include <utility>
 
+#include "absl/status/statusor.h"
 #include "kvservice/clock.h"
 #include "kvservice/server/call.h"
 
@@ -46,6 +48,11 @@ class AccessLog {
   uint32_t refusals_in_second_ = 0;
   uint64_t suppressed_ = 0;
 };
+
+// Appends lines to a file that only its owner may read. At `bytes_max` it becomes PATH.1, that one
+// PATH.2 and so on, and the fourth goes. UNAVAILABLE when it cannot be opened; lines that cannot be
+// written later are told of on stderr.
+absl::StatusOr<AccessLog::Sink> NewAccessLogFile(const std::string& path, size_t bytes_max);
 
 }  // namespace kvservice
 

@@ -49,6 +49,12 @@ std::string HexOfId(const SequenceId& id) {
   return hex;
 }
 
+// For the access log: what is no id is nothing to write down.
+std::string HexOf(const std::string& id_bytes) {
+  const absl::StatusOr<SequenceId> id = IdFromProto(id_bytes, "id");
+  return id.ok() ? HexOfId(*id) : "";
+}
+
 std::optional<SequenceId> IdOfHex(std::string_view hex) {
   SequenceId id;
   if (hex.size() != 2 * id.bytes.size()) return std::nullopt;
@@ -203,6 +209,7 @@ class AdminService final : public RpcService {
 
   void DescribeSequence(std::unique_ptr<DescribeSequenceCall> call) {
     const std::string id = call->request().id();
+    call->set_subject(HexOf(id));
     Find(id, [call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
       if (info.ok()) OwnedSequenceToProto(*info, call->response()->mutable_sequence());
       DescribeSequenceCall::Reply(std::move(call), info.status());
@@ -211,6 +218,7 @@ class AdminService final : public RpcService {
 
   void Explain(std::unique_ptr<ExplainCall> call) {
     const std::string id = call->request().id();
+    call->set_subject(HexOf(id));
     Find(id, [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
       if (!info.ok()) return ExplainCall::Reply(std::move(call), info.status());
       absl::StatusOr<ExplainAsk> ask = ExplainFromProto(call->request());
@@ -228,6 +236,7 @@ class AdminService final : public RpcService {
   // dropped then is still the sequence of that id.
   void Evict(std::unique_ptr<EvictCall> call) {
     const std::string id = call->request().id();
+    call->set_subject(HexOf(id));
     Find(id, [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
       if (!info.ok()) return EvictCall::Reply(std::move(call), info.status());
       const v1::EvictRequest& request = call->request();

@@ -250,6 +250,19 @@ void AddServerFlags(CLI::App* app, Config* config) {
 void AddProcessFlags(CLI::App* app, Flags* flags, Config* config) {
   AddChoice(app, "--log-level", "Least severe messages to log to stderr", &config->log_level,
             {"trace", "debug", "info", "warn", "error", "off"});
+  app->add_option("--access-log", config->access_log,
+                  "Where admin calls and refused calls are written down, a line of JSON each: "
+                  "stderr, none, or a file")
+      ->capture_default_str()
+      ->type_name("FILE");
+  AddBytes(app, "--access-log-bytes-max",
+           "Size at which that file is turned over; it and four older ones are kept",
+           &config->access_log_bytes_max);
+  app->add_flag(
+         "--core-dumps,!--no-core-dumps", config->core_dumps,
+         "Let the process leave a core file and debuggers attach; keys and values are not in "
+         "the file either way")
+      ->capture_default_str();
   app->set_config("--config", "", "File with flag=value lines")->type_name("FILE");
   app->allow_config_extras(CLI::config_extras_mode::error);
   app->set_version_flag("--version", "kvservice " + Version() + " (" + BuildDescription() + ")");

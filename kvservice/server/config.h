@@ -33,6 +33,13 @@ struct Config {
   bool keep_queries = true;
   // File that holds the secret of sampled certificates; empty = a fresh secret at every start.
   std::string draw_secret_file;
+  // Where the access log goes: "stderr", "none", or a file that is turned over at
+  // access_log_bytes_max.
+  std::string access_log = "stderr";
+  size_t access_log_bytes_max = size_t{64} << 20;
+  // A process that dies may leave its memory, but for keys, values and sketches, in a core file;
+  // and others of its user may look into it.
+  bool core_dumps = false;
   // The default socket directory is used and must exist before the server listens.
   bool uses_runtime_directory = false;
 };

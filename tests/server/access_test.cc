@@ -1,16 +1,11 @@
 // Who gets in and who does not: every method of the API, as proto/ declares it, against every wrong
 // credential there is, on both sides of a server with TLS.
 
-#include <google/protobuf/descriptor.h>
-#include <google/protobuf/descriptor.pb.h>
-#include <google/protobuf/message.h>
 #include <grpcpp/channel.h>
-#include <grpcpp/client_context.h>
-#include <grpcpp/create_channel.h>
-#include <grpcpp/security/credentials.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
-#include <fstream>
+#include <chrono>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -21,12 +16,11 @@
 #include "kvservice/error.h"
 #include "kvservice/server/access.h"
 #include "kvservice/server/access_log.h"
-#include "kvservice/v1/admin.pb.h"
-#include "kvservice/v1/model.pb.h"
-#include "kvservice/v1/sequence.grpc.pb.h"
+#include "tests/server/api_methods.h"
 #include "tests/server/certificates.h"
 #include "tests/server/raw_call.h"
 #include "tests/server/served_engine.h"
+#include "tests/server/served_tls.h"
 
 namespace kvservice::testing {
 namespace {
@@ -38,73 +32,14 @@ constexpr std::pair<Role, const char*> kRoles[] = {{Role::kWorker, "worker"},
                                                    {Role::kReader, "reader"},
                                                    {Role::kAdmin, "admin"}};
 
-struct Method {
-  std::string service;
-  std::string path;       // "/kvservice.v1.SequenceService/Get"
-  std::string full_name;  // "kvservice.v1.SequenceService.Get"
-  RoleSet any_of;
-};
-
-// Every method that is declared anywhere in proto/.
-std::vector<Method> AllMethods() {
-  google::protobuf::FileDescriptorSet set;
-  std::ifstream file(KVSERVICE_API_DESCRIPTORS, std::ios::binary);
-  EXPECT_TRUE(set.ParseFromIstream(&file));
-  std::vector<Method> methods;
-  for (const google::protobuf::FileDescriptorProto& declared : set.file()) {
-    for (const google::protobuf::ServiceDescriptorProto& service : declared.service()) {
-      for (const google::protobuf::MethodDescriptorProto& method : service.method()) {
-        const std::string name = declared.package() + "." + service.name();
-        methods.push_back({.service = service.name(),
-                           .path = "/" + name + "/" + method.name(),
-                           .full_name = name + "." + method.name(),
-                           .any_of = AccessOf(name + "." + method.name()).any_of});
-      }
-    }
-  }
-  EXPECT_GE(methods.size(), 28U);
-  return methods;
-}
-
-std::string UriOf(const std::string& who) { return "spiffe://example.org/" + who; }
-
-CertificateSpec SpecOf(const std::string& who) { return {.names = {"URI:" + UriOf(who)}}; }
-
-// Of the identities that the server knows: one per role and tenant.
-IdentityMap Identities() {
-  IdentityMap identities;
-  for (const char* tenant : {"default", "acme"}) {
-    for (const auto& [role, name] : kRoles) {
-      std::string upper = name;
-      for (char& c : upper) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
-      const absl::Status added = identities.Add(
-          "{\"uri\": \"" + UriOf(std::string(tenant) + "/" + name) + "\", \"tenant\": \"" + tenant +
-          "\", \"roles\": [\"ROLE_" + upper + "\"]}");
-      EXPECT_TRUE(added.ok()) << added;
-    }
-  }
-  return identities;
-}
-
 class AccessTest : public ::testing::Test {
  protected:
   AccessTest() {
-    WritePrivate(Path("ca"), authority_.pem());
-    const Credential server =
-        authority_.Issue({.names = {"DNS:localhost"}, .purpose = "serverAuth"});
-    WritePrivate(Path("cert"), server.certificate);
-    WritePrivate(Path("key"), server.key);
-    ServedEngineOptions options;
-    options.server.tls = {
-        .certificate = Path("cert"), .key = Path("key"), .client_ca = Path("ca"), .reload_s = 1};
-    options.server.identities = Identities();
-    options.server.listen = {{.endpoint = *ParseEndpoint("127.0.0.1:0")}};
-    options.server.admin_listen = *ParseEndpoint("127.0.0.1:0");
+    ServedEngineOptions options = WithTls(authority_, folder_.path());
     options.access_log = &access_log_;
     served_ = std::make_unique<ServedEngine>(std::move(options));
   }
 
-  std::string Path(const std::string& name) const { return folder_.path() + "/" + name; }
   Endpoint data() const { return served_->server()->endpoints().back(); }
   Endpoint admin() const { return *served_->server()->admin_endpoint(); }
 
@@ -169,7 +104,7 @@ std::vector<WrongCredential> WrongCredentials(const Authority& ours, const Autho
 TEST_F(AccessTest, NoCallComesByAConnectionThatShouldNotBe) {
   const Authority other("theirs");
   size_t call_count = 0;
-  for (const Method& method : AllMethods()) {
+  for (const ApiMethod& method : AllMethods()) {
     for (const Endpoint& endpoint : {data(), admin()}) {
       for (const WrongCredential& wrong : WrongCredentials(authority_, other)) {
         EXPECT_EQ(Try(Connect(endpoint, wrong.credential), method.path), "UNAVAILABLE")
@@ -214,7 +149,7 @@ TEST_F(AccessTest, CertificatesWithoutAKnownIdentityGetNowhere) {
   for (const Case& wrong : cases) {
     for (const Endpoint& endpoint : {data(), admin()}) {
       const auto channel = Connect(endpoint, authority_.Issue(wrong.spec));
-      for (const Method& method : AllMethods()) {
+      for (const ApiMethod& method : AllMethods()) {
         EXPECT_EQ(Try(channel, method.path), wrong.expected) << method.path;
         const std::vector<nlohmann::json> lines = Logged();
         ASSERT_EQ(lines.size(), 1U) << method.path;
@@ -229,7 +164,7 @@ TEST_F(AccessTest, CertificatesWithoutAKnownIdentityGetNowhere) {
 }
 
 // What a caller with one role is told; empty: it was let in, whatever became of the call.
-std::string Expected(const Method& method, Role role, bool is_admin_side) {
+std::string Expected(const ApiMethod& method, Role role, bool is_admin_side) {
   if (!method.any_of.Has(role)) return "PERMISSION_DENIED ROLE_MISSING";
   if (is_admin_side && role != Role::kAdmin) return "PERMISSION_DENIED ROLE_MISSING";
   // Not here: no role makes it so.
@@ -246,7 +181,7 @@ TEST_F(AccessTest, EveryMethodAsksForItsRole) {
     for (const auto& [role, name] : kRoles) {
       const auto channel =
           ConnectAs(is_admin_side ? admin() : data(), std::string("default/") + name);
-      for (const Method& method : AllMethods()) {
+      for (const ApiMethod& method : AllMethods()) {
         const std::string expected = Expected(method, role, is_admin_side);
         const std::string got = Try(channel, method.path);
         const std::vector<nlohmann::json> lines = Logged();
@@ -276,7 +211,7 @@ TEST_F(AccessTest, EveryMethodAsksForItsRole) {
 
 // What proto/ must go on saying.
 TEST_F(AccessTest, RolesMeanWhatTheyAreCalled) {
-  for (const Method& method : AllMethods()) {
+  for (const ApiMethod& method : AllMethods()) {
     EXPECT_FALSE(method.any_of.empty()) << method.full_name;
     if (method.service == "AdminService") {
       EXPECT_EQ(method.any_of, RoleSet{Role::kAdmin}) << method.full_name;
@@ -296,7 +231,7 @@ TEST_F(AccessTest, AConnectionDoesNotOutliveItsCertificate) {
   EXPECT_EQ(Try(channel, "/kvservice.v1.ModelService/List"), "OK");
   // The server's clock stands in the past of the certificate's end; a hundred years are enough.
   served_->clock()->AdvanceMs(uint64_t{100} * 365 * 86'400'000);
-  for (const Method& method : AllMethods()) {
+  for (const ApiMethod& method : AllMethods()) {
     EXPECT_EQ(Try(channel, method.path), "UNAUTHENTICATED CERTIFICATE_EXPIRED") << method.path;
   }
   EXPECT_EQ(Try(channel, kHealth), "UNAUTHENTICATED CERTIFICATE_EXPIRED");
@@ -316,10 +251,7 @@ TEST_F(AccessTest, NewCertificatesComeIntoForceWithoutARestart) {
   const Credential ours = authority_.Issue(SpecOf("default/worker"));
   const auto channel = Connect(data(), ours);
   EXPECT_EQ(Try(channel, kHealth), "OK");
-  const Credential server = next.Issue({.names = {"DNS:localhost"}, .purpose = "serverAuth"});
-  WritePrivate(Path("ca"), next.pem());
-  WritePrivate(Path("cert"), server.certificate);
-  WritePrivate(Path("key"), server.key);
+  WriteServerFiles(next, folder_.path());
   // Each attempt is a handshake; the files are looked at once a second.
   const auto try_next = [&] {
     return Try(ConnectTls(data(), next.pem(), next.Issue(SpecOf("default/worker"))), kHealth);

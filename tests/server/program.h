@@ -24,6 +24,7 @@ class Program {
   // Reads standard output up to and with the line; false when it ends before.
   bool WaitForLine(const std::string& line);
   void Signal(int signal) const;
+  pid_t pid() const { return pid_; }
   // Waits for the end; the exit status, or 128 + the signal that ended it.
   int Wait();
   // After Wait, all of it; before, what was read so far.

@@ -3,6 +3,7 @@
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "kvservice/v1/admin.grpc.pb.h"
+#include "tests/server/certificates.h"
 #include "tests/server/program.h"
 #include "tests/server/served_engine.h"
 
@@ -27,6 +29,19 @@ std::string Contents(const std::string& path) {
   std::ostringstream text;
   text << std::ifstream(path).rdbuf();
   return text.str();
+}
+
+// A mapping of at least `kib_min` KiB has the flag that keeps it out of core files.
+bool HasMappingLeftOut(const std::string& smaps, uint64_t kib_min) {
+  std::istringstream lines(smaps);
+  uint64_t kib = 0;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.rfind("Size:", 0) == 0) kib = std::stoull(line.substr(5));
+    if (line.rfind("VmFlags:", 0) == 0 && kib >= kib_min && line.find(" dd") != std::string::npos) {
+      return true;
+    }
+  }
+  return false;
 }
 
 class ProgramTest : public ::testing::Test {
@@ -217,6 +232,81 @@ TEST_F(ProgramTest, FlagsComeBeforeTheEnvironmentBeforeTheFile) {
   EXPECT_NE(print.output().find("\nrows-max=3\n"), std::string::npos) << print.output();
   EXPECT_NE(print.output().find("\nmodels-max=2\n"), std::string::npos) << print.output();
   EXPECT_NE(print.output().find("\nsequences-max=1\n"), std::string::npos) << print.output();
+}
+
+// A server with TLS as operators start it, and what is refused of that.
+TEST_F(ProgramTest, TlsNeedsAllOfItsFiles) {
+  const Authority authority("ours");
+  const Credential server = authority.Issue({.names = {"DNS:localhost"}, .purpose = "serverAuth"});
+  WritePrivate(Path("ca"), authority.pem());
+  WritePrivate(Path("cert"), server.certificate);
+  WritePrivate(Path("key"), server.key);
+  WritePrivate(Path("who"),
+               R"({"uri": "spiffe://a/b", "tenant": "acme", "roles": ["ROLE_READER"]})");
+  const std::vector<std::string> all = {"--listen",        "127.0.0.1:0",  "--tls-cert",
+                                        Path("cert"),      "--tls-key",    Path("key"),
+                                        "--tls-client-ca", Path("ca"),     "--identities-file",
+                                        Path("who"),       "--pool-bytes", "16MiB"};
+  const auto with = [&all](std::vector<std::string> more) {
+    more.insert(more.begin(), all.begin(), all.end());
+    return more;
+  };
+  const std::pair<std::vector<std::string>, const char*> cases[] = {
+      {{"--listen", "127.0.0.1:0", "--tls-cert", Path("cert")}, "--tls-key"},
+      {{"--listen", "127.0.0.1:0", "--tls-key", Path("key")}, "--tls-cert"},
+      {{all.begin(), all.begin() + 8}, "--identities-file"},
+      {{"--listen", "127.0.0.1:0", "--identities-file", Path("who")}, "--identities-file"},
+      {with({"--listen", "tenant=acme,0.0.0.0:0"}), "--listen"},
+      {with({"--identities-file", Path("cert")}), "--identities-file"},
+      {with({"--identities-file", Path("who")}), "--identities-file"},
+      {with({"--access-log", folder_.path()}), "--access-log"},
+  };
+  for (const auto& [arguments, flag] : cases) {
+    Program refused("kvservice", arguments);
+    EXPECT_EQ(refused.Wait(), kExitConfig) << flag;
+    EXPECT_NE(refused.errors().find(flag), std::string::npos) << refused.errors();
+  }
+  // Other hosts may come; the admin side stays on a Unix socket unless it is told otherwise.
+  Program started("kvservice", with({"--listen", "0.0.0.0:0", "--listen", "unix:" + Path("data"),
+                                     "--access-log", Path("log")}));
+  ASSERT_TRUE(started.WaitForLine("ready")) << started.Wait() << started.errors();
+  EXPECT_NE(started.output().find("listening on 0.0.0.0:"), std::string::npos);
+  EXPECT_NE(started.output().find("admin on unix:" + Path("data.admin")), std::string::npos);
+  v1::GetStatsResponse stats;
+  const auto admin =
+      v1::AdminService::NewStub(ConnectTo(*ParseEndpoint("unix:" + Path("data.admin"))));
+  EXPECT_TRUE(admin->GetStats(NewContext().get(), {}, &stats).ok());
+  started.Signal(SIGTERM);
+  EXPECT_EQ(started.Wait(), 0) << started.errors();
+  const std::string log = Contents(Path("log"));
+  EXPECT_NE(log.find("\"method\":\"AdminService.GetStats\",\"identity\":\"local\""),
+            std::string::npos)
+      << log;
+  struct stat facts = {};
+  ASSERT_EQ(stat(Path("log").c_str(), &facts), 0);
+  EXPECT_EQ(facts.st_mode & 0777, 0600U);
+}
+
+// A core file would hold what tenants have stored.
+TEST_F(ProgramTest, MemoryStaysInTheProcess) {
+  for (const bool core_dumps : {false, true}) {
+    rlimit all{};
+    ASSERT_EQ(getrlimit(RLIMIT_CORE, &all), 0);
+    all.rlim_cur = std::min<rlim_t>(all.rlim_max, 1 << 20);
+    ASSERT_EQ(setrlimit(RLIMIT_CORE, &all), 0);
+    Program server("kvservice",
+                   Arguments({core_dumps ? "--core-dumps" : "--no-core-dumps", "--device", "cpu"}));
+    ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+    rlimit limit{};
+    ASSERT_EQ(prlimit(server.pid(), RLIMIT_CORE, nullptr, &limit), 0);
+    // 1 is too little for a file, and tells the kernel to start no handler either.
+    EXPECT_EQ(limit.rlim_cur, core_dumps ? all.rlim_cur : 1U);
+    // The pool, which has 16 MiB, is marked as left out ("dd") either way.
+    EXPECT_TRUE(
+        HasMappingLeftOut(Contents("/proc/" + std::to_string(server.pid()) + "/smaps"), 16 << 10));
+    server.Signal(SIGTERM);
+    EXPECT_EQ(server.Wait(), 0);
+  }
 }
 
 TEST_F(ProgramTest, SaysWhatItIs) {
