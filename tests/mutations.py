@@ -365,6 +365,9 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "if (record->lease_end_ns <= now_ns) return nullptr;", "access_test", "*AnothersSequence*"),
     ("blocks_are_cleared", OWNERS, "if (old.owner != owner) clear(from, to - from);", "",
      "block_pool_test", "*ChangesHands*"),
+    ("hosts_are_bounded", "kvservice/server/accept_loop.cc",
+     "count == count_of_host_.end() || count->second < limits_.per_host", "true",
+     "transport_test", "*Host*:*OneAddress*"),
     ("refusals_are_bounded", ACCESS_LOG, "if (refusals_in_second_ >= kRefusalsPerSecondMax) {",
      "if (false) {", "access_test", "AccessLogTest*"),
 ]]

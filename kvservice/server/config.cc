@@ -237,6 +237,9 @@ void AddServerFlags(CLI::App* app, Config* config) {
   AddBytes(app, "--transport-bytes-max", "Memory of the transport for messages on their way in",
            &server->transport_bytes_max);
   AddCount(app, "--connections-max", "Connections; more are reset", &server->connections_max);
+  AddCount(app, "--connections-per-host-max",
+           "Connections from one IPv4 address or IPv6 /64; more are reset",
+           &server->connections_per_host_max);
   AddCount(app, "--streams-per-connection-max", "Calls at a time on one connection",
            &server->streams_per_connection_max);
   AddCount(app, "--lanes-max",

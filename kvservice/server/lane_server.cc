@@ -199,7 +199,8 @@ absl::Status OneThreadLaneServer::Start(Transport* transport) {
   thread_ = std::thread([this] { Run(); });
   Clock* const clock = host_.service.calls.clock;
   accept_loop_ = std::make_unique<AcceptLoop>(
-      std::move(listeners), size_t{options_.lanes_max} + kLanesOpeningMax, clock,
+      std::move(listeners),
+      ConnectionLimits{.total = size_t{options_.lanes_max} + kLanesOpeningMax}, clock,
       [this, clock](size_t listener, FileDescriptor socket) {
         {
           const std::lock_guard<std::mutex> lock(mutex_);

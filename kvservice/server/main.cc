@@ -1,6 +1,7 @@
 // The server program. Exit status: 0 after a drain, 78 for a bad configuration, 1 for anything
 // else.
 
+#include <grpc/support/log.h>
 #include <malloc.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
@@ -158,6 +159,19 @@ absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
   return engine;
 }
 
+// gRPC writes a line for every handshake that fails, and strangers can make those fail all day. Its
+// log has no context, so the numbers live here; that two threads may count one line for another's
+// second does no harm.
+void WriteGrpcLine(gpr_log_func_args* line) {
+  constexpr uint32_t kLinesPerSecondMax = 20;
+  static std::atomic<uint64_t> second{0};
+  static std::atomic<uint32_t> count{0};
+  const uint64_t now = SystemClock()->SteadyNowNs() / 1'000'000'000;
+  if (second.exchange(now) != now) count = 0;
+  if (count.fetch_add(1) >= kLinesPerSecondMax) return;
+  std::fprintf(stderr, "[grpc] %s:%d %s\n", line->file, line->line, line->message);
+}
+
 absl::StatusOr<AccessLog::Sink> OpenAccessLog(const Config& config) {
   if (config.access_log == "stderr") {
     return [](const std::string& line) { std::cerr << line + "\n" << std::flush; };
@@ -238,6 +252,7 @@ int Main(int argc, const char* const* argv) {
     return 0;
   }
   KeepToOurselves(config->core_dumps);
+  gpr_set_log_function(WriteGrpcLine);
   KeepFreedMemory();
   TrustLockOrder();
   RaiseDescriptorLimit();

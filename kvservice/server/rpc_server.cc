@@ -194,7 +194,9 @@ absl::Status GrpcServer::Start(const RpcServerOptions& options, Transport* trans
         [this, queue = queue.get(), spin_us = options.spin_us] { ServeQueue(queue, spin_us); });
   }
   accept_loop_ = std::make_unique<AcceptLoop>(
-      std::move(listeners), ConnectionsMax(options.connections_max, options.other_descriptors),
+      std::move(listeners),
+      ConnectionLimits{.total = ConnectionsMax(options.connections_max, options.other_descriptors),
+                       .per_host = options.connections_per_host_max},
       host_.clock, [this](size_t listener, FileDescriptor connection) {
         Deliver(listener, std::move(connection));
       });

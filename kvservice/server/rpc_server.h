@@ -40,6 +40,7 @@ struct RpcServerOptions {
   // What gRPC may use for receiving.
   size_t transport_bytes_max = 0;
   uint32_t connections_max = 0;
+  uint32_t connections_per_host_max = 0;
   uint32_t streams_per_connection_max = 0;
   // File descriptors that the process needs besides, for something that grows.
   uint32_t other_descriptors = 0;

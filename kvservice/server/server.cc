@@ -23,6 +23,7 @@ constexpr size_t kAdminMessageBytesMax = size_t{4} << 20;
 constexpr size_t kAdminTransportBytesMax = size_t{32} << 20;
 constexpr size_t kAdminRequestsBytesMax = size_t{64} << 20;
 constexpr uint32_t kAdminConnectionsMax = 64;
+constexpr uint32_t kAdminConnectionsPerHostMax = 32;
 constexpr uint32_t kAdminStreamsMax = 32;
 // The answer to the call that asked for the drain is on its way.
 constexpr std::chrono::milliseconds kAdminGrace{1000};
@@ -134,6 +135,7 @@ absl::Status ServerOnEngine::StartData() {
                       .message_bytes_max = options_.message_bytes_max,
                       .transport_bytes_max = options_.transport_bytes_max,
                       .connections_max = options_.connections_max,
+                      .connections_per_host_max = options_.connections_per_host_max,
                       .streams_per_connection_max = options_.streams_per_connection_max,
                       .other_descriptors = options_.lanes_max + kLanesOpeningMax},
                      std::move(services), host.calls, seams_.transport);
@@ -172,6 +174,7 @@ absl::Status ServerOnEngine::StartAdmin() {
                       .message_bytes_max = kAdminMessageBytesMax,
                       .transport_bytes_max = kAdminTransportBytesMax,
                       .connections_max = kAdminConnectionsMax,
+                      .connections_per_host_max = kAdminConnectionsPerHostMax,
                       .streams_per_connection_max = kAdminStreamsMax},
                      std::move(services), host.calls, seams_.transport);
   if (!server.ok()) return server.status();
@@ -190,6 +193,7 @@ absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
   facts.limits = {{"message_bytes_max", options_.message_bytes_max},
                   {"requests_bytes_max", options_.requests_bytes_max},
                   {"connections_max", options_.connections_max},
+                  {"connections_per_host_max", options_.connections_per_host_max},
                   {"streams_per_connection_max", options_.streams_per_connection_max},
                   {"stream_calls_max", kStreamCallsMax},
                   {"lanes_max", options_.lanes_max},

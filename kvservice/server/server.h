@@ -52,6 +52,8 @@ struct ServerOptions {
   size_t transport_bytes_max = size_t{256} << 20;
   // Connections above it are reset.
   uint32_t connections_max = 1024;
+  // The same for those that come from one address (kvservice/server/accept_loop.h).
+  uint32_t connections_per_host_max = 256;
   uint32_t streams_per_connection_max = 256;
   // Lanes (kvservice/server/lane_server.h) beside the Unix sockets of `listen`; 0 = none are
   // served.

@@ -19,6 +19,7 @@
 #include "tests/server/certificates.h"
 #include "tests/server/program.h"
 #include "tests/server/served_engine.h"
+#include "tests/server/served_tls.h"
 
 namespace kvservice::testing {
 namespace {
@@ -54,7 +55,20 @@ class ProgramTest : public ::testing::Test {
     return arguments;
   }
   std::string Path(const std::string& name) const { return folder_.path() + "/" + name; }
+  // One on a loopback address with TLS, whose files are in the folder.
+  std::vector<std::string> TlsArguments(const std::vector<std::string>& more = {}) const {
+    const TlsFiles files = WriteServerFiles(authority_, folder_.path());
+    WritePrivate(Path("who"),
+                 R"({"uri": "spiffe://a/b", "tenant": "acme", "roles": ["ROLE_READER"]})");
+    std::vector<std::string> arguments = {"--listen",        "127.0.0.1:0",   "--tls-cert",
+                                          files.certificate, "--tls-key",     files.key,
+                                          "--tls-client-ca", files.client_ca, "--identities-file",
+                                          Path("who"),       "--pool-bytes",  "16MiB"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  }
 
+  const Authority authority_{"ours"};
   const TemporaryFolder folder_;
 };
 
@@ -234,50 +248,40 @@ TEST_F(ProgramTest, FlagsComeBeforeTheEnvironmentBeforeTheFile) {
   EXPECT_NE(print.output().find("\nsequences-max=1\n"), std::string::npos) << print.output();
 }
 
-// A server with TLS as operators start it, and what is refused of that.
+// What is refused of TLS as operators ask for it.
 TEST_F(ProgramTest, TlsNeedsAllOfItsFiles) {
-  const Authority authority("ours");
-  const Credential server = authority.Issue({.names = {"DNS:localhost"}, .purpose = "serverAuth"});
-  WritePrivate(Path("ca"), authority.pem());
-  WritePrivate(Path("cert"), server.certificate);
-  WritePrivate(Path("key"), server.key);
-  WritePrivate(Path("who"),
-               R"({"uri": "spiffe://a/b", "tenant": "acme", "roles": ["ROLE_READER"]})");
-  const std::vector<std::string> all = {"--listen",        "127.0.0.1:0",  "--tls-cert",
-                                        Path("cert"),      "--tls-key",    Path("key"),
-                                        "--tls-client-ca", Path("ca"),     "--identities-file",
-                                        Path("who"),       "--pool-bytes", "16MiB"};
-  const auto with = [&all](std::vector<std::string> more) {
-    more.insert(more.begin(), all.begin(), all.end());
-    return more;
-  };
   const std::pair<std::vector<std::string>, const char*> cases[] = {
       {{"--listen", "127.0.0.1:0", "--tls-cert", Path("cert")}, "--tls-key"},
       {{"--listen", "127.0.0.1:0", "--tls-key", Path("key")}, "--tls-cert"},
-      {{all.begin(), all.begin() + 8}, "--identities-file"},
+      {{"--listen", "127.0.0.1:0", "--tls-cert", Path("cert"), "--tls-key", Path("key"),
+        "--tls-client-ca", Path("ca")},
+       "--identities-file"},
       {{"--listen", "127.0.0.1:0", "--identities-file", Path("who")}, "--identities-file"},
-      {with({"--listen", "tenant=acme,0.0.0.0:0"}), "--listen"},
-      {with({"--identities-file", Path("cert")}), "--identities-file"},
-      {with({"--identities-file", Path("who")}), "--identities-file"},
-      {with({"--access-log", folder_.path()}), "--access-log"},
+      {TlsArguments({"--listen", "tenant=acme,0.0.0.0:0"}), "--listen"},
+      {TlsArguments({"--identities-file", Path("cert")}), "--identities-file"},
+      {TlsArguments({"--identities-file", Path("who")}), "--identities-file"},
+      {TlsArguments({"--access-log", Path("no/such/folder")}), "--access-log"},
   };
   for (const auto& [arguments, flag] : cases) {
     Program refused("kvservice", arguments);
     EXPECT_EQ(refused.Wait(), kExitConfig) << flag;
     EXPECT_NE(refused.errors().find(flag), std::string::npos) << refused.errors();
   }
-  // Other hosts may come; the admin side stays on a Unix socket unless it is told otherwise.
-  Program started("kvservice", with({"--listen", "0.0.0.0:0", "--listen", "unix:" + Path("data"),
-                                     "--access-log", Path("log")}));
-  ASSERT_TRUE(started.WaitForLine("ready")) << started.Wait() << started.errors();
-  EXPECT_NE(started.output().find("listening on 0.0.0.0:"), std::string::npos);
-  EXPECT_NE(started.output().find("admin on unix:" + Path("data.admin")), std::string::npos);
+}
+
+// Other hosts may come; the admin side stays on a Unix socket unless it is told otherwise.
+TEST_F(ProgramTest, ServesTlsAndWritesDownWhatOperatorsDo) {
+  Program server("kvservice", TlsArguments({"--listen", "0.0.0.0:0", "--listen",
+                                            "unix:" + Path("data"), "--access-log", Path("log")}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  EXPECT_NE(server.output().find("listening on 0.0.0.0:"), std::string::npos);
+  EXPECT_NE(server.output().find("admin on unix:" + Path("data.admin")), std::string::npos);
   v1::GetStatsResponse stats;
   const auto admin =
       v1::AdminService::NewStub(ConnectTo(*ParseEndpoint("unix:" + Path("data.admin"))));
   EXPECT_TRUE(admin->GetStats(NewContext().get(), {}, &stats).ok());
-  started.Signal(SIGTERM);
-  EXPECT_EQ(started.Wait(), 0) << started.errors();
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0) << server.errors();
   const std::string log = Contents(Path("log"));
   EXPECT_NE(log.find("\"method\":\"AdminService.GetStats\",\"identity\":\"local\""),
             std::string::npos)
@@ -285,6 +289,27 @@ TEST_F(ProgramTest, TlsNeedsAllOfItsFiles) {
   struct stat facts = {};
   ASSERT_EQ(stat(Path("log").c_str(), &facts), 0);
   EXPECT_EQ(facts.st_mode & 0777, 0600U);
+}
+
+// What they provoke is not written down for each of them.
+TEST_F(ProgramTest, StrangersDoNotFillTheLog) {
+  constexpr int kStrangers = 200;
+  Program server("kvservice", TlsArguments({"--admin-listen", "none"}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  const size_t begin = server.output().find("127.0.0.1:");
+  const Endpoint endpoint =
+      *ParseEndpoint(server.output().substr(begin, server.output().find('\n', begin) - begin));
+  for (int i = 0; i < kStrangers; ++i) {
+    v1::GetStatsResponse none;
+    EXPECT_FALSE(v1::AdminService::NewStub(ConnectTo(endpoint))
+                     ->GetStats(NewContext().get(), {}, &none)
+                     .ok());
+  }
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  EXPECT_LT(std::count(server.errors().begin(), server.errors().end(), '\n'), kStrangers)
+      << server.errors();
+  EXPECT_NE(server.errors().find("[grpc]"), std::string::npos);
 }
 
 // A core file would hold what tenants have stored.

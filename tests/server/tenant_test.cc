@@ -125,6 +125,12 @@ class TenantTest : public ::testing::TestWithParam<bool> {
     Answer answer;
     answer.status =
         CallRaw(channel, method.path, BytesOf(*RequestOf(method, handle)), &answer.reply);
+    v1::AttendResponse attended;
+    if (method.service == "AttentionService" && attended.ParseFromString(answer.reply)) {
+      // Every call has another number.
+      attended.clear_call_number();
+      answer.reply = attended.SerializeAsString();
+    }
     return answer;
   }
 
@@ -155,7 +161,7 @@ TEST_P(TenantTest, AnothersSequenceIsNoSequence) {
     // The request is one that means something to the owner.
     EXPECT_FALSE(Ask(victim_, method, foreign).SaysNotFound()) << method.full_name;
   }
-  EXPECT_GE(asked, 12);
+  EXPECT_GE(asked, 11);
 }
 
 // A request id is another's too.
@@ -178,8 +184,8 @@ TEST_P(TenantTest, RequestIdsAreTheTenantsOwn) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Where, TenantTest, ::testing::Bool(),
-                         [](const ::testing::TestParamInfo<bool>& info) {
-                           return info.param ? "OnDisk" : "InMemory";
+                         [](const ::testing::TestParamInfo<bool>& where) {
+                           return where.param ? "OnDisk" : "InMemory";
                          });
 
 }  // namespace
