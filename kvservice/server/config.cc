@@ -161,7 +161,7 @@ void AddTlsFlags(CLI::App* app, Flags* flags) {
           &flags->tls_reload_ms);
   app->add_option("--identities-file", flags->identities_files,
                   "JSON file that gives the URIs of clients' certificates a tenant and roles, "
-                  "repeatable")
+                  "repeatable; read again at SIGHUP")
       ->take_all()
       ->type_name("FILE");
 }
@@ -313,10 +313,10 @@ absl::Status PutTlsTogether(const Flags& flags, Config* config) {
   } else if (!flags.identities_files.empty()) {
     return Invalid("--identities-file: means something with --tls-cert alone");
   }
-  for (const std::string& path : flags.identities_files) {
-    const absl::Status added = config->server.identities.AddFile(path);
-    if (!added.ok()) return Invalid("--identities-file: " + std::string(added.message()));
-  }
+  config->identities_files = flags.identities_files;
+  absl::StatusOr<IdentityMap> identities = ReadIdentities(flags.identities_files);
+  if (!identities.ok()) return identities.status();
+  config->server.identities = *std::move(identities);
   return absl::OkStatus();
 }
 
@@ -447,6 +447,15 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   result->text = flags.print_config ? AddressLines(result->server) + app.config_to_str(true)
                                     : "the configuration is valid\n";
   return result;
+}
+
+absl::StatusOr<IdentityMap> ReadIdentities(const std::vector<std::string>& files) {
+  IdentityMap identities;
+  for (const std::string& path : files) {
+    const absl::Status added = identities.AddFile(path);
+    if (!added.ok()) return Invalid("--identities-file: " + std::string(added.message()));
+  }
+  return identities;
 }
 
 absl::StatusOr<DrawSecret> ReadDrawSecret(const std::string& path) {

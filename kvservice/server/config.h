@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "attention/device.h"
@@ -24,6 +25,8 @@ struct Config {
   std::string text;
 
   ServerOptions server;
+  // Those that server.identities came from.
+  std::vector<std::string> identities_files;
   std::string device = "auto";
   DeviceOptions device_options;
   std::string log_level = "info";
@@ -46,6 +49,9 @@ struct Config {
 
 // INVALID_ARGUMENT with one line that names the flag, for anything that is wrong.
 absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv);
+
+// What the files say together. Errors name the flag, the file, the entry and the field.
+absl::StatusOr<IdentityMap> ReadIdentities(const std::vector<std::string>& files);
 
 // The 32 bytes of a file that only its owner may read or write. PERMISSION_DENIED when others may
 // or it belongs to somebody else, INVALID_ARGUMENT when it does not have 32 bytes, NOT_FOUND.

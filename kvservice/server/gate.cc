@@ -20,7 +20,7 @@ bool IsServerFault(absl::StatusCode code) {
 }  // namespace
 
 Caller Gate::Identify(const grpc::ServerContext& context) {
-  return CallerOf(context, *options_.identities, options_.clock->WallNowNs());
+  return CallerOf(context, *options_.identities->Get(), options_.clock->WallNowNs());
 }
 
 absl::Status Gate::Allow(const MethodAccess& method, const Caller& caller) {

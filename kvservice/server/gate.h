@@ -5,6 +5,9 @@
 #define KVSERVICE_KVSERVICE_SERVER_GATE_H_
 
 #include <atomic>
+#include <memory>
+#include <mutex>
+#include <utility>
 
 #include "kvservice/clock.h"
 #include "kvservice/server/access.h"
@@ -18,6 +21,27 @@ namespace kvservice {
 
 class AccessLog;
 
+// The map in force, which operators may replace at any time.
+class Identities {
+ public:
+  explicit Identities(IdentityMap map) { Set(std::move(map)); }
+  void Set(IdentityMap map) {
+    auto next = std::make_shared<const IdentityMap>(std::move(map));
+    const std::lock_guard<std::mutex> lock(mutex_);
+    map_ = std::move(next);
+  }
+  // Shared, because a call may still look into a map that was replaced.
+  std::shared_ptr<const IdentityMap> Get() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return map_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  // Guarded by mutex_.
+  std::shared_ptr<const IdentityMap> map_;
+};
+
 class Gate final : public CallGate {
  public:
   // Pointers are borrowed.
@@ -27,7 +51,7 @@ class Gate final : public CallGate {
     // Roles of which every caller of this side needs one, besides what the method asks for; none =
     // the method decides.
     RoleSet needed;
-    const IdentityMap* identities = nullptr;
+    const Identities* identities = nullptr;
     Clock* clock = nullptr;
     // nullptr = nothing is written.
     spdlog::logger* logger = nullptr;

@@ -19,6 +19,8 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "absl/synchronization/mutex.h"
 #include "attention/device.h"
@@ -71,15 +73,19 @@ sigset_t AwaitedSignals() {
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGHUP);
   sigaddset(&signals, kWakeSignal);
   return signals;
 }
 
-// Turns the first SIGTERM or SIGINT into a drain; a second one ends the process at once.
+// Turns the first SIGTERM or SIGINT into a drain; a second one ends the process at once. SIGHUP
+// reads the identities again.
 class SignalThread {
  public:
-  SignalThread(Server* server, spdlog::logger* logger)
-      : thread_([this, server, logger] { Run(server, logger); }) {}
+  SignalThread(Server* server, const std::vector<std::string>& identities_files,
+               spdlog::logger* logger)
+      : identities_files_(identities_files),
+        thread_([this, server, logger] { Run(server, logger); }) {}
   ~SignalThread() {
     stopping_ = true;
     pthread_kill(thread_.native_handle(), kWakeSignal);
@@ -87,6 +93,17 @@ class SignalThread {
   }
 
  private:
+  // Those in force stay if there is anything wrong with the new ones.
+  void ReadIdentitiesAgain(Server* server, spdlog::logger* logger) const {
+    absl::StatusOr<IdentityMap> identities = ReadIdentities(identities_files_);
+    if (!identities.ok()) {
+      logger->error("{}; what was read before stays", std::string(identities.status().message()));
+      return;
+    }
+    server->SetIdentities(*std::move(identities));
+    logger->info("identities read again");
+  }
+
   void Run(Server* server, spdlog::logger* logger) {
     const sigset_t signals = AwaitedSignals();
     bool draining = false;
@@ -95,6 +112,10 @@ class SignalThread {
       sigwait(&signals, &signal);
       if (stopping_) return;
       if (signal == kWakeSignal) continue;
+      if (signal == SIGHUP) {
+        ReadIdentitiesAgain(server, logger);
+        continue;
+      }
       if (draining) _exit(128 + signal);
       draining = true;
       logger->info("draining on {}", signal == SIGINT ? "SIGINT" : "SIGTERM");
@@ -102,6 +123,7 @@ class SignalThread {
     }
   }
 
+  const std::vector<std::string> identities_files_;
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };
@@ -220,7 +242,7 @@ int Serve(const Config& config, spdlog::logger* logger) {
     logger->critical("cannot serve: {}", std::string(server.status().message()));
     return server.status().code() == absl::StatusCode::kInvalidArgument ? kExitConfig : 1;
   }
-  const SignalThread signals(server->get(), logger);
+  const SignalThread signals(server->get(), config.identities_files, logger);
   logger->info("kvservice {} on device {}, pool {} MiB", Version(), (*engine)->device_name(),
                config.server.engine.pool_bytes >> 20);
   if (!Announce(**server, config.ready_file)) {

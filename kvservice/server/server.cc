@@ -38,6 +38,7 @@ class ServerOnEngine final : public Server {
       : options_(options),
         engine_(engine),
         seams_(seams),
+        identities_(options.identities),
         data_gate_(GateOptions("data", {})),
         admin_gate_(GateOptions("admin", {Role::kAdmin})),
         data_in_flight_(options.requests_bytes_max),
@@ -50,6 +51,8 @@ class ServerOnEngine final : public Server {
   std::optional<Endpoint> admin_endpoint() const override {
     return admin_ == nullptr ? std::nullopt : std::optional(admin_->endpoints().front());
   }
+
+  void SetIdentities(IdentityMap identities) override { identities_.Set(std::move(identities)); }
 
   void RequestDrain(uint32_t grace_ms) override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -79,7 +82,7 @@ class ServerOnEngine final : public Server {
   Gate::Options GateOptions(const char* side, RoleSet needed) {
     return {.side = side,
             .needed = needed,
-            .identities = &options_.identities,
+            .identities = &identities_,
             .clock = seams_.clock,
             .logger = seams_.logger,
             .access_log = seams_.access_log};
@@ -88,6 +91,7 @@ class ServerOnEngine final : public Server {
   const ServerOptions options_;
   Engine* const engine_;
   const ServerSeams seams_;
+  Identities identities_;
   Gate data_gate_;
   Gate admin_gate_;
   InFlight data_in_flight_;

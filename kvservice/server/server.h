@@ -87,6 +87,9 @@ class Server {
   virtual const std::vector<Endpoint>& endpoints() const = 0;
   virtual std::optional<Endpoint> admin_endpoint() const = 0;
 
+  // Whom certificates belong to from the next call on, of standing connections too. Any thread.
+  virtual void SetIdentities(IdentityMap identities) = 0;
+
   // Asks for a drain; any thread, also signal-driven ones; returns at once. The first request
   // counts. 0 = the default grace.
   virtual void RequestDrain(uint32_t grace_ms) = 0;

@@ -237,6 +237,24 @@ TEST_F(AccessTest, AConnectionDoesNotOutliveItsCertificate) {
   EXPECT_EQ(Try(channel, kHealth), "UNAUTHENTICATED CERTIFICATE_EXPIRED");
 }
 
+// A certificate cannot be taken back, but what it stands for can.
+TEST_F(AccessTest, AnIdentityThatIsTakenAwayIsGoneAtOnce) {
+  const auto channel = ConnectAs(data(), "default/worker");
+  EXPECT_EQ(Try(channel, "/kvservice.v1.ModelService/List"), "OK");
+  IdentityMap demoted;
+  ASSERT_TRUE(demoted
+                  .Add("{\"uri\": \"" + UriOf("default/worker") +
+                       R"(", "tenant": "default", "roles": ["ROLE_READER"]})")
+                  .ok());
+  served_->server()->SetIdentities(std::move(demoted));
+  EXPECT_EQ(Try(channel, "/kvservice.v1.ModelService/List"), "OK");
+  EXPECT_EQ(Try(channel, "/kvservice.v1.ModelService/Register"), "PERMISSION_DENIED ROLE_MISSING");
+  served_->server()->SetIdentities({});
+  for (const ApiMethod& method : AllMethods()) {
+    EXPECT_EQ(Try(channel, method.path), "PERMISSION_DENIED IDENTITY_UNKNOWN") << method.path;
+  }
+}
+
 TEST_F(AccessTest, ReflectionIsNotServedWithTls) {
   EXPECT_EQ(Try(ConnectAs(data(), "default/reader"),
                 "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"),

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <csignal>
 #include <fstream>
 #include <sstream>
@@ -289,6 +290,35 @@ TEST_F(ProgramTest, ServesTlsAndWritesDownWhatOperatorsDo) {
   struct stat facts = {};
   ASSERT_EQ(stat(Path("log").c_str(), &facts), 0);
   EXPECT_EQ(facts.st_mode & 0777, 0600U);
+}
+
+TEST_F(ProgramTest, ReadsIdentitiesAgainWhenToldTo) {
+  Program server("kvservice", TlsArguments({"--admin-listen", "none"}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  const size_t begin = server.output().find("127.0.0.1:");
+  const Endpoint endpoint =
+      *ParseEndpoint(server.output().substr(begin, server.output().find('\n', begin) - begin));
+  const auto channel =
+      ConnectTls(endpoint, authority_.pem(), authority_.Issue({.names = {"URI:spiffe://a/b"}}));
+  const auto ask = [&] {
+    v1::GetStatsResponse none;
+    return ErrorText(v1::AdminService::NewStub(channel)->GetStats(NewContext().get(), {}, &none));
+  };
+  EXPECT_EQ(ask(), "PERMISSION_DENIED ROLE_MISSING");
+  WritePrivate(Path("who"), "nonsense");
+  server.Signal(SIGHUP);
+  EXPECT_EQ(ask(), "PERMISSION_DENIED ROLE_MISSING");
+  WritePrivate(Path("who"), R"({"uri": "a:b", "tenant": "a", "roles": ["ROLE_READER"]})");
+  server.Signal(SIGHUP);
+  // The signal has its own thread; each question is a call.
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  std::string got;
+  do {
+    got = ask();
+  } while (got == "PERMISSION_DENIED ROLE_MISSING" && std::chrono::steady_clock::now() < end);
+  EXPECT_EQ(got, "PERMISSION_DENIED IDENTITY_UNKNOWN");
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
 }
 
 // What they provoke is not written down for each of them.
