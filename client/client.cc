@@ -9,6 +9,7 @@
 #include <string_view>
 #include <utility>
 
+#include "client/channel_credentials.h"
 #include "client/core.h"
 #include "client/error.h"
 #include "client/payload_message.h"
@@ -79,6 +80,7 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const ClientOptions& opt
     return InvalidRequest(
         "endpoint", "is '" + options.endpoint + "', expected unix:/absolute/path or HOST:PORT");
   }
+  if (absl::Status tls = CheckTls(options.endpoint, options.tls); !tls.ok()) return tls;
   absl::StatusOr<std::string> name = RandomName();
   if (!name.ok()) return name.status();
   auto core = std::make_unique<Core>(options);

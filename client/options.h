@@ -54,9 +54,24 @@ struct LaneOptions {
   std::optional<std::chrono::microseconds> spin = {};
 };
 
+// PEM files of a client that meets a server on another host. They are looked at again every minute:
+// certificates may change while the client runs.
+struct TlsOptions {
+  // Authorities that sign the server's certificate.
+  std::string ca_file = {};
+  // The client's certificate with those between it and its authority, and its key. The one URI
+  // among the certificate's names says to the server who this is.
+  std::string certificate_file = {};
+  std::string key_file = {};
+  // Name that the server's certificate must have instead of the endpoint's host.
+  std::string server_name = {};
+};
+
 struct ClientOptions {
   // "unix:/absolute/path" or "HOST:PORT".
   std::string endpoint = {};
+  // With TLS; for HOST:PORT alone.
+  std::optional<TlsOptions> tls = {};
   Deadlines deadlines = {};
   RetryOptions retry = {};
   // Largest message in either direction; the server has a limit of its own.

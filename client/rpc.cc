@@ -14,6 +14,7 @@
 #include <thread>
 #include <utility>
 
+#include "client/channel_credentials.h"
 #include "client/error.h"
 #include "client/payload_message.h"
 #include "client/retry.h"
@@ -54,7 +55,8 @@ std::shared_ptr<grpc::Channel> NewChannel(const ClientOptions& options) {
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kReconnectMs);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, kReconnectMsMax);
-  return grpc::CreateCustomChannel(options.endpoint, grpc::InsecureChannelCredentials(), arguments);
+  SetServerName(options.tls, &arguments);
+  return grpc::CreateCustomChannel(options.endpoint, ChannelCredentialsOf(options.tls), arguments);
 }
 
 constexpr char kAppendMethod[] = "/kvservice.v1.SequenceService/Append";

@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 packages=(
   build-essential g++ cmake ninja-build ccache pkg-config git
   libgrpc++-dev libgrpc-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev
+  libssl-dev openssl
   libabsl-dev libhwy-dev libcli11-dev libspdlog-dev nlohmann-json3-dev
   librocksdb-dev libxxhash-dev prometheus-cpp-dev libcivetweb-dev
   libgtest-dev libgmock-dev libopenblas-dev

@@ -221,7 +221,8 @@ absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const Cre
   record->policy = policy;
   record->lease_ns = LeaseNs(asked.lease_ms);
   record->tables = model->tables->latest();
-  record->cache = std::make_unique<Sequence>(&record->tables->shape, pool_.get(), device_.get());
+  record->cache = std::make_unique<Sequence>(&record->tables->shape, pool_.get(), device_.get(),
+                                             pool_->OwnerOf(tenant));
   record->seeds = SeedQueries(model->spec.layout, model->spec.layer_count,
                               options_.seed_bytes_per_sequence_max);
   const auto inserted = Insert(std::move(record));

@@ -462,7 +462,8 @@ void SequenceStore::FinishSaving(Saving* saving, absl::Status status) {
 
 // Checksums of full slices come back with the slices.
 void SequenceStore::Empty(SequenceRecord* record) {
-  record->cache = std::make_unique<Sequence>(&record->tables->shape, parts_.pool, parts_.device);
+  record->cache = std::make_unique<Sequence>(&record->tables->shape, parts_.pool, parts_.device,
+                                             parts_.pool->OwnerOf(record->tenant));
   for (LayerProgress& layer : record->stored->layers) {
     layer.full.clear();
     layer.full.shrink_to_fit();

@@ -55,6 +55,16 @@ WORKER = "kvservice/disk_worker.cc"
 STORE = "kvservice/sequence_store.cc"
 RECOVERY = "kvservice/store_recovery.cc"
 TABLE = "kvservice/sequence_table.cc"
+ACCESS = "kvservice/server/access.cc"
+TENANCY = "kvservice/server/tenancy.cc"
+TLS = "kvservice/server/tls.cc"
+GATE = "kvservice/server/gate.cc"
+RPC = "kvservice/server/rpc_server.cc"
+APPEND_STREAM = "kvservice/server/append_stream.cc"
+ATTEND_STREAM = "kvservice/server/attend_stream.cc"
+OTHERS = "kvservice/server/other_methods.cc"
+ACCESS_LOG = "kvservice/server/access_log.cc"
+OWNERS = "kvservice/cache/block_owners.cc"
 
 ATTACK = "*FindsNothing*"
 
@@ -318,6 +328,48 @@ MUTATIONS = [Mutation(*fields) for fields in [
      ""),
     ("inventory_finds_the_missing", RECOVERY,
      "ChecksumOfRow(**row) == entry.state", "true", "stored_engine_test", ""),
+    # ---- Nobody let in ----
+    ("tls_off_loopback", RPC, "if (!options.tls.has_value() && !address.endpoint.IsLocal()) {",
+     "if (false) {", "access_test", "ListenTest*"),
+    ("client_certificates", TLS, "GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY",
+     "GRPC_SSL_REQUEST_CLIENT_CERTIFICATE_BUT_DONT_VERIFY", "access_test", "*NoCallComes*"),
+    ("tls_used_on_tcp", RPC, "if (tls.has_value() && !is_unix) return NewTlsCredentials(*tls);",
+     "", "access_test", "*NoCallComes*"),
+    ("key_mode", TLS, "if (absl::Status mode = CheckKeyMode(files.key); !mode.ok()) return mode;",
+     "static_cast<void>(CheckKeyMode(files.key));", "access_test", "TlsFilesTest*"),
+    ("one_uri", TENANCY, "if (values.size() != 1) return \"\";", "if (values.empty()) return \"\";",
+     "access_test", "*KnownIdentity*"),
+    ("known_identity", ACCESS, "if (caller.tenant.empty()) {", "if (false) {", "access_test",
+     "*KnownIdentity*"),
+    ("role_needed", ACCESS, "method.is_for_all || caller.roles.Shares(method.any_of)",
+     "method.is_for_all || !caller.roles.empty()", "access_test", "*AsksForItsRole*"),
+    ("expiry_is_looked_at", ACCESS, "if (caller.is_expired) {", "if (false) {", "access_test",
+     "*Outlive*"),
+    ("admin_side_is_for_admins", GATE,
+     "if (!access.ok() || options_.needed.empty()) return access;",
+     "if (!access.ok() || !options_.needed.empty()) return access;", "access_test",
+     "*AsksForItsRole*"),
+    ("append_passes_the_gate", APPEND_STREAM,
+     "method_->host.gate->Admit(method_->access, caller_);", "absl::OkStatus();", "access_test",
+     "*AsksForItsRole*"),
+    ("attend_stream_passes_the_gate", ATTEND_STREAM,
+     "const absl::Status status = calls.gate->Admit(method_->access, caller);",
+     "const absl::Status status;", "access_test", "*AsksForItsRole*"),
+    ("other_methods_pass_the_gate", OTHERS, "methods_.host->gate->Allow(access, caller);",
+     "absl::OkStatus();", "access_test", "*AsksForItsRole*"),
+    ("no_reflection_past_the_gate", RPC,
+     "if (options.tls.has_value()) builder.SetOption(std::make_unique<WithoutReflection>());", "",
+     "access_test", "*Reflection*"),
+    ("sequences_have_a_tenant", TABLE,
+     "if (record->tenant != tenant || record->lease_end_ns <= now_ns) return nullptr;",
+     "if (record->lease_end_ns <= now_ns) return nullptr;", "access_test", "*AnothersSequence*"),
+    ("blocks_are_cleared", OWNERS, "if (old.owner != owner) clear(from, to - from);", "",
+     "block_pool_test", "*ChangesHands*"),
+    ("hosts_are_bounded", "kvservice/server/accept_loop.cc",
+     "count == count_of_host_.end() || count->second < limits_.per_host", "true",
+     "transport_test", "*Host*:*OneAddress*"),
+    ("refusals_are_bounded", ACCESS_LOG, "if (refusals_in_second_ >= kRefusalsPerSecondMax) {",
+     "if (false) {", "access_test", "AccessLogTest*"),
 ]]
 
 

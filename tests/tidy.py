@@ -59,6 +59,7 @@ OUTSIDE = {
              ["attention/cuda/", "tests/attention/**", "tests/bench/"]),
     "RocksDB": (r"^rocksdb/", ["kvservice/cache/rocksdb_tier.cc", "tests/stress/"]),
     "xxHash": (r"^xxhash\.h", ["kvservice/cache/checksum.cc"]),
+    "OpenSSL": (r"^openssl/", ["kvservice/server/", "tests/server/"]),
     "prometheus": (r"^prometheus/", ["kvservice/server/metrics_text.cc"]),
     "civetweb": (r"^civetweb\.h", ["kvservice/server/web_server.cc"]),
     "BLAS": (r"^cblas\.h", ["tests/eval/"]),

@@ -141,6 +141,8 @@ absl::StatusOr<DeviceMemory> CpuDevice::Allocate(size_t bytes) {
     return absl::ResourceExhaustedError(absl::StrCat("cannot allocate ", bytes, " bytes"));
   }
   if (rounded >= kHugePageBytes) madvise(data, rounded, MADV_HUGEPAGE);  // a wish
+  // Keys and values of tenants are not for core files.
+  madvise(data, rounded, MADV_DONTDUMP);
   return DeviceMemory(static_cast<std::byte*>(data), std::max<size_t>(bytes, 1), ReleaseMemory);
 }
 

@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "client/options.h"
+
 namespace kvservice::client {
 
 enum Exit : int {
@@ -31,6 +33,8 @@ enum Exit : int {
 struct GlobalOptions {
   std::string endpoint;
   std::string admin_endpoint;
+  // For endpoints that are HOST:PORT.
+  std::optional<TlsOptions> tls;
   std::chrono::milliseconds timeout{30'000};
   bool json = false;
   // Nothing on stdout or stderr: the exit status tells it all.

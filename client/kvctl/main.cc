@@ -43,6 +43,7 @@ constexpr size_t kCompletionNamesMax = 1000;
 
 struct Flags {
   GlobalOptions global;
+  TlsOptions tls;
   std::string output = "table";
   std::string service;
   std::chrono::milliseconds grace{0};
@@ -90,6 +91,34 @@ CLI::App* AddCommand(CLI::App* app, const std::string& name, const std::string& 
   return command;
 }
 
+void AddTlsFlags(CLI::App* app, Flags* flags) {
+  CLI::Option* const ca =
+      app->add_option("--tls-ca", flags->tls.ca_file,
+                      "PEM file of the authorities that sign the server's certificate; with it "
+                      "HOST:PORT is spoken to with TLS")
+          ->envname("KVCTL_TLS_CA")
+          ->check(CLI::ExistingFile)
+          ->type_name("FILE");
+  CLI::Option* const certificate = app->add_option("--tls-cert", flags->tls.certificate_file,
+                                                   "PEM file of this client's certificate")
+                                       ->envname("KVCTL_TLS_CERT")
+                                       ->check(CLI::ExistingFile)
+                                       ->type_name("FILE");
+  CLI::Option* const key =
+      app->add_option("--tls-key", flags->tls.key_file, "PEM file of the certificate's key")
+          ->envname("KVCTL_TLS_KEY")
+          ->check(CLI::ExistingFile)
+          ->type_name("FILE");
+  ca->needs(certificate, key);
+  certificate->needs(ca);
+  key->needs(ca);
+  app->add_option("--tls-server-name", flags->tls.server_name,
+                  "Name the server's certificate must have (default: the endpoint's host)")
+      ->envname("KVCTL_TLS_SERVER_NAME")
+      ->needs(ca)
+      ->type_name("NAME");
+}
+
 void AddGlobalFlags(CLI::App* app, Flags* flags) {
   flags->global.endpoint = DefaultEndpoint();
   app->add_option("--endpoint", flags->global.endpoint, "Data side: unix:/path or HOST:PORT")
@@ -100,6 +129,7 @@ void AddGlobalFlags(CLI::App* app, Flags* flags) {
                   "Admin side (default: the data side's path with .admin after it)")
       ->envname("KVCTL_ADMIN_ENDPOINT")
       ->type_name("ADDRESS");
+  AddTlsFlags(app, flags);
   AddDuration(app, "--timeout", "For the whole command", &flags->global.timeout)
       ->envname("KVCTL_TIMEOUT")
       ->default_str("30s");
@@ -425,6 +455,7 @@ int Main(int argc, const char* const* argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? kExitOk : kExitUsage;
   }
+  if (!flags.tls.ca_file.empty()) flags.global.tls = flags.tls;
   flags.global.json = flags.output == "json";
   if (flags.global.admin_endpoint.empty()) {
     flags.global.admin_endpoint = DefaultAdminEndpoint(flags.global.endpoint);

@@ -7,9 +7,11 @@
 #include <grpcpp/create_channel.h>
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
+#include <grpcpp/support/channel_arguments.h>
 
 #include <algorithm>
 
+#include "client/channel_credentials.h"
 #include "client/error.h"
 #include "kvservice/v1/admin.grpc.pb.h"
 #include "kvservice/v1/attention.grpc.pb.h"
@@ -19,6 +21,7 @@
 namespace kvservice::client {
 namespace {
 
+constexpr char kUnixPrefix[] = "unix:";
 constexpr int32_t kPageSize = 1000;
 // grpc.health.v1 HealthCheckResponse.ServingStatus.
 constexpr int32_t kServing = 1;
@@ -33,17 +36,25 @@ absl::Status ToStatus(const grpc::Status& status) {
   return StatusFromWire(status.error_code(), status.error_message(), status.error_details());
 }
 
+std::shared_ptr<grpc::Channel> NewChannel(const std::string& endpoint,
+                                          const std::optional<TlsOptions>& tls) {
+  const bool is_unix = endpoint.rfind(kUnixPrefix, 0) == 0;
+  const std::optional<TlsOptions> used = is_unix ? std::nullopt : tls;
+  grpc::ChannelArguments arguments;
+  SetServerName(used, &arguments);
+  return grpc::CreateCustomChannel(endpoint, ChannelCredentialsOf(used), arguments);
+}
+
 class GrpcServerCalls final : public ServerCalls {
  public:
   GrpcServerCalls(const std::string& endpoint, const std::string& admin_endpoint,
-                  std::chrono::milliseconds timeout)
+                  const std::optional<TlsOptions>& tls, std::chrono::milliseconds timeout)
       : end_(std::chrono::system_clock::now() + timeout),
-        data_(grpc::CreateChannel(endpoint, grpc::InsecureChannelCredentials())),
+        data_(NewChannel(endpoint, tls)),
         models_(v1::ModelService::NewStub(data_)),
         attention_(v1::AttentionService::NewStub(data_)),
         sequences_(v1::SequenceService::NewStub(data_)),
-        admin_(v1::AdminService::NewStub(
-            grpc::CreateChannel(admin_endpoint, grpc::InsecureChannelCredentials()))) {}
+        admin_(v1::AdminService::NewStub(NewChannel(admin_endpoint, tls))) {}
 
   absl::StatusOr<Health> CheckHealth(const std::string& service) override {
     HealthCheckRequest request;
@@ -214,8 +225,9 @@ class GrpcServerCalls final : public ServerCalls {
 
 std::unique_ptr<ServerCalls> NewServerCalls(const std::string& endpoint,
                                             const std::string& admin_endpoint,
+                                            const std::optional<TlsOptions>& tls,
                                             std::chrono::milliseconds timeout) {
-  return std::make_unique<GrpcServerCalls>(endpoint, admin_endpoint, timeout);
+  return std::make_unique<GrpcServerCalls>(endpoint, admin_endpoint, tls, timeout);
 }
 
 }  // namespace kvservice::client

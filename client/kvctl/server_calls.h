@@ -7,11 +7,13 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "client/options.h"
 #include "kvservice/v1/admin.pb.h"
 #include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/model.pb.h"
@@ -54,10 +56,11 @@ class ServerCalls {
   virtual absl::Status Drain(uint32_t grace_ms) = 0;
 };
 
-// Connects lazily; all calls together get `timeout`, counted from here. Nothing is repeated: the
-// person or script that runs kvctl decides.
+// Connects lazily, with `tls` to HOST:PORT and without to Unix sockets; all calls together get
+// `timeout`, counted from here. Nothing is repeated: the person or script that runs kvctl decides.
 std::unique_ptr<ServerCalls> NewServerCalls(const std::string& endpoint,
                                             const std::string& admin_endpoint,
+                                            const std::optional<TlsOptions>& tls,
                                             std::chrono::milliseconds timeout);
 
 }  // namespace kvservice::client

@@ -1,5 +1,6 @@
 #include "kvservice/cache/block_pool.h"
 
+#include <algorithm>
 #include <cassert>
 
 namespace kvservice {
@@ -7,6 +8,8 @@ namespace {
 
 // Slices and sketches are 64-byte aligned.
 constexpr size_t kLineBytes = 64;
+// Cleared at a time: stays in the cache of a CPU.
+constexpr size_t kZeroBytes = size_t{256} << 10;
 
 }  // namespace
 
@@ -35,17 +38,30 @@ BlockRef BlockRef::Share() const {
 absl::StatusOr<std::unique_ptr<BlockPool>> BlockPool::New(Device* device, size_t bytes) {
   auto memory = device->Allocate(bytes);
   if (!memory.ok()) return memory.status();
-  return std::unique_ptr<BlockPool>(new BlockPool(*std::move(memory)));
+  return std::unique_ptr<BlockPool>(new BlockPool(device, *std::move(memory)));
 }
 
-BlockPool::BlockPool(DeviceMemory memory) : memory_(std::move(memory)) {
+BlockPool::BlockPool(Device* device, DeviceMemory memory)
+    : device_(device), memory_(std::move(memory)) {
   const size_t usable = memory_.bytes() / kLineBytes * kLineBytes;
   if (usable > 0) AddFree(0, usable);
 }
 
 BlockPool::~BlockPool() { assert(blocks_used() == 0); }
 
-BlockRef BlockPool::Allocate(size_t bytes) {
+// Through the device: the memory may be its own.
+void BlockPool::Clear(size_t offset, size_t bytes) {
+  if (zeros_.empty()) zeros_.resize(kZeroBytes);
+  clears_.clear();
+  for (size_t done = 0; done < bytes; done += kZeroBytes) {
+    clears_.push_back({.from = zeros_.data(),
+                       .to = memory_.data() + offset + done,
+                       .bytes = std::min(kZeroBytes, bytes - done)});
+  }
+  device_->Copy(clears_);
+}
+
+BlockRef BlockPool::Allocate(size_t bytes, BlockOwner owner) {
   assert(bytes > 0);
   bytes = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
   const auto fit = free_by_bytes_.lower_bound({bytes, 0});
@@ -53,6 +69,7 @@ BlockRef BlockPool::Allocate(size_t bytes) {
   const auto [range_bytes, offset] = *fit;
   RemoveFree(free_by_offset_.find(offset));
   if (range_bytes > bytes) AddFree(offset + bytes, range_bytes - bytes);
+  owners_.Take(offset, bytes, owner, [this](size_t begin, size_t count) { Clear(begin, count); });
   bytes_used_.fetch_add(bytes, std::memory_order_relaxed);
   blocks_used_.fetch_add(1, std::memory_order_relaxed);
   auto block = std::make_unique<BlockRef::Block>(BlockRef::Block{

@@ -6,8 +6,9 @@
 // range although the sum of the free ones would do. Accounting is exact: what is not free is held
 // by some BlockRef.
 //
-// A block is handed out with whatever its last owner left in it. Nobody reads that: a sequence
-// reads only below its lengths, and a sketch only where a slice is full.
+// A block is handed out with whatever the same tenant left in it, and cleared of what another one
+// did. Nobody reads either: a sequence reads only below its lengths, and a sketch only where a
+// slice is full.
 //
 // One thread (the executor) allocates, shares and releases; the counters may be read by any.
 
@@ -20,10 +21,13 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "attention/device.h"
+#include "kvservice/cache/block_owners.h"
 
 namespace kvservice {
 
@@ -62,7 +66,7 @@ class BlockRef {
 
 class BlockPool {
  public:
-  // RESOURCE_EXHAUSTED if the device cannot reserve `bytes`.
+  // RESOURCE_EXHAUSTED if the device cannot reserve `bytes`. The device is borrowed.
   static absl::StatusOr<std::unique_ptr<BlockPool>> New(Device* device, size_t bytes);
   // All blocks must have come back.
   ~BlockPool();
@@ -71,7 +75,8 @@ class BlockPool {
 
   // An empty reference when no free range is long enough. `bytes` is rounded up to whole cache
   // lines.
-  BlockRef Allocate(size_t bytes);
+  BlockRef Allocate(size_t bytes, BlockOwner owner = 0);
+  BlockOwner OwnerOf(std::string_view tenant) { return owners_.NumberOf(tenant); }
 
   size_t bytes() const { return memory_.bytes(); }
   size_t bytes_used() const { return bytes_used_.load(std::memory_order_relaxed); }
@@ -79,11 +84,13 @@ class BlockPool {
 
  private:
   friend class BlockRef;
-  explicit BlockPool(DeviceMemory memory);
+  BlockPool(Device* device, DeviceMemory memory);
+  void Clear(size_t offset, size_t bytes);
   void AddFree(size_t offset, size_t bytes);
   void RemoveFree(std::map<size_t, size_t>::iterator range);
   void Release(size_t offset, size_t bytes);
 
+  Device* const device_;
   const DeviceMemory memory_;
 
   std::atomic<size_t> bytes_used_ = 0;
@@ -92,6 +99,10 @@ class BlockPool {
   // The same free ranges twice: offset -> bytes to coalesce, (bytes, offset) to find the best fit.
   std::map<size_t, size_t> free_by_offset_;
   std::set<std::pair<size_t, size_t>> free_by_bytes_;
+  BlockOwners owners_;
+  // Made when a block first changes hands.
+  std::vector<std::byte> zeros_;
+  std::vector<MemoryCopy> clears_;
 };
 
 }  // namespace kvservice

@@ -16,8 +16,8 @@ void PendingWrites::Run(const KvLayout& layout, Device* device) {
   seals_.clear();
 }
 
-Sequence::Sequence(const CacheShape* shape, BlockPool* pool, Device* device)
-    : shape_(shape), pool_(pool), device_(device), layers_(shape->layer_count) {}
+Sequence::Sequence(const CacheShape* shape, BlockPool* pool, Device* device, BlockOwner owner)
+    : shape_(shape), pool_(pool), device_(device), owner_(owner), layers_(shape->layer_count) {}
 
 Sequence::~Sequence() = default;
 
@@ -98,7 +98,7 @@ bool Sequence::EqualsStored(uint32_t layer, uint32_t position, uint32_t count, c
 bool Sequence::Reserve(uint32_t block_count) {
   const size_t old_count = blocks_.size();
   while (blocks_.size() < block_count) {
-    BlockRef block = pool_->Allocate(shape_->block_bytes());
+    BlockRef block = pool_->Allocate(shape_->block_bytes(), owner_);
     if (!block) {
       blocks_.erase(blocks_.begin() + static_cast<ptrdiff_t>(old_count), blocks_.end());
       return false;
@@ -184,7 +184,7 @@ void Sequence::Show(uint32_t layer, uint32_t length, uint32_t first_block,
 }
 
 BlockRef Sequence::CopyBlock(const BlockRef& block, uint32_t token_count) const {
-  BlockRef copy = pool_->Allocate(shape_->block_bytes());
+  BlockRef copy = pool_->Allocate(shape_->block_bytes(), owner_);
   if (!copy) return copy;
   const KvLayout& layout = shape_->layout;
   const size_t bytes = static_cast<size_t>(token_count) * layout.row_bytes();
@@ -264,7 +264,7 @@ void Sequence::PasteRows(uint32_t layer, uint32_t first_block, uint32_t token_co
 
 std::unique_ptr<Sequence> Sequence::Fork(uint32_t length) const {
   assert(length <= length_min());
-  auto child = std::make_unique<Sequence>(shape_, pool_, device_);
+  auto child = std::make_unique<Sequence>(shape_, pool_, device_, owner_);
   const uint32_t full_count = length / kBlockTokens;
   child->blocks_.reserve(BlockCount(length));
   for (uint32_t block = 0; block < full_count; ++block) {

@@ -88,7 +88,7 @@ class PendingWrites {
 
 class Sequence {
  public:
-  Sequence(const CacheShape* shape, BlockPool* pool, Device* device);
+  Sequence(const CacheShape* shape, BlockPool* pool, Device* device, BlockOwner owner = 0);
   ~Sequence();
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
@@ -195,6 +195,7 @@ class Sequence {
   const CacheShape* const shape_;
   BlockPool* const pool_;
   Device* const device_;
+  const BlockOwner owner_;
 
   std::vector<BlockRef> blocks_;
   std::vector<Layer> layers_;

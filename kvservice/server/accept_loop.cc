@@ -1,6 +1,7 @@
 #include "kvservice/server/accept_loop.h"
 
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -18,8 +19,28 @@ namespace {
 constexpr uint64_t kSweepIntervalNs = 50'000'000;
 // Out of descriptors and unable to shed: leave the waiting connections alone for so long.
 constexpr int kPauseMs = 50;
+// Of an IPv6 address: what a host has to itself, and what comes before an IPv4 address in it.
+constexpr size_t kHostPrefixBytes = 8;
+constexpr size_t kMappedBytes = 12;
 // Connections taken from one listener before the others get their turn.
 constexpr int kAcceptsPerTurn = 64;
+
+// The bytes of the address that one host is known by; empty where there is none.
+std::string HostOf(int fd) {
+  sockaddr_storage address{};
+  socklen_t bytes = sizeof(address);
+  if (getpeername(fd, reinterpret_cast<sockaddr*>(&address), &bytes) != 0) return "";
+  if (address.ss_family == AF_INET) {
+    const in_addr host = reinterpret_cast<const sockaddr_in&>(address).sin_addr;
+    return {reinterpret_cast<const char*>(&host), sizeof(host)};
+  }
+  if (address.ss_family != AF_INET6) return "";
+  const in6_addr host = reinterpret_cast<const sockaddr_in6&>(address).sin6_addr;
+  const auto* const first = reinterpret_cast<const char*>(&host);
+  // An IPv4 address in IPv6 clothes is told by its end.
+  return IN6_IS_ADDR_V4MAPPED(&host) ? std::string(first + kMappedBytes, sizeof(in_addr))
+                                     : std::string(first, kHostPrefixBytes);
+}
 
 FileDescriptor OpenReserve() { return FileDescriptor(open("/dev/null", O_RDONLY | O_CLOEXEC)); }
 
@@ -37,25 +58,38 @@ bool ConnectionTable::IsOpen(const Entry& entry) const {
          state.st_ino == entry.inode;
 }
 
-bool ConnectionTable::HasRoom(uint64_t now_ns) {
-  if (entries_.size() < connections_max_) return true;
+bool ConnectionTable::MayAdd(const std::string& host) const {
+  if (entries_.size() >= limits_.total) return false;
+  const auto count = count_of_host_.find(host);
+  return host.empty() || count == count_of_host_.end() || count->second < limits_.per_host;
+}
+
+bool ConnectionTable::HasRoom(const std::string& host, uint64_t now_ns) {
+  if (MayAdd(host)) return true;
   if (now_ns < next_sweep_ns_) return false;
   next_sweep_ns_ = now_ns + kSweepIntervalNs;
-  std::erase_if(entries_, [this](const Entry& entry) { return !IsOpen(entry); });
-  return entries_.size() < connections_max_;
+  std::erase_if(entries_, [this](const Entry& entry) {
+    if (IsOpen(entry)) return false;
+    const auto count = count_of_host_.find(entry.host);
+    if (--count->second == 0) count_of_host_.erase(count);
+    return true;
+  });
+  return MayAdd(host);
 }
 
-void ConnectionTable::Add(int fd) {
+void ConnectionTable::Add(int fd, const std::string& host) {
   struct stat state {};
-  if (fstat(fd, &state) == 0) entries_.push_back({fd, state.st_dev, state.st_ino});
+  if (fstat(fd, &state) != 0) return;
+  entries_.push_back({.fd = fd, .device = state.st_dev, .inode = state.st_ino, .host = host});
+  ++count_of_host_[host];
 }
 
-AcceptLoop::AcceptLoop(std::vector<std::unique_ptr<Listener>> listeners, size_t connections_max,
-                       Clock* clock, Deliver deliver)
+AcceptLoop::AcceptLoop(std::vector<std::unique_ptr<Listener>> listeners,
+                       const ConnectionLimits& limits, Clock* clock, Deliver deliver)
     : clock_(clock),
       deliver_(std::move(deliver)),
       listeners_(std::move(listeners)),
-      table_(connections_max),
+      table_(limits),
       reserve_(OpenReserve()),
       wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       thread_([this] { Run(); }) {}
@@ -105,13 +139,14 @@ void AcceptLoop::AcceptAll(size_t listener) {
 }
 
 void AcceptLoop::AcceptOne(size_t listener, FileDescriptor connection) {
-  if (!table_.HasRoom(clock_->SteadyNowNs())) {
+  const std::string host = HostOf(connection.get());
+  if (!table_.HasRoom(host, clock_->SteadyNowNs())) {
     ++shed_count_;
     Reset(std::move(connection));
     return;
   }
   ++accepted_count_;
-  table_.Add(connection.get());
+  table_.Add(connection.get(), host);
   deliver_(listener, std::move(connection));
 }
 

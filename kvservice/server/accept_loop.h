@@ -1,5 +1,5 @@
-// Accepts connections and hands them on, whatever happens: above a cap it resets new ones, out of
-// file descriptors it sheds one by one and recovers on its own.
+// Accepts connections and hands them on, whatever happens: above its limits it resets new ones, out
+// of file descriptors it sheds one by one and recovers on its own.
 
 #ifndef KVSERVICE_KVSERVICE_SERVER_ACCEPT_LOOP_H_
 #define KVSERVICE_KVSERVICE_SERVER_ACCEPT_LOOP_H_
@@ -9,7 +9,10 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <map>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -20,27 +23,36 @@
 
 namespace kvservice {
 
+struct ConnectionLimits {
+  size_t total = 0;
+  // From one host: an IPv4 address or the /64 of an IPv6 one. Unix sockets do not count.
+  size_t per_host = std::numeric_limits<size_t>::max();
+};
+
 // Open connections that somebody else owns. Whether one is still open is found out by asking the
 // system whether its descriptor still names the same socket, so the owner (gRPC) need not tell. One
 // thread.
 class ConnectionTable {
  public:
-  explicit ConnectionTable(size_t connections_max) : connections_max_(connections_max) {}
-  // False when the table is full. `now_ns` bounds how often a full table is searched for closed
-  // connections.
-  bool HasRoom(uint64_t now_ns);
-  void Add(int fd);
+  explicit ConnectionTable(const ConnectionLimits& limits) : limits_(limits) {}
+  // False when there is no room for another one of `host` ("" = of none). `now_ns` bounds how often
+  // a full table is searched for closed connections.
+  bool HasRoom(const std::string& host, uint64_t now_ns);
+  void Add(int fd, const std::string& host);
 
  private:
   struct Entry {
     int fd;
     dev_t device;
     ino_t inode;
+    std::string host;
   };
+  bool MayAdd(const std::string& host) const;
   bool IsOpen(const Entry& entry) const;
 
-  const size_t connections_max_;
+  const ConnectionLimits limits_;
   std::vector<Entry> entries_;
+  std::map<std::string, size_t> count_of_host_;
   uint64_t next_sweep_ns_ = 0;
 };
 
@@ -50,8 +62,8 @@ class AcceptLoop {
   using Deliver = absl::AnyInvocable<void(size_t listener, FileDescriptor connection)>;
 
   // Starts the thread. `clock` is borrowed.
-  AcceptLoop(std::vector<std::unique_ptr<Listener>> listeners, size_t connections_max, Clock* clock,
-             Deliver deliver);
+  AcceptLoop(std::vector<std::unique_ptr<Listener>> listeners, const ConnectionLimits& limits,
+             Clock* clock, Deliver deliver);
   ~AcceptLoop();
 
   // Closes the listeners; nothing is delivered afterwards. Idempotent; not from the loop's thread.

@@ -49,6 +49,12 @@ std::string HexOfId(const SequenceId& id) {
   return hex;
 }
 
+// For the access log: what is no id is nothing to write down.
+std::string HexOf(const std::string& id_bytes) {
+  const absl::StatusOr<SequenceId> id = IdFromProto(id_bytes, "id");
+  return id.ok() ? HexOfId(*id) : "";
+}
+
 std::optional<SequenceId> IdOfHex(std::string_view hex) {
   SequenceId id;
   if (hex.size() != 2 * id.bytes.size()) return std::nullopt;
@@ -140,7 +146,8 @@ class AdminService final : public RpcService {
                             grpc::ServerAsyncResponseWriter<grpc::ByteBuffer>*,
                             grpc::CompletionQueue*, grpc::ServerCompletionQueue*, void*),
       void (AdminService::*handle)(std::unique_ptr<UnaryCall<Request, Response>>)) {
-    return BindMethod(name, &host_.calls, &rpc_, request, this, handle);
+    return BindMethod(std::string("kvservice.v1.AdminService.") + name, &host_.calls, &rpc_,
+                      request, this, handle);
   }
 
   void GetServerInfo(std::unique_ptr<GetServerInfoCall> call) {
@@ -232,6 +239,7 @@ class AdminService final : public RpcService {
 
   void DescribeSequence(std::unique_ptr<DescribeSequenceCall> call) {
     const std::string id = call->request().id();
+    call->set_subject(HexOf(id));
     Find(id, "id", [call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
       if (info.ok()) OwnedSequenceToProto(*info, call->response()->mutable_sequence());
       DescribeSequenceCall::Reply(std::move(call), info.status());
@@ -257,6 +265,7 @@ class AdminService final : public RpcService {
 
   void Explain(std::unique_ptr<ExplainCall> call) {
     const std::string id = call->request().id();
+    call->set_subject(HexOf(id));
     Find(id, "id",
          [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
            if (!info.ok()) return ExplainCall::Reply(std::move(call), info.status());
@@ -275,6 +284,7 @@ class AdminService final : public RpcService {
   // dropped then is still the sequence of that id.
   void Evict(std::unique_ptr<EvictCall> call) {
     const std::string id = call->request().id();
+    call->set_subject(HexOf(id));
     Find(id, "id",
          [this, call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
            if (!info.ok()) return EvictCall::Reply(std::move(call), info.status());

@@ -6,7 +6,6 @@
 #include "kvservice/error.h"
 #include "kvservice/server/convert.h"
 #include "kvservice/server/status.h"
-#include "kvservice/server/tenancy.h"
 
 namespace kvservice {
 
@@ -40,11 +39,9 @@ void AppendStream::Arrive() {
   method_->host.in_flight->Enter();
   arrived_ns_ = method_->host.clock->SteadyNowNs();
   Listen(method_, queue_);
-  absl::Status status = method_->host.gate->Admit();
-  absl::StatusOr<std::string> tenant = TenantOf(context_);
-  if (status.ok()) status = tenant.status();
+  caller_ = method_->host.gate->Identify(context_);
+  const absl::Status status = method_->host.gate->Admit(method_->access, caller_);
   if (!status.ok()) return Fail(status);
-  tenant_ = *std::move(tenant);
   Read();
 }
 
@@ -68,7 +65,7 @@ absl::StatusOr<AppendCall> AppendStream::NextCall() {
   reserved_bytes_ = bytes;
   const absl::Status parsed = ParseMessage(&buffer_, &message_);
   if (!parsed.ok()) return parsed;
-  absl::StatusOr<AppendCall> call = AppendFromProto(message_, tenant_, nullptr);
+  absl::StatusOr<AppendCall> call = AppendFromProto(message_, caller_.tenant, nullptr);
   if (call.ok()) sequence_ = call->id;
   return call;
 }
@@ -88,7 +85,7 @@ void AppendStream::Close() {
     return Fail(InvalidField("handle", "APPEND_EMPTY", "the stream ended without a message"));
   }
   state_ = State::kApplying;
-  method_->engine->Get(tenant_, sequence_,
+  method_->engine->Get(caller_.tenant, sequence_,
                        [this](const absl::StatusOr<SequenceInfo>& info) { Reply(info); });
 }
 
@@ -107,8 +104,10 @@ void AppendStream::Fail(const absl::Status& status) {
 
 void AppendStream::Ended(const absl::Status& status) {
   state_ = State::kReplying;
-  method_->host.gate->Ended("Append", tenant_, status,
-                            method_->host.clock->SteadyNowNs() - arrived_ns_);
+  method_->host.gate->Ended({.method = method_->access,
+                             .caller = caller_,
+                             .status = status,
+                             .duration_ns = method_->host.clock->SteadyNowNs() - arrived_ns_});
 }
 
 }  // namespace kvservice

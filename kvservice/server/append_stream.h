@@ -28,6 +28,7 @@ namespace kvservice {
 struct AppendMethod {
   using Reader = grpc::ServerAsyncReader<grpc::ByteBuffer, grpc::ByteBuffer>;
   CallHost host;
+  MethodAccess access;
   Engine* engine = nullptr;
   // Asks gRPC for a stream.
   std::function<void(grpc::ServerContext* context, Reader* reader,
@@ -65,7 +66,7 @@ class AppendStream final : public CompletionTag {
   // One event or engine call is under way at any time; it alone touches what follows.
   enum class State { kListening, kReading, kApplying, kReplying };
   State state_ = State::kListening;
-  std::string tenant_;
+  Caller caller_;
   uint64_t arrived_ns_ = 0;
   grpc::ByteBuffer buffer_;
   v1::AppendRequest message_;

@@ -6,13 +6,13 @@
 #include "kvservice/server/attend_run.h"
 #include "kvservice/server/server.h"
 #include "kvservice/server/status.h"
-#include "kvservice/server/tenancy.h"
 
 namespace kvservice {
 
 struct AttendStream::Call {
   grpc::ByteBuffer bytes;
   size_t reserved_bytes = 0;
+  Caller caller;
   // Else nobody can tell whose answer this would be.
   bool is_parsed = true;
   v1::AttendRequest request;
@@ -38,10 +38,11 @@ void AttendStream::Arrived(bool ok) {
   calls.in_flight->EnterStream();
   arrived_ns_ = calls.clock->SteadyNowNs();
   Listen(method_, queue_);
-  absl::Status status = calls.gate->Admit();
-  absl::StatusOr<std::string> tenant = TenantOf(context_);
-  if (status.ok()) status = tenant.status();
-  if (status.ok()) tenant_ = *std::move(tenant);
+  const Caller caller = calls.gate->Identify(context_);
+  const absl::Status status = calls.gate->Admit(method_->access, caller);
+  if (!status.ok()) {
+    calls.gate->Ended({.method = method_->access, .caller = caller, .status = status});
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!status.ok()) EndReading(status);
   Proceed();
@@ -86,8 +87,13 @@ absl::Status AttendStream::Begin(Call* call) {
     EndReading(parsed);
     return parsed;
   }
-  if (absl::Status admitted = calls.gate->Admit(); !admitted.ok()) return admitted;
-  return PrepareAttend(call->request, method_->host.policies->now(), tenant_, nullptr, &call->run);
+  // A stream may last long enough for its caller to lose what it may do.
+  call->caller = calls.gate->Identify(context_);
+  if (absl::Status admitted = calls.gate->Admit(method_->access, call->caller); !admitted.ok()) {
+    return admitted;
+  }
+  return PrepareAttend(call->request, method_->host.policies->now(), call->caller.tenant, nullptr,
+                       &call->run);
 }
 
 void AttendStream::Answer(std::unique_ptr<Call> call, const absl::Status& status) {
@@ -102,8 +108,10 @@ void AttendStream::Answer(std::unique_ptr<Call> call, const absl::Status& status
     bytes = SerializeMessage(response);
   }
   const CallHost& calls = method_->host.calls;
-  calls.gate->Ended("AttendStream", tenant_, status,
-                    calls.clock->SteadyNowNs() - call->run.arrived_ns);
+  calls.gate->Ended({.method = method_->access,
+                     .caller = call->caller,
+                     .status = status,
+                     .duration_ns = calls.clock->SteadyNowNs() - call->run.arrived_ns});
   const size_t reserved_bytes = call->reserved_bytes;
   const bool is_answered = call->is_parsed;
   call.reset();

@@ -33,6 +33,7 @@ namespace kvservice {
 struct AttendStreamMethod {
   using Stream = grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>;
   ServiceHost host;
+  MethodAccess access;
   // Asks gRPC for a stream.
   std::function<void(grpc::ServerContext* context, Stream* stream,
                      grpc::ServerCompletionQueue* queue, void* tag)>
@@ -87,7 +88,6 @@ class AttendStream {
   Event written_{this, &AttendStream::Written};
   Event finished_{this, &AttendStream::Finished};
   bool is_open_ = false;
-  std::string tenant_;
   uint64_t arrived_ns_ = 0;
   // Of the read under way.
   grpc::ByteBuffer message_;

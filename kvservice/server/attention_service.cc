@@ -31,12 +31,13 @@ class AttentionService final : public RpcService {
  public:
   explicit AttentionService(const ServiceHost& host)
       : host_(host),
-        attend_(BindMethod("Attend", &host_.calls, &rpc_, &Rpc::RequestAttend, this,
-                           &AttentionService::Attend)),
-        audit_(BindMethod("Audit", &host_.calls, &rpc_, &Rpc::RequestAudit, this,
-                          &AttentionService::Audit)),
+        attend_(BindMethod("kvservice.v1.AttentionService.Attend", &host_.calls, &rpc_,
+                           &Rpc::RequestAttend, this, &AttentionService::Attend)),
+        audit_(BindMethod("kvservice.v1.AttentionService.Audit", &host_.calls, &rpc_,
+                          &Rpc::RequestAudit, this, &AttentionService::Audit)),
         attend_stream_{
             .host = host,
+            .access = AccessOf("kvservice.v1.AttentionService.AttendStream"),
             .request = [this](grpc::ServerContext* context, AttendStreamMethod::Stream* stream,
                               grpc::ServerCompletionQueue* queue, void* tag) {
               rpc_.RequestAttendStream(context, stream, queue, queue, tag);

@@ -10,7 +10,6 @@
 #include "google/protobuf/message_lite.h"
 #include "kvservice/error.h"
 #include "kvservice/server/status.h"
-#include "kvservice/server/tenancy.h"
 
 namespace kvservice {
 namespace {
@@ -75,10 +74,10 @@ void UnaryCallBase::Complete(bool ok) {
 }
 
 absl::Status UnaryCallBase::Prepare() {
-  if (absl::Status admitted = host_->gate->Admit(); !admitted.ok()) return admitted;
-  absl::StatusOr<std::string> tenant = TenantOf(wire_.context);
-  if (!tenant.ok()) return tenant.status();
-  tenant_ = *std::move(tenant);
+  caller_ = host_->gate->Identify(wire_.context);
+  if (absl::Status admitted = host_->gate->Admit(*method_, caller_); !admitted.ok()) {
+    return admitted;
+  }
   const size_t bytes = wire_.request.Length();
   if (!host_->in_flight->Reserve(bytes)) return RequestBytesExhausted();
   reserved_bytes_ = bytes;
@@ -89,8 +88,11 @@ void UnaryCallBase::Finish(std::unique_ptr<UnaryCallBase> call, const absl::Stat
                            const grpc::ByteBuffer& response) {
   UnaryCallBase* const tag = call.release();
   tag->state_ = State::kReplying;
-  tag->host_->gate->Ended(tag->method_, tag->tenant_, status,
-                          tag->host_->clock->SteadyNowNs() - tag->arrived_ns_);
+  tag->host_->gate->Ended({.method = *tag->method_,
+                           .caller = tag->caller_,
+                           .status = status,
+                           .duration_ns = tag->host_->clock->SteadyNowNs() - tag->arrived_ns_,
+                           .subject = tag->subject_});
   // The queue's thread may delete the call as soon as this starts the last operation.
   auto* const event = static_cast<CompletionTag*>(tag);
   if (status.ok()) {

@@ -19,11 +19,13 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "google/protobuf/message_lite.h"
 #include "kvservice/clock.h"
+#include "kvservice/server/access.h"
 #include "kvservice/server/in_flight.h"
 
 namespace kvservice {
@@ -49,14 +51,28 @@ struct AttendTimes {
   uint64_t service_ns = 0;
 };
 
-// Decides whether a call that arrived may run, and hears of each that ended. Thread-safe.
+// A call that has ended; everything is borrowed.
+struct CallRecord {
+  const MethodAccess& method;
+  const Caller& caller;
+  const absl::Status& status;
+  uint64_t duration_ns = 0;
+  // What the call was about, for the access log: the id of a sequence.
+  std::string_view subject = {};
+};
+
+// Decides whether a call that arrived may run, and hears of each that ended. Every call passes
+// here, whichever way it came. Thread-safe.
 class CallGate {
  public:
   virtual ~CallGate() = default;
-  // OK, or the error to answer with (UNAVAILABLE / DRAINING).
-  virtual absl::Status Admit() = 0;
-  virtual void Ended(const char* method, const std::string& tenant, const absl::Status& status,
-                     uint64_t duration_ns) = 0;
+  // Who is at the other end; whether that one may do anything is Admit's business.
+  virtual Caller Identify(const grpc::ServerContext& context) = 0;
+  // OK, or why the caller may not (CheckAccess).
+  virtual absl::Status Allow(const MethodAccess& method, const Caller& caller) = 0;
+  // The same, or UNAVAILABLE / DRAINING.
+  virtual absl::Status Admit(const MethodAccess& method, const Caller& caller) = 0;
+  virtual void Ended(const CallRecord& record) = 0;
   // Of an Attend that is about to be answered.
   virtual void Attended(const AttendTimes& /*times*/) {}
 };
@@ -87,13 +103,14 @@ absl::Status RequestBytesExhausted();
 // The part of the machine that does not depend on the messages' types.
 class UnaryCallBase : public CompletionTag {
  public:
-  UnaryCallBase(const char* method, const CallHost* host) : method_(method), host_(host) {}
+  UnaryCallBase(const MethodAccess* method, const CallHost* host) : method_(method), host_(host) {}
   virtual ~UnaryCallBase();
   UnaryCallBase(const UnaryCallBase&) = delete;
   UnaryCallBase& operator=(const UnaryCallBase&) = delete;
 
   void Complete(bool ok) final;
-  const std::string& tenant() const { return tenant_; }
+  const std::string& tenant() const { return caller_.tenant; }
+  void set_subject(std::string subject) { subject_ = std::move(subject); }
   uint64_t arrived_ns() const { return arrived_ns_; }
   // The caller's; far away if it has none.
   std::chrono::system_clock::time_point deadline() const { return wire_.context.deadline(); }
@@ -115,10 +132,11 @@ class UnaryCallBase : public CompletionTag {
   absl::Status Prepare();
 
   enum class State { kListening, kRunning, kReplying };
-  const char* const method_;
+  const MethodAccess* const method_;
   const CallHost* const host_;
   State state_ = State::kListening;
-  std::string tenant_;
+  Caller caller_;
+  std::string subject_;
   uint64_t arrived_ns_ = 0;
   size_t reserved_bytes_ = 0;
 };
@@ -129,7 +147,7 @@ class UnaryCall;
 // What a service says about one of its unary methods.
 template <typename Request, typename Response>
 struct UnaryMethod {
-  const char* name = nullptr;
+  MethodAccess access;
   const CallHost* host = nullptr;
   // Asks gRPC for a call.
   std::function<void(UnaryWire* wire, grpc::ServerCompletionQueue* queue, void* tag)> request;
@@ -168,7 +186,7 @@ class UnaryCall final : public UnaryCallBase {
 
  private:
   UnaryCall(const Method* method, grpc::ServerCompletionQueue* queue)
-      : UnaryCallBase(method->name, method->host), definition_(method), queue_(queue) {}
+      : UnaryCallBase(&method->access, method->host), definition_(method), queue_(queue) {}
 
   void ListenForNext() override { Listen(definition_, queue_); }
   google::protobuf::MessageLite* request_message() override { return &request_; }

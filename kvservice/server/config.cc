@@ -32,8 +32,8 @@ constexpr char kSocketName[] = "kvservice.sock";
 constexpr char kAdminSuffix[] = ".admin";
 constexpr char kNone[] = "none";
 // What a reload takes over.
-constexpr std::array<std::string_view, 4> kReloaded = {"drain-grace", "log-level", "policy-file",
-                                                       "slow-call"};
+constexpr std::array<std::string_view, 5> kReloaded = {"drain-grace", "identities-file",
+                                                       "log-level", "policy-file", "slow-call"};
 constexpr uint32_t kThreadsMax = 1024;
 constexpr uint32_t kSpinUsMax = 1'000'000;
 
@@ -45,6 +45,9 @@ struct Flags {
   std::string admin_listen;
   std::string metrics_listen = kNone;
   std::string socket_mode = "0600";
+  TlsFiles tls;
+  uint32_t tls_reload_ms = 60'000;
+  std::vector<std::string> identities_files;
   bool check_config = false;
   bool print_config = false;
 };
@@ -126,21 +129,14 @@ void AddChoice(CLI::App* app, const std::string& flag, const std::string& help, 
 }
 
 void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
-  const auto check_local = [](const Endpoint& endpoint) -> std::string {
-    if (endpoint.IsLocal()) return "";
-    return endpoint.ToString() +
-           " can be reached from other hosts, which needs TLS; use a Unix socket or a loopback "
-           "address";
-  };
   app->add_option("--listen", flags->listen,
-                  "Address to serve: unix:/path or 127.0.0.1:PORT, repeatable; "
-                  "tenant=NAME,ADDRESS gives its connections to a tenant "
+                  "Address to serve: unix:/path or HOST:PORT, repeatable; other than a Unix socket "
+                  "or a loopback address needs --tls-cert; without TLS tenant=NAME,ADDRESS gives "
+                  "its connections to a tenant "
                   "(default: unix:" +
                       RuntimeDirectory() + "/" + kSocketName + ")")
-      ->check([check_local](const std::string& text) -> std::string {
-        const absl::StatusOr<ListenAddress> address = ParseListenAddress(text);
-        if (!address.ok()) return std::string(address.status().message());
-        return check_local(address->endpoint);
+      ->check([](const std::string& text) {
+        return std::string(ParseListenAddress(text).status().message());
       })
       ->take_all()
       ->type_name("ADDRESS");
@@ -151,11 +147,8 @@ void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
   app->add_option("--admin-listen", flags->admin_listen,
                   "Address of the admin side, or none (default: the first Unix socket's path "
                   "with .admin after it)")
-      ->check([check_local](const std::string& text) -> std::string {
-        if (text == kNone) return "";
-        const absl::StatusOr<Endpoint> endpoint = ParseEndpoint(text);
-        if (!endpoint.ok()) return std::string(endpoint.status().message());
-        return check_local(*endpoint);
+      ->check([](const std::string& text) {
+        return text == kNone ? "" : std::string(ParseEndpoint(text).status().message());
       })
       ->type_name("ADDRESS");
   app->add_option("--metrics-listen", flags->metrics_listen,
@@ -175,6 +168,25 @@ void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
       ->type_name("FILE");
   app->add_option("--ready-file", config->ready_file,
                   "File to write when the server is ready, one line per endpoint")
+      ->type_name("FILE");
+}
+
+void AddTlsFlags(CLI::App* app, Flags* flags) {
+  app->add_option("--tls-cert", flags->tls.certificate,
+                  "PEM file of the server's certificate; with it every HOST:PORT, the admin side's "
+                  "too, is served with TLS to clients with certificates alone")
+      ->type_name("FILE");
+  app->add_option("--tls-key", flags->tls.key, "PEM file of its key, which others may not read")
+      ->type_name("FILE");
+  app->add_option("--tls-client-ca", flags->tls.client_ca,
+                  "PEM file of the authorities that sign clients' certificates")
+      ->type_name("FILE");
+  AddTime(app, "--tls-reload", "Time after which these three are looked at again",
+          &flags->tls_reload_ms);
+  app->add_option("--identities-file", flags->identities_files,
+                  "JSON file that gives the URIs of clients' certificates a tenant and roles, "
+                  "repeatable; read again at SIGHUP")
+      ->take_all()
       ->type_name("FILE");
 }
 
@@ -249,6 +261,9 @@ void AddServerFlags(CLI::App* app, Config* config) {
   AddBytes(app, "--transport-bytes-max", "Memory of the transport for messages on their way in",
            &server->transport_bytes_max);
   AddCount(app, "--connections-max", "Connections; more are reset", &server->connections_max);
+  AddCount(app, "--connections-per-host-max",
+           "Connections from one IPv4 address or IPv6 /64; more are reset",
+           &server->connections_per_host_max);
   AddCount(app, "--streams-per-connection-max", "Calls at a time on one connection",
            &server->streams_per_connection_max);
   AddCount(app, "--lanes-max",
@@ -287,6 +302,19 @@ void AddTransferFlags(CLI::App* app, Flags* flags, Config* config) {
 void AddProcessFlags(CLI::App* app, Flags* flags, Config* config) {
   AddChoice(app, "--log-level", "Least severe messages to log to stderr", &config->log_level,
             {"trace", "debug", "info", "warn", "error", "off"});
+  app->add_option("--access-log", config->access_log,
+                  "Where admin calls and refused calls are written down, a line of JSON each: "
+                  "stderr, none, or a file")
+      ->capture_default_str()
+      ->type_name("FILE");
+  AddBytes(app, "--access-log-bytes-max",
+           "Size at which that file is turned over; it and four older ones are kept",
+           &config->access_log_bytes_max);
+  app->add_flag(
+         "--core-dumps,!--no-core-dumps", config->core_dumps,
+         "Let the process leave a core file and debuggers attach; keys and values are not in "
+         "the file either way")
+      ->capture_default_str();
   app->set_config("--config", "", "File with flag=value lines")->type_name("FILE");
   app->allow_config_extras(CLI::config_extras_mode::error);
   app->set_version_flag("--version", "kvservice " + Version() + " (" + BuildDescription() + ")");
@@ -311,6 +339,56 @@ absl::Status CheckTogether(const Config& config) {
     return Invalid("--lease-default: must be at most --lease-max");
   }
   return absl::OkStatus();
+}
+
+// Where TLS is used and to whom.
+absl::Status PutTlsTogether(const Flags& flags, Config* config) {
+  const TlsFiles& files = flags.tls;
+  const std::pair<const char*, const std::string*> named[] = {
+      {"--tls-cert", &files.certificate},
+      {"--tls-key", &files.key},
+      {"--tls-client-ca", &files.client_ca}};
+  const auto is_given = [](const auto& file) { return !file.second->empty(); };
+  if (std::any_of(std::begin(named), std::end(named), is_given)) {
+    for (const auto& [flag, path] : named) {
+      if (path->empty()) return Invalid(std::string(flag) + ": is needed for TLS");
+    }
+    config->server.tls = files;
+    config->server.tls->reload_s = std::max(1U, flags.tls_reload_ms / 1000);
+    if (absl::Status status = CheckTlsFiles(files); !status.ok()) return status;
+    if (flags.identities_files.empty()) {
+      return Invalid("--identities-file: is needed with TLS, else nobody may do anything");
+    }
+  } else if (!flags.identities_files.empty()) {
+    return Invalid("--identities-file: means something with --tls-cert alone");
+  }
+  config->identities_files = flags.identities_files;
+  absl::StatusOr<IdentityMap> identities = ReadIdentities(flags.identities_files);
+  if (!identities.ok()) return identities.status();
+  config->server.identities = *std::move(identities);
+  return absl::OkStatus();
+}
+
+// Nobody on another host reaches the server without TLS.
+absl::Status CheckAddress(const char* flag, const Endpoint& endpoint, const Config& config) {
+  if (endpoint.IsLocal() || config.server.tls.has_value()) return absl::OkStatus();
+  return Invalid(std::string(flag) + ": " + endpoint.ToString() +
+                 " can be reached from other hosts, which needs TLS: give --tls-cert, --tls-key "
+                 "and --tls-client-ca, or use a Unix socket or a loopback address");
+}
+
+absl::Status CheckAddresses(const Config& config) {
+  for (const ListenAddress& address : config.server.listen) {
+    absl::Status status = CheckAddress("--listen", address.endpoint, config);
+    if (!status.ok()) return status;
+    if (address.names_tenant && config.server.tls.has_value() &&
+        address.endpoint.kind == Endpoint::Kind::kTcp) {
+      return Invalid("--listen: " + address.endpoint.ToString() +
+                     " has TLS: tenants follow from clients' certificates, not from tenant=");
+    }
+  }
+  if (!config.server.admin_listen.has_value()) return absl::OkStatus();
+  return CheckAddress("--admin-listen", *config.server.admin_listen, config);
 }
 
 absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
@@ -355,7 +433,9 @@ absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
     }
     config.server.metrics_listen = *std::move(endpoint);
   }
-  const absl::Status status = CheckTogether(config);
+  absl::Status status = CheckTogether(config);
+  if (status.ok()) status = PutTlsTogether(flags, &config);
+  if (status.ok()) status = CheckAddresses(config);
   if (!status.ok()) return status;
   for (const std::string& path : flags.policy_files) {
     const absl::Status added = AddPolicyFile(path, &config.server.policies);
@@ -370,7 +450,9 @@ std::string AddressLines(const ServerOptions& server) {
   const char* separator = "";
   for (const ListenAddress& address : server.listen) {
     text += separator;
-    text += "\"tenant=" + address.tenant + "," + address.endpoint.ToString() + "\"";
+    const bool has_tls = server.tls.has_value() && address.endpoint.kind == Endpoint::Kind::kTcp;
+    const std::string tenant = has_tls ? "" : "tenant=" + address.tenant + ",";
+    text += "\"" + tenant + address.endpoint.ToString() + "\"";
     separator = ", ";
   }
   const std::string admin =
@@ -394,6 +476,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
       "Flags come before the environment (KVSERVICE_POOL_BYTES for --pool-bytes), the environment "
       "before the file.");
   AddListenFlags(&app, &flags, &config);
+  AddTlsFlags(&app, &flags);
   AddEngineFlags(&app, &config);
   AddDiskFlags(&app, &config);
   AddCertificateFlags(&app, &config);
@@ -426,6 +509,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   // None would be printed as a file without a name.
   if (flags.policy_files.empty()) app.get_option("--policy-file")->configurable(false);
   if (flags.transfer_targets.empty()) app.get_option("--transfer-targets")->configurable(false);
+  if (flags.identities_files.empty()) app.get_option("--identities-file")->configurable(false);
   result->settings = AddressLines(result->server) + app.config_to_str(true);
   if (flags.check_config || flags.print_config) {
     result->action = Config::Action::kPrint;
@@ -446,6 +530,15 @@ std::vector<std::string> NeedingRestart(const Config& before, const Config& afte
     if (!can_change && !old_settings.contains(line)) names.push_back("--" + name);
   }
   return names;
+}
+
+absl::StatusOr<IdentityMap> ReadIdentities(const std::vector<std::string>& files) {
+  IdentityMap identities;
+  for (const std::string& path : files) {
+    const absl::Status added = identities.AddFile(path);
+    if (!added.ok()) return Invalid("--identities-file: " + std::string(added.message()));
+  }
+  return identities;
 }
 
 absl::StatusOr<DrawSecret> ReadDrawSecret(const std::string& path) {

@@ -27,6 +27,8 @@ struct Config {
   std::string settings;
 
   ServerOptions server;
+  // Those that server.identities came from.
+  std::vector<std::string> identities_files;
   std::string device = "auto";
   DeviceOptions device_options;
   std::string log_level = "info";
@@ -36,6 +38,13 @@ struct Config {
   bool keep_queries = true;
   // File that holds the secret of sampled certificates; empty = a fresh secret at every start.
   std::string draw_secret_file;
+  // Where the access log goes: "stderr", "none", or a file that is turned over at
+  // access_log_bytes_max.
+  std::string access_log = "stderr";
+  size_t access_log_bytes_max = size_t{64} << 20;
+  // A process that dies may leave its memory, but for keys, values and sketches, in a core file;
+  // and others of its user may look into it.
+  bool core_dumps = false;
   // The default socket directory is used and must exist before the server listens.
   bool uses_runtime_directory = false;
 };
@@ -46,6 +55,8 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv);
 // The flags whose values differ and that a reload (Server::Reload, and the log level) does not take
 // over.
 std::vector<std::string> NeedingRestart(const Config& before, const Config& after);
+// What the files say together. Errors name the flag, the file, the entry and the field.
+absl::StatusOr<IdentityMap> ReadIdentities(const std::vector<std::string>& files);
 
 // The 32 bytes of a file that only its owner may read or write. PERMISSION_DENIED when others may
 // or it belongs to somebody else, INVALID_ARGUMENT when it does not have 32 bytes, NOT_FOUND.

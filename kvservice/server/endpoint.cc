@@ -90,18 +90,23 @@ absl::StatusOr<ListenAddress> ParseListenAddress(std::string_view text) {
     }
     address.tenant = rest.substr(kTenantPrefix.size(), comma - kTenantPrefix.size());
     rest = rest.substr(comma + 1);
+    address.names_tenant = true;
   }
-  const bool clean = std::all_of(address.tenant.begin(), address.tenant.end(), [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
-           c == '.' || c == '-';
-  });
-  if (address.tenant.empty() || address.tenant.size() > kTenantBytesMax || !clean) {
+  if (!IsTenantName(address.tenant)) {
     return Invalid(text, "a tenant is 1 to 64 characters of [A-Za-z0-9_.-]");
   }
   absl::StatusOr<Endpoint> endpoint = ParseEndpoint(rest);
   if (!endpoint.ok()) return endpoint.status();
   address.endpoint = *std::move(endpoint);
   return address;
+}
+
+bool IsTenantName(std::string_view name) {
+  return !name.empty() && name.size() <= kTenantBytesMax &&
+         std::all_of(name.begin(), name.end(), [](char c) {
+           return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+                  c == '_' || c == '.' || c == '-';
+         });
 }
 
 }  // namespace kvservice

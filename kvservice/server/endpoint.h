@@ -36,12 +36,18 @@ absl::StatusOr<Endpoint> ParseEndpoint(std::string_view text);
 // An endpoint and the tenant whom every connection to it belongs to.
 struct ListenAddress {
   static constexpr char kDefaultTenant[] = "default";
+  // Of listeners without TLS; with TLS the tenant follows from the client's certificate.
   std::string tenant = kDefaultTenant;
   Endpoint endpoint;
+  // The tenant was spelt out.
+  bool names_tenant = false;
 };
 
-// "[tenant=NAME,]ENDPOINT". A tenant is 1 to 64 characters of [A-Za-z0-9_.-].
+// "[tenant=NAME,]ENDPOINT".
 absl::StatusOr<ListenAddress> ParseListenAddress(std::string_view text);
+
+// 1 to 64 characters of [A-Za-z0-9_.-].
+bool IsTenantName(std::string_view name);
 
 }  // namespace kvservice
 

@@ -121,7 +121,9 @@ struct Lane::Slot {
 Lane::Lane(const LaneHost* host, std::string tenant, wire::SharedMemory memory,
            const wire::LaneShape& shape)
     : host_(host),
-      tenant_(std::move(tenant)),
+      caller_(LocalCaller(std::move(tenant))),
+      attend_access_(AccessOf("kvservice.v1.AttentionService.Attend")),
+      append_access_(AccessOf("kvservice.v1.SequenceService.Append")),
       mapping_(std::move(memory)),
       memory_(mapping_.bytes(), shape) {
   for (uint32_t i = 0; i < shape.slot_count; ++i) {
@@ -204,7 +206,10 @@ void Lane::Take(const Request& request) {
 
 // An error unless the engine has the call.
 absl::Status Lane::Begin(uint32_t index) {
-  if (absl::Status admitted = host_->service.calls.gate->Admit(); !admitted.ok()) return admitted;
+  CallGate* const gate = host_->service.calls.gate;
+  if (absl::Status admitted = gate->Admit(AccessOfCall(index), caller_); !admitted.ok()) {
+    return admitted;
+  }
   absl::Status status = CopyMessage(index);
   if (!status.ok()) return status;
   slots_[index].region.Clear();
@@ -218,13 +223,17 @@ absl::Status Lane::Begin(uint32_t index) {
   }
 }
 
+const MethodAccess& Lane::AccessOfCall(uint32_t index) const {
+  return slots_[index].call->method == wire::kLaneAppend ? append_access_ : attend_access_;
+}
+
 absl::Status Lane::BeginAttend(uint32_t index) {
   Slot& slot = slots_[index];
   LaneCall* const call = &*slot.call;
   call->request = Arena::CreateMessage<v1::AttendRequest>(&call->arena);
   if (!call->request->ParseFromString(slot.message)) return MessageMalformed(*call->request);
-  const absl::Status status = PrepareAttend(*call->request, host_->service.policies->now(), tenant_,
-                                            &slot.region, &call->run);
+  const absl::Status status = PrepareAttend(*call->request, host_->service.policies->now(),
+                                            caller_.tenant, &slot.region, &call->run);
   if (!status.ok()) return status;
   PlaceOutputs(index);
   call->run.arrived_ns = call->arrived_ns;
@@ -251,7 +260,7 @@ absl::Status Lane::BeginAppend(uint32_t index) {
   LaneCall* const call = &*slot.call;
   call->append = Arena::CreateMessage<v1::AppendRequest>(&call->arena);
   if (!call->append->ParseFromString(slot.message)) return MessageMalformed(*call->append);
-  absl::StatusOr<AppendCall> append = AppendFromProto(*call->append, tenant_, &slot.region);
+  absl::StatusOr<AppendCall> append = AppendFromProto(*call->append, caller_.tenant, &slot.region);
   if (!append.ok()) return append.status();
   host_->service.engine->Append(
       *std::move(append),
@@ -287,6 +296,7 @@ void Lane::Reply(uint32_t index, const absl::Status& status) {
   if (!answer.ok()) WriteError(index, answer);
 
   const CallHost& calls = host_->service.calls;
+  const MethodAccess& method = AccessOfCall(index);
   const uint64_t arrived_ns = slot.call->arrived_ns;
   const size_t reserved_bytes = slot.call->reserved_bytes;
   const uint32_t number = slot.number;
@@ -300,8 +310,10 @@ void Lane::Reply(uint32_t index, const absl::Status& status) {
   if (wire::Load(head->request_number) != number) host_->wake();
   wire::Store(&head->reply_number, number);
   if (wire::Load(head->client_asleep) != 0) wire::Wake(&head->reply_number);
-  calls.gate->Ended(is_append ? "Append" : "Attend", tenant_, answer,
-                    calls.clock->SteadyNowNs() - arrived_ns);
+  calls.gate->Ended({.method = method,
+                     .caller = caller_,
+                     .status = answer,
+                     .duration_ns = calls.clock->SteadyNowNs() - arrived_ns});
   calls.in_flight->Leave(reserved_bytes);
 }
 

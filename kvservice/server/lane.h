@@ -62,6 +62,8 @@ class Lane final : public std::enable_shared_from_this<Lane> {
   void TakeAppends(uint32_t last);
   void Take(const Request& request);
   absl::Status Begin(uint32_t index);
+  // Of a slot's call; calls of no method count as Attend.
+  const MethodAccess& AccessOfCall(uint32_t index) const;
   absl::Status BeginAttend(uint32_t index);
   void PlaceOutputs(uint32_t index);
   absl::Status BeginAppend(uint32_t index);
@@ -74,7 +76,9 @@ class Lane final : public std::enable_shared_from_this<Lane> {
   void WriteMessage(uint32_t index, uint32_t code, uint64_t offset, const std::string& message);
 
   const LaneHost* const host_;
-  const std::string tenant_;
+  const Caller caller_;
+  const MethodAccess attend_access_;
+  const MethodAccess append_access_;
   const wire::SharedMemory mapping_;
   const wire::LaneMemory memory_;
   std::deque<Slot> slots_;

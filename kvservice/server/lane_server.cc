@@ -157,6 +157,8 @@ class OneThreadLaneServer final : public LaneServer {
 
   const LaneServerOptions options_;
   const LaneHost host_;
+  // What a lane carries is asked for call by call.
+  const MethodAccess open_access_ = {.name = "OpenLane", .any_of = {}, .is_for_all = true};
   // Written to by whoever wants the thread to look again.
   const FileDescriptor wake_;
   std::vector<std::string> tenants_;  // of the listeners
@@ -197,7 +199,8 @@ absl::Status OneThreadLaneServer::Start(Transport* transport) {
   thread_ = std::thread([this] { Run(); });
   Clock* const clock = host_.service.calls.clock;
   accept_loop_ = std::make_unique<AcceptLoop>(
-      std::move(listeners), size_t{options_.lanes_max} + kLanesOpeningMax, clock,
+      std::move(listeners),
+      ConnectionLimits{.total = size_t{options_.lanes_max} + kLanesOpeningMax}, clock,
       [this, clock](size_t listener, FileDescriptor socket) {
         {
           const std::lock_guard<std::mutex> lock(mutex_);
@@ -298,8 +301,11 @@ bool OneThreadLaneServer::Open(Connection* connection) {
   response.set_version(version);
   if (!lane.ok()) *response.mutable_error() = StatusToProto(lane.status());
   const bool sent = wire::SendMessage(connection->socket.get(), response.SerializeAsString(), -1);
-  host_.service.calls.gate->Ended("OpenLane", connection->tenant, lane.status(),
-                                  host_.service.calls.clock->SteadyNowNs() - started_ns);
+  host_.service.calls.gate->Ended(
+      {.method = open_access_,
+       .caller = LocalCaller(connection->tenant),
+       .status = lane.status(),
+       .duration_ns = host_.service.calls.clock->SteadyNowNs() - started_ns});
   if (!lane.ok() || !sent) return false;
   connection->lane = *std::move(lane);
   ++lane_count_;
@@ -310,7 +316,9 @@ absl::StatusOr<std::shared_ptr<Lane>> OneThreadLaneServer::NewLane(const Connect
                                                                    uint32_t* version) {
   const wire::Received received = wire::ReceiveMessage(connection.socket.get());
   if (received.count <= 0) return absl::CancelledError();
-  if (absl::Status admitted = host_.service.calls.gate->Admit(); !admitted.ok()) return admitted;
+  absl::Status admitted =
+      host_.service.calls.gate->Admit(open_access_, LocalCaller(connection.tenant));
+  if (!admitted.ok()) return admitted;
   if (absl::Status peer = CheckPeer(connection.socket.get()); !peer.ok()) return peer;
   if (lane_count_ >= options_.lanes_max) return LanesExhausted(options_.lanes_max);
   v1::OpenLaneRequest request;

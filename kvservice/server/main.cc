@@ -1,10 +1,13 @@
 // The server program. Exit status: 0 after a drain, 78 for a bad configuration, 1 for anything
 // else.
 
+#include <grpc/support/log.h>
 #include <malloc.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -21,6 +24,7 @@
 #include "absl/synchronization/mutex.h"
 #include "attention/device.h"
 #include "kvservice/engine.h"
+#include "kvservice/server/access_log.h"
 #include "kvservice/server/build_info.h"
 #include "kvservice/server/config.h"
 #include "kvservice/server/notify.h"
@@ -141,6 +145,7 @@ class SignalThread {
     }
   }
 
+  const std::vector<std::string> identities_files_;
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };
@@ -202,7 +207,37 @@ absl::StatusOr<std::unique_ptr<Engine>> StartEngine(const Config& config,
   return engine;
 }
 
+// gRPC writes a line for every handshake that fails, and strangers can make those fail all day. Its
+// log has no context, so the numbers live here; that two threads may count one line for another's
+// second does no harm.
+void WriteGrpcLine(gpr_log_func_args* line) {
+  constexpr uint32_t kLinesPerSecondMax = 20;
+  static std::atomic<uint64_t> second{0};
+  static std::atomic<uint32_t> count{0};
+  const uint64_t now = SystemClock()->SteadyNowNs() / 1'000'000'000;
+  if (second.exchange(now) != now) count = 0;
+  if (count.fetch_add(1) >= kLinesPerSecondMax) return;
+  std::fprintf(stderr, "[grpc] %s:%d %s\n", line->file, line->line, line->message);
+}
+
+absl::StatusOr<AccessLog::Sink> OpenAccessLog(const Config& config) {
+  if (config.access_log == "stderr") {
+    return [](const std::string& line) { std::cerr << line + "\n" << std::flush; };
+  }
+  absl::StatusOr<AccessLog::Sink> sink =
+      NewAccessLogFile(config.access_log, config.access_log_bytes_max);
+  if (sink.ok()) return sink;
+  return absl::Status(sink.status().code(),
+                      "--access-log: " + std::string(sink.status().message()));
+}
+
 int Serve(const Config& config, Reloader* reloader, spdlog::logger* logger) {
+  std::optional<AccessLog> access_log;
+  if (config.access_log != "none") {
+    absl::StatusOr<AccessLog::Sink> sink = OpenAccessLog(config);
+    if (!sink.ok()) return FailConfig(sink.status());
+    access_log.emplace(SystemClock(), *std::move(sink));
+  }
   if (config.uses_runtime_directory) {
     const absl::Status directory = CreatePrivateDirectory(RuntimeDirectory());
     if (!directory.ok()) return FailConfig(directory);
@@ -222,11 +257,13 @@ int Serve(const Config& config, Reloader* reloader, spdlog::logger* logger) {
     logger->critical("cannot start the engine: {}", std::string(engine.status().message()));
     return engine.status().code() == absl::StatusCode::kInvalidArgument ? kExitConfig : 1;
   }
-  absl::StatusOr<std::unique_ptr<Server>> server = NewServer(config.server, engine->get(),
-                                                             {.clock = SystemClock(),
-                                                              .random = SystemRandom(),
-                                                              .transport = SystemTransport(),
-                                                              .logger = logger});
+  absl::StatusOr<std::unique_ptr<Server>> server =
+      NewServer(config.server, engine->get(),
+                {.clock = SystemClock(),
+                 .random = SystemRandom(),
+                 .transport = SystemTransport(),
+                 .logger = logger,
+                 .access_log = access_log ? &*access_log : nullptr});
   if (!server.ok()) {
     logger->critical("cannot serve: {}", std::string(server.status().message()));
     return server.status().code() == absl::StatusCode::kInvalidArgument ? kExitConfig : 1;
@@ -246,6 +283,16 @@ int Serve(const Config& config, Reloader* reloader, spdlog::logger* logger) {
   return 0;
 }
 
+// Tensors of tenants stay in the process: no core file (a limit of 1 stops handlers behind a pipe
+// as well, where 0 does not), nobody of the same user looks in, and files are the owner's alone.
+void KeepToOurselves(bool core_dumps) {
+  umask(S_IRWXG | S_IRWXO);
+  if (core_dumps) return;
+  const rlimit none{.rlim_cur = 1, .rlim_max = 1};
+  setrlimit(RLIMIT_CORE, &none);
+  prctl(PR_SET_DUMPABLE, 0);
+}
+
 int Main(int argc, const char* const* argv) {
   absl::StatusOr<Config> config = ParseCommandLine(argc, argv);
   if (!config.ok()) return FailConfig(config.status());
@@ -253,6 +300,8 @@ int Main(int argc, const char* const* argv) {
     std::cout << config->text;
     return 0;
   }
+  KeepToOurselves(config->core_dumps);
+  gpr_set_log_function(WriteGrpcLine);
   KeepFreedMemory();
   TrustLockOrder();
   RaiseDescriptorLimit();

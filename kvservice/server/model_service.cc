@@ -23,12 +23,12 @@ class ModelService final : public RpcService {
  public:
   explicit ModelService(const ServiceHost& host)
       : host_(host),
-        register_(BindMethod("Register", &host_.calls, &rpc_, &Rpc::RequestRegister, this,
-                             &ModelService::Register)),
-        get_(BindMethod("GetModel", &host_.calls, &rpc_, &Rpc::RequestGet, this,
-                        &ModelService::Get)),
-        list_(BindMethod("ListModels", &host_.calls, &rpc_, &Rpc::RequestList, this,
-                         &ModelService::List)) {}
+        register_(BindMethod("kvservice.v1.ModelService.Register", &host_.calls, &rpc_,
+                             &Rpc::RequestRegister, this, &ModelService::Register)),
+        get_(BindMethod("kvservice.v1.ModelService.Get", &host_.calls, &rpc_, &Rpc::RequestGet,
+                        this, &ModelService::Get)),
+        list_(BindMethod("kvservice.v1.ModelService.List", &host_.calls, &rpc_, &Rpc::RequestList,
+                         this, &ModelService::List)) {}
 
   grpc::Service* grpc_service() override { return &rpc_; }
   void Listen(grpc::ServerCompletionQueue* queue) override {

@@ -21,11 +21,25 @@ namespace {
 using HealthCheckRequest = google::protobuf::StringValue;
 using HealthCheckResponse = google::protobuf::Int32Value;
 
-// "/kvservice.v1.AdminService/Explain" is declared if the API has such a method.
-bool IsDeclared(const std::string& method) {
+constexpr char kOwnMethods[] = "/kvservice.v1.";
+
+// "kvservice.v1.AdminService.Explain" of "/kvservice.v1.AdminService/Explain".
+std::string FullName(const std::string& method) {
   std::string name = method.substr(std::min<size_t>(1, method.size()));
   std::replace(name.begin(), name.end(), '/', '.');
-  return google::protobuf::DescriptorPool::generated_pool()->FindMethodByName(name) != nullptr;
+  return name;
+}
+
+bool IsDeclared(const std::string& method) {
+  return google::protobuf::DescriptorPool::generated_pool()->FindMethodByName(FullName(method)) !=
+         nullptr;
+}
+
+// Health, and methods that are not of this API, are for every caller that is known.
+MethodAccess AccessOfOther(const std::string& method) {
+  MethodAccess access = AccessOf(FullName(method));
+  access.is_for_all = method.rfind(kOwnMethods, 0) != 0 || !IsDeclared(method);
+  return access;
 }
 
 absl::Status Unimplemented(const std::string& method) {
@@ -93,12 +107,19 @@ class OtherMethodCall final {
     InFlight* const in_flight = methods_.host->in_flight;
     is_watch_ ? in_flight->EnterStream() : in_flight->Enter();
     Listen(methods_, queue_);
+    const MethodAccess access = AccessOfOther(context_.method());
+    const Caller caller = methods_.host->gate->Identify(context_);
+    const absl::Status allowed = methods_.host->gate->Allow(access, caller);
+    if (!allowed.ok()) return Refuse(access, caller, allowed);
     if (is_watch_ || context_.method() == kHealthCheckMethod) {
       stream_.Read(&message_, read_.tag());
       return;
     }
-    const absl::Status status = Unimplemented(context_.method());
-    methods_.host->gate->Ended("Other", {}, status, 0);
+    Refuse(access, caller, Unimplemented(context_.method()));
+  }
+
+  void Refuse(const MethodAccess& access, const Caller& caller, const absl::Status& status) {
+    methods_.host->gate->Ended({.method = access, .caller = caller, .status = status});
     const std::lock_guard<std::mutex> lock(mutex_);
     Finish(ToGrpcStatus(status, &context_));
   }

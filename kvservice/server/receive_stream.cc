@@ -7,7 +7,6 @@
 #include "kvservice/error.h"
 #include "kvservice/server/convert_transfer.h"
 #include "kvservice/server/status.h"
-#include "kvservice/server/tenancy.h"
 
 namespace kvservice {
 namespace {
@@ -52,11 +51,9 @@ void ReceiveStream::Arrive() {
   method_->host.in_flight->Enter();
   arrived_ns_ = method_->host.clock->SteadyNowNs();
   Listen(method_, queue_);
-  absl::Status status = method_->host.gate->Admit();
-  absl::StatusOr<std::string> tenant = TenantOf(context_);
-  if (status.ok()) status = tenant.status();
+  caller_ = method_->host.gate->Identify(context_);
+  const absl::Status status = method_->host.gate->Admit(method_->access, caller_);
   if (!status.ok()) return Finish(status);
-  tenant_ = *std::move(tenant);
   Read();
 }
 
@@ -71,7 +68,7 @@ void ReceiveStream::Take() {
   if (!part.ok()) return Finish(part.status());
   const bool is_answered = IsAnswered(*part);
   has_begun_ = true;
-  method_->engine->Receive(tenant_, attempt_, *std::move(part),
+  method_->engine->Receive(caller_.tenant, attempt_, *std::move(part),
                            [this, is_answered](absl::StatusOr<ReceiveReply> reply) {
                              Taken(std::move(reply), is_answered);
                            });
@@ -105,8 +102,10 @@ void ReceiveStream::Taken(absl::StatusOr<ReceiveReply> reply, bool is_answered) 
 
 void ReceiveStream::Finish(const absl::Status& status) {
   state_ = State::kFinishing;
-  method_->host.gate->Ended("Receive", tenant_, status,
-                            method_->host.clock->SteadyNowNs() - arrived_ns_);
+  method_->host.gate->Ended({.method = method_->access,
+                             .caller = caller_,
+                             .status = status,
+                             .duration_ns = method_->host.clock->SteadyNowNs() - arrived_ns_});
   stream_.Finish(ToGrpcStatus(status, &context_), static_cast<CompletionTag*>(this));
 }
 

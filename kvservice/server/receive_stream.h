@@ -29,6 +29,7 @@ namespace kvservice {
 // What the sequence service says about its Receive method; borrowed, outlives all streams.
 struct ReceiveMethod {
   using Stream = grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>;
+  MethodAccess access;
   CallHost host;
   Engine* engine = nullptr;
   // Asks gRPC for a stream.
@@ -63,7 +64,7 @@ class ReceiveStream final : public CompletionTag {
   // One event or engine call is under way at any time; it alone touches what follows.
   enum class State { kListening, kReading, kTaking, kWriting, kFinishing };
   State state_ = State::kListening;
-  std::string tenant_;
+  Caller caller_;
   uint64_t arrived_ns_ = 0;
   grpc::ByteBuffer buffer_;
   size_t reserved_bytes_ = 0;

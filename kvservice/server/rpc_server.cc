@@ -4,6 +4,8 @@
 #include <grpcpp/alarm.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/generic/async_generic_service.h>
+#include <grpcpp/impl/server_builder_option.h>
+#include <grpcpp/impl/server_builder_plugin.h>
 #include <grpcpp/resource_quota.h>
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server.h>
@@ -15,6 +17,7 @@
 #include <thread>
 #include <utility>
 
+#include "kvservice/error.h"
 #include "kvservice/server/accept_loop.h"
 #include "kvservice/server/health.h"
 #include "kvservice/server/tenancy.h"
@@ -33,6 +36,7 @@ constexpr int kKeepaliveTimeoutMs = 20'000;
 constexpr int kPingIntervalMinMs = 5'000;
 // Descriptors that are not connections: listeners, queues, logs, model files.
 constexpr rlim_t kDescriptorsReserved = 64;
+constexpr char kReflectionPlugin[] = "proto_server_reflection";
 // For answers that are ready but not sent when the grace is over.
 constexpr std::chrono::milliseconds kFlushTime{200};
 
@@ -43,6 +47,31 @@ size_t ConnectionsMax(uint32_t wanted, uint32_t other_descriptors) {
   const rlim_t room =
       limit.rlim_cur > 2 * reserved ? limit.rlim_cur - reserved : limit.rlim_cur / 2;
   return std::min<size_t>(wanted, room);
+}
+
+absl::Status TlsRequired(const Endpoint& endpoint) {
+  return InvalidField("listen", "TLS_REQUIRED",
+                      "listen: " + endpoint.ToString() +
+                          " can be reached from other hosts, which needs TLS; use a Unix socket or "
+                          "a loopback address, or give certificates");
+}
+
+// Every builder of the process gets the plugin by itself.
+class WithoutReflection final : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments* /*arguments*/) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    std::erase_if(*plugins, [](const std::unique_ptr<grpc::ServerBuilderPlugin>& plugin) {
+      return plugin->name() == kReflectionPlugin;
+    });
+  }
+};
+
+std::shared_ptr<grpc::ServerCredentials> CredentialsOf(const ListenAddress& address,
+                                                       const std::optional<TlsFiles>& tls) {
+  const bool is_unix = address.endpoint.kind == Endpoint::Kind::kUnix;
+  if (tls.has_value() && !is_unix) return NewTlsCredentials(*tls);
+  return LocalCredentials(is_unix, address.tenant);
 }
 
 // Waits until a queue's thread has handled everything that was in the queue before. Deletes itself
@@ -130,17 +159,15 @@ void GrpcServer::Configure(const RpcServerOptions& options, grpc::ServerBuilder*
   for (const ListenAddress& address : options.listen) {
     acceptors_.push_back(builder->experimental().AddExternalConnectionAcceptor(
         grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
-        ListenerCredentials(address)));
+        CredentialsOf(address, options.tls)));
   }
 }
 
 absl::Status GrpcServer::Start(const RpcServerOptions& options, Transport* transport) {
   std::vector<std::unique_ptr<Listener>> listeners;
   for (const ListenAddress& address : options.listen) {
-    if (!address.endpoint.IsLocal()) {
-      return absl::InvalidArgumentError(address.endpoint.ToString() +
-                                        " can be reached from other hosts, which needs TLS; "
-                                        "use a Unix socket or a loopback address");
+    if (!options.tls.has_value() && !address.endpoint.IsLocal()) {
+      return TlsRequired(address.endpoint);
     }
     absl::StatusOr<std::unique_ptr<Listener>> listener = transport->Listen(address.endpoint);
     if (!listener.ok()) return listener.status();
@@ -154,6 +181,7 @@ absl::Status GrpcServer::Start(const RpcServerOptions& options, Transport* trans
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   Configure(options, &builder);
+  if (options.tls.has_value()) builder.SetOption(std::make_unique<WithoutReflection>());
   server_ = builder.BuildAndStart();
   if (server_ == nullptr) return absl::InternalError("gRPC refused to start a server");
   health_.Set(kLivenessHealth, true);
@@ -166,7 +194,9 @@ absl::Status GrpcServer::Start(const RpcServerOptions& options, Transport* trans
         [this, queue = queue.get(), spin_us = options.spin_us] { ServeQueue(queue, spin_us); });
   }
   accept_loop_ = std::make_unique<AcceptLoop>(
-      std::move(listeners), ConnectionsMax(options.connections_max, options.other_descriptors),
+      std::move(listeners),
+      ConnectionLimits{.total = ConnectionsMax(options.connections_max, options.other_descriptors),
+                       .per_host = options.connections_per_host_max},
       host_.clock, [this](size_t listener, FileDescriptor connection) {
         Deliver(listener, std::move(connection));
       });

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -17,6 +18,7 @@
 #include "kvservice/server/endpoint.h"
 #include "kvservice/server/in_flight.h"
 #include "kvservice/server/service.h"
+#include "kvservice/server/tls.h"
 #include "kvservice/server/transport.h"
 
 namespace kvservice {
@@ -27,8 +29,9 @@ inline constexpr char kAttentionHealth[] = "kvservice.v1.AttentionService";
 inline constexpr char kLivenessHealth[] = "kvservice.liveness";
 
 struct RpcServerOptions {
-  // All local: there is no TLS here.
+  // TCP addresses have TLS if `tls` is there; without it all must be local.
   std::vector<ListenAddress> listen;
+  std::optional<TlsFiles> tls;
   uint32_t io_threads = 1;
   // Time for which an I/O thread looks for events after each one before it sleeps.
   uint32_t spin_us = 0;
@@ -37,6 +40,7 @@ struct RpcServerOptions {
   // What gRPC may use for receiving.
   size_t transport_bytes_max = 0;
   uint32_t connections_max = 0;
+  uint32_t connections_per_host_max = 0;
   uint32_t streams_per_connection_max = 0;
   // File descriptors that the process needs besides, for something that grows.
   uint32_t other_descriptors = 0;
@@ -56,7 +60,9 @@ class RpcServer {
 };
 
 // Listens, serves. `host` and the seams are borrowed and outlive the server; host.in_flight is this
-// server's own. INVALID_ARGUMENT for an address that is not local, else the transport's errors.
+// server's own. INVALID_ARGUMENT / TLS_REQUIRED for an address that other hosts can reach when
+// there is no TLS, else the transport's errors. Reflection, which asks nobody who he is, is served
+// where there is no TLS alone.
 absl::StatusOr<std::unique_ptr<RpcServer>> StartRpcServer(
     const RpcServerOptions& options, std::vector<std::unique_ptr<RpcService>> services,
     const CallHost& host, Transport* transport);

@@ -56,6 +56,7 @@ class SequenceService final : public RpcService {
         suspend_(Bind("Suspend", &Rpc::RequestSuspend, &SequenceService::Suspend)),
         resume_(Bind("Resume", &Rpc::RequestResume, &SequenceService::Resume)),
         transfer_(Bind("Transfer", &Rpc::RequestTransfer, &SequenceService::Transfer)) {
+    receive_.access = AccessOf("kvservice.v1.SequenceService.Receive");
     receive_.host = host.calls;
     receive_.engine = host.engine;
     receive_.request = [this](grpc::ServerContext* context, ReceiveMethod::Stream* stream,
@@ -63,6 +64,7 @@ class SequenceService final : public RpcService {
       rpc_.RequestReceive(context, stream, queue, queue, tag);
     };
     append_.host = host.calls;
+    append_.access = AccessOf("kvservice.v1.SequenceService.Append");
     append_.engine = host.engine;
     append_.request = [this](grpc::ServerContext* context, AppendMethod::Reader* reader,
                              grpc::ServerCompletionQueue* queue,
@@ -92,7 +94,8 @@ class SequenceService final : public RpcService {
                             grpc::ServerAsyncResponseWriter<grpc::ByteBuffer>*,
                             grpc::CompletionQueue*, grpc::ServerCompletionQueue*, void*),
       void (SequenceService::*handle)(std::unique_ptr<UnaryCall<Request, Response>>)) {
-    return BindMethod(name, &host_.calls, &rpc_, request, this, handle);
+    return BindMethod(std::string("kvservice.v1.SequenceService.") + name, &host_.calls, &rpc_,
+                      request, this, handle);
   }
 
   void Create(std::unique_ptr<CreateCall> call) {

@@ -1,9 +1,6 @@
 #include "kvservice/server/server.h"
 
-#include <spdlog/spdlog.h>
-
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -13,7 +10,7 @@
 
 #include "kvservice/engine_errors.h"
 #include "kvservice/server/call.h"
-#include "kvservice/server/call_metrics.h"
+#include "kvservice/server/gate.h"
 #include "kvservice/server/lane_server.h"
 #include "kvservice/server/metrics_text.h"
 #include "kvservice/server/rpc_server.h"
@@ -28,6 +25,7 @@ constexpr size_t kAdminMessageBytesMax = size_t{4} << 20;
 constexpr size_t kAdminTransportBytesMax = size_t{32} << 20;
 constexpr size_t kAdminRequestsBytesMax = size_t{64} << 20;
 constexpr uint32_t kAdminConnectionsMax = 64;
+constexpr uint32_t kAdminConnectionsPerHostMax = 32;
 constexpr uint32_t kAdminStreamsMax = 32;
 // The answer to the call that asked for the drain is on its way.
 constexpr std::chrono::milliseconds kAdminGrace{1000};
@@ -35,71 +33,6 @@ constexpr char kAdminTenant[] = "admin";
 
 // Protobuf cannot hold more in one message.
 constexpr size_t kMessageBytesLimit = (size_t{2} << 30) - 1;
-
-// Codes that say something is wrong with the server rather than with the call.
-bool IsServerFault(absl::StatusCode code) {
-  return code == absl::StatusCode::kInternal || code == absl::StatusCode::kUnknown ||
-         code == absl::StatusCode::kDataLoss;
-}
-
-// Lets so many through in any second that begins with the first of them.
-class RateLimit {
- public:
-  bool Admit(uint64_t now_ns) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (now_ns - second_began_ns_ >= 1'000'000'000) {
-      second_began_ns_ = now_ns;
-      count_ = 0;
-    }
-    return ++count_ <= kSlowCallsLoggedPerSecond;
-  }
-
- private:
-  std::mutex mutex_;
-  uint64_t second_began_ns_ = 0;
-  uint64_t count_ = 0;
-};
-
-class Gate final : public CallGate {
- public:
-  Gate(spdlog::logger* logger, Clock* clock, uint32_t slow_call_ms)
-      : logger_(logger), clock_(clock), slow_call_ms_(slow_call_ms) {}
-
-  void Close() { closed_ = true; }
-  bool closed() const { return closed_; }
-
-  absl::Status Admit() override { return closed_ ? Draining() : absl::OkStatus(); }
-
-  void Ended(const char* method, const std::string& tenant, const absl::Status& status,
-             uint64_t duration_ns) override {
-    metrics_.Ended(method, status.code(), duration_ns);
-    const auto level = IsServerFault(status.code()) ? spdlog::level::err : spdlog::level::debug;
-    if (logger_ == nullptr || !logger_->should_log(level)) return;
-    logger_->log(level, "rpc={} tenant={} code={} duration_us={} {}", method, tenant,
-                 absl::StatusCodeToString(status.code()), duration_ns / 1000,
-                 std::string(status.message()));
-  }
-
-  void Attended(const AttendTimes& times) override {
-    metrics_.Attended(times.queue_ns, times.service_ns);
-    const uint64_t slow_ns = uint64_t{slow_call_ms_} * 1'000'000;
-    if (slow_ns == 0 || times.queue_ns + times.service_ns < slow_ns || logger_ == nullptr) return;
-    if (!slow_calls_.Admit(clock_->SteadyNowNs())) return;
-    logger_->warn("slow call={} layer={} rows={} queue_us={} service_us={}", times.call_number,
-                  times.layer, times.row_count, times.queue_ns / 1000, times.service_ns / 1000);
-  }
-
-  const CallMetrics& metrics() const { return metrics_; }
-  void set_slow_call_ms(uint32_t slow_call_ms) { slow_call_ms_ = slow_call_ms; }
-
- private:
-  spdlog::logger* const logger_;
-  Clock* const clock_;
-  CallMetrics metrics_;
-  RateLimit slow_calls_;
-  std::atomic<uint32_t> slow_call_ms_;
-  std::atomic<bool> closed_{false};
-};
 
 class ServerOnEngine final : public Server {
  public:
@@ -110,8 +43,9 @@ class ServerOnEngine final : public Server {
         policies_(options.policies),
         drain_grace_ms_(options.drain_grace_ms),
         started_ns_(seams.clock->SteadyNowNs()),
-        data_gate_(seams.logger, seams.clock, options.slow_call_ms),
-        admin_gate_(seams.logger, seams.clock, 0),
+        identities_(options.identities),
+        data_gate_(GateOptions("data", {}, options.slow_call_ms)),
+        admin_gate_(GateOptions("admin", {Role::kAdmin}, 0)),
         data_in_flight_(options.requests_bytes_max),
         admin_in_flight_(kAdminRequestsBytesMax) {}
   ~ServerOnEngine() override { Drain(0); }
@@ -130,10 +64,12 @@ class ServerOnEngine final : public Server {
   absl::Status Reload(const ServerOptions& options) override {
     const absl::Status replaced = policies_.Replace(options.policies);
     if (!replaced.ok()) return replaced;
+    identities_.Set(options.identities);
     drain_grace_ms_ = options.drain_grace_ms;
     data_gate_.set_slow_call_ms(options.slow_call_ms);
     return absl::OkStatus();
   }
+  void SetIdentities(IdentityMap identities) override { identities_.Set(std::move(identities)); }
 
   void RequestDrain(uint32_t grace_ms) override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -162,6 +98,15 @@ class ServerOnEngine final : public Server {
             .policies = &policies_};
   }
   absl::StatusOr<AdminFacts> Facts();
+  Gate::Options GateOptions(const char* side, RoleSet needed, uint32_t slow_call_ms) {
+    return {.side = side,
+            .needed = needed,
+            .identities = &identities_,
+            .clock = seams_.clock,
+            .logger = seams_.logger,
+            .access_log = seams_.access_log,
+            .slow_call_ms = slow_call_ms};
+  }
 
   const ServerOptions options_;
   Engine* const engine_;
@@ -169,6 +114,7 @@ class ServerOnEngine final : public Server {
   LivePolicies policies_;
   std::atomic<uint32_t> drain_grace_ms_;
   const uint64_t started_ns_;
+  Identities identities_;
   Gate data_gate_;
   Gate admin_gate_;
   InFlight data_in_flight_;
@@ -196,6 +142,9 @@ absl::Status ServerOnEngine::Start() {
                                       std::to_string(options_.message_bytes_max) +
                                       ", expected 1 to 2147483647");
   }
+  if (options_.tls.has_value()) {
+    if (absl::Status files = CheckTlsFiles(*options_.tls); !files.ok()) return files;
+  }
   absl::Status status = StartData();
   if (status.ok()) status = StartLanes();
   if (status.ok() && options_.admin_listen.has_value()) status = StartAdmin();
@@ -218,11 +167,13 @@ absl::Status ServerOnEngine::StartData() {
   services.push_back(NewModelService(host));
   absl::StatusOr<std::unique_ptr<RpcServer>> server =
       StartRpcServer({.listen = options_.listen,
+                      .tls = options_.tls,
                       .io_threads = options_.io_threads,
                       .spin_us = options_.engine.spin_us,
                       .message_bytes_max = options_.message_bytes_max,
                       .transport_bytes_max = options_.transport_bytes_max,
                       .connections_max = options_.connections_max,
+                      .connections_per_host_max = options_.connections_per_host_max,
                       .streams_per_connection_max = options_.streams_per_connection_max,
                       .other_descriptors = options_.lanes_max + kLanesOpeningMax},
                      std::move(services), host.calls, seams_.transport);
@@ -256,10 +207,12 @@ absl::Status ServerOnEngine::StartAdmin() {
   services.push_back(NewModelService(host));
   absl::StatusOr<std::unique_ptr<RpcServer>> server =
       StartRpcServer({.listen = {{.tenant = kAdminTenant, .endpoint = *options_.admin_listen}},
+                      .tls = options_.tls,
                       .io_threads = 1,
                       .message_bytes_max = kAdminMessageBytesMax,
                       .transport_bytes_max = kAdminTransportBytesMax,
                       .connections_max = kAdminConnectionsMax,
+                      .connections_per_host_max = kAdminConnectionsPerHostMax,
                       .streams_per_connection_max = kAdminStreamsMax},
                      std::move(services), host.calls, seams_.transport);
   if (!server.ok()) return server.status();
@@ -307,6 +260,7 @@ absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
   facts.limits = {{"message_bytes_max", options_.message_bytes_max},
                   {"requests_bytes_max", options_.requests_bytes_max},
                   {"connections_max", options_.connections_max},
+                  {"connections_per_host_max", options_.connections_per_host_max},
                   {"streams_per_connection_max", options_.streams_per_connection_max},
                   {"stream_calls_max", kStreamCallsMax},
                   {"lanes_max", options_.lanes_max},

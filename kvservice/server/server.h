@@ -13,8 +13,10 @@
 #include "kvservice/clock.h"
 #include "kvservice/engine.h"
 #include "kvservice/random.h"
+#include "kvservice/server/access.h"
 #include "kvservice/server/endpoint.h"
 #include "kvservice/server/policy_registry.h"
+#include "kvservice/server/tls.h"
 #include "kvservice/server/transfers.h"
 #include "kvservice/server/transport.h"
 
@@ -24,15 +26,22 @@ class logger;
 
 namespace kvservice {
 
+class AccessLog;
+
 // Calls of one AttendStream with the engine at a time: two micro-batches, and the next of each.
 inline constexpr uint32_t kStreamCallsMax = 4;
-inline constexpr uint32_t kSlowCallsLoggedPerSecond = 10;
 
 struct ServerOptions {
-  // At least one; every address must be local. A listener's tenant owns everything created through
-  // it.
+  // At least one. Unix sockets never use TLS. TCP addresses all do if `tls` is there, else they
+  // must be local. Without TLS a listener's tenant owns everything created through it, and its
+  // callers have all roles.
   std::vector<ListenAddress> listen;
-  // Operations: statistics, sequences of all tenants, drain. None = no admin side.
+  // Files of the certificates for TCP addresses, the admin side's too.
+  std::optional<TlsFiles> tls;
+  // Whom clients' certificates belong to.
+  IdentityMap identities;
+  // Operations: statistics, sequences of all tenants, drain. None = no admin side. As `listen`,
+  // but callers need the role admin for everything.
   std::optional<Endpoint> admin_listen;
   // Metrics, and whether the server is alive and ready, over HTTP without TLS: /metrics, /livez and
   // /readyz. Numbers alone; may be an address that others reach. None = not served.
@@ -47,6 +56,8 @@ struct ServerOptions {
   size_t transport_bytes_max = size_t{256} << 20;
   // Connections above it are reset.
   uint32_t connections_max = 1024;
+  // The same for those that come from one address (kvservice/server/accept_loop.h).
+  uint32_t connections_per_host_max = 256;
   uint32_t streams_per_connection_max = 256;
   // Lanes (kvservice/server/lane_server.h) beside the Unix sockets of `listen`; 0 = none are
   // served.
@@ -73,6 +84,8 @@ struct ServerSeams {
   Transport* transport = nullptr;
   // nullptr = silent.
   spdlog::logger* logger = nullptr;
+  // Hears of admin calls and of calls turned away; nullptr = nobody does.
+  AccessLog* access_log = nullptr;
 };
 
 class Server {
@@ -84,10 +97,14 @@ class Server {
   virtual std::optional<Endpoint> admin_endpoint() const = 0;
   virtual std::optional<Endpoint> metrics_endpoint() const = 0;
 
-  // Takes over what can change while calls run: the policies, slow_call_ms and drain_grace_ms of
-  // `options`; everything else of it is passed over. Calls that have begun keep the policies they
-  // had. RESOURCE_EXHAUSTED, and nothing changed, after LivePolicies::kReplacementsMax. Any thread.
+  // Takes over what can change while calls run: the policies, identities, slow_call_ms and
+  // drain_grace_ms of `options`; everything else of it is passed over. Calls that have begun keep
+  // the policies they had. RESOURCE_EXHAUSTED, and nothing changed, after
+  // LivePolicies::kReplacementsMax. Any thread.
   virtual absl::Status Reload(const ServerOptions& options) = 0;
+
+  // Whom certificates belong to from the next call on, of standing connections too. Any thread.
+  virtual void SetIdentities(IdentityMap identities) = 0;
 
   // Asks for a drain; any thread, also signal-driven ones; returns at once. The first request
   // counts. 0 = the default grace.

@@ -76,15 +76,16 @@ struct OtherMethods {
 void ListenForOtherMethods(const OtherMethods& methods, grpc::ServerCompletionQueue* queue);
 
 // Ties a method of a generated service `rpc` (Rpc::RequestX) and a member function of the
-// implementation together.
+// implementation together. `name` is that of the descriptor,
+// "kvservice.v1.ModelService.Get".
 template <typename Request, typename Response, typename Rpc, typename Base, typename Impl>
 UnaryMethod<Request, Response> BindMethod(
-    const char* name, const CallHost* host, Rpc* rpc,
+    const std::string& name, const CallHost* host, Rpc* rpc,
     void (Base::*request)(grpc::ServerContext*, grpc::ByteBuffer*,
                           grpc::ServerAsyncResponseWriter<grpc::ByteBuffer>*,
                           grpc::CompletionQueue*, grpc::ServerCompletionQueue*, void*),
     Impl* impl, void (Impl::*handle)(std::unique_ptr<UnaryCall<Request, Response>>)) {
-  return {.name = name,
+  return {.access = AccessOf(name),
           .host = host,
           .request =
               [rpc, request](UnaryWire* wire, grpc::ServerCompletionQueue* queue, void* tag) {

@@ -1,28 +1,34 @@
-// Whose call it is. The tenant follows from the connection a call came on, never from a field of a
-// message. Any thread.
+// Whose connection it is. Without TLS it belongs to the listener's tenant; with TLS, to whom the
+// client's certificate names. Never does a field of a message say. Any thread.
 
 #ifndef KVSERVICE_KVSERVICE_SERVER_TENANCY_H_
 #define KVSERVICE_KVSERVICE_SERVER_TENANCY_H_
 
+#include <cstdint>
 #include <memory>
 #include <string>
 
-#include "absl/status/statusor.h"
-#include "kvservice/server/endpoint.h"
+#include "kvservice/server/access.h"
 
 namespace grpc {
+class AuthMetadataProcessor;
 class ServerContext;
 class ServerCredentials;
 }  // namespace grpc
 
 namespace kvservice {
 
-// Credentials for a local listener: they verify that connections are local and mark each with the
-// listener's tenant.
-std::shared_ptr<grpc::ServerCredentials> ListenerCredentials(const ListenAddress& address);
+// Credentials for a Unix socket or a loopback address: they verify that connections are local and
+// mark each with the listener's tenant.
+std::shared_ptr<grpc::ServerCredentials> LocalCredentials(bool is_unix, const std::string& tenant);
 
-// The tenant of a call; UNAUTHENTICATED / TENANT_UNKNOWN when its connection has none.
-absl::StatusOr<std::string> TenantOf(const grpc::ServerContext& context);
+// For credentials that ask for client certificates: marks each connection with the end of its
+// certificate's time.
+std::shared_ptr<grpc::AuthMetadataProcessor> NewCertificateMark();
+
+// The caller at the other end of a connection with one of those marks; without one, nobody.
+Caller CallerOf(const grpc::ServerContext& context, const IdentityMap& identities,
+                uint64_t wall_now_ns);
 
 }  // namespace kvservice
 

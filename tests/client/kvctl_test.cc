@@ -10,7 +10,9 @@
 #include <utility>
 
 #include "tests/client/kvctl_run.h"
+#include "tests/server/certificates.h"
 #include "tests/server/served_engine.h"
+#include "tests/server/served_tls.h"
 
 namespace kvservice::testing {
 namespace {
@@ -50,6 +52,35 @@ class KvctlTest : public ::testing::Test {
   ServedEngine served_;
   TemporaryFolder folder_;
 };
+
+TEST_F(KvctlTest, SpeaksTlsToOtherHosts) {
+  const Authority authority("ours");
+  const ServedEngine far(WithTls(authority, folder_.path()));
+  WriteClientFiles(authority, "default/worker", folder_.path() + "/worker");
+  WriteClientFiles(authority, "default/admin", folder_.path() + "/admin");
+  const auto run_as = [&](const std::string& who, const std::string& arguments) {
+    const std::string file = folder_.path() + "/" + who;
+    return RunKvctl("KVCTL_TLS_CA='" + folder_.path() + "/ca' KVCTL_TLS_SERVER_NAME=localhost",
+                    "--endpoint " + far.server()->endpoints().back().ToString() +
+                        " --admin-endpoint " + far.server()->admin_endpoint()->ToString() +
+                        " --tls-cert '" + file + ".pem' --tls-key '" + file + ".key' " + arguments);
+  };
+  EXPECT_EQ(run_as("worker", "health").exit, 0);
+  EXPECT_EQ(run_as("worker", "model list").exit, 0);
+  EXPECT_EQ(run_as("admin", "server stats").exit, 0);
+  // Not allowed.
+  const Outcome refused = run_as("worker", "server stats");
+  EXPECT_EQ(refused.exit, 6);
+  EXPECT_THAT(refused.err, HasSubstr("AdminService.GetStats needs the role admin"));
+  // A Unix socket has no TLS, whatever the environment says.
+  EXPECT_EQ(RunKvctl("KVCTL_TLS_CA='" + folder_.path() + "/ca' KVCTL_TLS_CERT='" + folder_.path() +
+                         "/worker.pem' KVCTL_TLS_KEY='" + folder_.path() + "/worker.key'",
+                     "--endpoint " + DataEndpoint() + " health")
+                .exit,
+            0);
+  EXPECT_EQ(RunKvctl("", "--endpoint 127.0.0.1:1 --tls-ca '" + folder_.path() + "/ca' health").exit,
+            2);
+}
 
 TEST_F(KvctlTest, Health) {
   EXPECT_EQ(Run("health").exit, 0);

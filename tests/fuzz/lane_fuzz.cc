@@ -31,9 +31,14 @@ constexpr uint32_t kLength = 100;
 
 class OpenGate final : public CallGate {
  public:
-  absl::Status Admit() override { return absl::OkStatus(); }
-  void Ended(const char* /*method*/, const std::string& /*tenant*/, const absl::Status& /*status*/,
-             uint64_t /*duration_ns*/) override {}
+  Caller Identify(const grpc::ServerContext& /*context*/) override { return LocalCaller("nobody"); }
+  absl::Status Allow(const MethodAccess& method, const Caller& caller) override {
+    return CheckAccess(method, caller);
+  }
+  absl::Status Admit(const MethodAccess& method, const Caller& caller) override {
+    return Allow(method, caller);
+  }
+  void Ended(const CallRecord& /*record*/) override {}
 };
 
 class Fixture {

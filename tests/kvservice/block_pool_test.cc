@@ -127,6 +127,42 @@ TEST_F(BlockPoolTest, RandomUseNeverOverlapsAndCountsExactly) {
   EXPECT_TRUE(pool->Allocate(1 << 20)) << "everything came back as one range";
 }
 
+// Whatever sizes come and go, a tenant finds its own bytes and zeros, nobody else's.
+TEST_F(BlockPoolTest, ABlockThatChangesHandsIsCleared) {
+  constexpr uint64_t kSeed = 20260301;
+  SCOPED_TRACE(kSeed);
+  std::mt19937_64 random(kSeed);
+  const auto pool = NewPool(64 << 10);
+  const BlockOwner owners[] = {pool->OwnerOf("a"), pool->OwnerOf("b"), pool->OwnerOf("c")};
+  EXPECT_EQ(pool->OwnerOf("b"), owners[1]);
+  EXPECT_NE(owners[0], owners[1]);
+  std::vector<BlockRef> held;
+  size_t own_count = 0;
+  size_t zero_count = 0;
+  for (int step = 0; step < 4000; ++step) {
+    if (random() % 100 < 55) {
+      const BlockOwner owner = owners[random() % 3];
+      const size_t bytes = 64 * (1 + random() % 200);
+      BlockRef block = pool->Allocate(bytes, owner);
+      if (!block) continue;
+      const auto mark = static_cast<std::byte>(owner);
+      for (size_t i = 0; i < bytes; ++i) {
+        const std::byte found = block.data()[i];
+        ASSERT_TRUE(found == mark || found == std::byte{0}) << std::to_integer<int>(found);
+        ++(found == mark ? own_count : zero_count);
+        block.data()[i] = mark;
+      }
+      held.push_back(std::move(block));
+    } else if (!held.empty()) {
+      std::swap(held[random() % held.size()], held.back());
+      held.pop_back();
+    }
+  }
+  // What need not be cleared is not.
+  EXPECT_GT(own_count, zero_count / 10);
+  EXPECT_GT(zero_count, own_count / 10);
+}
+
 TEST_F(BlockPoolTest, ADeviceWithoutMemoryMeansNoPool) {
   class FullDevice : public DeviceWrapper {
    public:

@@ -222,9 +222,14 @@ class GateClock final : public FakeClock {
 
 class OpenGate final : public CallGate {
  public:
-  absl::Status Admit() override { return absl::OkStatus(); }
-  void Ended(const char* /*method*/, const std::string& /*tenant*/, const absl::Status& /*status*/,
-             uint64_t /*duration_ns*/) override {}
+  Caller Identify(const grpc::ServerContext& /*context*/) override { return LocalCaller("nobody"); }
+  absl::Status Allow(const MethodAccess& method, const Caller& caller) override {
+    return CheckAccess(method, caller);
+  }
+  absl::Status Admit(const MethodAccess& method, const Caller& caller) override {
+    return Allow(method, caller);
+  }
+  void Ended(const CallRecord& /*record*/) override {}
 };
 
 // The thread that has answered may be stopped right there. What the client then puts into the slot

@@ -26,6 +26,7 @@ class Program {
   // Takes what standard output has to give now, without waiting; false at its end.
   bool ReadMore();
   void Signal(int signal) const;
+  pid_t pid() const { return pid_; }
   // Waits for the end; the exit status, or 128 + the signal that ended it, or -1 if it never
   // started.
   int Wait();

@@ -3,12 +3,14 @@
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <csignal>
 #include <cstring>
 #include <fstream>
@@ -18,8 +20,10 @@
 #include <vector>
 
 #include "kvservice/v1/admin.grpc.pb.h"
+#include "tests/server/certificates.h"
 #include "tests/server/program.h"
 #include "tests/server/served_engine.h"
+#include "tests/server/served_tls.h"
 
 namespace kvservice::testing {
 namespace {
@@ -32,6 +36,19 @@ std::string Contents(const std::string& path) {
   return text.str();
 }
 
+// A mapping of at least `kib_min` KiB has the flag that keeps it out of core files.
+bool HasMappingLeftOut(const std::string& smaps, uint64_t kib_min) {
+  std::istringstream lines(smaps);
+  uint64_t kib = 0;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.rfind("Size:", 0) == 0) kib = std::stoull(line.substr(5));
+    if (line.rfind("VmFlags:", 0) == 0 && kib >= kib_min && line.find(" dd") != std::string::npos) {
+      return true;
+    }
+  }
+  return false;
+}
+
 class ProgramTest : public ::testing::Test {
  protected:
   // A small server on sockets in the folder.
@@ -42,7 +59,20 @@ class ProgramTest : public ::testing::Test {
     return arguments;
   }
   std::string Path(const std::string& name) const { return folder_.path() + "/" + name; }
+  // One on a loopback address with TLS, whose files are in the folder.
+  std::vector<std::string> TlsArguments(const std::vector<std::string>& more = {}) const {
+    const TlsFiles files = WriteServerFiles(authority_, folder_.path());
+    WritePrivate(Path("who"),
+                 R"({"uri": "spiffe://a/b", "tenant": "acme", "roles": ["ROLE_READER"]})");
+    std::vector<std::string> arguments = {"--listen",        "127.0.0.1:0",   "--tls-cert",
+                                          files.certificate, "--tls-key",     files.key,
+                                          "--tls-client-ca", files.client_ca, "--identities-file",
+                                          Path("who"),       "--pool-bytes",  "16MiB"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  }
 
+  const Authority authority_{"ours"};
   const TemporaryFolder folder_;
 };
 
@@ -283,6 +313,121 @@ TEST_F(ProgramTest, SocketsAreForThoseWhoMayConnect) {
     EXPECT_EQ(mode_of("data"), mode);
     EXPECT_EQ(mode_of("data.lane"), 0600U) << "shared memory is for the same user alone";
     EXPECT_EQ(mode_of("data.admin"), 0600U);
+    server.Signal(SIGTERM);
+    EXPECT_EQ(server.Wait(), 0);
+  }
+}
+
+// What is refused of TLS as operators ask for it.
+TEST_F(ProgramTest, TlsNeedsAllOfItsFiles) {
+  const std::pair<std::vector<std::string>, const char*> cases[] = {
+      {{"--listen", "127.0.0.1:0", "--tls-cert", Path("cert")}, "--tls-key"},
+      {{"--listen", "127.0.0.1:0", "--tls-key", Path("key")}, "--tls-cert"},
+      {{"--listen", "127.0.0.1:0", "--tls-cert", Path("cert"), "--tls-key", Path("key"),
+        "--tls-client-ca", Path("ca")},
+       "--identities-file"},
+      {{"--listen", "127.0.0.1:0", "--identities-file", Path("who")}, "--identities-file"},
+      {TlsArguments({"--listen", "tenant=acme,0.0.0.0:0"}), "--listen"},
+      {TlsArguments({"--identities-file", Path("cert")}), "--identities-file"},
+      {TlsArguments({"--identities-file", Path("who")}), "--identities-file"},
+      {TlsArguments({"--access-log", Path("no/such/folder")}), "--access-log"},
+  };
+  for (const auto& [arguments, flag] : cases) {
+    Program refused("kvservice", arguments);
+    EXPECT_EQ(refused.Wait(), kExitConfig) << flag;
+    EXPECT_NE(refused.errors().find(flag), std::string::npos) << refused.errors();
+  }
+}
+
+// Other hosts may come; the admin side stays on a Unix socket unless it is told otherwise.
+TEST_F(ProgramTest, ServesTlsAndWritesDownWhatOperatorsDo) {
+  Program server("kvservice", TlsArguments({"--listen", "0.0.0.0:0", "--listen",
+                                            "unix:" + Path("data"), "--access-log", Path("log")}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  EXPECT_NE(server.output().find("listening on 0.0.0.0:"), std::string::npos);
+  EXPECT_NE(server.output().find("admin on unix:" + Path("data.admin")), std::string::npos);
+  v1::GetStatsResponse stats;
+  const auto admin =
+      v1::AdminService::NewStub(ConnectTo(*ParseEndpoint("unix:" + Path("data.admin"))));
+  EXPECT_TRUE(admin->GetStats(NewContext().get(), {}, &stats).ok());
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0) << server.errors();
+  const std::string log = Contents(Path("log"));
+  EXPECT_NE(log.find("\"method\":\"AdminService.GetStats\",\"identity\":\"local\""),
+            std::string::npos)
+      << log;
+  struct stat facts = {};
+  ASSERT_EQ(stat(Path("log").c_str(), &facts), 0);
+  EXPECT_EQ(facts.st_mode & 0777, 0600U);
+}
+
+TEST_F(ProgramTest, ReadsIdentitiesAgainWhenToldTo) {
+  Program server("kvservice", TlsArguments({"--admin-listen", "none"}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  const size_t begin = server.output().find("127.0.0.1:");
+  const Endpoint endpoint =
+      *ParseEndpoint(server.output().substr(begin, server.output().find('\n', begin) - begin));
+  const auto channel =
+      ConnectTls(endpoint, authority_.pem(), authority_.Issue({.names = {"URI:spiffe://a/b"}}));
+  const auto ask = [&] {
+    v1::GetStatsResponse none;
+    return ErrorText(v1::AdminService::NewStub(channel)->GetStats(NewContext().get(), {}, &none));
+  };
+  EXPECT_EQ(ask(), "PERMISSION_DENIED ROLE_MISSING");
+  WritePrivate(Path("who"), "nonsense");
+  server.Signal(SIGHUP);
+  EXPECT_EQ(ask(), "PERMISSION_DENIED ROLE_MISSING");
+  WritePrivate(Path("who"), R"({"uri": "a:b", "tenant": "a", "roles": ["ROLE_READER"]})");
+  server.Signal(SIGHUP);
+  // The signal has its own thread; each question is a call.
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  std::string got;
+  do {
+    got = ask();
+  } while (got == "PERMISSION_DENIED ROLE_MISSING" && std::chrono::steady_clock::now() < end);
+  EXPECT_EQ(got, "PERMISSION_DENIED IDENTITY_UNKNOWN");
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+}
+
+// What they provoke is not written down for each of them.
+TEST_F(ProgramTest, StrangersDoNotFillTheLog) {
+  constexpr int kStrangers = 200;
+  Program server("kvservice", TlsArguments({"--admin-listen", "none"}));
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+  const size_t begin = server.output().find("127.0.0.1:");
+  const Endpoint endpoint =
+      *ParseEndpoint(server.output().substr(begin, server.output().find('\n', begin) - begin));
+  for (int i = 0; i < kStrangers; ++i) {
+    v1::GetStatsResponse none;
+    EXPECT_FALSE(v1::AdminService::NewStub(ConnectTo(endpoint))
+                     ->GetStats(NewContext().get(), {}, &none)
+                     .ok());
+  }
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  EXPECT_LT(std::count(server.errors().begin(), server.errors().end(), '\n'), kStrangers)
+      << server.errors();
+  EXPECT_NE(server.errors().find("[grpc]"), std::string::npos);
+}
+
+// A core file would hold what tenants have stored.
+TEST_F(ProgramTest, MemoryStaysInTheProcess) {
+  for (const bool core_dumps : {false, true}) {
+    rlimit all{};
+    ASSERT_EQ(getrlimit(RLIMIT_CORE, &all), 0);
+    all.rlim_cur = std::min<rlim_t>(all.rlim_max, 1 << 20);
+    ASSERT_EQ(setrlimit(RLIMIT_CORE, &all), 0);
+    Program server("kvservice",
+                   Arguments({core_dumps ? "--core-dumps" : "--no-core-dumps", "--device", "cpu"}));
+    ASSERT_TRUE(server.WaitForLine("ready")) << server.Wait() << server.errors();
+    rlimit limit{};
+    ASSERT_EQ(prlimit(server.pid(), RLIMIT_CORE, nullptr, &limit), 0);
+    // 1 is too little for a file, and tells the kernel to start no handler either.
+    EXPECT_EQ(limit.rlim_cur, core_dumps ? all.rlim_cur : 1U);
+    // The pool, which has 16 MiB, is marked as left out ("dd") either way.
+    EXPECT_TRUE(
+        HasMappingLeftOut(Contents("/proc/" + std::to_string(server.pid()) + "/smaps"), 16 << 10));
     server.Signal(SIGTERM);
     EXPECT_EQ(server.Wait(), 0);
   }

@@ -102,14 +102,16 @@ ServedEngine::ServedEngine(ServedEngineOptions options)
   };
   ServerOptions server = std::move(options.server);
   server.engine = options.engine;
-  server.listen = {{.endpoint = listen("data")},
-                   {.tenant = kOtherTenant, .endpoint = listen("other")}};
-  server.admin_listen = listen("admin");
-  absl::StatusOr<std::unique_ptr<Server>> started = NewServer(
-      server, engine_->get(),
-      {.clock = &engine_->clock,
-       .random = &engine_->random,
-       .transport = options.transport == nullptr ? SystemTransport() : options.transport});
+  server.listen.insert(
+      server.listen.begin(),
+      {{.endpoint = listen("data")}, {.tenant = kOtherTenant, .endpoint = listen("other")}});
+  if (!server.admin_listen.has_value()) server.admin_listen = listen("admin");
+  absl::StatusOr<std::unique_ptr<Server>> started =
+      NewServer(server, engine_->get(),
+                {.clock = &engine_->clock,
+                 .random = &engine_->random,
+                 .transport = options.transport == nullptr ? SystemTransport() : options.transport,
+                 .access_log = options.access_log});
   EXPECT_TRUE(started.ok()) << started.status();
   server_ = *std::move(started);
 }

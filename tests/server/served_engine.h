@@ -61,8 +61,10 @@ std::string RowErrorText(const v1::AttendRowResult& result);
 
 struct ServedEngineOptions {
   EngineOptions engine = TestEngine::SmallOptions();
-  // Listeners are added by ServedEngine.
+  // Listeners are added by ServedEngine: the data side's Unix sockets before those that are there,
+  // the admin side's if there is none.
   ServerOptions server;
+  AccessLog* access_log = nullptr;
   uint32_t layer_count = 2;
   std::unique_ptr<Device> device;
   // nullptr = the system's.

@@ -3,6 +3,7 @@
 #include "kvservice/server/transport.h"
 
 #include <gtest/gtest.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -182,11 +183,12 @@ TEST(AcceptLoopTest, ShedsOneConnectionWhenDescriptorsRunOut) {
   std::promise<void> two_delivered;
   std::vector<FileDescriptor> delivered;
   FakeClock clock;
-  AcceptLoop loop(std::move(listeners), 10, &clock, [&](size_t index, FileDescriptor connection) {
-    EXPECT_EQ(index, 0U);
-    delivered.push_back(std::move(connection));
-    if (delivered.size() == 2) two_delivered.set_value();
-  });
+  AcceptLoop loop(std::move(listeners), {.total = 10}, &clock,
+                  [&](size_t index, FileDescriptor connection) {
+                    EXPECT_EQ(index, 0U);
+                    delivered.push_back(std::move(connection));
+                    if (delivered.size() == 2) two_delivered.set_value();
+                  });
   two_delivered.get_future().wait();
   EXPECT_TRUE(IsClosed(shed));
   EXPECT_EQ(loop.shed_count(), 1U);
@@ -198,22 +200,67 @@ TEST(AcceptLoopTest, ShedsOneConnectionWhenDescriptorsRunOut) {
 }
 
 TEST(ConnectionTableTest, FindsOutWhichConnectionsAreGone) {
-  ConnectionTable table(2);
+  ConnectionTable table({.total = 2});
   std::array<int, 2> pair{};
   ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, pair.data()), 0);
   FileDescriptor a(pair[0]);
   FileDescriptor b(pair[1]);
-  EXPECT_TRUE(table.HasRoom(0));
-  table.Add(a.get());
-  table.Add(b.get());
-  EXPECT_FALSE(table.HasRoom(0));
+  EXPECT_TRUE(table.HasRoom("", 0));
+  table.Add(a.get(), "");
+  table.Add(b.get(), "");
+  EXPECT_FALSE(table.HasRoom("", 0));
   // The descriptor's number lives on as another file: the connection is gone all the same.
   ASSERT_EQ(dup2(STDERR_FILENO, a.get()), a.get());
   // A full table is not searched again at once.
-  EXPECT_FALSE(table.HasRoom(1));
-  EXPECT_TRUE(table.HasRoom(1'000'000'000));
-  table.Add(b.get());
-  EXPECT_FALSE(table.HasRoom(2'000'000'000));
+  EXPECT_FALSE(table.HasRoom("", 1));
+  EXPECT_TRUE(table.HasRoom("", 1'000'000'000));
+  table.Add(b.get(), "");
+  EXPECT_FALSE(table.HasRoom("", 2'000'000'000));
+}
+
+TEST(ConnectionTableTest, OneHostDoesNotTakeAllPlaces) {
+  ConnectionTable table({.total = 3, .per_host = 1});
+  std::array<int, 2> pair{};
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, pair.data()), 0);
+  FileDescriptor a(pair[0]);
+  const FileDescriptor b(pair[1]);
+  EXPECT_TRUE(table.HasRoom("10.0.0.1", 0));
+  table.Add(a.get(), "10.0.0.1");
+  EXPECT_FALSE(table.HasRoom("10.0.0.1", 0));
+  EXPECT_TRUE(table.HasRoom("10.0.0.2", 1));
+  // Those without a host are bounded by the total alone.
+  table.Add(b.get(), "");
+  EXPECT_TRUE(table.HasRoom("", 1));
+  a = FileDescriptor();
+  EXPECT_TRUE(table.HasRoom("10.0.0.1", 1'000'000'000));
+}
+
+// Connections as the system makes them.
+TEST_F(TransportTest, ConnectionsOfOneAddressAreBounded) {
+  absl::StatusOr<std::unique_ptr<Listener>> listener =
+      SystemTransport()->Listen(*ParseEndpoint("127.0.0.1:0"));
+  ASSERT_TRUE(listener.ok()) << listener.status();
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons((*listener)->endpoint().port);
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  std::vector<std::unique_ptr<Listener>> listeners;
+  listeners.push_back(*std::move(listener));
+  std::vector<FileDescriptor> delivered;
+  FakeClock clock;
+  AcceptLoop loop(std::move(listeners), {.total = 10, .per_host = 2}, &clock,
+                  [&](size_t /*index*/, FileDescriptor connection) {
+                    delivered.push_back(std::move(connection));
+                  });
+  std::vector<FileDescriptor> clients;
+  for (int i = 0; i < 3; ++i) {
+    clients.emplace_back(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    ASSERT_EQ(connect(clients[i].get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  }
+  EXPECT_TRUE(IsClosed(clients[2]));
+  loop.Stop();
+  EXPECT_EQ(loop.accepted_count(), 2U);
+  EXPECT_EQ(loop.shed_count(), 1U);
 }
 
 }  // namespace

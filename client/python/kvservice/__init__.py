@@ -33,6 +33,7 @@ from kvservice.results import (  # noqa: E402
 )
 from kvservice.sequence import Sequence  # noqa: E402
 from kvservice.step_buffers import StepBuffers  # noqa: E402
+from kvservice.tls import TlsFiles  # noqa: E402
 
 
 
@@ -67,6 +68,7 @@ __all__ = [
     "Selector",
     "Sequence",
     "StepBuffers",
+    "TlsFiles",
     "attach",
     "detach",
     "layer_override",

@@ -22,6 +22,7 @@ from kvservice.results import AttendResult
 from kvservice.sequence import Sequence
 from kvservice.step_buffers import StepBuffers, StepShape
 from kvservice.tensors import from_message, like, put_inside
+from kvservice.tls import TlsFiles, open_channel
 from kvservice.v1 import (
     admin_pb2,
     attention_pb2,
@@ -53,8 +54,11 @@ class Client:
         deadline_s: float = DEADLINE_S,
         transport: Literal["auto", "lane", "unary"] = "auto",
         lane: LaneOptions | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         """`endpoint` is `unix:/path/to/socket` or `host:port`; `deadline_s` applies per call.
+
+        `tls` is for `host:port`: the client's certificate says to the server who this is.
 
         `transport`: how Attend and Append travel. "auto" takes a lane where there is one and gRPC
         otherwise, "unary" gRPC alone; with "lane" the lane is opened here, and KvServiceError
@@ -70,7 +74,7 @@ class Client:
             self._lanes = LanePath(endpoint, lane or LaneOptions(), min(deadline_s, 5.0))
             if transport == "lane":
                 self._lanes.open()
-        self._channel = grpc.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
+        self._channel = open_channel(endpoint, tls, _CHANNEL_OPTIONS)
         self._methods: dict[str, Any] = {}
 
     def __enter__(self) -> Client:

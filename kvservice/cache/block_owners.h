@@ -1,0 +1,42 @@
+// Whose bytes lie where in the arena, free ranges included: a block that changes hands is cleared
+// of what its last tenant left, and nothing is cleared that need not be. One thread.
+
+#ifndef KVSERVICE_KVSERVICE_CACHE_BLOCK_OWNERS_H_
+#define KVSERVICE_KVSERVICE_CACHE_BLOCK_OWNERS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+
+#include "absl/functional/function_ref.h"
+
+namespace kvservice {
+
+// A tenant as the pool counts them, from 1; 0 is nobody in particular.
+using BlockOwner = uint32_t;
+
+class BlockOwners {
+ public:
+  // The same for the same tenant, always. There are as many as tenants were ever seen.
+  BlockOwner NumberOf(std::string_view tenant);
+  // From now on the range is the owner's. `clear` is called for each part of it where another's
+  // bytes lie.
+  void Take(size_t offset, size_t bytes, BlockOwner owner,
+            absl::FunctionRef<void(size_t offset, size_t bytes)> clear);
+
+ private:
+  struct Range {
+    size_t end = 0;
+    BlockOwner owner = 0;
+  };
+
+  std::map<std::string, BlockOwner, std::less<>> numbers_;
+  // Disjoint ranges by their begin, as they were taken last; never taken = zero since start.
+  std::map<size_t, Range> ranges_;
+};
+
+}  // namespace kvservice
+
+#endif  // KVSERVICE_KVSERVICE_CACHE_BLOCK_OWNERS_H_
