@@ -161,6 +161,8 @@ absl::StatusOr<Measured> Measure(const GlobalOptions& options, const BenchOption
   const auto end = SteadyClock::now() + options.timeout;
   ClientOptions connect;
   connect.endpoint = options.endpoint;
+  // A Unix socket has none.
+  if (options.endpoint.rfind("unix:", 0) != 0) connect.tls = options.tls;
   connect.deadlines.connect = std::min(connect.deadlines.connect, options.timeout);
   auto client = Client::Connect(connect);
   if (!client.ok()) return client.status();

@@ -59,7 +59,7 @@ void Print(const GlobalOptions& options, const Json& json, const std::string& ta
 }
 
 std::unique_ptr<ServerCalls> Connect(const GlobalOptions& options) {
-  return NewServerCalls(options.endpoint, options.admin_endpoint, options.timeout);
+  return NewServerCalls(options.endpoint, options.admin_endpoint, options.tls, options.timeout);
 }
 
 }  // namespace kvservice::client
