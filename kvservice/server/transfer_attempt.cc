@@ -62,17 +62,16 @@ class TransferRun {
 
   absl::StatusOr<TransferSent> Run() {
     absl::Status status = RunParts();
-    if (status.ok()) {
-      stream_->WritesDone();
-      stream_->Finish();
-      return std::move(sent_);
-    }
-    // Of the source's own: the target need not wait for more.
-    if (!is_broken_ && WritePart(TransferEnd{.gives_up = true}).ok()) {
+    // Of the source's own, and final: the target need not wait for more.
+    const bool gives_up = !status.ok() && !is_broken_ && DetailsOf(status).retry_delay_ms == 0;
+    // An answer that nobody reads would keep the stream from its end.
+    if (gives_up && WritePart(TransferEnd{.gives_up = true}).ok()) stream_->Read(&answer_);
+    if (!is_broken_) {
       stream_->WritesDone();
       stream_->Finish();
     }
-    return status;
+    if (!status.ok()) return status;
+    return std::move(sent_);
   }
 
  private:

@@ -102,7 +102,7 @@ class Fixture {
 }  // namespace kvservice::testing
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static auto* const fixture = new kvservice::testing::Fixture;
-  fixture->Run(kvservice::testing::FuzzInput(data, size));
+  static auto* const kFixture = new kvservice::testing::Fixture;
+  kFixture->Run(kvservice::testing::FuzzInput(data, size));
   return 0;
 }
