@@ -10,11 +10,11 @@ using Words = std::vector<std::string>;
 
 // Flags whose values are known beforehand.
 const std::vector<std::pair<std::string, Words>>& KnownValues() {
-  static const std::vector<std::pair<std::string, Words>> known = {
+  static const std::vector<std::pair<std::string, Words>> kKnown = {
       {"output", {"table", "json"}},
       {"service", {"kvservice.v1.AttentionService", "kvservice.liveness"}},
       {"policy", {"dense", "certified", "cis", "cpe", "scan"}}};
-  return known;
+  return kKnown;
 }
 
 // All commands that led to where we are, the outermost first.

@@ -3,13 +3,10 @@
 #ifndef KVSERVICE_CLIENT_KVCTL_COMPLETION_H_
 #define KVSERVICE_CLIENT_KVCTL_COMPLETION_H_
 
+#include <CLI/App.hpp>
 #include <functional>
 #include <string>
 #include <vector>
-
-namespace CLI {
-class App;
-}  // namespace CLI
 
 namespace kvservice::client {
 

@@ -29,7 +29,6 @@
 namespace kvservice::testing {
 namespace {
 
-using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsSupersetOf;
@@ -61,9 +60,11 @@ class KvctlLiveTest : public ::testing::Test {
 int KvctlLiveTest::RunAtTerminal(std::vector<std::string> arguments, const std::string& typed,
                                  std::string* shown) const {
   const std::string path = std::string(std::getenv("KVSERVICE_BIN_DIR")) + "/kvctl";
-  for (const std::string& argument : Endpoints()) arguments.push_back(argument);
+  const std::vector<std::string> endpoints = Endpoints();
+  arguments.insert(arguments.end(), endpoints.begin(), endpoints.end());
   arguments.insert(arguments.begin(), "kvctl");
   std::vector<char*> argv;
+  argv.reserve(arguments.size() + 1);
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
   int terminal = -1;
