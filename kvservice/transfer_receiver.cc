@@ -163,7 +163,8 @@ absl::StatusOr<ReceiveReply> TransferReceiver::Begin(std::string_view tenant,
 
 absl::Status TransferReceiver::TakeMemory(Arriving* arriving) {
   const CacheShape& shape = arriving->record->tables->shape;
-  auto cache = std::make_unique<Sequence>(&shape, parts_.pool, parts_.device);
+  auto cache = std::make_unique<Sequence>(&shape, parts_.pool, parts_.device,
+                                          parts_.pool->OwnerOf(arriving->record->tenant));
   if (!cache->Restore(arriving->head.lengths)) {
     const uint32_t length =
         *std::max_element(arriving->head.lengths.begin(), arriving->head.lengths.end());

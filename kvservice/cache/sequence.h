@@ -88,7 +88,7 @@ class PendingWrites {
 
 class Sequence {
  public:
-  Sequence(const CacheShape* shape, BlockPool* pool, Device* device, BlockOwner owner = 0);
+  Sequence(const CacheShape* shape, BlockPool* pool, Device* device, BlockOwner owner);
   ~Sequence();
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;

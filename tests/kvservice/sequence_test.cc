@@ -17,6 +17,7 @@ namespace kvservice::testing {
 namespace {
 
 constexpr uint32_t kLayers = 3;
+constexpr BlockOwner kOwner = 0;
 
 class SequenceTest : public ::testing::Test {
  protected:
@@ -24,7 +25,7 @@ class SequenceTest : public ::testing::Test {
     pool_ = *BlockPool::New(device_.get(), block_count * shape_.block_bytes());
   }
   std::unique_ptr<Sequence> New() {
-    return std::make_unique<Sequence>(&shape_, pool_.get(), device_.get());
+    return std::make_unique<Sequence>(&shape_, pool_.get(), device_.get(), kOwner);
   }
   std::vector<std::byte> Bytes(Part part, uint32_t layer, absl::Span<const uint32_t> words) const {
     return PartBytes(layout_, layout_.dtype, part, layer, words);
@@ -240,8 +241,8 @@ TEST_F(SequenceTest, WritesWaitTogether) {
   };
   Start(8);
   CountingDevice device(*NewDevice("reference", {}));
-  Sequence one(&shape_, pool_.get(), &device);
-  Sequence other(&shape_, pool_.get(), &device);
+  Sequence one(&shape_, pool_.get(), &device, kOwner);
+  Sequence other(&shape_, pool_.get(), &device, kOwner);
   const Words words = Counting(0, 64);
   const std::vector<std::byte> k = Bytes(Part::kKey, 0, words);
   const std::vector<std::byte> v = Bytes(Part::kValue, 0, words);
