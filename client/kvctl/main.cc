@@ -376,8 +376,8 @@ void AddModelCommands(CLI::App* app, Flags* flags) {
 // Commands that change something, or that end by themselves.
 bool MayRepeat(const CLI::App& app) {
   const std::string verb = CommandName(app);
-  for (const char* const once :
-       {"drain", "drop", "fork", "suspend", "resume", "bench", "ping", "completion", "version"}) {
+  for (const char* const once : {"drain", "drop", "fork", "suspend", "resume", "transfer", "bench",
+                                 "ping", "completion", "version"}) {
     if (verb == once) return false;
   }
   return true;

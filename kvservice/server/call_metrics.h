@@ -39,13 +39,16 @@ class TimeHistogram {
 class CallMetrics {
  public:
   // All methods that calls are named by; anything else counts as the last.
-  static constexpr std::array<std::string_view, 26> kMethods = {
-      "Attend",        "AttendStream",     "Audit",         "Append",        "Create",
-      "Fork",          "Truncate",         "Get",           "Drop",          "RenewLease",
-      "Suspend",       "Resume",           "Transfer",      "Receive",       "Register",
-      "GetModel",      "ListModels",       "OpenLane",      "GetServerInfo", "GetStats",
-      "ListSequences", "DescribeSequence", "DescribeBlock", "Explain",       "Evict",
-      "Other"};
+  static constexpr std::array<std::string_view, 27> kMethods = {
+      "Attend",        "AttendStream",  "Audit",
+      "Append",        "Create",        "Fork",
+      "Truncate",      "Get",           "Drop",
+      "RenewLease",    "Suspend",       "Resume",
+      "Transfer",      "Register",      "GetModel",
+      "ListModels",    "OpenLane",      "GetServerInfo",
+      "GetStats",      "ListSequences", "DescribeSequence",
+      "DescribeBlock", "Explain",       "Evict",
+      "Drain",         "Receive",       "Other"};
   // gRPC's, 0 to 16.
   static constexpr size_t kCodeCount = 17;
 
