@@ -43,6 +43,8 @@ std::vector<std::string> Lines(const std::string& text) {
 
 class KvctlLiveTest : public ::testing::Test {
  protected:
+  // Without the program these would wait for what it shows.
+  void SetUp() override { ASSERT_NE(std::getenv("KVSERVICE_BIN_DIR"), nullptr); }
   Outcome Run(const std::string& arguments) const {
     return RunKvctl(EnvironmentOf(served_), arguments);
   }
