@@ -225,9 +225,9 @@ void AddSequenceCommands(CLI::App* app, Flags* flags) {
   drop->add_flag("--yes", flags->yes, "Do not ask");
 }
 
-void AddTransferCommand(CLI::App* app, Flags* flags) {
+void AddTransferCommand(CLI::App* sequence, Flags* flags) {
   CLI::App* const transfer =
-      AddCommand(app, "transfer", "Send a sequence from this server to another one", flags,
+      AddCommand(sequence, "transfer", "Send a sequence from this server to another one", flags,
                  [flags] { return TransferSequence(flags->global, flags->transfer); });
   transfer
       ->add_option("id", flags->transfer.hex_id, "32 hexadecimal digits, of the endpoint's tenant")
@@ -438,7 +438,7 @@ int Main(int argc, const char* const* argv) {
   AddServerCommands(&app, &flags);
   AddLiveCommands(&app, &flags);
   AddSequenceCommands(&app, &flags);
-  AddTransferCommand(&app, &flags);
+  AddTransferCommand(app.get_subcommand("sequence"), &flags);
   AddBlockCommands(&app, &flags);
   AddModelCommands(&app, &flags);
   AddAuditCommand(&app, &flags);

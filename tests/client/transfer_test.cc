@@ -317,7 +317,7 @@ TEST(TransferProgramTest, KvctlSendsAndMoves) {
   const std::string answer = Answer(*made, 8);
   const std::string id = absl::BytesToHexString(made->id());
   const auto kvctl = [&](std::vector<std::string> arguments) {
-    arguments.insert(arguments.begin(), {"--endpoint", source, "transfer"});
+    arguments.insert(arguments.begin(), {"--endpoint", source, "sequence", "transfer"});
     Program program("kvctl", arguments);
     const int status = program.Wait();
     return std::pair(status, program.output() + program.errors());
