@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <sstream>
@@ -413,6 +414,10 @@ TEST_F(ProgramTest, StrangersDoNotFillTheLog) {
 
 // A core file would hold what tenants have stored.
 TEST_F(ProgramTest, MemoryStaysInTheProcess) {
+  // The address sanitizer would take core files away by itself.
+  const char* const options = std::getenv("ASAN_OPTIONS");
+  setenv("ASAN_OPTIONS",
+         (std::string(options == nullptr ? "" : options) + ":disable_coredump=0").c_str(), 1);
   for (const bool core_dumps : {false, true}) {
     rlimit all{};
     ASSERT_EQ(getrlimit(RLIMIT_CORE, &all), 0);
