@@ -109,8 +109,7 @@ TEST_F(OperationsTest, MetricsCountWhatHappened) {
            "\nkvservice_attend_tokens_visible_total 600\n",
            // Four query heads: every certificate is in exactly one class.
            "\nkvservice_dropped_mass_certified_count{selector=\"certified\",layer=\"1\"} 4\n",
-           "\nkvservice_dropped_mass_certified_bucket{selector=\"certified\",layer=\"1\",le=\"1\"} "
-           "4",
+           "_dropped_mass_certified_bucket{selector=\"certified\",layer=\"1\",le=\"1\"} 4\n",
            "\nkvservice_dropped_mass_audited_count{selector=\"certified\",layer=\"1\"} 4\n",
            "\nkvservice_audit_rows_total{outcome=\"audited\"} 1\n",
            "\nkvservice_audit_violations_total 0\n",
