@@ -161,7 +161,7 @@ struct AttendRow {
   // the same for two calls (attention/draws.h).
   std::array<std::byte, kDrawKeyBytes> draw_key{};
 
-  float* out = nullptr;                     // [query_count][query_head_count][head_dim]
+  float* out = nullptr;                     // [query_count][query_head_count][head_dim], never read
   float* lse = nullptr;                     // [query_count][query_head_count], natural log
   HeadCertificate* certificates = nullptr;  // [query_count][query_head_count]
   GroupReport* groups = nullptr;            // [kv_head_count]

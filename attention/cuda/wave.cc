@@ -167,8 +167,9 @@ void Wave::Mark() {
   Run(MarkWords(choice_, context_.stream), "mark");
 }
 
-// One thread lays the wave out and sends that while the others fill in the queries. Lists take all
-// of them for both, and are marked from what comes with the queries.
+// One thread lays the wave out and sends that while the others fill in the queries: without lists
+// Lay needs no other thread, and asks the pool for none. Lists take all of them for both, and are
+// marked from what comes with the queries.
 void Wave::Prepare(ThreadPool* pool) {
   if (lists_) {
     Lay(pool);

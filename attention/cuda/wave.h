@@ -3,7 +3,8 @@
 // chosen, add up. Nothing in between waits for the host, and what comes back is outputs and a few
 // numbers per head.
 //
-// Built, launched and looked at by one thread, but for Fill.
+// Launched and looked at by one thread. While it is built, threads of the pool fill in queries, one
+// group each, and one of them lays out and marks everything else.
 
 #ifndef KVSERVICE_ATTENTION_CUDA_WAVE_H_
 #define KVSERVICE_ATTENTION_CUDA_WAVE_H_

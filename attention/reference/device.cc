@@ -67,15 +67,18 @@ void WriteOutputs(const GroupProof& proof, bool compensate, const LayerShape& sh
   for (uint32_t head = 0; head < head_row.head_count(); ++head) {
     const size_t index = head_row.OutputIndex(head);
     float* out = row.out + index * shape.layout.head_dim;
-    std::copy(proof.output(head).begin(), proof.output(head).end(), out);
+    const std::vector<float>& output = proof.output(head);
     double lse = proof.log_kept(head);
     const absl::Span<const double> correction = proof.head(head).correction();
-    if (compensate && !correction.empty()) {
+    const bool compensates = compensate && !correction.empty();
+    if (compensates) {
       row.groups[head_row.kv_head()].action = Action::kCompensated;
       lse = reference::LogSum({lse, proof.head(head).log_compensated()});
-      for (size_t c = 0; c < correction.size(); ++c) {
-        out[c] = static_cast<float>(static_cast<double>(out[c]) + correction[c]);
-      }
+    }
+    // Outputs may lie where others write too: nothing is read back.
+    for (size_t c = 0; c < output.size(); ++c) {
+      out[c] = compensates ? static_cast<float>(static_cast<double>(output[c]) + correction[c])
+                           : output[c];
     }
     row.lse[index] = static_cast<float>(lse);
   }
