@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+
 namespace kvservice::testing {
 namespace {
 
@@ -16,9 +18,9 @@ IdentityMap Identities() {
   IdentityMap identities;
   for (const std::string tenant : {"default", kOtherTenant}) {
     for (const auto& [name, role] : kRoles) {
-      const absl::Status added =
-          identities.Add("{\"uri\": \"" + UriOf(tenant + "/" + name) + "\", \"tenant\": \"" +
-                         tenant + "\", \"roles\": [\"" + role + "\"]}");
+      const absl::Status added = identities.Add(
+          absl::StrCat(R"({"uri": ")", UriOf(absl::StrCat(tenant, "/", name)), R"(", "tenant": ")",
+                       tenant, R"(", "roles": [")", role, R"("]})"));
       EXPECT_TRUE(added.ok()) << added;
     }
   }
