@@ -106,6 +106,15 @@ def count_cases(junit, reports):
     return passed, failed
 
 
+def failures(junit):
+    """What the binaries that failed have printed: ctest's own output shows them among others."""
+    text = ""
+    for binary in xml.parse(junit).getroot().iter("testcase"):
+        if binary.get("status") != "run":
+            text += f"{binary.get('name')}:\n{tail(binary.findtext('system-out') or '')}\n"
+    return text
+
+
 def ctest(preset, repeat=1):
     name = f"{preset}-tests" if repeat == 1 else f"{preset}-repeat"
     reports = ROOT / "build" / preset / "reports"
@@ -123,7 +132,7 @@ def ctest(preset, repeat=1):
         return Result(False, 0, 1, tail(output))
     passed, failed = count_cases(junit, reports)
     if status != 0:
-        return Result(False, passed, max(failed, 1), tail(output))
+        return Result(False, passed, max(failed, 1), failures(junit) + tail(output))
     closing = [line for line in output.split("\n") if "tests passed" in line]
     return Result(True, passed, failed, f"{closing[0]} ({passed} cases)")
 

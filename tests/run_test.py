@@ -43,6 +43,15 @@ def test_a_failure_after_the_last_case_is_a_failure(tmp_path):
     assert count(tmp_path, "fail", GTEST.format(failures=0)) == (2, 1)
 
 
+def test_what_failed_binaries_printed_is_shown_whatever_ran_after_them(tmp_path):
+    junit = tmp_path / "ctest.junit"
+    junit.write_text(
+        '<testsuite><testcase name="a_test" status="fail"><system-out>x.cc:3: Failure'
+        '</system-out></testcase><testcase name="b_test" status="run"><system-out>fine'
+        "</system-out></testcase></testsuite>", encoding="utf-8")
+    assert run.failures(junit) == "a_test:\nx.cc:3: Failure\n"
+
+
 def test_a_failed_step_fails_those_that_need_it_and_no_others(capsys):
     good = run.Result(True, 5, 0, "")
     bad = run.Result(False, 2, 1, "broken here")

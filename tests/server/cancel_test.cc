@@ -96,7 +96,9 @@ class CancelTest : public ::testing::Test {
     void* tag = nullptr;
     bool ok = false;
     EXPECT_TRUE(queue.Next(&tag, &ok));
-    EXPECT_TRUE(status.ok() || status.error_code() == grpc::StatusCode::CANCELLED)
+    // An engine that gets no processor for a while has its queue full of calls nobody waits for.
+    EXPECT_TRUE(status.ok() || status.error_code() == grpc::StatusCode::CANCELLED ||
+                status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED)
         << status.error_message();
   }
 
