@@ -17,7 +17,6 @@
 #include <string_view>
 #include <vector>
 
-#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -189,15 +188,19 @@ class Device {
   virtual void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) = 0;
   virtual void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) = 0;
   // Executes one layer's rows. Row errors go to AttendRow::status; nothing else can fail on a host
-  // device.
+  // device. Begun calls may be on their way.
   virtual void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) = 0;
-  // The same, and runs `meanwhile` once, on the calling thread: when it would wait for a device
-  // that is not the host. It may read the rows, and sets nothing of theirs.
-  virtual void AttendWhile(const LayerShape& shape, absl::Span<AttendRow> rows,
-                           absl::FunctionRef<void()> meanwhile) {
-    Attend(shape, rows);
-    meanwhile();
-  }
+
+  // The same in two halves, for devices that work while the host does something else. Begin ends
+  // when only the device has work to do, Finish ends the call that was begun first. Between them
+  // the shape, the rows and what these point to are borrowed, what rows write is nobody else's, and
+  // no other call, Append, Seal or Copy may change what they read or write: their sequences'
+  // blocks, sketches and lists. At most calls_max() calls may be begun and not finished.
+  virtual uint32_t calls_max() const { return 1; }
+  virtual void Begin(const LayerShape& shape, absl::Span<AttendRow> rows) { Attend(shape, rows); }
+  virtual void Finish() {}
+  // True when Finish would not have to wait for the device. A call has been begun.
+  virtual bool IsDone() { return true; }
 };
 
 struct DeviceOptions {

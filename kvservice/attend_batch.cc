@@ -69,21 +69,61 @@ const float* Queries(const TensorView& q, size_t first, size_t count, std::vecto
 
 }  // namespace
 
-void AttendBatch::Run(absl::Span<AttendCall* const> calls, uint64_t now_ns,
-                      absl::Span<absl::Status> statuses) {
-  waiting_.clear();
-  for (size_t i = 0; i < calls.size(); ++i) {
-    calls[i]->call_number = NextCallNumber();
-    calls[i]->epoch = parts_.draw_keys->epoch();
-    calls[i]->draw_secret_id = parts_.draw_keys->secret_id();
-    calls[i]->started_ns = now_ns;
-    statuses[i] = CheckCall(calls[i], now_ns);
-    if (statuses[i].ok()) PrepareRows(calls[i], now_ns);
+AttendBatch::AttendBatch(const Parts& parts)
+    : parts_(parts), flights_(std::max(1U, parts.device->calls_max())) {}
+
+bool AttendBatch::MayBegin(absl::Span<AttendCall* const> calls, uint64_t now_ns) const {
+  if (!has_begun()) return true;
+  if (begun_ - finished_ >= flights_.size()) return false;
+  for (const AttendCall* call : calls) {
+    for (const AttendCallRow& row : call->rows) {
+      const SequenceRecord* record = parts_.table->Find(call->tenant, row.id, now_ns);
+      if (record != nullptr && record->rows_begun > 0) return false;
+    }
   }
-  while (!waiting_.empty()) {
-    TakeBatch();
-    RunDevice();
+  return true;
+}
+
+void AttendBatch::Begin(absl::Span<AttendCall* const> calls, uint64_t now_ns) {
+  Flight* const flight = FlightOf(begun_++);
+  flight->calls.calls.assign(calls.begin(), calls.end());
+  flight->calls.statuses.clear();
+  flight->waiting.clear();
+  flight->batch.clear();
+  for (AttendCall* call : calls) {
+    call->call_number = NextCallNumber();
+    call->epoch = parts_.draw_keys->epoch();
+    call->draw_secret_id = parts_.draw_keys->secret_id();
+    call->started_ns = now_ns;
+    flight->calls.statuses.push_back(CheckCall(call, now_ns));
+    if (flight->calls.statuses.back().ok()) PrepareRows(call, now_ns, &flight->waiting);
   }
+  for (const Row& row : flight->waiting) ++row.record->rows_begun;
+  if (flight->waiting.empty()) return;
+  TakeBatch(flight);
+  PlanBatch(flight);
+  parts_.device->Begin(ShapeOf(*flight), absl::MakeSpan(flight->planned));
+  RememberBatch(*flight);
+}
+
+bool AttendBatch::IsDone() const {
+  return flights_[finished_ % flights_.size()].batch.empty() || parts_.device->IsDone();
+}
+
+void AttendBatch::Finish(Answered* answered) {
+  Flight* const flight = FlightOf(finished_++);
+  if (!flight->batch.empty()) {
+    parts_.device->Finish();
+    FinishBatch(flight);
+  }
+  while (!flight->waiting.empty()) {
+    TakeBatch(flight);
+    PlanBatch(flight);
+    parts_.device->Attend(ShapeOf(*flight), absl::MakeSpan(flight->planned));
+    RememberBatch(*flight);
+    FinishBatch(flight);
+  }
+  std::swap(*answered, flight->calls);
 }
 
 absl::Status AttendBatch::CheckCall(AttendCall* call, uint64_t now_ns) {
@@ -130,7 +170,7 @@ absl::Status AttendBatch::CheckTensors(const AttendCall& call) const {
   return status;
 }
 
-void AttendBatch::PrepareRows(AttendCall* call, uint64_t now_ns) {
+void AttendBatch::PrepareRows(AttendCall* call, uint64_t now_ns, std::vector<Row>* ready) {
   SizeOutputs(call);
   const bool audited = parts_.auditor->ChooseCall();
   uint64_t first_token = 0;
@@ -139,7 +179,7 @@ void AttendBatch::PrepareRows(AttendCall* call, uint64_t now_ns) {
     absl::Status status = PrepareRow(now_ns, &row);
     if (status.ok()) {
       row.kept = audited || Auditor::IsAsked(*row.record);
-      waiting_.push_back(row);
+      ready->push_back(row);
     } else {
       FailRow(call, i, first_token, std::move(status));
     }
@@ -220,41 +260,50 @@ absl::Status AttendBatch::StoreRow(const std::string& field, const Row& row) {
 }
 
 // A sequence that comes twice goes to another batch: a device changes its lists while it works.
-void AttendBatch::TakeBatch() {
+void AttendBatch::TakeBatch(Flight* flight) {
   ++batch_number_;
-  batch_.clear();
+  flight->batch.clear();
   later_.clear();
-  const Model* model = waiting_.front().record->model;
-  for (const Row& row : waiting_) {
+  const Model* model = flight->waiting.front().record->model;
+  for (const Row& row : flight->waiting) {
     const bool fits = row.record->model == model &&
                       std::exchange(row.record->last_batch, batch_number_) != batch_number_;
-    (fits ? batch_ : later_).push_back(row);
+    (fits ? flight->batch : later_).push_back(row);
   }
-  waiting_.swap(later_);
+  flight->waiting.swap(later_);
 }
 
-void AttendBatch::RunDevice() {
-  planned_.resize(batch_.size());
-  if (buffers_.size() < batch_.size()) buffers_.resize(batch_.size());
-  for (size_t i = 0; i < batch_.size(); ++i) {
-    PlanRow(batch_[i], &buffers_[i], &planned_[i]);
-    SeedRow(batch_[i], planned_[i]);
+const LayerShape& AttendBatch::ShapeOf(const Flight& flight) {
+  const Row& row = flight.batch.front();
+  return row.record->model->layers[row.call->layer];
+}
+
+void AttendBatch::PlanBatch(Flight* flight) {
+  const size_t count = flight->batch.size();
+  flight->planned.resize(count);
+  if (flight->buffers.size() < count) flight->buffers.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    PlanRow(flight->batch[i], &flight->buffers[i], &flight->planned[i]);
+    SeedRow(flight->batch[i], flight->planned[i]);
   }
-  const uint32_t layer = batch_.front().call->layer;
-  parts_.device->AttendWhile(batch_.front().record->model->layers[layer], absl::MakeSpan(planned_),
-                             [this] {
-                               for (size_t i = 0; i < batch_.size(); ++i) {
-                                 RememberQuery(batch_[i], planned_[i]);
-                               }
-                             });
-  for (size_t i = 0; i < batch_.size(); ++i) {
+}
+
+void AttendBatch::RememberBatch(const Flight& flight) const {
+  for (size_t i = 0; i < flight.batch.size(); ++i) {
+    RememberQuery(flight.batch[i], flight.planned[i]);
+  }
+}
+
+void AttendBatch::FinishBatch(Flight* flight) {
+  for (size_t i = 0; i < flight->batch.size(); ++i) {
     // The device's threads have written them.
-    if (i + 1 < batch_.size()) {
-      const Row& next = batch_[i + 1];
+    if (i + 1 < flight->batch.size()) {
+      const Row& next = flight->batch[i + 1];
       const auto& certificates = next.call->results[next.index].certificates;
       Prefetch(certificates.data(), certificates.size() * sizeof(HeadCertificate));
     }
-    FinishRow(batch_[i], planned_[i]);
+    FinishRow(flight->batch[i], flight->planned[i]);
+    --flight->batch[i].record->rows_begun;
   }
 }
 

@@ -5,6 +5,8 @@
 // only the device can fail it (a bound that was not met), and then what was stored stays: repeating
 // the call stores nothing twice.
 //
+// Calls may begin while those before them are on the device, if they are of other sequences.
+//
 // Belongs to the executor thread, which reuses one object so that steady state allocates little.
 
 #ifndef KVSERVICE_KVSERVICE_ATTEND_BATCH_H_
@@ -40,11 +42,23 @@ class AttendBatch {
     const DrawKeys* draw_keys = nullptr;
     Auditor* auditor = nullptr;
   };
-  explicit AttendBatch(const Parts& parts) : parts_(parts) {}
+  explicit AttendBatch(const Parts& parts);
 
-  // Fills the outputs of every call and its status. All calls are of one layer and together have at
-  // most rows_max rows (a single call may have more: it is refused).
-  void Run(absl::Span<AttendCall* const> calls, uint64_t now_ns, absl::Span<absl::Status> statuses);
+  // True if these calls may begin: there is room on the device, and no sequence of theirs is on it.
+  bool MayBegin(absl::Span<AttendCall* const> calls, uint64_t now_ns) const;
+  // All calls are of one layer and together have at most rows_max rows (a single call may have
+  // more: it is refused). They are borrowed until Finish has returned them.
+  void Begin(absl::Span<AttendCall* const> calls, uint64_t now_ns);
+  // Calls whose outputs are filled, and how each ended.
+  struct Answered {
+    std::vector<AttendCall*> calls;
+    std::vector<absl::Status> statuses;
+  };
+  // Ends what began first.
+  void Finish(Answered* answered);
+  bool has_begun() const { return begun_ > finished_; }
+  // True when Finish would not wait for the device.
+  bool IsDone() const;
   // For what draws random numbers without being a call.
   uint64_t NextCallNumber() { return ++call_number_; }
 
@@ -68,17 +82,31 @@ class AttendBatch {
     // Of a row that is kept and whose caller did not ask for it.
     std::vector<std::vector<uint32_t>> selected;
   };
+  // Calls on their way, from Begin to Finish.
+  struct Flight {
+    Answered calls;
+    // Rows of the batch that is on the device, and those that wait for it.
+    std::vector<Row> batch;
+    std::vector<Row> waiting;
+    std::vector<AttendRow> planned;
+    std::vector<Buffers> buffers;
+  };
 
   absl::Status CheckCall(AttendCall* call, uint64_t now_ns);
   absl::Status CheckTensors(const AttendCall& call) const;
-  void PrepareRows(AttendCall* call, uint64_t now_ns);
+  void PrepareRows(AttendCall* call, uint64_t now_ns, std::vector<Row>* ready);
   absl::Status PrepareRow(uint64_t now_ns, Row* row);
   absl::Status CheckRowPolicy(const std::string& field, Row* row) const;
   absl::Status CheckRowFinite(const Row& row) const;
   absl::Status StoreRow(const std::string& field, const Row& row);
-  // Moves rows of one model and of different sequences from waiting_ to batch_.
-  void TakeBatch();
-  void RunDevice();
+  // Moves rows of one model and of different sequences from `waiting` to `batch`.
+  void TakeBatch(Flight* flight);
+  // Plans the batch. What its rows ask is remembered once the device has it.
+  void PlanBatch(Flight* flight);
+  void RememberBatch(const Flight& flight) const;
+  void FinishBatch(Flight* flight);
+  static const LayerShape& ShapeOf(const Flight& flight);
+  Flight* FlightOf(uint64_t number) { return &flights_[number % flights_.size()]; }
   static StepContext Context(const Row& row);
   static PlannedStep Plan(const Row& row);
   void PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) const;
@@ -101,12 +129,11 @@ class AttendBatch {
   // Keys and values of its rows on their way to the device.
   PendingWrites writes_;
 
-  // Rows that wait for the device, rows of the current batch, and the rest.
-  std::vector<Row> waiting_;
-  std::vector<Row> batch_;
+  // As many as the device takes, in turns.
+  std::vector<Flight> flights_;
+  uint64_t begun_ = 0;
+  uint64_t finished_ = 0;
   std::vector<Row> later_;
-  std::vector<AttendRow> planned_;
-  std::vector<Buffers> buffers_;
   SeedScratch seed_scratch_;
 };
 

@@ -66,7 +66,14 @@ void CallQueue::TakeAnswer(Work* work) {
   TakeFirstAnswer(work);
 }
 
-void CallQueue::TakeAttends(std::vector<AttendCall*>* taken) {
+bool CallQueue::AttendsAreNext() const {
+  const bool others_wait = !controls_.empty() || !appends_.empty();
+  return answers_.empty() && !attends_.empty() &&
+         !(others_wait && attend_streak_ >= kAttendStreakMax);
+}
+
+void CallQueue::TakeFirstAttends(std::vector<AttendCall*>* taken) {
+  ++attend_streak_;
   const uint32_t layer = attends_.front()->layer;
   size_t row_count = 0;
   bool full = false;
@@ -84,6 +91,16 @@ void CallQueue::TakeAttends(std::vector<AttendCall*>* taken) {
     attends_[kept++] = call;
   }
   attends_.resize(kept);
+  Signal();
+}
+
+bool CallQueue::TakeAttends(std::vector<AttendCall*>* attends) {
+  attends->clear();
+  if (signal_.load(std::memory_order_acquire) == 0) return false;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!AttendsAreNext()) return false;
+  TakeFirstAttends(attends);
+  return true;
 }
 
 bool CallQueue::Take(std::chrono::milliseconds timeout, Work* work) {
@@ -99,11 +116,8 @@ bool CallQueue::Take(std::chrono::milliseconds timeout, Work* work) {
     TakeFirstAnswer(work);
     return true;
   }
-  const bool others_wait = !controls_.empty() || !appends_.empty();
-  if (!attends_.empty() && !(others_wait && attend_streak_ >= kAttendStreakMax)) {
-    ++attend_streak_;
-    TakeAttends(&work->attends);
-    Signal();
+  if (AttendsAreNext()) {
+    TakeFirstAttends(&work->attends);
     return true;
   }
   attend_streak_ = 0;

@@ -57,6 +57,8 @@ class CallQueue {
 
   // Waits for work, at most until the timeout. False when the queue is closed and empty.
   bool Take(std::chrono::milliseconds timeout, Work* work);
+  // Takes Attend calls if they are next; does not wait.
+  bool TakeAttends(std::vector<AttendCall*>* attends);
   // Waits for the next answer, whatever else waits.
   void TakeAnswer(Work* work);
   // Refuses new calls; what waits is still taken.
@@ -80,7 +82,8 @@ class CallQueue {
     signal_.store(waiting() + answers_.size() + (closed_ ? 1 : 0), std::memory_order_release);
   }
   void TakeFirstAnswer(Work* work);
-  void TakeAttends(std::vector<AttendCall*>* taken);
+  bool AttendsAreNext() const;
+  void TakeFirstAttends(std::vector<AttendCall*>* taken);
 
   const uint32_t calls_max_;
   const uint32_t rows_max_;

@@ -25,6 +25,8 @@ constexpr std::chrono::milliseconds kIdleSweep{1000};
 constexpr std::chrono::milliseconds kNoWait{0};
 // A server that is never idle does a piece of background work after so many others.
 constexpr uint32_t kBackgroundEvery = 64;
+// Batches of Attend calls that run in a row before anything else does, beside each other.
+constexpr uint32_t kBesideMax = 16;
 
 absl::StatusOr<EngineSecrets> MakeSecrets(const EngineOptions& options, Random* random) {
   EngineSecrets secrets;
@@ -339,31 +341,59 @@ class ThreadedEngine : public Engine {
       if (!admission.ok()) return FinishAttend(call, std::move(admission));
       const std::optional<SequenceId> next = executor_.MustWait(*call, true);
       if (next.has_value()) return ParkAttend(call, *next);
-      Work alone;
-      alone.attends.push_back(call);
-      RunOnDevice(&alone);
+      executor_.BeginAttend({&call, 1});
+      FinishAttends();
     });
   }
 
+  // Calls that come while others are on the device begin beside them. Whatever else there is to do
+  // waits until none is, as it may move what they read; so only some begin like that in a row.
   void RunAttends(Work* work) {
+    BeginAttends(&work->attends);
+    // What a sweep did.
+    if (!executor_.has_begun_attend()) PublishStats();
+    uint32_t begun = 1;
+    while (executor_.has_begun_attend()) {
+      if (begun < kBesideMax && TakeBeside(&work->attends)) {
+        ++begun;
+        BeginAttends(&work->attends);
+      } else {
+        FinishFirstAttends();
+      }
+    }
+  }
+
+  // Waits for calls until the device has finished with those that began first. False then, or if
+  // there is no room for any.
+  bool TakeBeside(std::vector<AttendCall*>* calls) {
+    if (!executor_.MayBeginAttend({})) return false;
+    while (!queue_.TakeAttends(calls)) {
+      if (executor_.IsAttendDone()) return false;
+      std::this_thread::yield();
+    }
+    return true;
+  }
+
+  void BeginAttends(std::vector<AttendCall*>* calls) {
+    if (!executor_.MayBeginAttend(*calls)) FinishAttends();
     const auto parks = [this](AttendCall* call) {
       const std::optional<SequenceId> id = executor_.MustWait(*call, false);
       if (id.has_value()) ParkAttend(call, *id);
       return id.has_value();
     };
-    std::vector<AttendCall*>* const calls = &work->attends;
     calls->erase(std::remove_if(calls->begin(), calls->end(), parks), calls->end());
-    if (!calls->empty()) return RunOnDevice(work);
-    // What a sweep did.
-    PublishStats();
+    if (!calls->empty()) executor_.BeginAttend(*calls);
   }
 
-  void RunOnDevice(Work* work) {
-    statuses_.assign(work->attends.size(), absl::OkStatus());
-    executor_.Attend(work->attends, absl::MakeSpan(statuses_));
+  void FinishAttends() {
+    while (executor_.has_begun_attend()) FinishFirstAttends();
+  }
+
+  void FinishFirstAttends() {
+    executor_.FinishAttend(&answered_);
     PublishStats();
-    for (size_t i = 0; i < work->attends.size(); ++i) {
-      FinishAttend(work->attends[i], std::move(statuses_[i]));
+    for (size_t i = 0; i < answered_.calls.size(); ++i) {
+      FinishAttend(answered_.calls[i], std::move(answered_.statuses[i]));
     }
   }
 
@@ -387,7 +417,7 @@ class ThreadedEngine : public Engine {
 
   // The executor thread alone, after construction.
   Executor executor_;
-  std::vector<absl::Status> statuses_;
+  AttendBatch::Answered answered_;
 
   mutable std::mutex stats_mutex_;
   // Guarded by stats_mutex_.

@@ -523,22 +523,38 @@ void Executor::LearnOne() {
   }
 }
 
-void Executor::Attend(absl::Span<AttendCall* const> calls, absl::Span<absl::Status> statuses) {
-  attend_batch_.Run(calls, clock_->SteadyNowNs(), statuses);
-  if (store_.enabled()) MakeRoomFor(calls);
+// What is on its way to or from the disk may be waited for, and that moves sequences.
+bool Executor::MayBeginAttend(absl::Span<AttendCall* const> calls) const {
+  if (!attend_batch_.has_begun()) return true;
+  return table_.absent_count() == 0 && attend_batch_.MayBegin(calls, clock_->SteadyNowNs());
+}
+
+void Executor::BeginAttend(absl::Span<AttendCall* const> calls) {
+  attend_batch_.Begin(calls, clock_->SteadyNowNs());
+}
+
+void Executor::FinishAttend(AttendBatch::Answered* answered) {
+  attend_batch_.Finish(answered);
+  if (!store_.enabled()) return;
+  for (const AttendCall* call : answered->calls) NoteShortage(*call);
+  if (!attend_batch_.has_begun()) MakeRoomForAttends();
+}
+
+void Executor::NoteShortage(const AttendCall& call) {
+  for (size_t i = 0; i < call.results.size(); ++i) {
+    if (call.results[i].status.code() != absl::StatusCode::kResourceExhausted) continue;
+    shortages_.push_back({call.tenant, call.rows[i].id});
+  }
 }
 
 // Rows that found the pool full were answered; when they come again others shall have left it.
-void Executor::MakeRoomFor(absl::Span<AttendCall* const> calls) {
-  for (const AttendCall* call : calls) {
-    for (size_t i = 0; i < call->results.size(); ++i) {
-      const absl::Status& status = call->results[i].status;
-      if (status.code() != absl::StatusCode::kResourceExhausted) continue;
-      const SequenceRecord* const record =
-          table_.Find(call->tenant, call->rows[i].id, clock_->SteadyNowNs());
-      if (record != nullptr) store_.MakeRoom(record->tables->shape.block_bytes(), record);
-    }
+void Executor::MakeRoomForAttends() {
+  for (const Shortage& shortage : shortages_) {
+    const SequenceRecord* const record =
+        table_.Find(shortage.tenant, shortage.sequence, clock_->SteadyNowNs());
+    if (record != nullptr) store_.MakeRoom(record->tables->shape.block_bytes(), record);
   }
+  shortages_.clear();
 }
 
 void Executor::Audit(std::string_view tenant, const SequenceId& id, const AuditAsk& ask,

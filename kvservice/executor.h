@@ -87,7 +87,13 @@ class Executor {
   void Append(AppendCall call, Done<AppendResult> done) {
     Append(std::move(call), 0, std::move(done));
   }
-  void Attend(absl::Span<AttendCall* const> calls, absl::Span<absl::Status> statuses);
+  // Attend in two halves: between them calls are on the device, and nothing else may be called but
+  // these and FillStats; the same calls once MustWait has let them pass. True if some may begin.
+  bool MayBeginAttend(absl::Span<AttendCall* const> calls) const;
+  void BeginAttend(absl::Span<AttendCall* const> calls);
+  bool has_begun_attend() const { return attend_batch_.has_begun(); }
+  bool IsAttendDone() const { return attend_batch_.IsDone(); }
+  void FinishAttend(AttendBatch::Answered* answered);
   void Audit(std::string_view tenant, const SequenceId& id, const AuditAsk& ask,
              Done<AuditReport> done);
 
@@ -157,7 +163,8 @@ class Executor {
   // True if `task` runs once others have left the pool, for calls that found it full.
   bool WaitsForRoom(const absl::Status& status, uint32_t attempts, size_t bytes,
                     std::string_view tenant, const SequenceId& id, Task* task);
-  void MakeRoomFor(absl::Span<AttendCall* const> calls);
+  void NoteShortage(const AttendCall& call);
+  void MakeRoomForAttends();
   // Answers with the sequence, if it is still there, once `status` is known.
   SequenceStore::StatusDone DescribeLater(std::string_view tenant, const SequenceId& id,
                                           Done<SequenceInfo> done);
@@ -185,6 +192,12 @@ class Executor {
   MassHistograms masses_;
   Auditor auditor_;
   AttendBatch attend_batch_;
+  // Rows of Attend calls that found the pool full.
+  struct Shortage {
+    std::string tenant;
+    SequenceId sequence;
+  };
+  std::vector<Shortage> shortages_;
   uint64_t leases_expired_total_ = 0;
   // Models that learn; one that has learnt has no learner any more.
   std::map<const Model*, Learning> learnings_;

@@ -90,6 +90,8 @@ struct SequenceRecord {
   // comes twice.
   uint64_t last_call = 0;
   uint64_t last_batch = 0;
+  // Rows of Attend calls that have begun and not ended.
+  uint32_t rows_begun = 0;
   // Rows that somebody asked to be kept for audits.
   uint32_t audits_asked = 0;
   // [layer_count] or empty, and the bytes that their queries take.

@@ -39,6 +39,8 @@ constexpr int kComputeMajorMin = 8;
 // a wave of their own.
 constexpr size_t kWaveBytesMax = size_t{256} << 20;
 constexpr size_t kWaveGroupsMax = 4096;
+// Calls on their way: while one is on the device, the host prepares or answers the other.
+constexpr uint32_t kCallsMax = 2;
 // The host's share of a call is small: more threads spend more on meeting than they take over.
 constexpr uint32_t kThreadsMax = 8;
 // What is appended is read by the kernel where the host has it, if it is little: decoding.
@@ -85,12 +87,12 @@ class CudaDevice : public Device {
   void Copy(absl::Span<const MemoryCopy> copies) override;
   void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override;
   void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) override;
-  void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override {
-    AttendWhile(shape, rows, [] {});
-  }
-  void AttendWhile(const LayerShape& shape, absl::Span<AttendRow> rows,
-                   absl::FunctionRef<void()> meanwhile) override;
-  uint64_t groups_answered_directly() const { return direct_.answered(); }
+  void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override;
+  uint32_t calls_max() const override { return kCallsMax; }
+  void Begin(const LayerShape& shape, absl::Span<AttendRow> rows) override;
+  void Finish() override;
+  bool IsDone() override;
+  uint64_t groups_answered_directly() const;
 
  private:
   // A row of a wave, as the device sees it.
@@ -103,19 +105,36 @@ class CudaDevice : public Device {
     Slot<uint8_t> value_codes;
   };
 
+  // A call on its way. Its own number, later calls have larger ones; 0 = none.
+  struct Call {
+    Call(const cuda::Context& context, ThreadPool* pool) : direct(context, pool) {}
+    uint64_t number = 0;
+    const LayerShape* shape = nullptr;
+    absl::Span<AttendRow> rows;
+    Arena staging{Arena::Sides::kBoth};  // of its tables
+    std::vector<cuda::RowTables> tables;
+    // [row]: [query_head_count][head_dim], of rows that reuse lists.
+    std::vector<absl::Span<const float>> unrotated;
+    std::vector<std::vector<float>> turned;  // what they are where queries have to be turned
+    cuda::Direct direct;
+    std::vector<GroupName> left;  // what the host decides
+  };
+  void BeginCall(const LayerShape& shape, absl::Span<AttendRow> rows, Call* call);
+  void FinishCall(Call* call);
+  // Of those on their way.
+  uint64_t OldestNumber() const;
+
   Arena* Stage();
   void Staged();
   bool RunAppend();
-  void Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows);
-  void LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows);
+  static void Unrotate(Call* call);
+  void LoadRows(const Call& call);
   void LoadRow(const LayerShape& shape, const AttendRow& row, RowData* data);
-  void Prepare(const LayerShape& shape, absl::Span<AttendRow> rows,
-               absl::Span<const GroupName> names);
+  void Prepare(const Call& call, absl::Span<const GroupName> names);
   void ReadFirst(const LayerShape& shape);
   void Decide(const LayerShape& shape);
-  void ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows,
-                   absl::Span<const GroupName> names);
-  void DecideOnHost(const LayerShape& shape, absl::Span<AttendRow> rows);
+  void ExecuteWave(const Call& call, absl::Span<const GroupName> names);
+  void DecideOnHost(const Call& call);
   void Conclude(const LayerShape& shape);
   void ReadRests(const LayerShape& shape);
   // The row of the wave's group, and what is read for it.
@@ -148,17 +167,17 @@ class CudaDevice : public Device {
     uint32_t count = 0;
   };
   WaitingAppend append_;
-  // Of one call.
+  cuda::TableCache tables_;
+  uint64_t call_number_ = 0;
+  // Those that were begun, in turns, and the one that is answered at once.
+  std::array<Call, kCallsMax> calls_;
+  Call alone_;
+  uint64_t begun_ = 0;
+  uint64_t finished_ = 0;
+  // Of the call for which the host decides.
   Arena to_device_{Arena::Sides::kBoth};
   Arena to_host_{Arena::Sides::kBoth};
-  cuda::TableCache tables_;
-  std::vector<cuda::RowTables> row_tables_;
-  cuda::Direct direct_;
-  std::vector<GroupName> left_;  // what the host decides
   std::vector<RowData> row_data_;
-  // [row]: [query_head_count][head_dim], of rows that reuse lists.
-  std::vector<absl::Span<const float>> unrotated_;
-  std::vector<std::vector<float>> turned_;  // what they are where queries have to be turned
   // Of one wave.
   cuda::Readings readings_;
   std::deque<Group> groups_;
@@ -188,7 +207,8 @@ CudaDevice::CudaDevice(uint32_t thread_count, uint32_t spin_us, uint32_t multipr
       proof_scratch_(pool_.thread_count()),
       context_(NewContext(multiprocessors, &score_memory_)),
       tables_(context_.stream),
-      direct_(context_, &pool_),
+      calls_{Call(context_, &pool_), Call(context_, &pool_)},
+      alone_(context_, &pool_),
       readings_(context_) {
   for (Staging& staging : staging_) {
     Check(cudaEventCreateWithFlags(&staging.done, cudaEventDisableTiming), "event");
@@ -316,19 +336,21 @@ void CudaDevice::Seal(const KvLayout& layout, absl::Span<const SealSlice> slices
 }
 
 // An anchor is found by, and made for, the newest query.
-void CudaDevice::Unrotate(const LayerShape& shape, absl::Span<AttendRow> rows) {
+void CudaDevice::Unrotate(Call* call) {
+  const LayerShape& shape = *call->shape;
+  const absl::Span<const AttendRow> rows = call->rows;
   const size_t token_floats = size_t{shape.layout.query_head_count} * shape.layout.head_dim;
-  unrotated_.assign(rows.size(), {});
-  if (turned_.size() < rows.size()) turned_.resize(rows.size());
+  call->unrotated.assign(rows.size(), {});
+  if (call->turned.size() < rows.size()) call->turned.resize(rows.size());
   for (size_t i = 0; i < rows.size(); ++i) {
     const AttendRow& row = rows[i];
     if (row.plan.source != Source::kReuse) continue;
     const float* const q = row.q + (row.query_count - 1) * token_floats;
-    unrotated_[i] = absl::MakeConstSpan(q, token_floats);
+    call->unrotated[i] = absl::MakeConstSpan(q, token_floats);
     if (shape.rotary_style == RotaryStyle::kNone) continue;
-    turned_[i].resize(token_floats);
-    UnrotateQueries(shape, row.view.length - 1, q, turned_[i].data());
-    unrotated_[i] = turned_[i];
+    call->turned[i].resize(token_floats);
+    UnrotateQueries(shape, row.view.length - 1, q, call->turned[i].data());
+    call->unrotated[i] = call->turned[i];
   }
 }
 
@@ -344,18 +366,20 @@ void CudaDevice::LoadRow(const LayerShape& shape, const AttendRow& row, RowData*
   }
 }
 
-void CudaDevice::LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows) {
+void CudaDevice::LoadRows(const Call& call) {
+  const LayerShape& shape = *call.shape;
+  const absl::Span<const AttendRow> rows = call.rows;
   to_device_.Reset();
   to_host_.Reset();
   row_data_.assign(rows.size(), RowData());
   std::vector<uint8_t> wanted(rows.size());
-  for (const GroupName& name : left_) wanted[name.row] = 1;
+  for (const GroupName& name : call.left) wanted[name.row] = 1;
   std::vector<cuda::PageHeadTask> tasks;
   uint32_t blocks_max = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     if (wanted[i] == 0) continue;
     RowData& data = row_data_[i];
-    data.tables = row_tables_[i];
+    data.tables = call.tables[i];
     LoadRow(shape, rows[i], &data);
     if (data.heads.host == nullptr) continue;
     const uint32_t base = data.block_begin * kBlockTokens;
@@ -388,8 +412,9 @@ void CudaDevice::LoadRows(const LayerShape& shape, absl::Span<AttendRow> rows) {
   Check(cudaStreamSynchronize(context_.stream), "page heads");
 }
 
-void CudaDevice::Prepare(const LayerShape& shape, absl::Span<AttendRow> rows,
-                         absl::Span<const GroupName> names) {
+void CudaDevice::Prepare(const Call& call, absl::Span<const GroupName> names) {
+  const LayerShape& shape = *call.shape;
+  const absl::Span<AttendRow> rows = call.rows;
   const size_t head_floats = size_t{shape.layout.group_size()} * shape.layout.head_dim;
   const auto count = static_cast<uint32_t>(names.size());
   count_ = count;
@@ -409,7 +434,7 @@ void CudaDevice::Prepare(const LayerShape& shape, absl::Span<AttendRow> rows,
         data.value_codes.host == nullptr ? nullptr : data.value_codes.host + at * kBlockTokens);
     absl::Span<const float> anchor;
     if (rows[row].plan.source == Source::kReuse) {
-      anchor = unrotated_[row].subspan(kv_head * head_floats, head_floats);
+      anchor = call.unrotated[row].subspan(kv_head * head_floats, head_floats);
     }
     groups_[i].Prepare(shape, &rows[row], kv_head, &readers_[i], anchor);
   });
@@ -489,68 +514,110 @@ void CudaDevice::ReadRests(const LayerShape& shape) {
   });
 }
 
-void CudaDevice::ExecuteWave(const LayerShape& shape, absl::Span<AttendRow> rows,
-                             absl::Span<const GroupName> names) {
-  Prepare(shape, rows, names);
+void CudaDevice::ExecuteWave(const Call& call, absl::Span<const GroupName> names) {
+  const LayerShape& shape = *call.shape;
+  Prepare(call, names);
   ReadFirst(shape);
   Decide(shape);
   Conclude(shape);
   ReadRests(shape);
   for (uint32_t i = 0; i < count_; ++i) {
     if (verdicts_[i] != Group::Verdict::kFailed) continue;
-    rows[row_of_[i]].status = absl::FailedPreconditionError(
+    call.rows[row_of_[i]].status = absl::FailedPreconditionError(
         absl::StrCat("BOUND_NOT_MET: KV head ", groups_[i].kv_head(), " cannot prove its limits"));
   }
 }
 
-// Answers the groups in `left_`.
-void CudaDevice::DecideOnHost(const LayerShape& shape, absl::Span<AttendRow> rows) {
-  if (left_.empty()) return;
-  LoadRows(shape, rows);
-  for (size_t first = 0; first < left_.size();) {
+// Answers the groups that are left.
+void CudaDevice::DecideOnHost(const Call& call) {
+  const absl::Span<const GroupName> left = call.left;
+  if (left.empty()) return;
+  LoadRows(call);
+  for (size_t first = 0; first < left.size();) {
     size_t bytes = 0;
     size_t end = first;
-    while (end < left_.size() && end - first < kWaveGroupsMax && bytes <= kWaveBytesMax) {
-      const AttendRow& row = rows[left_[end].row];
+    while (end < left.size() && end - first < kWaveGroupsMax && bytes <= kWaveBytesMax) {
+      const AttendRow& row = call.rows[left[end].row];
       // A weight of every token and head, at most; rows that read everything have none.
-      if (ReadsPageHeads(shape, row)) {
-        bytes +=
-            size_t{row.view.length} * row.query_count * shape.layout.group_size() * sizeof(float);
+      if (ReadsPageHeads(*call.shape, row)) {
+        bytes += size_t{row.view.length} * row.query_count * call.shape->layout.group_size() *
+                 sizeof(float);
       }
       ++end;
     }
-    ExecuteWave(shape, rows, absl::MakeConstSpan(left_).subspan(first, end - first));
+    ExecuteWave(call, left.subspan(first, end - first));
     first = end;
   }
 }
 
-void CudaDevice::AttendWhile(const LayerShape& shape, absl::Span<AttendRow> rows,
-                             absl::FunctionRef<void()> meanwhile) {
-  const KvLayout& layout = shape.layout;
-  tables_.Begin();
-  row_tables_.clear();
-  left_.clear();
+uint64_t CudaDevice::OldestNumber() const {
+  uint64_t oldest = call_number_;
+  for (const Call* call : {&calls_[0], &calls_[1], &alone_}) {
+    if (call->number > 0) oldest = std::min(oldest, call->number);
+  }
+  return oldest;
+}
+
+void CudaDevice::BeginCall(const LayerShape& shape, absl::Span<AttendRow> rows, Call* call) {
+  assert(call->number == 0);
+  call->number = ++call_number_;
+  call->shape = &shape;
+  call->rows = rows;
+  call->staging.Reset();
+  call->tables.clear();
+  call->left.clear();
+  tables_.Begin(call->number, OldestNumber());
   for (AttendRow& row : rows) {
     assert(row.query_count >= 1 && row.query_count <= kQueryTokensMax);
     row.status = absl::OkStatus();
-    row_tables_.push_back(tables_.Get(row.view));
+    call->tables.push_back(tables_.Get(row.view, &call->staging));
   }
-  Unrotate(shape, rows);
-  const auto append = [this] { return RunAppend(); };
-  direct_.Answer(shape, rows, row_tables_, unrotated_, append, meanwhile, &left_);
+  Unrotate(call);
+  call->direct.Begin(
+      shape, rows, call->tables, call->unrotated, [this] { return RunAppend(); }, &call->left);
   RunAppend();
-  for (uint32_t i = 0; i < rows.size(); ++i) {
-    if (cuda::Direct::Takes(shape, rows[i])) continue;
+}
+
+void CudaDevice::FinishCall(Call* call) {
+  const KvLayout& layout = call->shape->layout;
+  call->direct.Finish(&call->left);
+  for (uint32_t i = 0; i < call->rows.size(); ++i) {
+    if (cuda::Direct::Takes(*call->shape, call->rows[i])) continue;
     for (uint32_t kv_head = 0; kv_head < layout.kv_head_count; ++kv_head) {
-      left_.push_back({i, kv_head});
+      call->left.push_back({i, kv_head});
     }
   }
-  DecideOnHost(shape, rows);
-  for (AttendRow& row : rows) {
+  DecideOnHost(*call);
+  for (AttendRow& row : call->rows) {
     if (row.status.ok()) continue;
     std::fill_n(row.out, size_t{row.query_count} * layout.query_head_count * layout.head_dim, 0.0F);
     std::fill_n(row.lse, size_t{row.query_count} * layout.query_head_count, 0.0F);
   }
+  call->number = 0;
+}
+
+void CudaDevice::Attend(const LayerShape& shape, absl::Span<AttendRow> rows) {
+  BeginCall(shape, rows, &alone_);
+  FinishCall(&alone_);
+}
+
+void CudaDevice::Begin(const LayerShape& shape, absl::Span<AttendRow> rows) {
+  assert(begun_ - finished_ < kCallsMax);
+  BeginCall(shape, rows, &calls_[begun_++ % kCallsMax]);
+}
+
+void CudaDevice::Finish() {
+  assert(finished_ < begun_);
+  FinishCall(&calls_[finished_++ % kCallsMax]);
+}
+
+bool CudaDevice::IsDone() {
+  assert(finished_ < begun_);
+  return calls_[finished_ % kCallsMax].direct.IsDone();
+}
+
+uint64_t CudaDevice::groups_answered_directly() const {
+  return calls_[0].direct.answered() + calls_[1].direct.answered() + alone_.direct.answered();
 }
 
 }  // namespace

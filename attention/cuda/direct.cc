@@ -370,13 +370,13 @@ void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
 }
 
 // Groups of one kind in waves, none with too many weights.
-void Direct::CutWaves(absl::Span<const AttendRow> rows, const LayerShape& shape, Kind kind,
-                      std::vector<std::vector<Asked*>>* waves) {
+void Direct::CutWaves(Kind kind, std::vector<std::vector<Asked*>>* waves) {
   size_t bytes = 0;
   bool open = false;
   for (Asked& asked : all_) {
     if (asked.kind != kind) continue;
-    const size_t more = kind == Kind::kSettled ? 0 : Wave::WeightBytes(shape, rows[asked.name.row]);
+    const size_t more =
+        kind == Kind::kSettled ? 0 : Wave::WeightBytes(*shape_, rows_[asked.name.row]);
     if (!open || bytes + more > kWaveBytesMax || waves->back().size() == kWaveGroupsMax) {
       waves->emplace_back();
       bytes = 0;
@@ -387,15 +387,14 @@ void Direct::CutWaves(absl::Span<const AttendRow> rows, const LayerShape& shape,
   }
 }
 
-void Direct::Begin(const LayerShape& shape, std::vector<Asked*> asked,
-                   absl::FunctionRef<bool()> append, Flight* flight) {
+void Direct::Send(std::vector<Asked*> asked, absl::FunctionRef<bool()> append, Flight* flight) {
   flight->asked = std::move(asked);
   std::vector<WaveGroup> groups(flight->asked.size());
   for (size_t i = 0; i < groups.size(); ++i) groups[i] = flight->asked[i]->group;
-  flight->wave->Fly(shape, std::move(groups), pool_, stream_, append);
+  flight->wave->Fly(*shape_, std::move(groups), pool_, stream_, append);
 }
 
-void Direct::Finish(const LayerShape& shape, Flight* flight, std::vector<GroupName>* left) {
+void Direct::Answer(Flight* flight, std::vector<GroupName>* left) {
   if (flight->asked.empty()) return;
   const Wave& wave = *flight->wave;
   flight->wave->Wait();
@@ -404,7 +403,7 @@ void Direct::Finish(const LayerShape& shape, Flight* flight, std::vector<GroupNa
       static_cast<uint32_t>(answered.size()),
       [&](uint32_t i, uint32_t) {
         wave.Prefetch(wave.group(i));
-        Answerer answerer(shape, wave, wave.group(i), flight->asked[i]->anchor);
+        Answerer answerer(*shape_, wave, wave.group(i), flight->asked[i]->anchor);
         answered[i] = answerer.Answer() ? 1 : 0;
       },
       kGroupsPerThread);
@@ -438,30 +437,29 @@ bool Direct::MayTryAgain(const Flight& flight, size_t index) const {
          group.stats.host->everything == 0;
 }
 
-// Answers the groups of all_.
-void Direct::Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
-                 absl::FunctionRef<bool()> append, absl::FunctionRef<void()> meanwhile,
-                 std::vector<GroupName>* left) {
+// Sends the groups of all_ on their way; of more waves than fly at a time the first are answered.
+void Direct::SendAll(absl::FunctionRef<bool()> append, std::vector<GroupName>* left) {
   std::vector<std::vector<Asked*>> waves;
-  for (const Kind kind : {Kind::kSettled, Kind::kChoosing, Kind::kProving}) {
-    CutWaves(rows, shape, kind, &waves);
-  }
-  for (size_t i = 0; i < waves.size(); ++i) {
-    Flight* const flight = &flights_[i % flights_.size()];
-    Finish(shape, flight, left);
-    Begin(shape, std::move(waves[i]), append, flight);
-  }
-  meanwhile();
-  for (size_t i = 0; i < flights_.size(); ++i) {
-    Finish(shape, &flights_[(waves.size() + i) % flights_.size()], left);
+  for (const Kind kind : {Kind::kSettled, Kind::kChoosing, Kind::kProving}) CutWaves(kind, &waves);
+  for (std::vector<Asked*>& wave : waves) {
+    Flight* const flight = &flights_[next_flight_++ % flights_.size()];
+    Answer(flight, left);
+    Send(std::move(wave), append, flight);
   }
 }
 
-void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
-                    absl::Span<const RowTables> tables,
-                    absl::Span<const absl::Span<const float>> unrotated,
-                    absl::FunctionRef<bool()> append, absl::FunctionRef<void()> meanwhile,
-                    std::vector<GroupName>* left) {
+void Direct::AnswerAll(std::vector<GroupName>* left) {
+  for (size_t i = 0; i < flights_.size(); ++i) {
+    Answer(&flights_[(next_flight_ + i) % flights_.size()], left);
+  }
+}
+
+void Direct::Begin(const LayerShape& shape, absl::Span<AttendRow> rows,
+                   absl::Span<const RowTables> tables,
+                   absl::Span<const absl::Span<const float>> unrotated,
+                   absl::FunctionRef<bool()> append, std::vector<GroupName>* left) {
+  shape_ = &shape;
+  rows_ = rows;
   all_.clear();
   covered_ends_.assign(rows.size(), 0);
   bool compares = false;  // what a row asks for takes some work
@@ -481,12 +479,22 @@ void Direct::Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
   for (const Asked& asked : all_) {
     if (asked.kind == Kind::kLeft) left->push_back(asked.name);
   }
-  Fly(shape, rows, append, meanwhile, left);
+  SendAll(append, left);
+}
+
+bool Direct::IsDone() const {
+  return std::all_of(flights_.begin(), flights_.end(), [](const Flight& flight) {
+    return flight.asked.empty() || flight.wave->IsDone();
+  });
+}
+
+void Direct::Finish(std::vector<GroupName>* left) {
+  AnswerAll(left);
   if (again_.empty()) return;
   all_.swap(again_);
   again_.clear();
-  Fly(
-      shape, rows, append, [] {}, left);
+  SendAll([] { return false; }, left);
+  AnswerAll(left);
 }
 
 }  // namespace kvservice::cuda

@@ -38,14 +38,18 @@ class Direct {
   // True if groups of the row may be answered here.
   static bool Takes(const LayerShape& shape, const AttendRow& row);
 
-  // Answers all groups of the rows that are taken. tables: [rows.size()]; unrotated: likewise, the
-  // newest query token's queries before rotation, of rows that reuse lists. Adds to `left` the
-  // groups that are not answered. `append`: see Wave::Fly. Runs `meanwhile` once, while the device
-  // works if it does.
-  void Answer(const LayerShape& shape, absl::Span<AttendRow> rows,
-              absl::Span<const RowTables> tables,
-              absl::Span<const absl::Span<const float>> unrotated, absl::FunctionRef<bool()> append,
-              absl::FunctionRef<void()> meanwhile, std::vector<GroupName>* left);
+  // Sends all groups of the rows that are taken on their way. tables: [rows.size()]; unrotated:
+  // likewise, the newest query token's queries before rotation, of rows that reuse lists. All is
+  // borrowed until Finish. Adds to `left` the groups that are not answered. `append`: see
+  // Wave::Fly.
+  void Begin(const LayerShape& shape, absl::Span<AttendRow> rows,
+             absl::Span<const RowTables> tables,
+             absl::Span<const absl::Span<const float>> unrotated, absl::FunctionRef<bool()> append,
+             std::vector<GroupName>* left);
+  // True when Finish would not wait for what Begin has sent.
+  bool IsDone() const;
+  // Answers them. Adds to `left` as Begin does.
+  void Finish(std::vector<GroupName>* left);
 
   // Groups that were answered here so far, for tests: a path that is never taken tests nothing.
   uint64_t answered() const { return answered_; }
@@ -68,23 +72,24 @@ class Direct {
     std::unique_ptr<Wave> wave;
     std::vector<Asked*> asked;
   };
-  void CutWaves(absl::Span<const AttendRow> rows, const LayerShape& shape, Kind kind,
-                std::vector<std::vector<Asked*>>* waves);
-  void Begin(const LayerShape& shape, std::vector<Asked*> asked, absl::FunctionRef<bool()> append,
-             Flight* flight);
-  void Finish(const LayerShape& shape, Flight* flight, std::vector<GroupName>* left);
+  void CutWaves(Kind kind, std::vector<std::vector<Asked*>>* waves);
+  void Send(std::vector<Asked*> asked, absl::FunctionRef<bool()> append, Flight* flight);
+  void Answer(Flight* flight, std::vector<GroupName>* left);
   bool MayTryAgain(const Flight& flight, size_t index) const;
-  void Fly(const LayerShape& shape, absl::Span<const AttendRow> rows,
-           absl::FunctionRef<bool()> append, absl::FunctionRef<void()> meanwhile,
-           std::vector<GroupName>* left);
+  void SendAll(absl::FunctionRef<bool()> append, std::vector<GroupName>* left);
+  void AnswerAll(std::vector<GroupName>* left);
 
   const cudaStream_t stream_;
   ThreadPool* const pool_;
+  // Of the call.
+  const LayerShape* shape_ = nullptr;
+  absl::Span<AttendRow> rows_;
   std::vector<uint32_t> covered_ends_;  // [row], of rows that reuse lists
   std::vector<Asked> all_;
   std::vector<Asked> again_;
   // Of several, one works on the device while the host builds or answers the other.
   std::array<Flight, 2> flights_;
+  size_t next_flight_ = 0;
   uint64_t answered_ = 0;
 };
 

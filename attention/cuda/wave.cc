@@ -276,6 +276,13 @@ void Wave::LaunchRest(cudaStream_t stream, Stage last) {
 
 void Wave::Wait() { Check(cudaStreamSynchronize(context_.stream), "wave"); }
 
+bool Wave::IsDone() const {
+  const cudaError_t code = cudaStreamQuery(context_.stream);
+  if (code == cudaErrorNotReady) return false;
+  Check(code, "wave");
+  return true;
+}
+
 void Wave::Prefetch(const WaveGroup& group) const {
   const uint32_t heads = HeadsOf(group);
   kvservice::Prefetch(group.stats.host, sizeof(ChoiceStats));

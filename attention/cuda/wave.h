@@ -111,6 +111,8 @@ class Wave {
   void Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool,
            cudaStream_t after, absl::FunctionRef<bool()> append);
   void Wait();
+  // True when Wait would not wait.
+  bool IsDone() const;
 
   // The same in steps, for measuring: all that the host does; to the device, behind what `after`
   // holds; what happens there, up to a stage. Launch alone may be captured in a graph.

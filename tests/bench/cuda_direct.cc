@@ -295,11 +295,12 @@ double DirectBench::TimeGraph(const std::function<void()>& launch) const {
 
 void DirectBench::PrintWave() {
   cuda::TableCache cache(context_.stream);
+  cuda::Arena staging(cuda::Arena::Sides::kBoth);
   std::vector<std::unique_ptr<cuda::Wave>> waves;
   for (Batch& batch : batches_) {
     std::vector<cuda::WaveGroup> groups;
     for (AttendRow& row : batch.rows) {
-      const cuda::RowTables tables = cache.Get(row.view);
+      const cuda::RowTables tables = cache.Get(row.view, &staging);
       for (uint32_t kv_head = 0; kv_head < kLayout.kv_head_count; ++kv_head) {
         cuda::WaveGroup group;
         group.row = &row;

@@ -24,6 +24,10 @@ TensorView View(DType dtype, const std::vector<int64_t>& shape, const std::vecto
   return {.dtype = dtype, .shape = shape, .bytes = bytes, .field = field};
 }
 
+// Reference arithmetic is double; what is left is the rounding of outputs to float.
+constexpr double kOutTolerance = 1e-12;
+constexpr double kLseTolerance = 1e-5;
+
 }  // namespace
 
 ModelSpec SmallModel(uint32_t layer_count) {
@@ -245,6 +249,28 @@ std::string ErrorLine(const absl::Status& status) {
   const ErrorDetails details = DetailsOf(status);
   return absl::StrCat(absl::StatusCodeToString(status.code()), " ", details.reason,
                       details.field.empty() ? "" : " ", details.field);
+}
+
+LayerShape ShapeOf(const ModelSpec& model) {
+  LayerShape shape;
+  shape.layout = model.layout;
+  shape.scale = model.scale;
+  return shape;
+}
+
+void ExpectDense(const AttendStep& step, size_t token, const ModelSpec& model, const Words& words,
+                 uint32_t position) {
+  const DenseAnswer answer = AttendDensely(ShapeOf(model), step.call.layer, words, position);
+  EXPECT_LT(NormalizedSquaredError(step.Out(token), answer.out), kOutTolerance);
+  for (size_t head = 0; head < answer.lse.size(); ++head) {
+    EXPECT_NEAR(step.Lse(token)[head], answer.lse[head], kLseTolerance);
+  }
+}
+
+void ExpectOk(const AttendStep& step) {
+  for (const AttendRowResult& result : step.call.results) {
+    EXPECT_TRUE(result.status.ok()) << result.status;
+  }
 }
 
 }  // namespace kvservice::testing

@@ -74,6 +74,13 @@ class AttendStep {
   std::future<absl::Status> answer_;
 };
 
+LayerShape ShapeOf(const ModelSpec& model);
+// The outputs of query token `token` of a step are dense attention over words [0, position].
+void ExpectDense(const AttendStep& step, size_t token, const ModelSpec& model, const Words& words,
+                 uint32_t position);
+// All rows were answered.
+void ExpectOk(const AttendStep& step);
+
 struct AppendStep {
   AppendStep(const ModelSpec& model, const Handle& handle, uint32_t layer, uint32_t position,
              const Words& words, std::string tenant = kTenant);

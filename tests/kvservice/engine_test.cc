@@ -18,33 +18,6 @@
 namespace kvservice::testing {
 namespace {
 
-// Reference arithmetic is double; what is left is the rounding of outputs to float.
-constexpr double kOutTolerance = 1e-12;
-constexpr double kLseTolerance = 1e-5;
-
-LayerShape ShapeOf(const ModelSpec& model) {
-  LayerShape shape;
-  shape.layout = model.layout;
-  shape.scale = model.scale;
-  return shape;
-}
-
-// The outputs of query token `token` of a step are dense attention over words [0, position].
-void ExpectDense(const AttendStep& step, size_t token, const ModelSpec& model, const Words& words,
-                 uint32_t position) {
-  const DenseAnswer answer = AttendDensely(ShapeOf(model), step.call.layer, words, position);
-  EXPECT_LT(NormalizedSquaredError(step.Out(token), answer.out), kOutTolerance);
-  for (size_t head = 0; head < answer.lse.size(); ++head) {
-    EXPECT_NEAR(step.Lse(token)[head], answer.lse[head], kLseTolerance);
-  }
-}
-
-void ExpectOk(const AttendStep& step) {
-  for (const AttendRowResult& result : step.call.results) {
-    EXPECT_TRUE(result.status.ok()) << result.status;
-  }
-}
-
 Policy Scanning(SelectorKind selector) {
   Policy policy = DefaultPolicy(selector);
   policy.dense_below_tokens = 0;
@@ -741,8 +714,7 @@ TEST(EngineSelectorTest, WindowedLayersAreDenseOverTheirWindow) {
   EXPECT_EQ(step.result(0).selector, SelectorKind::kDense);
   LayerShape shape = ShapeOf(windowed);
   shape.sliding_window = 32;
-  EXPECT_LT(NormalizedSquaredError(step.Out(0), AttendDensely(shape, 0, words, 199).out),
-            kOutTolerance);
+  EXPECT_LT(NormalizedSquaredError(step.Out(0), AttendDensely(shape, 0, words, 199).out), 1e-12);
   EXPECT_EQ(engine.get()->Stats().attend.tokens_visible, 2U * 32U);
 }
 

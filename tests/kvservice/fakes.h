@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -94,6 +95,36 @@ class WatchedDevice : public DeviceWrapper {
  private:
   Watcher before_;
   Watcher after_;
+};
+
+// A device that two calls may be on, as on a GPU; each is answered when it is finished, and not
+// done before somebody says so. Thread-safe where it says what happened.
+class LateDevice : public DeviceWrapper {
+ public:
+  explicit LateDevice(std::unique_ptr<Device> inner) : DeviceWrapper(std::move(inner)) {}
+  uint32_t calls_max() const override { return 2; }
+  void Begin(const LayerShape& shape, absl::Span<AttendRow> rows) override {
+    begun_.emplace_back(&shape, rows);
+    most_beside_ = std::max<size_t>(most_beside_, begun_.size());
+    ++begun_count_;
+  }
+  void Finish() override {
+    const auto [shape, rows] = begun_.front();
+    begun_.pop_front();
+    DeviceWrapper::Attend(*shape, rows);
+  }
+  bool IsDone() override { return !works_; }
+
+  void set_works(bool works) { works_ = works; }
+  int begun_count() const { return begun_count_; }
+  // Calls that were on it at a time.
+  size_t most_beside() const { return most_beside_; }
+
+ private:
+  std::deque<std::pair<const LayerShape*, absl::Span<AttendRow>>> begun_;
+  std::atomic<bool> works_{false};
+  std::atomic<int> begun_count_{0};
+  std::atomic<size_t> most_beside_{0};
 };
 
 // Holds whoever runs a device in the middle of a call until it is let go; thread-safe. Outlives the
