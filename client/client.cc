@@ -138,14 +138,24 @@ Sequence Client::Adopt(std::string id, uint64_t generation) {
   return {core_.get(), std::move(id), generation};
 }
 
-absl::StatusOr<AttendResult> Client::Attend(const AttendStep& step) {
+absl::Status Client::CheckSequences(const AttendStep& step) const {
   for (size_t i = 0; i < step.rows.size(); ++i) {
     const Sequence* const sequence = step.rows[i].sequence;
     if (sequence != nullptr && sequence->core_ != nullptr && sequence->core_ != core_.get()) {
       return InvalidRequest("rows[" + std::to_string(i) + "].sequence", "is another client's");
     }
   }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<AttendResult> Client::Attend(const AttendStep& step) {
+  const absl::Status status = CheckSequences(step);
+  if (!status.ok()) return status;
   return client::Attend(core_.get(), step);
+}
+
+PendingAttend Client::AttendAsync(const AttendStep& step) {
+  return {core_.get(), step, CheckSequences(step)};
 }
 
 absl::StatusOr<AttendResult> Attend(Core* core, const AttendStep& step) {
@@ -155,10 +165,10 @@ absl::StatusOr<AttendResult> Attend(Core* core, const AttendStep& step) {
   request.set_step_id(++core->steps);
   const auto deadline = std::chrono::steady_clock::now() + core->options.deadlines.data;
   if (const std::shared_ptr<Lane> lane = core->lane.Get(); lane != nullptr) {
-    auto answer = lane->Attend(step, &request, deadline);
-    if (answer.has_value()) {
-      if (answer->ok()) (*answer)->transport = Transport::kLane;
-      return *std::move(answer);
+    const std::optional<uint32_t> slot = lane->BeginAttend(step, &request);
+    if (slot.has_value()) {
+      auto answer = lane->EndAttend(*slot, request, step.buffers, deadline);
+      if (answer.has_value()) return *std::move(answer);
     }
   }
   v1::AttendResponse response;

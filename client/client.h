@@ -22,6 +22,7 @@
 #include "client/attend.h"
 #include "client/model.h"
 #include "client/options.h"
+#include "client/pending_attend.h"
 #include "client/policy.h"
 #include "client/sequence.h"
 #include "client/status.h"
@@ -37,7 +38,7 @@ struct SequenceOptions {
   std::optional<Policy> policy = {};
 };
 
-// One connection to one server. Thread-safe; calls block the calling thread.
+// One connection to one server. Thread-safe; calls but AttendAsync block the calling thread.
 class Client {
  public:
   // Waits for the connection. UNAVAILABLE / SERVER_UNREACHABLE when none came about in time,
@@ -71,8 +72,13 @@ class Client {
   // fail on their own; the call fails only when nothing ran. RESOURCE_EXHAUSTED / OVERLOADED comes
   // with a retry delay and is not repeated by itself.
   absl::StatusOr<AttendResult> Attend(const AttendStep& step);
+  // The same without waiting for the answer: at once through shared memory, if this client has a
+  // slot to spare that the call fits, else by a thread of its own. The rows, and what they and the
+  // tensors point to, are borrowed until the answer has been waited for or given up.
+  PendingAttend AttendAsync(const AttendStep& step);
 
  private:
+  absl::Status CheckSequences(const AttendStep& step) const;
   explicit Client(std::unique_ptr<Core> core);
 
   const std::unique_ptr<Core> core_;

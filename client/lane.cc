@@ -113,28 +113,37 @@ absl::StatusOr<std::shared_ptr<Lane>> Lane::Open(const ClientOptions& options) {
   return std::shared_ptr<Lane>(new Lane(std::move(socket), std::move(memory), shape, spin));
 }
 
-std::optional<absl::StatusOr<AttendResult>> Lane::Attend(const AttendStep& step,
-                                                         v1::AttendRequest* request,
-                                                         steady_clock::time_point deadline) {
+std::optional<uint32_t> Lane::BeginAttend(const AttendStep& step, v1::AttendRequest* request) {
   const std::optional<uint32_t> index = TakeSlot(step.buffers);
   if (!index.has_value()) return std::nullopt;
   if (!PutRequest(*index, step, request)) {
     LeaveSlot(*index, false);
     return std::nullopt;
   }
-  switch (Ring(*index) ? Wait(*index, deadline) : Outcome::kBroken) {
+  if (Ring(*index)) return index;
+  is_broken_ = true;
+  LeaveSlot(*index, true);
+  return std::nullopt;
+}
+
+std::optional<absl::StatusOr<AttendResult>> Lane::EndAttend(uint32_t index,
+                                                            const v1::AttendRequest& request,
+                                                            StepBuffers* buffers,
+                                                            steady_clock::time_point deadline) {
+  switch (Wait(index, deadline)) {
     case Outcome::kAnswered:
       break;
     case Outcome::kTimeOver:
-      LeaveSlot(*index, true);
+      LeaveSlot(index, true);
       return absl::DeadlineExceededError("the server did not answer in time");
     case Outcome::kBroken:
       is_broken_ = true;
-      LeaveSlot(*index, true);
+      LeaveSlot(index, true);
       return std::nullopt;
   }
-  std::optional<absl::StatusOr<AttendResult>> result = TakeReply(*index, *request, step.buffers);
-  LeaveSlot(*index, false);
+  std::optional<absl::StatusOr<AttendResult>> result = TakeReply(index, request, buffers);
+  if (result.has_value() && result->ok()) (*result)->transport = Transport::kLane;
+  LeaveSlot(index, false);
   return result;
 }
 

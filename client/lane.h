@@ -31,12 +31,17 @@ class Lane {
   // FAILED_PRECONDITION / LANE_UNAVAILABLE when nobody offers one, else what the server says.
   static absl::StatusOr<std::shared_ptr<Lane>> Open(const ClientOptions& options);
 
-  // The answer to `request`, whose tensors are described but have no payload yet; nothing if it
-  // must take another way: all slots are busy, it is too large for one, the server is going down or
-  // gone. Repeating it there is safe. The tensors of `request` are ranges of the lane afterwards.
-  std::optional<absl::StatusOr<AttendResult>> Attend(
-      const AttendStep& step, v1::AttendRequest* request,
+  // Sends `request`, whose tensors are described but have no payload yet: they are ranges of the
+  // lane afterwards. The slot that it has; nothing if it must take another way: all slots are busy,
+  // it is too large for one, the server is gone. Each is ended or abandoned once.
+  std::optional<uint32_t> BeginAttend(const AttendStep& step, v1::AttendRequest* request);
+  // The answer; nothing if the call must take another way, where repeating it is safe: the server
+  // is going down or gone, or the answer is too large.
+  std::optional<absl::StatusOr<AttendResult>> EndAttend(
+      uint32_t index, const v1::AttendRequest& request, StepBuffers* buffers,
       std::chrono::steady_clock::time_point deadline);
+  // Nobody waits for the answer any more, which may still come.
+  void AbandonAttend(uint32_t index) { LeaveSlot(index, true); }
 
   // One append's message through a slot that was reserved, after the answer to the one before: puts
   // it there and tells the server. Messages are taken in the order of these calls. False when the

@@ -500,5 +500,105 @@ TEST_F(CudaDirect, TheSameBytesEveryTime) {
   }
 }
 
+void ExpectSameAnswer(const Call& got, const Call& expected) {
+  EXPECT_EQ(got.row.status, expected.row.status);
+  EXPECT_EQ(got.out, expected.out);
+  EXPECT_EQ(got.lse, expected.lse);
+  EXPECT_EQ(got.selected, expected.selected);
+  for (size_t head = 0; head < expected.certificates.size(); ++head) {
+    EXPECT_EQ(got.certificates[head].level, expected.certificates[head].level);
+    EXPECT_EQ(got.certificates[head].log_dropped_upper.value,
+              expected.certificates[head].log_dropped_upper.value);
+    EXPECT_EQ(got.certificates[head].log_kept_lower.value,
+              expected.certificates[head].log_kept_lower.value);
+  }
+}
+
+// Plans that are answered on the device at once, in two goes, and by the host.
+std::vector<Plan> PlansOfAllWays(uint32_t length) {
+  std::vector<Plan> plans(1, BasePlan(Source::kAll, length));
+  Plan plan = BasePlan(Source::kScan, length);
+  plan.dense_share = 1.0F;
+  plan.keep.top_k = 40;
+  plans.push_back(plan);
+  plan.keep.top_k = 0;
+  plan.keep.mass_limit = 0.4F;
+  plan.max_dropped_mass = 0.4F;
+  plan.prove = Guarantee::kDeterministic;
+  plan.on_violation = OnViolation::kGrow;
+  plans.push_back(plan);
+  plan.max_dropped_mass = 0.1F;
+  plans.push_back(plan);
+  plan.keep.mass_limit = 0.0F;
+  plan.keep.top_k = 4;
+  plan.prove = Guarantee::kConfidence;
+  plans.push_back(plan);
+  plan.max_dropped_mass = 1e-6F;
+  plan.on_violation = OnViolation::kFail;
+  plans.push_back(plan);
+  return plans;
+}
+
+// Every pair of ways, in rows of changing lengths, so that tables outgrow their places; a call that
+// is answered at once and tokens that are stored come in between.
+TEST_F(CudaDirect, TwoCallsAtATimeAnswerAsOneDoes) {
+  ASSERT_EQ(device_->calls_max(), 2U);
+  std::vector<std::unique_ptr<KvCase>> cases;
+  for (const uint32_t length : {5000U, 300U, 9000U}) {
+    CaseOptions options;
+    options.length = length;
+    options.seed = length;
+    cases.push_back(std::make_unique<KvCase>(device_.get(), options));
+  }
+  const auto make = [](const KvCase& kv, size_t way) {
+    const uint32_t length = kv.options().length;
+    return std::make_unique<Call>(kv, length, 1, kv.queries(), PlansOfAllWays(length)[way]);
+  };
+  const size_t way_count = PlansOfAllWays(300).size();
+  std::vector<std::vector<std::unique_ptr<Call>>> alone(cases.size());
+  for (size_t i = 0; i < cases.size(); ++i) {
+    for (size_t way = 0; way < way_count; ++way) {
+      alone[i].push_back(make(*cases[i], way));
+      alone[i].back()->Run(device_.get(), cases[i]->shape());
+    }
+  }
+  struct Begun {
+    size_t which;
+    size_t way;
+    std::unique_ptr<Call> call;
+  };
+  std::vector<Begun> begun;
+  const auto finish = [&] {
+    device_->Finish();
+    ExpectSameAnswer(*begun[0].call, *alone[begun[0].which][begun[0].way]);
+    begun.erase(begun.begin());
+  };
+  const KvLayout layout = cases[0]->options().layout;
+  const size_t token_bytes = size_t{layout.kv_head_count} * layout.vector_bytes();
+  const std::vector<std::byte> tokens(64 * token_bytes, std::byte{7});
+  const DeviceMemory slice = device_->Allocate(layout.slice_bytes()).value();
+  size_t count = 0;
+  for (size_t first = 0; first < way_count; ++first) {
+    for (size_t second = 0; second < way_count; ++second) {
+      for (const size_t way : {first, second}) {
+        const size_t which = count++ % cases.size();
+        if (begun.size() == 2) finish();
+        begun.push_back({which, way, make(*cases[which], way)});
+        device_->Begin(cases[which]->shape(), {&begun.back().call->row, 1});
+        const AppendSlice append{.slice = slice.data(),
+                                 .token_count = way == 0 ? 64U : 1U,
+                                 .k = tokens.data(),
+                                 .v = tokens.data()};
+        device_->Append(layout, {&append, 1});
+        if (count % 5 != 0) continue;
+        const auto between = make(*cases[1], second);
+        between->Run(device_.get(), cases[1]->shape());
+        ExpectSameAnswer(*between, *alone[1][second]);
+      }
+    }
+  }
+  while (!begun.empty()) finish();
+}
+
 }  // namespace
 }  // namespace kvservice::testing

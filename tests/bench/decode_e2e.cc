@@ -6,8 +6,9 @@
 // keys and values and putting them there is not timed, on either side: a caller whose tensors are
 // elsewhere pays one more copy of q, k and v.
 //
-// Times are those of one call (one layer of one step) as the caller sees it: the median over steps
-// of the mean over layers. Cases take turns. Sizes are such that keys and values do not stay in the
+// Times are those of one call (one layer of one step) as the caller sees it, of "_halves" those of
+// two calls for half of the batch each, both under way at the same time: the median over steps of
+// the mean over layers. Cases take turns. Sizes are such that keys and values do not stay in the
 // CPU's caches from one call to the next (134 MB and more), but for the smallest, whose calls show
 // what the way there and back costs.
 //
@@ -153,11 +154,12 @@ class RemoteDecode {
   }
 
   // Forks the prompts for one more case, so that each appends tokens of its own. Returns its index.
-  // `client` is borrowed and makes the case's calls.
-  absl::StatusOr<size_t> AddCase(client::Client* client) {
+  // `client` is borrowed and makes the case's calls: of `part_count` equal parts of the batch, at
+  // the same time.
+  absl::StatusOr<size_t> AddCase(client::Client* client, uint32_t part_count) {
     CaseCalls& made = cases_.emplace_back();
     made.client = client;
-    made.buffers = BuffersOf(client);
+    made.buffers = BuffersOf(client, part_count);
     for (const client::Sequence& prompt : prompts_) {
       auto fork = prompt.Fork();
       if (!fork.ok()) return fork.status();
@@ -170,47 +172,80 @@ class RemoteDecode {
   // Tensors of a case's next call, where its caller has them before it calls. `position` and
   // queries, [batch][query_head_count][head_dim], as Attend's.
   void Prepare(size_t index, uint32_t layer, uint32_t position, const std::vector<float>& q) {
-    const client::StepBuffers& buffers = *cases_[index].buffers;
     const size_t bytes = data_->token_bytes();
-    for (uint32_t b = 0; b < data_->batch(); ++b) {
-      data_->Tokens(layer, b, position, 1, &buffers.k()[b * bytes], &buffers.v()[b * bytes]);
+    uint32_t b = 0;
+    for (const client::StepBuffers& buffers : *cases_[index].buffers) {
+      const size_t floats = buffers.q().size() / sizeof(float);
+      const uint32_t rows = buffers.shape().token_count;
+      std::memcpy(buffers.q().data(), &q[b / rows * floats], buffers.q().size());
+      for (uint32_t i = 0; i < rows; ++i, ++b) {
+        data_->Tokens(layer, b, position, 1, &buffers.k()[i * bytes], &buffers.v()[i * bytes]);
+      }
     }
-    std::memcpy(buffers.q().data(), q.data(), q.size() * sizeof(float));
   }
 
   // One layer of one step of a case, prepared. Positions behind the prompt append the token there.
-  absl::StatusOr<client::AttendResult> Attend(size_t index, const client::Policy& policy,
-                                              uint32_t layer, uint32_t position) {
-    const uint32_t batch = data_->batch();
-    std::vector<client::AttendRow> rows(batch);
-    for (uint32_t b = 0; b < batch; ++b) {
-      rows[b].sequence = &cases_[index].sequences[b];
+  // Results of its parts, in order.
+  absl::StatusOr<std::vector<client::AttendResult>> Attend(size_t index,
+                                                           const client::Policy& policy,
+                                                           uint32_t layer, uint32_t position) {
+    CaseCalls& calls = cases_[index];
+    std::vector<client::AttendRow> rows(data_->batch());
+    for (uint32_t b = 0; b < rows.size(); ++b) {
+      rows[b].sequence = &calls.sequences[b];
       rows[b].position = position;
     }
-    client::AttendStep step{.layer = layer, .rows = rows, .policy = policy};
-    step.SetBuffers(cases_[index].buffers, /*store=*/position >= data_->prompt_tokens());
-    auto result = cases_[index].client->Attend(step);
-    if (!result.ok()) return result.status();
-    for (const client::AttendRowResult& row : result->rows) {
-      if (!row.status.ok()) return row.status;
+    std::vector<client::AttendStep> steps;
+    for (client::StepBuffers& buffers : *calls.buffers) {
+      const size_t count = buffers.shape().token_count;
+      steps.push_back({.layer = layer,
+                       .rows = absl::MakeConstSpan(rows).subspan(steps.size() * count, count),
+                       .policy = policy});
+      steps.back().SetBuffers(&buffers, /*store=*/position >= data_->prompt_tokens());
     }
-    return result;
+    std::vector<client::AttendResult> results;
+    const auto take = [&](absl::StatusOr<client::AttendResult> result) {
+      if (!result.ok()) return result.status();
+      for (const client::AttendRowResult& row : result->rows) {
+        if (!row.status.ok()) return row.status;
+      }
+      results.push_back(*std::move(result));
+      return absl::OkStatus();
+    };
+    std::vector<client::PendingAttend> others;
+    for (size_t i = 0; i + 1 < steps.size(); ++i) {
+      others.push_back(calls.client->AttendAsync(steps[i]));
+    }
+    absl::StatusOr<client::AttendResult> last = calls.client->Attend(steps.back());
+    for (client::PendingAttend& other : others) {
+      const absl::Status status = take(other.Wait());
+      if (!status.ok()) return status;
+    }
+    const absl::Status status = take(std::move(last));
+    if (!status.ok()) return status;
+    return results;
   }
 
   // Of a case's last call, [batch][query_head_count][head_dim].
-  absl::Span<const float> out(size_t index) const { return cases_[index].buffers->out(); }
+  std::vector<float> Out(size_t index) const {
+    std::vector<float> out;
+    for (const client::StepBuffers& buffers : *cases_[index].buffers) {
+      out.insert(out.end(), buffers.out().begin(), buffers.out().end());
+    }
+    return out;
+  }
 
  private:
   // Cases of one client take turns with its buffers.
-  client::StepBuffers* BuffersOf(client::Client* client) {
-    const auto known = buffers_.find(client);
-    if (known != buffers_.end()) return &known->second;
+  std::vector<client::StepBuffers>* BuffersOf(client::Client* client, uint32_t part_count) {
+    std::vector<client::StepBuffers>& buffers = buffers_[{client, part_count}];
     const KvLayout& layout = data_->layout();
-    const client::StepShape shape{.token_count = data_->batch(),
+    const client::StepShape shape{.token_count = data_->batch() / part_count,
                                   .query_head_count = layout.query_head_count,
                                   .kv_head_count = layout.kv_head_count,
                                   .head_dim = layout.head_dim};
-    return &buffers_.emplace(client, client->NewStepBuffers(shape)).first->second;
+    while (buffers.size() < part_count) buffers.push_back(client->NewStepBuffers(shape));
+    return &buffers;
   }
   client::TensorView View(const std::vector<std::byte>& bytes, uint32_t tokens) const {
     return {.dtype = client::DType::kBfloat16,
@@ -225,10 +260,10 @@ class RemoteDecode {
   std::vector<client::Sequence> prompts_;
   struct CaseCalls {
     client::Client* client = nullptr;
-    client::StepBuffers* buffers = nullptr;
-    std::vector<client::Sequence> sequences;  // [batch]
+    std::vector<client::StepBuffers>* buffers = nullptr;  // [parts]
+    std::vector<client::Sequence> sequences;              // [batch]
   };
-  std::map<client::Client*, client::StepBuffers> buffers_;
+  std::map<std::pair<client::Client*, uint32_t>, std::vector<client::StepBuffers>> buffers_;
   std::vector<CaseCalls> cases_;
   std::vector<std::byte> k_, v_;
 };
@@ -243,6 +278,7 @@ struct Case {
   std::string name;
   client::Client* client = nullptr;
   size_t sequences = 0;  // of RemoteDecode
+  uint32_t part_count = 1;
   client::Policy policy;
   bool certifies = false;
   double error = 0.0;
@@ -269,6 +305,14 @@ std::vector<Case> MakeCases(const DecodeData& data) {
     Case& made = cases.emplace_back(absl::StrCat(name, data.list_tokens()), selector, data);
     made.policy.budget = client::Budget{.top_k_tokens = data.list_tokens()};
   }
+  // Calls for half of the batch each, at the same time.
+  const size_t whole_count = data.batch() % 2 == 0 ? cases.size() : 0;
+  for (size_t i = 1; i < whole_count; ++i) {
+    Case made = cases[i];
+    made.name += "_halves";
+    made.part_count = 2;
+    cases.push_back(std::move(made));
+  }
   return cases;
 }
 
@@ -284,7 +328,7 @@ absl::Status Check(DecodeData* data, RemoteDecode* remote, LocalDense* local, ui
   if (!result.ok()) return result.status();
   double difference = 0.0;
   double size = 0.0;
-  const absl::Span<const float> out = remote->out(measured->sequences);
+  const std::vector<float> out = remote->Out(measured->sequences);
   if (out.size() != local->out.size()) return absl::InternalError("outputs are missing");
   for (size_t i = 0; i < out.size(); ++i) {
     const double truth = local->out[i];
@@ -292,12 +336,15 @@ absl::Status Check(DecodeData* data, RemoteDecode* remote, LocalDense* local, ui
     size += truth * truth;
   }
   size_t head = 0;
-  for (const client::AttendRowResult& row : result->rows) {
-    for (size_t h = 0; h < row.lse.size() && measured->certifies; ++h) {
-      const double kept = static_cast<double>(row.lse[h]) - static_cast<double>(local->lse[head++]);
-      const double bound = row.certificates[h].dropped_mass_upper.value;
-      measured->error = std::max(measured->error, -std::expm1(kept) - bound);
-      if (bound > kMassLimit) return absl::InternalError("the limit does not hold");
+  for (const client::AttendResult& part : *result) {
+    for (const client::AttendRowResult& row : part.rows) {
+      for (size_t h = 0; h < row.lse.size() && measured->certifies; ++h) {
+        const double kept =
+            static_cast<double>(row.lse[h]) - static_cast<double>(local->lse[head++]);
+        const double bound = row.certificates[h].dropped_mass_upper.value;
+        measured->error = std::max(measured->error, -std::expm1(kept) - bound);
+        if (bound > kMassLimit) return absl::InternalError("the limit does not hold");
+      }
     }
   }
   if (measured->error > kMassErrorMax) return absl::InternalError("a bound is violated");
@@ -353,25 +400,29 @@ class Loop {
     double step_seconds = 0.0;
     for (uint32_t layer = 0; layer < data_->layer_count(); ++layer) {
       remote_->Prepare(measured->sequences, layer, position, queries[layer]);
-      absl::StatusOr<client::AttendResult> result;
+      absl::StatusOr<std::vector<client::AttendResult>> results;
       const double seconds = Seconds([&] {
-        result = remote_->Attend(measured->sequences, measured->policy, layer, position);
+        results = remote_->Attend(measured->sequences, measured->policy, layer, position);
       });
-      if (!result.ok()) return result.status();
+      if (!results.ok()) return results.status();
       step_seconds += seconds;
       measured->call_seconds.push_back(seconds);
-      measured->queue_seconds.push_back(static_cast<double>(result->queue_ns) * 1e-9);
-      measured->service_seconds.push_back(static_cast<double>(result->service_ns) * 1e-9);
-      for (const client::AttendRowResult& row : result->rows) {
-        for (const client::GroupReport& group : row.groups) {
-          measured->tokens_read += group.tokens_read;
-          measured->scans += group.scanned ? 1.0 : 0.0;
-          measured->groups += 1.0;
-        }
-      }
+      for (const client::AttendResult& result : *results) Count(result, measured);
     }
     measured->step_seconds.push_back(step_seconds / data_->layer_count());
     return absl::OkStatus();
+  }
+
+  static void Count(const client::AttendResult& result, Case* measured) {
+    measured->queue_seconds.push_back(static_cast<double>(result.queue_ns) * 1e-9);
+    measured->service_seconds.push_back(static_cast<double>(result.service_ns) * 1e-9);
+    for (const client::AttendRowResult& row : result.rows) {
+      for (const client::GroupReport& group : row.groups) {
+        measured->tokens_read += group.tokens_read;
+        measured->scans += group.scanned ? 1.0 : 0.0;
+        measured->groups += 1.0;
+      }
+    }
   }
 
   DecodeData* const data_;
@@ -455,7 +506,7 @@ absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* da
   if (!status.ok()) return status;
 
   for (Case& measured : cases) {
-    const auto sequences = remote.AddCase(measured.client);
+    const auto sequences = remote.AddCase(measured.client, measured.part_count);
     if (!sequences.ok()) return sequences.status();
     measured.sequences = *sequences;
     for (uint32_t layer = 0; layer < data->layer_count(); ++layer) {

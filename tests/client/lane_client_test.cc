@@ -65,22 +65,30 @@ class LaneClientTest : public ::testing::Test {
     return *std::move(sequence);
   }
 
-  // Reads with the query of the word at `position`, and compares if that worked.
-  absl::StatusOr<Transport> Attend(Client* from, const client::Sequence& sequence,
-                                   uint32_t position, uint32_t count = 1) const {
-    const Words words = Counting(position, count);
-    const std::vector<std::byte> q = PartBytes(layout(), DType::kFloat32, Part::kQuery, 0, words);
-    const client::AttendRow row = {
-        .sequence = &sequence, .position = position, .query_count = count};
+  // A step that reads with the queries of the words from `position` on.
+  struct Asked {
+    std::vector<std::byte> q;
+    client::AttendRow row;
     client::AttendStep step;
-    step.rows = {&row, 1};
-    step.return_selected = true;
-    step.q = {.dtype = client::DType::kFloat32,
-              .token_count = count,
-              .head_count = layout().query_head_count,
-              .head_dim = layout().head_dim,
-              .bytes = q};
-    const absl::StatusOr<client::AttendResult> result = from->Attend(step);
+  };
+  std::unique_ptr<Asked> Ask(const client::Sequence& sequence, uint32_t position,
+                             uint32_t count = 1) const {
+    auto asked = std::make_unique<Asked>();
+    const Words words = Counting(position, count);
+    asked->q = PartBytes(layout(), DType::kFloat32, Part::kQuery, 0, words);
+    asked->row = {.sequence = &sequence, .position = position, .query_count = count};
+    asked->step.rows = {&asked->row, 1};
+    asked->step.return_selected = true;
+    asked->step.q = {.dtype = client::DType::kFloat32,
+                     .token_count = count,
+                     .head_count = layout().query_head_count,
+                     .head_dim = layout().head_dim,
+                     .bytes = asked->q};
+    return asked;
+  }
+  // Compares the answer, if there is one, and says which way it came.
+  absl::StatusOr<Transport> Judge(const absl::StatusOr<client::AttendResult>& result,
+                                  uint32_t position) const {
     if (!result.ok()) return result.status();
     EXPECT_TRUE(result->rows[0].status.ok()) << result->rows[0].status;
     const LayerShape shape = {
@@ -89,6 +97,10 @@ class LaneClientTest : public ::testing::Test {
     const auto out = absl::MakeConstSpan(result->rows[0].out).first(dense.out.size());
     EXPECT_LT(NormalizedSquaredError(out, dense.out), kOutTolerance);
     return result->transport;
+  }
+  absl::StatusOr<Transport> Attend(Client* from, const client::Sequence& sequence,
+                                   uint32_t position, uint32_t count = 1) const {
+    return Judge(from->Attend(Ask(sequence, position, count)->step), position);
   }
 
   const KvLayout& layout() const { return served_->model().layout; }
@@ -192,6 +204,48 @@ TEST_F(LaneClientTest, TwoMicroBatchesAreInFlight) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(lane_calls[0] + lane_calls[1], 400);
+}
+
+// One thread has several calls in flight: as many as there are slots in shared memory, more by
+// threads.
+TEST_F(LaneClientTest, CallsNeedNotBeWaitedFor) {
+  client::ClientOptions options = Options();
+  options.lane.calls_max = 2;
+  const auto client = Connect(options);
+  const client::Sequence sequence = Create(client.get(), 20);
+  brake_.Set(true);
+  std::vector<std::unique_ptr<Asked>> asked;
+  std::vector<client::PendingAttend> pending;
+  for (uint32_t position = 10; position < 13; ++position) {
+    asked.push_back(Ask(sequence, position));
+    pending.push_back(client->AttendAsync(asked.back()->step));
+  }
+  ASSERT_TRUE(Eventually([&] { return served_->engine()->Stats().calls_total >= 3; }));
+  brake_.Set(false);
+  EXPECT_EQ(*Judge(pending[2].Wait(), 12), Transport::kStream);
+  EXPECT_EQ(*Judge(pending[0].Wait(), 10), Transport::kLane);
+  EXPECT_EQ(*Judge(pending[1].Wait(), 11), Transport::kLane);
+  // What is wrong with a step is said by Wait.
+  client::AttendStep empty;
+  EXPECT_EQ(client->AttendAsync(empty).Wait().status(), client->Attend(empty).status());
+  const auto other = Connect(options);
+  const client::Sequence foreign = Create(other.get(), 20);
+  EXPECT_EQ(client->AttendAsync(Ask(foreign, 3)->step).Wait().status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(LaneClientTest, PendingCallsMayBeGivenUp) {
+  client::ClientOptions options = Options();
+  options.lane.calls_max = 1;
+  const auto client = Connect(options);
+  const client::Sequence sequence = Create(client.get(), 20);
+  brake_.Set(true);
+  const auto asked = Ask(sequence, 10);
+  { const client::PendingAttend pending = client->AttendAsync(asked->step); }
+  ASSERT_TRUE(Eventually([&] { return brake_.call_count() == 1; }));
+  brake_.Set(false);
+  // The slot is free once the answer is there.
+  EXPECT_TRUE(Eventually([&] { return *Attend(client.get(), sequence, 19) == Transport::kLane; }));
 }
 
 TEST_F(LaneClientTest, AppendsTakeTheLaneWhereItHasRoom) {

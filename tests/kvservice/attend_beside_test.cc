@@ -148,7 +148,40 @@ TEST_F(AttendBesideTest, RefusedCallsKeepTheirOrder) {
   ExpectAnswer(Start(b, 0).get(), 0);
 }
 
-// Threads that decode, fork, cut and drop, while calls are on the device for random times.
+// Threads that decode, fork and drop.
+void Storm(TestEngine* engine, double out_tolerance) {
+  const auto decode = [&](uint32_t seed) {
+    std::mt19937 random(seed);
+    Handle handle = engine->NewSequence();
+    Words words;
+    for (int i = 0; i < 150; ++i) {
+      words.push_back(random() % 1000);
+      const auto position = static_cast<uint32_t>(words.size() - 1);
+      for (uint32_t layer = 0; layer < 2; ++layer) {
+        AttendStep step(engine->model(), layer);
+        step.Add(handle, position, {words.back()});
+        ASSERT_TRUE(step.Run(engine->get()).ok());
+        ExpectOk(step);
+        ExpectDense(step, 0, engine->model(), words, position, out_tolerance);
+      }
+      if (random() % 8 != 0) continue;
+      // Goes on with a copy, whose last block is shared until it is written.
+      const auto length = 1 + static_cast<uint32_t>(random() % words.size());
+      const auto fork = engine->Fork(handle, length);
+      ASSERT_TRUE(fork.ok()) << fork.status();
+      ASSERT_TRUE(engine->Drop(handle).ok());
+      handle = {.id = fork->id, .generation = fork->generation};
+      words.resize(length);
+    }
+    EXPECT_TRUE(engine->Drop(handle).ok());
+  };
+  std::vector<std::thread> threads;
+  for (uint32_t t = 0; t < 4; ++t) threads.emplace_back(decode, t);
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(engine->get()->Stats().blocks_used, 0U);
+}
+
+// While calls are on the device for random times.
 TEST_F(AttendBesideTest, NobodysAnswerDependsOnOthers) {
   std::atomic<bool> ends = false;
   std::thread flicker([&] {
@@ -159,38 +192,17 @@ TEST_F(AttendBesideTest, NobodysAnswerDependsOnOthers) {
     }
     device_->set_works(false);
   });
-  const auto decode = [this](uint32_t seed) {
-    std::mt19937 random(seed);
-    Handle handle = engine_->NewSequence();
-    Words words;
-    for (int i = 0; i < 150; ++i) {
-      words.push_back(random() % 1000);
-      const auto position = static_cast<uint32_t>(words.size() - 1);
-      for (uint32_t layer = 0; layer < 2; ++layer) {
-        AttendStep step(engine_->model(), layer);
-        step.Add(handle, position, {words.back()});
-        ASSERT_TRUE(step.Run(engine_->get()).ok());
-        ExpectOk(step);
-        ExpectDense(step, 0, engine_->model(), words, position);
-      }
-      if (random() % 8 != 0) continue;
-      // Goes on with a copy, whose last block is shared until it is written.
-      const auto length = 1 + static_cast<uint32_t>(random() % words.size());
-      const auto fork = engine_->Fork(handle, length);
-      ASSERT_TRUE(fork.ok()) << fork.status();
-      ASSERT_TRUE(engine_->Drop(handle).ok());
-      handle = {.id = fork->id, .generation = fork->generation};
-      words.resize(length);
-    }
-    EXPECT_TRUE(engine_->Drop(handle).ok());
-  };
-  std::vector<std::thread> threads;
-  for (uint32_t t = 0; t < 4; ++t) threads.emplace_back(decode, t);
-  for (std::thread& thread : threads) thread.join();
+  Storm(engine_.get(), 1e-12);
   ends = true;
   flicker.join();
   EXPECT_EQ(device_->most_beside(), 2U);
-  EXPECT_EQ(engine_->get()->Stats().blocks_used, 0U);
+}
+
+TEST_F(AttendBesideTest, NorOnAGpu) {
+  auto device = NewDevice("cuda", {});
+  if (!device.ok()) GTEST_SKIP() << device.status();
+  TestEngine engine(Options(), 2, *std::move(device));
+  Storm(&engine, 1e-10);
 }
 
 }  // namespace

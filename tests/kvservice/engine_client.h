@@ -75,9 +75,10 @@ class AttendStep {
 };
 
 LayerShape ShapeOf(const ModelSpec& model);
-// The outputs of query token `token` of a step are dense attention over words [0, position].
+// The outputs of query token `token` of a step are dense attention over words [0, position]. Of the
+// reference, whose arithmetic is double, what is left is the rounding of outputs to float.
 void ExpectDense(const AttendStep& step, size_t token, const ModelSpec& model, const Words& words,
-                 uint32_t position);
+                 uint32_t position, double out_tolerance = 1e-12);
 // All rows were answered.
 void ExpectOk(const AttendStep& step);
 
