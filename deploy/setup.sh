@@ -12,7 +12,7 @@ packages=(
   libabsl-dev libhwy-dev libcli11-dev libspdlog-dev nlohmann-json3-dev
   librocksdb-dev libxxhash-dev prometheus-cpp-dev libcivetweb-dev
   libgtest-dev libgmock-dev libopenblas-dev
-  clang-format clang-tidy
+  clang-format
   python3 python3-venv python3-pip
 )
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Runs clang-tidy on our sources as the release build compiles them, as many at once as there are
 cores. A clean file is not checked again until something it depends on changes: itself, a header of
-ours that it includes, however deep, a proto file, .clang-tidy, or its compile command."""
+ours that it includes, however deep, a proto file, .clang-tidy, or its compile command. What was
+clean is remembered in the user's cache folder, as ccache does it."""
 
 import concurrent.futures
 import hashlib
@@ -11,10 +12,14 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "release"
-CLEAN = ROOT / "build" / "tidy"
+CLANG_TIDY = ROOT / "build" / "venv" / "bin" / "clang-tidy"
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+CLEAN = CACHE / "kvservice" / "tidy"
+KEPT_DAYS = 60
 SOURCE_FOLDERS = {"attention", "selector", "kvservice", "client", "wire", "tests"}
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
@@ -54,22 +59,29 @@ def fingerprint(source, command, common):
 
 
 def common_inputs():
-    version = subprocess.run(["clang-tidy", "--version"], capture_output=True, check=True).stdout
+    version = subprocess.run([CLANG_TIDY, "--version"], capture_output=True, check=True).stdout
     protos = b"".join(path.read_bytes() for path in sorted((ROOT / "proto").rglob("*.proto")))
     return version + (ROOT / ".clang-tidy").read_bytes() + protos
 
 
 def check(source):
     """Returns the messages; an empty string means clean."""
-    done = subprocess.run(["clang-tidy", "--quiet", "-p", str(BUILD), source], cwd=ROOT, text=True,
+    done = subprocess.run([CLANG_TIDY, "--quiet", "-p", str(BUILD), source], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
     if done.returncode == 0:
         return ""
     return done.stdout or done.stderr
 
 
+def forget_old():
+    for stamp in CLEAN.iterdir():
+        if time.time() - stamp.stat().st_mtime > KEPT_DAYS * 86400:
+            stamp.unlink(missing_ok=True)
+
+
 def main():
     CLEAN.mkdir(parents=True, exist_ok=True)
+    forget_old()
     common = common_inputs()
     sources = our_sources()
     chosen = [source for source in sources

@@ -370,6 +370,12 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "transport_test", "*Host*:*OneAddress*"),
     ("refusals_are_bounded", ACCESS_LOG, "if (refusals_in_second_ >= kRefusalsPerSecondMax) {",
      "if (false) {", "access_test", "AccessLogTest*"),
+    # ---- Calls beside each other on the device ----
+    ("a_sequence_is_in_one_call", "kvservice/attend_batch.cc",
+     "if (record != nullptr && record->rows_begun > 0) return false;", "",
+     "engine_test", "*ASequenceIsNeverInTwoCalls*"),
+    ("sweeps_are_not_starved", "kvservice/engine.cc", "begun < kBesideMax && TakeBeside",
+     "TakeBeside", "engine_test", "*AStreamOfCallsStarvesNothing*"),
 ]]
 
 

@@ -502,8 +502,9 @@ void MergePartials(uint32_t head_dim, const Partial& part, Partial* total) {
 float* AttendScratch::Reserve(size_t floats) {
   constexpr size_t kAlignmentFloats = 16;
   if (memory_.size() < floats + kAlignmentFloats) memory_.resize(floats + kAlignmentFloats);
-  const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-  return memory_.data() + (64 - address % 64) % 64 / sizeof(float);
+  const size_t bytes_off = reinterpret_cast<uintptr_t>(memory_.data()) % 64;
+  const size_t floats_skipped = (64 - bytes_off) % 64 / sizeof(float);
+  return memory_.data() + floats_skipped;
 }
 
 void AttendTokens(const AttendTask& task, AttendScratch* scratch, Partial* result) {

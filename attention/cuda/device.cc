@@ -170,7 +170,7 @@ class CudaDevice : public Device {
   cuda::TableCache tables_;
   uint64_t call_number_ = 0;
   // Those that were begun, in turns, and the one that is answered at once.
-  std::array<Call, kCallsMax> calls_;
+  std::deque<Call> calls_;
   Call alone_;
   uint64_t begun_ = 0;
   uint64_t finished_ = 0;
@@ -207,12 +207,12 @@ CudaDevice::CudaDevice(uint32_t thread_count, uint32_t spin_us, uint32_t multipr
       proof_scratch_(pool_.thread_count()),
       context_(NewContext(multiprocessors, &score_memory_)),
       tables_(context_.stream),
-      calls_{Call(context_, &pool_), Call(context_, &pool_)},
       alone_(context_, &pool_),
       readings_(context_) {
   for (Staging& staging : staging_) {
     Check(cudaEventCreateWithFlags(&staging.done, cudaEventDisableTiming), "event");
   }
+  while (calls_.size() < kCallsMax) calls_.emplace_back(context_, &pool_);
 }
 
 CudaDevice::~CudaDevice() {
@@ -551,9 +551,9 @@ void CudaDevice::DecideOnHost(const Call& call) {
 }
 
 uint64_t CudaDevice::OldestNumber() const {
-  uint64_t oldest = call_number_;
-  for (const Call* call : {&calls_[0], &calls_[1], &alone_}) {
-    if (call->number > 0) oldest = std::min(oldest, call->number);
+  uint64_t oldest = alone_.number > 0 ? alone_.number : call_number_;
+  for (const Call& call : calls_) {
+    if (call.number > 0) oldest = std::min(oldest, call.number);
   }
   return oldest;
 }
@@ -617,7 +617,9 @@ bool CudaDevice::IsDone() {
 }
 
 uint64_t CudaDevice::groups_answered_directly() const {
-  return calls_[0].direct.answered() + calls_[1].direct.answered() + alone_.direct.answered();
+  uint64_t count = alone_.direct.answered();
+  for (const Call& call : calls_) count += call.direct.answered();
+  return count;
 }
 
 }  // namespace

@@ -86,7 +86,7 @@ std::string ToTable(const v1::DescribeBlockResponse& block) {
 std::string ToTable(const std::vector<v1::DescribeBlockResponse>& blocks, bool with_attention) {
   std::vector<Row> rows = {
       {"BLOCK", "TOKENS", "TIERS", "SEALED", "SHARED", "KEY NORM", "VALUE NORM"}};
-  if (with_attention) rows[0].push_back("ATTENTION");
+  if (with_attention) rows[0].emplace_back("ATTENTION");
   for (const v1::DescribeBlockResponse& block : blocks) {
     uint32_t tokens = 0;
     double key_norm = 0.0;

@@ -110,8 +110,9 @@ std::string UpperText(double bound) {
   if (shown >= bound) return Format("%.*g", kUpperDigits, shown);
   // One more in the last digit that is shown.
   const size_t exponent_at = nearest.find('e') + 1;
-  const int exponent = std::atoi(nearest.c_str() + exponent_at);
-  return Format("%.*g", kUpperDigits, shown + std::pow(10.0, exponent - (kUpperDigits - 1)));
+  const auto exponent = std::strtol(nearest.c_str() + exponent_at, nullptr, 10);
+  const auto digit = static_cast<double>(exponent - (kUpperDigits - 1));
+  return Format("%.*g", kUpperDigits, shown + std::pow(10.0, digit));
 }
 
 std::string Table(const std::vector<Row>& rows) {

@@ -115,7 +115,7 @@ absl::Status ApplyLayers(const v1::LayerOverrides& from, const std::string& path
                           entry.selector());
     }
     LayerOverride layers = LayersFromProto(entry);
-    if (entry.selector() != v1::SELECTOR_UNSPECIFIED) layers.selector = *selector;
+    if (entry.selector() != v1::SELECTOR_UNSPECIFIED) layers.selector = selector;
     to->layers.push_back(std::move(layers));
   }
   return absl::OkStatus();

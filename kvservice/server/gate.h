@@ -16,7 +16,7 @@
 #include "kvservice/server/call_metrics.h"
 
 namespace spdlog {
-class logger;
+class logger;  // NOLINT(readability-identifier-naming)
 }  // namespace spdlog
 
 namespace kvservice {

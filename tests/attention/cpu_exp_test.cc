@@ -73,7 +73,8 @@ constexpr size_t kChunk = 4096;
 
 uint32_t Stride() {
   const char* text = std::getenv("KVSERVICE_EXP_STRIDE");
-  return text == nullptr ? 9973 : static_cast<uint32_t>(std::max(1, std::atoi(text)));
+  return text == nullptr ? 9973
+                         : static_cast<uint32_t>(std::max(1UL, std::strtoul(text, nullptr, 10)));
 }
 
 // Calls check(numbers) with every stride-th float of both signs up to `largest`, by chunks.

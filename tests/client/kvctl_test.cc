@@ -99,7 +99,7 @@ TEST_F(KvctlTest, VersionAsksNoServer) {
 }
 
 TEST_F(KvctlTest, ServerInfoAndStats) {
-  const std::string id = MakeSequence();
+  MakeSequence();
   const Json info = RunJson("server info");
   EXPECT_EQ(info["device"], "reference");
   EXPECT_EQ(info["draining"], false);

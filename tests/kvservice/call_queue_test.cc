@@ -46,7 +46,7 @@ class CallQueueTest : public ::testing::Test {
         if (calls_[i].get() == call) log_ += ":" + std::to_string(i);
       }
     }
-    if (!work.attends.empty()) log_ += " ";
+    if (!work.attends.empty()) log_ += ' ';
   }
 
   CallQueue queue_{6, 8};

@@ -431,7 +431,7 @@ TEST_F(ErrorsTest, ForeignHandlesLookLikeUnknownOnes) {
     EXPECT_EQ(foreign.error_message(), missing.error_message());
     EXPECT_EQ(foreign.error_details(), missing.error_details());
   };
-  const auto with_handle = [](auto request) {
+  const auto with_handle = [](const auto& request) {
     return [request](const v1::SequenceHandle& handle) {
       auto copy = request;
       *copy.mutable_handle() = handle;
