@@ -2,6 +2,7 @@
 //
 //   kvstress power_cut --cuts=20000 --seed=1 [--row=FILE]
 //   kvstress bit_flip --flips=10000 --seed=1 [--row=FILE]
+//   kvstress io_fault --seed=1 [--row=FILE]
 //   kvstress restart --gib=10
 //   kvstress sigkill --kills=2000 --seed=1 [--row=FILE]     (runs $KVSERVICE_BIN_DIR/kvservice)
 //
@@ -19,6 +20,7 @@
 
 #include "tests/stress/bit_flip.h"
 #include "tests/stress/campaign.h"
+#include "tests/stress/io_fault.h"
 #include "tests/stress/power_cut.h"
 #include "tests/stress/restart.h"
 #include "tests/stress/sigkill.h"
@@ -41,7 +43,7 @@ CLI::App* AddCampaign(CLI::App* app, Flags* flags, const std::string& name, cons
   command->add_option("--seed", flags->seed, "Everything follows from it")->capture_default_str();
   command->add_option(count_flag, flags->count, "How many")
       ->default_val(default_count)
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::NonNegativeNumber);
   command->add_option("--row", flags->row, "Write the result to this file")->type_name("FILE");
   command->callback([flags, name, run = std::move(run)] {
     flags->test = name;
@@ -69,6 +71,9 @@ int Main(int argc, const char* const* argv) {
   });
   AddCampaign(&app, &flags, "bit_flip", "Damages files of closed stores", "--flips", 10'000,
               [&flags] { return RunBitFlips({.seed = flags.seed, .flips = flags.count}); });
+  AddCampaign(&app, &flags, "io_fault", "Lets operations on files go wrong; 0 = each in each way",
+              "--faults", 0,
+              [&flags] { return RunIoFaults({.seed = flags.seed, .faults = flags.count}); });
   AddCampaign(&app, &flags, "sigkill", "Kills server processes under load", "--kills", 2'000,
               [&flags] { return RunSigkills({.seed = flags.seed, .kills = flags.count}); });
   AddCampaign(&app, &flags, "restart", "Starts an engine on a large store", "--gib", 10,
