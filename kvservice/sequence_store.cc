@@ -631,9 +631,7 @@ void SequenceStore::Lose(SequenceRecord* record) {
 void SequenceStore::BeginDrain() {
   if (!enabled()) return;
   parts_.table->ForEach([&](SequenceRecord* record) {
-    if (record->residence == Residence::kMemory && record->cache->length_max() > 0) {
-      to_drain_.push_back(record);
-    }
+    if (record->residence == Residence::kMemory) to_drain_.push_back(record);
   });
   // What was used last is what will be wanted first, should there be no room for all.
   std::sort(to_drain_.begin(), to_drain_.end(),

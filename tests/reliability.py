@@ -30,6 +30,17 @@ MEANINGS = {
     "bit_flip": "A closed store is damaged: a flipped bit four times in five, else zeros, a cut "
                 "end, two files that changed places, or a file of an earlier close. A failure: a "
                 "wrong byte, or a sequence that is absent or shorter without an error.",
+    "io_fault": "Every operation on files of one workload, its crash, its closing and its opening "
+                "included, goes wrong in every way that it could, one at a time: errors once and "
+                "from then on, no space, half done, done but reported as failed, a cut, short and "
+                "flipped reads. A failure: an error that has no type or no reason, a store that "
+                "does not open once the fault is over, an acknowledged durable token that is gone, "
+                "a wrong byte, a sequence lost though no read was wrong, an operation that was not "
+                "reached.",
+    "model_check": "Random commands of two tenants to an engine with a disk tier and little memory "
+                   "(also beyond its limits, with wrong handles, closed and opened again); each "
+                   "answer and output is compared with what vectors of words say. A failure is "
+                   "told as the shortest program that was found.",
     "restart": "GiB of sequences in a store that was closed: the seconds until a new engine has "
                "answered its first Attend. A failure: five or more.",
     "cancel_storm": "Calls of a served engine are cancelled at random moments: unary, Attend and "

@@ -3,6 +3,7 @@
 //   kvstress power_cut --cuts=20000 --seed=1 [--row=FILE]
 //   kvstress bit_flip --flips=10000 --seed=1 [--row=FILE]
 //   kvstress io_fault --seed=1 [--row=FILE]
+//   kvstress model_check --commands=5000000 --seed=1 [--row=FILE]
 //   kvstress restart --gib=10
 //   kvstress sigkill --kills=2000 --seed=1 [--row=FILE]     (runs $KVSERVICE_BIN_DIR/kvservice)
 //
@@ -21,6 +22,7 @@
 #include "tests/stress/bit_flip.h"
 #include "tests/stress/campaign.h"
 #include "tests/stress/io_fault.h"
+#include "tests/stress/model_check.h"
 #include "tests/stress/power_cut.h"
 #include "tests/stress/restart.h"
 #include "tests/stress/sigkill.h"
@@ -41,11 +43,13 @@ CLI::App* AddCampaign(CLI::App* app, Flags* flags, const std::string& name, cons
                       std::function<CampaignResult()> run) {
   CLI::App* const command = app->add_subcommand(name, help);
   command->add_option("--seed", flags->seed, "Everything follows from it")->capture_default_str();
-  command->add_option(count_flag, flags->count, "How many")
-      ->default_val(default_count)
-      ->check(CLI::NonNegativeNumber);
+  // The campaigns share the place where it ends up, so the default is filled in when one is chosen.
+  const CLI::Option* const count = command->add_option(count_flag, flags->count, "How many")
+                                       ->default_str(std::to_string(default_count))
+                                       ->check(CLI::NonNegativeNumber);
   command->add_option("--row", flags->row, "Write the result to this file")->type_name("FILE");
-  command->callback([flags, name, run = std::move(run)] {
+  command->callback([flags, name, count, default_count, run = std::move(run)] {
+    if (count->empty()) flags->count = default_count;
     flags->test = name;
     flags->run = run;
   });
@@ -74,6 +78,9 @@ int Main(int argc, const char* const* argv) {
   AddCampaign(&app, &flags, "io_fault", "Lets operations on files go wrong; 0 = each in each way",
               "--faults", 0,
               [&flags] { return RunIoFaults({.seed = flags.seed, .faults = flags.count}); });
+  AddCampaign(&app, &flags, "model_check", "Compares an engine with a plain model", "--commands",
+              1'000'000,
+              [&flags] { return RunModelCheck({.seed = flags.seed, .commands = flags.count}); });
   AddCampaign(&app, &flags, "sigkill", "Kills server processes under load", "--kills", 2'000,
               [&flags] { return RunSigkills({.seed = flags.seed, .kills = flags.count}); });
   AddCampaign(&app, &flags, "restart", "Starts an engine on a large store", "--gib", 10,
