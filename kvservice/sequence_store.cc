@@ -273,7 +273,8 @@ void SequenceStore::BeginStoring(SequenceRecord* record, TierBatch* batch) {
     const StoredTables tables = {
         .model_fingerprint = model.fingerprint,
         .version = model.tables->IndexOf(version),
-        .encoded = {reinterpret_cast<const char*>(encoded.data()), encoded.size()}};
+        .encoded = {reinterpret_cast<const char*>(encoded.data()), encoded.size()},
+        .importer = model.tables->ImporterOf(version)};
     batch->puts.emplace_back(TableKey(model.fingerprint, version->digest), WriteTables(tables));
   };
   if (stored_models_.insert(model.fingerprint).second) {

@@ -66,13 +66,14 @@ absl::Status ReadError(const rocksdb::Status& status) {
   return is_lost ? RowLost(status) : DiskFailed("read", status.ToString());
 }
 
-// A disk that fails may be whole: nothing is known to be lost. RocksDB reports some of its errors
-// as corruption, with the cause in the text.
+// A disk that fails may be whole: nothing is known to be lost. While it opens, RocksDB reports some
+// of its errors as corruption or wrong options, with the cause in the text at best; a CURRENT that
+// cannot be opened looks to it like a disk that knows no direct I/O, which nobody asked for.
 bool IsDiskError(const rocksdb::Status& status) {
   if (status.IsIOError()) return !status.IsPathNotFound();
   const std::string text = status.ToString();
-  return status.IsCorruption() && absl::StrContains(text, "Can't access") &&
-         absl::StrContains(text, "IO error") && !absl::StrContains(text, "No such file");
+  if (status.IsInvalidArgument() && absl::StrContains(text, "Direct I/O")) return true;
+  return absl::StrContains(text, "IO error") && !absl::StrContains(text, "No such file");
 }
 
 absl::Status OpenError(const rocksdb::Status& status) {
