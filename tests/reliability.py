@@ -41,6 +41,9 @@ MEANINGS = {
                    "(also beyond its limits, with wrong handles, closed and opened again); each "
                    "answer and output is compared with what vectors of words say. A failure is "
                    "told as the shortest program that was found.",
+    "concurrent_history": "Threads use the same sequences at the same time (append, attend, "
+                          "truncate, look, suspend, resume) while these leave memory and come "
+                          "back. A failure: what was seen of a sequence is not linearizable.",
     "restart": "GiB of sequences in a store that was closed: the seconds until a new engine has "
                "answered its first Attend. A failure: five or more.",
     "cancel_storm": "Calls of a served engine are cancelled at random moments: unary, Attend and "

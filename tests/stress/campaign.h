@@ -19,7 +19,7 @@ struct CampaignResult {
   std::map<std::string, uint64_t> checked;
 
   void Fail(const std::string& problem) {
-    constexpr size_t kToldMax = 24;
+    constexpr size_t kToldMax = 8;
     ++failures;
     if (first_failures.size() < kToldMax) first_failures.push_back(problem);
   }

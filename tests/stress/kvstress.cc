@@ -4,6 +4,7 @@
 //   kvstress bit_flip --flips=10000 --seed=1 [--row=FILE]
 //   kvstress io_fault --seed=1 [--row=FILE]
 //   kvstress model_check --commands=5000000 --seed=1 [--row=FILE]
+//   kvstress concurrent_history --operations=200000 --seed=1 [--row=FILE]
 //   kvstress restart --gib=10
 //   kvstress sigkill --kills=2000 --seed=1 [--row=FILE]     (runs $KVSERVICE_BIN_DIR/kvservice)
 //
@@ -21,6 +22,7 @@
 
 #include "tests/stress/bit_flip.h"
 #include "tests/stress/campaign.h"
+#include "tests/stress/concurrent_history.h"
 #include "tests/stress/io_fault.h"
 #include "tests/stress/model_check.h"
 #include "tests/stress/power_cut.h"
@@ -81,6 +83,9 @@ int Main(int argc, const char* const* argv) {
   AddCampaign(&app, &flags, "model_check", "Compares an engine with a plain model", "--commands",
               1'000'000,
               [&flags] { return RunModelCheck({.seed = flags.seed, .commands = flags.count}); });
+  AddCampaign(
+      &app, &flags, "concurrent_history", "Threads use the same sequences", "--operations", 200'000,
+      [&flags] { return RunConcurrentHistories({.seed = flags.seed, .operations = flags.count}); });
   AddCampaign(&app, &flags, "sigkill", "Kills server processes under load", "--kills", 2'000,
               [&flags] { return RunSigkills({.seed = flags.seed, .kills = flags.count}); });
   AddCampaign(&app, &flags, "restart", "Starts an engine on a large store", "--gib", 10,
