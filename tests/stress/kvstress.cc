@@ -5,6 +5,8 @@
 //   kvstress io_fault --seed=1 [--row=FILE]
 //   kvstress model_check --commands=5000000 --seed=1 [--row=FILE]
 //   kvstress concurrent_history --operations=200000 --seed=1 [--row=FILE]
+//   kvstress overload --rounds=5                              (these two run it too)
+//   kvstress noisy_neighbour --rounds=5
 //   kvstress restart --gib=10
 //   kvstress sigkill --kills=2000 --seed=1 [--row=FILE]     (runs $KVSERVICE_BIN_DIR/kvservice)
 //
@@ -25,6 +27,7 @@
 #include "tests/stress/concurrent_history.h"
 #include "tests/stress/io_fault.h"
 #include "tests/stress/model_check.h"
+#include "tests/stress/overload.h"
 #include "tests/stress/power_cut.h"
 #include "tests/stress/restart.h"
 #include "tests/stress/sigkill.h"
@@ -86,6 +89,11 @@ int Main(int argc, const char* const* argv) {
   AddCampaign(
       &app, &flags, "concurrent_history", "Threads use the same sequences", "--operations", 200'000,
       [&flags] { return RunConcurrentHistories({.seed = flags.seed, .operations = flags.count}); });
+  AddCampaign(&app, &flags, "overload", "Offers a server ten times what it can do", "--rounds", 5,
+              [&flags] { return RunOverload({.seed = flags.seed, .rounds = flags.count}); });
+  AddCampaign(&app, &flags, "noisy_neighbour", "Offers too much beside another tenant", "--rounds",
+              5,
+              [&flags] { return RunNoisyNeighbour({.seed = flags.seed, .rounds = flags.count}); });
   AddCampaign(&app, &flags, "sigkill", "Kills server processes under load", "--kills", 2'000,
               [&flags] { return RunSigkills({.seed = flags.seed, .kills = flags.count}); });
   AddCampaign(&app, &flags, "restart", "Starts an engine on a large store", "--gib", 10,
