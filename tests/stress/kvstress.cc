@@ -9,6 +9,7 @@
 //   kvstress noisy_neighbour --rounds=5
 //   kvstress restart --gib=10
 //   kvstress sigkill --kills=2000 --seed=1 [--row=FILE]     (runs $KVSERVICE_BIN_DIR/kvservice)
+//   kvstress soak --seconds=600
 //
 // Exit status: 0 nothing was wrong, 1 something was, 2 wrong usage. --row writes what happened as a
 // JSON object, for tests/reliability.py.
@@ -31,6 +32,7 @@
 #include "tests/stress/power_cut.h"
 #include "tests/stress/restart.h"
 #include "tests/stress/sigkill.h"
+#include "tests/stress/soak.h"
 
 namespace kvservice::testing {
 namespace {
@@ -96,6 +98,8 @@ int Main(int argc, const char* const* argv) {
               [&flags] { return RunNoisyNeighbour({.seed = flags.seed, .rounds = flags.count}); });
   AddCampaign(&app, &flags, "sigkill", "Kills server processes under load", "--kills", 2'000,
               [&flags] { return RunSigkills({.seed = flags.seed, .kills = flags.count}); });
+  AddCampaign(&app, &flags, "soak", "Minutes of mixed load", "--seconds", 600,
+              [&flags] { return RunSoak({.seed = flags.seed, .seconds = flags.count}); });
   AddCampaign(&app, &flags, "restart", "Starts an engine on a large store", "--gib", 10,
               [&flags] { return RunRestart({.seed = flags.seed, .gib = flags.count}); });
   try {

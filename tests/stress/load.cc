@@ -209,9 +209,8 @@ LoadResult Tenant::RunClosed(uint32_t callers, double seconds) {
 absl::StatusOr<std::unique_ptr<LoadedServer>> LoadedServer::Start(
     const std::vector<std::string>& tenants, const std::vector<std::string>& arguments) {
   std::unique_ptr<LoadedServer> server(new LoadedServer());
-  std::vector<std::string> all = {"--admin-listen", "none",  "--device",     "cpu",
-                                  "--threads",      "1",     "--lanes-max",  "0",
-                                  "--log-level",    "error", "--pool-bytes", "400000000"};
+  std::vector<std::string> all = {"--device",    "cpu", "--threads",   "1",
+                                  "--lanes-max", "0",   "--log-level", "error"};
   for (const std::string& tenant : tenants) {
     all.insert(all.end(), {"--listen", "tenant=" + tenant + "," + server->endpoint(tenant)});
   }

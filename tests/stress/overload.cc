@@ -48,7 +48,8 @@ void ExpectAtMost(const Figures& figures, const std::string& name, double limit,
 }
 
 std::vector<std::string> ServerArguments() {
-  return {"--queue-calls-max", absl::StrCat(kQueueCalls)};
+  return {"--queue-calls-max", absl::StrCat(kQueueCalls), "--admin-listen", "none", "--pool-bytes",
+          "400000000"};
 }
 
 // Seconds until one call at a time is as quick as it was before, twice over.
