@@ -302,7 +302,15 @@ void Executor::Truncate(std::string_view tenant, const SequenceId& id, uint64_t 
   record->last_query_bytes = 0;
   record->deferred.clear();
   if (record->stored == nullptr) return done(Describe(*record));
-  store_.StoreCut(record, length, DescribeLater(tenant, id, std::move(done)));
+  // What this call did, though others may change the sequence while the disk is waited for.
+  SequenceInfo cut = Describe(*record);
+  cut.stored_length = std::min(cut.stored_length, length);
+  store_.StoreCut(
+      record, length,
+      [cut = std::move(cut), done = std::move(done)](const absl::Status& status) mutable {
+        if (!status.ok()) return done(status);
+        done(std::move(cut));
+      });
 }
 
 absl::StatusOr<SequenceInfo> Executor::Get(std::string_view tenant, const SequenceId& id) {

@@ -273,7 +273,8 @@ void SequenceStore::BeginStoring(SequenceRecord* record, TierBatch* batch) {
     const StoredTables tables = {
         .model_fingerprint = model.fingerprint,
         .version = model.tables->IndexOf(version),
-        .encoded = {reinterpret_cast<const char*>(encoded.data()), encoded.size()}};
+        .encoded = {reinterpret_cast<const char*>(encoded.data()), encoded.size()},
+        .importer = model.tables->ImporterOf(version)};
     batch->puts.emplace_back(TableKey(model.fingerprint, version->digest), WriteTables(tables));
   };
   if (stored_models_.insert(model.fingerprint).second) {
@@ -631,9 +632,7 @@ void SequenceStore::Lose(SequenceRecord* record) {
 void SequenceStore::BeginDrain() {
   if (!enabled()) return;
   parts_.table->ForEach([&](SequenceRecord* record) {
-    if (record->residence == Residence::kMemory && record->cache->length_max() > 0) {
-      to_drain_.push_back(record);
-    }
+    if (record->residence == Residence::kMemory) to_drain_.push_back(record);
   });
   // What was used last is what will be wanted first, should there be no room for all.
   std::sort(to_drain_.begin(), to_drain_.end(),

@@ -181,18 +181,23 @@ absl::Status Recovery::FindModel(uint64_t fingerprint,
   for (const RecoveredSequence* sequence : sequences) {
     digests.insert(sequence->identity.table_digest);
   }
-  std::map<uint32_t, std::vector<SketchTable>> versions;
+  struct Version {
+    std::vector<SketchTable> tables;
+    std::string importer;
+  };
+  std::map<uint32_t, Version> versions;
   for (const Sha256::Digest& digest : digests) {
     absl::StatusOr<std::optional<std::string>> table_row = Row(TableKey(fingerprint, digest));
     if (!table_row.ok()) return table_row.status();
     std::optional<StoredTables> tables;
     if (table_row->has_value()) tables = ReadTables(**table_row);
     if (!tables.has_value() || tables->model_fingerprint != fingerprint) continue;
-    versions[tables->version] = DecodeTables(head_dim, tables->encoded);
+    versions[tables->version] = {.tables = DecodeTables(head_dim, tables->encoded),
+                                 .importer = tables->importer};
     found_.tables.insert({fingerprint, digest});
   }
   if (!versions.contains(0)) return absl::OkStatus();
-  stored->spec.sketch_tables = std::move(versions[0]);
+  stored->spec.sketch_tables = std::move(versions[0].tables);
   versions.erase(0);
   const std::string name = stored->spec.name;
   const absl::StatusOr<uint64_t> registered = registry_->Register(std::move(stored->spec));
@@ -203,8 +208,14 @@ absl::Status Recovery::FindModel(uint64_t fingerprint,
   const Model* const model = registry_->Find(name);
   if (model->fingerprint != fingerprint) return absl::OkStatus();
   found_.models.insert(fingerprint);
-  for (auto& [version, tables] : versions) {
-    if (!tables.empty()) model->tables->Add(std::move(tables));
+  for (auto& [number, version] : versions) {
+    if (version.tables.empty()) continue;
+    if (version.importer.empty()) {
+      model->tables->Add(std::move(version.tables));
+    } else {
+      // Sequences whose tables there is no room for are lost, and say so.
+      model->tables->Import(std::move(version.tables), version.importer).IgnoreError();
+    }
   }
   for (RecoveredSequence* sequence : sequences) {
     sequence->model = model;

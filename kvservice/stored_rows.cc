@@ -161,6 +161,7 @@ std::string WriteTables(const StoredTables& tables) {
   writer.Number(tables.model_fingerprint);
   writer.Number(tables.version);
   writer.Text(tables.encoded);
+  if (!tables.importer.empty()) writer.Text(tables.importer);
   return EndRow(std::move(writer));
 }
 
@@ -170,7 +171,10 @@ std::optional<StoredTables> ReadTables(std::string_view row) {
   tables.model_fingerprint = reader.Number<uint64_t>();
   tables.version = reader.Number<uint32_t>();
   tables.encoded = reader.Text();
-  return reader.Finished() ? std::optional(std::move(tables)) : std::nullopt;
+  if (reader.Finished()) return tables;
+  tables.importer = reader.Text();
+  const bool is_whole = reader.Finished() && !tables.importer.empty();
+  return is_whole ? std::optional(std::move(tables)) : std::nullopt;
 }
 
 std::string WriteIdentity(const StoredIdentity& identity) {

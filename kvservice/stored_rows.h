@@ -63,6 +63,8 @@ struct StoredTables {
   // Place among the model's versions; 0 came with the model.
   uint32_t version = 0;
   std::string encoded;  // attention/sketch_table.h
+  // Whose sequence brought them from elsewhere; empty: they are the model's own.
+  std::string importer = {};
 };
 
 struct StoredIdentity {

@@ -1,6 +1,10 @@
 #include "kvservice/table_versions.h"
 
+#include <algorithm>
 #include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kvservice/error.h"
 
 namespace kvservice {
 namespace {
@@ -9,6 +13,15 @@ Sha256::Digest DigestOf(uint32_t head_dim, const std::vector<SketchTable>& table
   Sha256 hash;
   hash.Update(EncodeSketchTables(head_dim, tables));
   return hash.Finish();
+}
+
+absl::Status Full(const char* reason, const char* whose, uint32_t versions_max) {
+  return MakeError(
+      absl::StatusCode::kResourceExhausted,
+      absl::StrCat(whose, " ", versions_max, " versions of sketch tables, the most there may be"),
+      {.reason = reason,
+       .field = "tables.encoded",
+       .metadata = {{"versions_max", absl::StrCat(versions_max)}}});
 }
 
 }  // namespace
@@ -62,22 +75,39 @@ void TableVersions::Add(std::vector<SketchTable> tables) {
   if (latest_->digest == version->digest) return;
   for (const auto& known : versions_) {
     // It came with a sequence from elsewhere.
-    if (known->digest == version->digest) latest_ = known.get();
+    if (known->digest != version->digest) continue;
+    latest_ = known.get();
+    importers_.erase(latest_);
   }
   if (latest_->digest == version->digest || versions_.size() >= kVersionsMax) return;
   versions_.push_back(std::move(version));
   latest_ = versions_.back().get();
 }
 
-const TableVersion* TableVersions::Import(std::vector<SketchTable> tables) {
+absl::StatusOr<const TableVersion*> TableVersions::Import(std::vector<SketchTable> tables,
+                                                          std::string_view tenant) {
   auto version = std::make_unique<const TableVersion>(layout_, layer_count_, std::move(tables));
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& known : versions_) {
     if (known->digest == version->digest) return known.get();
   }
-  if (versions_.size() >= kVersionsMax) return nullptr;
+  const auto brought = std::count_if(importers_.begin(), importers_.end(),
+                                     [&](const auto& entry) { return entry.second == tenant; });
+  if (brought >= kImportedPerTenantMax) {
+    return Full("TENANT_QUOTA", "the tenant's sequences brought", kImportedPerTenantMax);
+  }
+  if (importers_.size() >= kImportedMax || versions_.size() >= kVersionsMax) {
+    return Full("TABLES_FULL", "the model has from elsewhere", kImportedMax);
+  }
   versions_.push_back(std::move(version));
+  importers_.emplace(versions_.back().get(), tenant);
   return versions_.back().get();
+}
+
+std::string TableVersions::ImporterOf(const TableVersion* version) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = importers_.find(version);
+  return found == importers_.end() ? "" : found->second;
 }
 
 }  // namespace kvservice

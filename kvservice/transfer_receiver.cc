@@ -51,13 +51,6 @@ absl::Status ModelMismatch(const std::string& name) {
       {.reason = "MODEL_MISMATCH", .field = "begin.head", .metadata = {{"model", name}}});
 }
 
-absl::Status TablesFull() {
-  return MakeError(absl::StatusCode::kResourceExhausted,
-                   absl::StrCat("the model has ", TableVersions::kVersionsMax,
-                                " versions of sketch tables, the most it may have"),
-                   {.reason = "TABLES_FULL", .field = "tables.encoded", .metadata = {}});
-}
-
 absl::Status Damaged(const char* field, const std::string& what) {
   return MakeError(absl::StatusCode::kDataLoss, absl::StrCat(what, " came damaged"),
                    {.reason = "TRANSFER_DAMAGED", .field = field, .metadata = {}});
@@ -204,8 +197,12 @@ absl::StatusOr<ReceiveReply> TransferReceiver::Take(std::string_view tenant,
   auto decoded = DecodeTables(tables, record->model->spec, (*found)->head.table_digest);
   absl::Status status = decoded.status();
   if (status.ok()) {
-    record->tables = record->model->tables->Import(*std::move(decoded));
-    status = record->tables == nullptr ? TablesFull() : TakeMemory(*found);
+    const auto imported = record->model->tables->Import(*std::move(decoded), tenant);
+    status = imported.status();
+    if (imported.ok()) {
+      record->tables = *imported;
+      status = TakeMemory(*found);
+    }
   }
   if (!status.ok()) {
     Forget(tenant, attempt);

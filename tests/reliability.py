@@ -30,6 +30,32 @@ MEANINGS = {
     "bit_flip": "A closed store is damaged: a flipped bit four times in five, else zeros, a cut "
                 "end, two files that changed places, or a file of an earlier close. A failure: a "
                 "wrong byte, or a sequence that is absent or shorter without an error.",
+    "io_fault": "Every operation on files of one workload, its crash, its closing and its opening "
+                "included, goes wrong in every way that it could, one at a time: errors once and "
+                "from then on, no space, half done, done but reported as failed, a cut, short and "
+                "flipped reads. A failure: an error that has no type or no reason, a store that "
+                "does not open once the fault is over, an acknowledged durable token that is gone, "
+                "a wrong byte, a sequence lost though no read was wrong, an operation that was not "
+                "reached.",
+    "model_check": "Random commands of two tenants to an engine with a disk tier and little memory "
+                   "(also beyond its limits, with wrong handles, closed and opened again); each "
+                   "answer and output is compared with what vectors of words say. A failure is "
+                   "told as the shortest program that was found.",
+    "concurrent_history": "Threads use the same sequences at the same time (append, attend, "
+                          "truncate, look, suspend, resume) while these leave memory and come "
+                          "back. A failure: what was seen of a sequence is not linearizable.",
+    "overload": "A server is offered ten times what it can do, at random times. A failure: goodput "
+                "below 90 % of the peak, a 99th percentile of what is answered above twice that at "
+                "the peak, more than two seconds until calls are as quick as before (medians of "
+                "the rounds), or an error that is not OVERLOADED.",
+    "noisy_neighbour": "A tenant calls steadily while another one offers 0.4 and then ten times "
+                       "that of what the server can do. A failure: the steady tenant's median "
+                       "goes up by more than a quarter or its 99th percentile by more than half "
+                       "(medians of the rounds), or one of its calls is refused.",
+    "soak": "Seconds of mixed load on a server with a disk tier and little memory: clients come "
+            "and go, append, attend, fork, truncate, suspend, resume. A failure: an error, blocks, "
+            "sequences or descriptors that stay, memory that grows by more than 4 MiB and its "
+            "noise over the second half.",
     "restart": "GiB of sequences in a store that was closed: the seconds until a new engine has "
                "answered its first Attend. A failure: five or more.",
     "cancel_storm": "Calls of a served engine are cancelled at random moments: unary, Attend and "

@@ -66,14 +66,23 @@ absl::Status ReadError(const rocksdb::Status& status) {
   return is_lost ? RowLost(status) : DiskFailed("read", status.ToString());
 }
 
+// A disk that fails may be whole: nothing is known to be lost. While it opens, RocksDB reports some
+// of its errors as corruption or wrong options, with the cause in the text at best; a CURRENT that
+// cannot be opened looks to it like a disk that knows no direct I/O, which nobody asked for.
+bool IsDiskError(const rocksdb::Status& status) {
+  if (status.IsIOError()) return !status.IsPathNotFound();
+  const std::string text = status.ToString();
+  if (status.IsInvalidArgument() && absl::StrContains(text, "Direct I/O")) return true;
+  return absl::StrContains(text, "IO error") && !absl::StrContains(text, "No such file");
+}
+
 absl::Status OpenError(const rocksdb::Status& status) {
   const std::string text = status.ToString();
   if (status.IsIOError() && absl::StrContains(text, "/LOCK")) {
     return TierError(absl::StatusCode::kFailedPrecondition, "STORE_LOCKED",
                      "the data directory is in use");
   }
-  if (status.IsIOError() && !status.IsPathNotFound()) return DiskFailed("open the store", text);
-  return StoreDamaged(text);
+  return IsDiskError(status) ? DiskFailed("open the store", text) : StoreDamaged(text);
 }
 
 enum class Phase : uint8_t { kCreating, kOpen, kClosed };
@@ -310,7 +319,7 @@ absl::StatusOr<Counts> RocksdbTier::ReadCounts() const {
   Counts counts;
   const rocksdb::Status status = database_->Get({}, kCountsKey, &value);
   if (status.IsNotFound()) return counts;
-  if (!status.ok()) return StoreDamaged(status.ToString());
+  if (!status.ok()) return OpenError(status);
   ByteReader reader(Unseal(value));
   counts.opens = reader.Number<uint64_t>();
   counts.crashes = reader.Number<uint64_t>();

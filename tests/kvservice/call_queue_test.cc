@@ -128,6 +128,70 @@ TEST_F(CallQueueTest, CloseRefusesTheNewAndHandsOutTheOld) {
   EXPECT_FALSE(queue_.Take(kNoWait, &work));
 }
 
+// ---- Tenants ----
+
+class SharedCallQueueTest : public CallQueueTest {
+ protected:
+  absl::Status Push(const char* tenant, uint32_t layer = 0) {
+    AttendCall* const call = Attend(layer, 1);
+    call->tenant = tenant;
+    return shared_.PushAttend(call);
+  }
+  // Tenants of the next batch, and the time that it takes.
+  std::string Batch(uint64_t ms) {
+    Work work;
+    EXPECT_TRUE(shared_.Take(kNoWait, &work));
+    clock_.AdvanceMs(ms);
+    std::string tenants;
+    for (const AttendCall* call : work.attends) tenants += call->tenant;
+    return tenants;
+  }
+
+  testing::FakeClock clock_;
+  CallQueue shared_{16, 8, &clock_};
+};
+
+TEST_F(SharedCallQueueTest, TenantsTakeTurns) {
+  for (int i = 0; i < 6; ++i) ASSERT_TRUE(Push("a").ok());
+  for (int i = 0; i < 2; ++i) ASSERT_TRUE(Push("b").ok());
+  ASSERT_TRUE(Push("c", 1).ok());
+  EXPECT_EQ(Batch(1), "ababaaaa") << "nobody knows yet what a row takes";
+  EXPECT_EQ(Batch(1), "c");
+}
+
+TEST_F(SharedCallQueueTest, WhoCallsBesideOthersWaitsForAShortBatchOnly) {
+  for (int i = 0; i < 6; ++i) ASSERT_TRUE(Push("a").ok());
+  ASSERT_TRUE(Push("b").ok());
+  EXPECT_EQ(Batch(7), "abaaaaa") << "a millisecond each";
+  for (int i = 0; i < 6; ++i) ASSERT_TRUE(Push("a").ok());
+  EXPECT_EQ(Batch(2), "aa");
+  ASSERT_TRUE(Push("b").ok());
+  EXPECT_EQ(Batch(2), "ba");
+  EXPECT_EQ(Batch(20), "aa");
+  EXPECT_EQ(Batch(0), "a") << "rows have become slower, and one runs always";
+}
+
+TEST_F(SharedCallQueueTest, NobodyTakesTheLastPlacesFromOthers) {
+  ASSERT_TRUE(Push("b").ok());
+  uint32_t taken = 0;
+  while (Push("a").ok()) ++taken;
+  EXPECT_EQ(taken, 8U) << "as many as are left";
+  EXPECT_EQ(DetailsOf(Push("a")).reason, "OVERLOADED");
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(Push("b").ok());
+  EXPECT_TRUE(Push("c").ok());
+  EXPECT_EQ(shared_.counts().shed_total, 2U);
+}
+
+TEST_F(SharedCallQueueTest, ATenantThatIsAloneAgainHasAllOfIt) {
+  ASSERT_TRUE(Push("b").ok());
+  ASSERT_TRUE(Push("a").ok());
+  EXPECT_EQ(Batch(40), "ba");
+  clock_.AdvanceMs(CallQueue::kSharedForNs / 1'000'000);
+  EXPECT_EQ(Batch(0), "") << "nothing waits";
+  for (int i = 0; i < 16; ++i) ASSERT_TRUE(Push("a").ok());
+  EXPECT_EQ(Batch(0), "aaaaaaaa");
+}
+
 // Stands still, and does something the third time that it is looked at.
 class BusyClock : public Clock {
  public:

@@ -136,6 +136,16 @@ TEST(StoredRowsTest, KindsAreKeptApart) {
   EXPECT_FALSE(ReadModel(WriteTables({})).has_value());
 }
 
+TEST(StoredRowsTest, TablesTellWhoBroughtThem) {
+  for (const char* importer : {"", "tenant"}) {
+    const auto read = ReadTables(WriteTables(
+        {.model_fingerprint = 1, .version = 2, .encoded = "tables", .importer = importer}));
+    ASSERT_TRUE(read.has_value());
+    EXPECT_EQ(read->encoded, "tables");
+    EXPECT_EQ(read->importer, importer);
+  }
+}
+
 // Parsers believe nothing, not even under a seal that is right: they may find other values or none,
 // and read nothing that is not theirs (the sanitizers look).
 TEST(StoredRowsTest, SealedNonsenseIsParsedInPeace) {

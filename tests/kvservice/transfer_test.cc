@@ -325,6 +325,48 @@ TEST_F(TransferTest, TablesThatTheTargetLacksComeAlongAndServeNobodyElse) {
                      9);
 }
 
+TEST_F(TransferTest, OneTenantCannotUseUpTheRoomForTables) {
+  const Handle handle = NewSequence();
+  auto begin = Attempt(source_.get(), target_.get(), handle).Send({.part = SendAsk::Part::kBegin});
+  ASSERT_TRUE(begin.ok());
+  TransferHead head = *ReadTransferHead(std::get<TransferBegin>(*begin).head);
+  const auto give = [&](const char* tenant, const TransferAttempt& attempt, TransferPart part) {
+    return Await<ReceiveReply>([&](Done<ReceiveReply> done) {
+      target_->get()->Receive(tenant, attempt, std::move(part), std::move(done));
+    });
+  };
+  const auto bring = [&](const char* tenant, size_t number) -> std::string {
+    std::vector<SketchTable> tables(4, IdentitySketchTable(64));
+    tables[0].metric[number] = 2.0F;
+    EXPECT_TRUE(NormalizeSketchTable(64, tables.data()).ok());
+    const std::vector<std::byte> encoded = EncodeSketchTables(64, tables);
+    Sha256 hash;
+    hash.Update(encoded);
+    head.table_digest = hash.Finish();
+    const auto begun = give(tenant, {}, TransferBegin{.head = WriteTransferHead(head)});
+    if (!begun.ok()) return ErrorLine(begun.status());
+    const std::string text(reinterpret_cast<const char*>(encoded.data()), encoded.size());
+    const std::string line =
+        begun->wants_tables
+            ? ErrorLine(give(tenant, begun->attempt, TransferTables{.encoded = text}).status())
+            : "known";
+    give(tenant, begun->attempt, TransferEnd{.gives_up = true}).IgnoreError();
+    return line;
+  };
+  EXPECT_EQ(bring("a", 0), "OK");
+  EXPECT_EQ(bring("a", 1), "OK");
+  EXPECT_EQ(bring("a", 2), "RESOURCE_EXHAUSTED TENANT_QUOTA tables.encoded");
+  EXPECT_EQ(bring("a", 1), "known");
+  EXPECT_EQ(bring("b", 0), "known");
+  EXPECT_EQ(bring("b", 3), "OK");
+  EXPECT_EQ(bring("b", 4), "OK");
+  EXPECT_EQ(bring("c", 5), "OK");
+  EXPECT_EQ(bring("c", 6), "OK");
+  // There is room left for what the model itself learns.
+  EXPECT_EQ(bring("d", 7), "RESOURCE_EXHAUSTED TABLES_FULL tables.encoded");
+  EXPECT_EQ(target_->get()->Stats().pool_bytes_used, 0U);
+}
+
 TEST_F(TransferTest, NobodySeesItBeforeItIsWhole) {
   const Handle handle = NewSequence();
   const EngineStats before = target_->get()->Stats();

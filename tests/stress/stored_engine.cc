@@ -38,7 +38,8 @@ class ImpatientEnv : public rocksdb::EnvWrapper {
 StoredEngine::StoredEngine(const Options& options)
     : options_(options),
       filesystem_(std::make_shared<PowerCutFilesystem>(options.filesystem)),
-      env_(std::make_unique<ImpatientEnv>(filesystem_)) {}
+      env_(std::make_unique<ImpatientEnv>(options.wrap ? options.wrap(filesystem_) : filesystem_)) {
+}
 
 absl::StatusOr<std::unique_ptr<DiskTier>> StoredEngine::OpenTier() const {
   return OpenRocksdbTier({.directory = kDirectory,

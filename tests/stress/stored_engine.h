@@ -6,6 +6,7 @@
 #include <rocksdb/env.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,6 +25,9 @@ class StoredEngine {
     PowerCutFilesystem::Options filesystem;
     // Small, so that rows reach files too.
     size_t write_buffer_bytes = size_t{256} << 10;
+    // What stands in front of the disk; unset = nothing.
+    std::function<std::shared_ptr<rocksdb::FileSystem>(std::shared_ptr<PowerCutFilesystem> disk)>
+        wrap;
   };
   explicit StoredEngine(const Options& options);
 
