@@ -120,14 +120,18 @@ TEST_F(OperationsTest, MetricsCountWhatHappened) {
            "\nkvservice_audit_rows_total{outcome=\"audited\"} 1\n",
            "\nkvservice_audit_violations_total 0\n",
            "\nkvservice_sequences 1\n",
+           "\nkvservice_model_shapes{layers=\"2\",query_heads=\"4\",kv_heads=\"2\","
+           "head_dim=\"64\",dtype=\"bfloat16\",selector=\"dense\",guarantee=\"none\","
+           "max_dropped_mass=\"1\"} 1\n",
            "\nkvservice_draining 0\n",
            "\nkvservice_disk_max_bytes 0\n",
            "\nprocess_open_fds ",
        }) {
     EXPECT_NE(page.find(line), std::string::npos) << line;
   }
-  EXPECT_EQ(page.find("default"), std::string::npos) << "tenants are not named";
-  EXPECT_EQ(page.find(kModel), std::string::npos) << "models are not named";
+  const std::string body = page.substr(page.find("\r\n\r\n"));
+  EXPECT_EQ(body.find("default"), std::string::npos) << "tenants are not named";
+  EXPECT_EQ(body.find(kModel), std::string::npos) << "models are not named";
 }
 
 // Adds up the lines of a scrape that a "sum(name{labels})" selects.
