@@ -15,7 +15,7 @@ help:
 	@echo "make demo      a real model decodes through the service       (DEMO_ARGS='--policy cpe')"
 	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
 	@echo "make hf-test   the Hugging Face adapter's tests alone (they are part of make test)"
-	@echo "make ops-test  rules, dashboard and chart by a real Prometheus and Helm (installs them)"
+	@echo "make ops-test  rules, dashboard, status page and chart by a real Prometheus, browser and Helm"
 	@echo "make deb       Debian package in build/deb/; make deb-test tries it in a clean root (as root)"
 	@echo "make build     programs in build/bin/"
 	@echo "make wheel     the Python client as a wheel in build/wheel/"
@@ -53,7 +53,7 @@ hf-test: build
 	@python3 tests/run.py --only=huggingface-tests
 
 ops-test: build
-	@deploy/setup.sh prometheus
+	@deploy/setup.sh prometheus chromium fonts-dejavu-core
 	@[ -x build/ops/bin/pytest ] || python3 -m venv build/ops
 	@build/ops/bin/pip install --quiet --disable-pip-version-check -r tests/ops/requirements.txt
 	KVSERVICE_BIN_DIR=build/bin build/ops/bin/pytest -q -p no:cacheprovider tests/ops/*_test.py
