@@ -56,6 +56,8 @@ std::string Duration(double seconds) {
   return absl::StrFormat("%u d %u h", minutes / (24 * 60), minutes / 60 % 24);
 }
 
+std::string PerSecond(double value) { return value < 100.0 ? Plain(value) : Whole(value); }
+
 std::string Percent(double value) { return absl::StrFormat("%.1f %%", value * 100.0); }
 
 std::string Number(const Figure& figure, Format format) {
@@ -206,7 +208,7 @@ std::string CallTable(const Lately& lately) {
       // Without a single good call there is no such series.
       const Figure failed = std::isnan(good.value) ? all : Difference(all, good);
       Cells cells = {Escaped(side + " " + method), Number(all, Whole), Number(failed, Whole),
-                     Number(Rate(lately.since, kCalls, labels, lately.seconds), Plain)};
+                     Number(Rate(lately.since, kCalls, labels, lately.seconds), PerSecond)};
       AddTimes(lately, kTimes, labels, &cells);
       rows.push_back(std::move(cells));
     }
