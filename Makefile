@@ -15,7 +15,7 @@ help:
 	@echo "make demo      a real model decodes through the service       (DEMO_ARGS='--policy cpe')"
 	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
 	@echo "make hf-test   the Hugging Face adapter's tests alone (they are part of make test)"
-	@echo "make ops-test  rules, dashboard, status page and chart by a real Prometheus, browser and Helm"
+	@echo "make ops-test  rules, dashboard, status page, chart and container file by the real programs"
 	@echo "make deb       Debian package in build/deb/; make deb-test tries it in a clean root (as root)"
 	@echo "make build     programs in build/bin/"
 	@echo "make wheel     the Python client as a wheel in build/wheel/"
