@@ -15,7 +15,7 @@ help:
 	@echo "make demo      a real model decodes through the service       (DEMO_ARGS='--policy cpe')"
 	@echo "make test      format, tidy, all tests, sanitizers, clang-tidy"
 	@echo "make hf-test   the Hugging Face adapter's tests alone (they are part of make test)"
-	@echo "make ops-test  rules, dashboard and chart by a real Prometheus and Helm (installs them)"
+	@echo "make ops-test  rules, dashboard, status page, chart and container file by the real programs"
 	@echo "make deb       Debian package in build/deb/; make deb-test tries it in a clean root (as root)"
 	@echo "make build     programs in build/bin/"
 	@echo "make wheel     the Python client as a wheel in build/wheel/"
@@ -42,7 +42,10 @@ wheel: setup
 	@build/venv/bin/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	  --wheel-dir build/wheel client/python
 
-demo: build
+# Without what the demo does not need: a newcomer waits for the compiler.
+demo: setup
+	@cmake --preset release --log-level=WARNING
+	@cmake --build --preset release --target kvservice kvctl kv_python_stubs
 	PYTHONPATH=client/python:build/python build/venv/bin/python -m kvservice_demo \
 	  --json build/demo.json $(DEMO_ARGS)
 
@@ -53,7 +56,7 @@ hf-test: build
 	@python3 tests/run.py --only=huggingface-tests
 
 ops-test: build
-	@deploy/setup.sh prometheus
+	@deploy/setup.sh prometheus chromium fonts-dejavu-core
 	@[ -x build/ops/bin/pytest ] || python3 -m venv build/ops
 	@build/ops/bin/pip install --quiet --disable-pip-version-check -r tests/ops/requirements.txt
 	KVSERVICE_BIN_DIR=build/bin build/ops/bin/pytest -q -p no:cacheprovider tests/ops/*_test.py

@@ -228,7 +228,8 @@ class ThreadedEngine : public Engine {
       stats = stats_;
     }
     const CallQueue::Counts counts = queue_.counts();
-    stats.models = registry_.count();
+    stats.model_shapes = registry_.Shapes();
+    stats.models = static_cast<uint32_t>(stats.model_shapes.size());
     stats.queue_calls = counts.waiting;
     stats.calls_total = counts.total;
     stats.calls_shed_total = counts.shed_total;

@@ -272,6 +272,7 @@ struct EngineStats {
   uint64_t blocks_used = 0;
   uint32_t sequences = 0;
   uint32_t models = 0;
+  std::vector<ModelShape> model_shapes;  // [models]
   uint32_t queue_calls = 0;
   // Calls that came, and how many of them were refused because the queue was full.
   uint64_t calls_total = 0;

@@ -35,6 +35,16 @@ struct ModelSpec {
   Policy default_policy;
 };
 
+// A model without its name, which is its tenants' own: what operators may know.
+struct ModelShape {
+  uint32_t layer_count = 0;
+  KvLayout layout;
+  // Of the default policy.
+  SelectorKind selector = SelectorKind::kAuto;
+  Guarantee guarantee = Guarantee::kNone;
+  float max_dropped_mass = 1.0F;
+};
+
 // Checks every field and normalises the sketch tables (fills identity tables where there are none).
 // INVALID_ARGUMENT names the field as the proto spells it ("model.head_dim").
 absl::Status ValidateModel(ModelSpec* spec);

@@ -98,6 +98,21 @@ std::vector<ModelSpec> ModelRegistry::List() const {
   return specs;
 }
 
+std::vector<ModelShape> ModelRegistry::Shapes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<ModelShape> shapes;
+  shapes.reserve(models_.size());
+  for (const auto& [name, model] : models_) {
+    const Policy& policy = model->spec.default_policy;
+    shapes.push_back({.layer_count = model->spec.layer_count,
+                      .layout = model->spec.layout,
+                      .selector = policy.selector,
+                      .guarantee = policy.guarantee,
+                      .max_dropped_mass = policy.max_dropped_mass});
+  }
+  return shapes;
+}
+
 uint32_t ModelRegistry::count() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return static_cast<uint32_t>(models_.size());

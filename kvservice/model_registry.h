@@ -49,6 +49,8 @@ class ModelRegistry {
   const Model* Find(std::string_view name) const;
   // By name.
   std::vector<ModelSpec> List() const;
+  // By name, without the tables, which are large.
+  std::vector<ModelShape> Shapes() const;
   uint32_t count() const;
 
  private:

@@ -151,9 +151,10 @@ void AddListenFlags(CLI::App* app, Flags* flags, Config* config) {
         return text == kNone ? "" : std::string(ParseEndpoint(text).status().message());
       })
       ->type_name("ADDRESS");
-  app->add_option("--metrics-listen", flags->metrics_listen,
-                  "HOST:PORT for Prometheus (/metrics) and probes (/livez, /readyz) over HTTP "
-                  "without TLS, or none; numbers alone, so it may be reached from other hosts")
+  app->add_option(
+         "--metrics-listen", flags->metrics_listen,
+         "HOST:PORT for browsers (/), Prometheus (/metrics) and probes (/livez, /readyz) over HTTP "
+         "without TLS, or none; numbers alone, so it may be reached from other hosts")
       ->check([](const std::string& text) -> std::string {
         if (text == kNone) return "";
         const absl::StatusOr<Endpoint> endpoint = ParseEndpoint(text);

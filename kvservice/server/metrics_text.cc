@@ -8,10 +8,12 @@
 
 #include <array>
 #include <fstream>
+#include <map>
 #include <sstream>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "kvservice/server/build_info.h"
 
 namespace kvservice {
@@ -25,13 +27,17 @@ using Labels = std::vector<ClientMetric::Label>;
 constexpr double kNsPerSecond = 1e9;
 constexpr double kUsPerSecond = 1e6;
 
-// In the order of Level, Action, SelectorKind and gRPC's codes.
+// In the order of Level (and Guarantee), Action, SelectorKind and DType.
 constexpr std::array<const char*, kLevelCount> kLevels = {"none", "confidence", "deterministic",
                                                           "exact"};
 constexpr std::array<const char*, kActionCount> kActions = {"selected", "reused", "grown", "dense",
                                                             "compensated"};
 constexpr std::array<const char*, 9> kSelectors = {"auto", "dense", "given",     "cis", "psaw",
                                                    "etf",  "cpe",   "certified", "scan"};
+constexpr std::array<const char*, 3> kDTypes = {"float32", "float16", "bfloat16"};
+constexpr std::array<const char*, 8> kModelLabels = {"layers",    "query_heads",     "kv_heads",
+                                                     "head_dim",  "dtype",           "selector",
+                                                     "guarantee", "max_dropped_mass"};
 
 // Families in the making.
 class Families {
@@ -57,11 +63,7 @@ class Families {
     Of(name, help, MetricType::Histogram)->metric.push_back(std::move(metric));
   }
 
-  std::string Text() const {
-    std::ostringstream text;
-    prometheus::TextSerializer().Serialize(text, families_);
-    return text.str();
-  }
+  MetricFamilies Take() { return std::move(families_); }
 
  private:
   // Metrics of one family come one after the other.
@@ -71,7 +73,7 @@ class Families {
     }
     return &families_.back();
   }
-  std::vector<MetricFamily> families_;
+  MetricFamilies families_;
 };
 
 ClientMetric::Histogram TimesOf(const TimeHistogram::Counts& counts) {
@@ -177,6 +179,25 @@ void AddEngine(const MetricsSource& source, const EngineStats& stats, Families* 
         stats.sequences_lost);
   gauge("kvservice_disk_failed", "1 once a write has failed: nothing is written any more.",
         stats.disk_is_healthy ? 0 : 1);
+}
+
+// Models of one shape are one series.
+void AddModels(const std::vector<ModelShape>& shapes, Families* families) {
+  std::map<std::vector<std::string>, uint32_t> counts;
+  for (const ModelShape& shape : shapes) {
+    ++counts[{std::to_string(shape.layer_count), std::to_string(shape.layout.query_head_count),
+              std::to_string(shape.layout.kv_head_count), std::to_string(shape.layout.head_dim),
+              kDTypes[static_cast<size_t>(shape.layout.dtype)],
+              kSelectors[static_cast<size_t>(shape.selector)],
+              kLevels[static_cast<size_t>(shape.guarantee)], absl::StrCat(shape.max_dropped_mass)}];
+  }
+  for (const auto& [values, count] : counts) {
+    Labels labels;
+    for (size_t i = 0; i < kModelLabels.size(); ++i) labels.push_back({kModelLabels[i], values[i]});
+    families->Gauge("kvservice_model_shapes",
+                    "Registered models, by their shape and the policy they stand for.", count,
+                    std::move(labels));
+  }
 }
 
 void AddAttention(const AttendStats& stats, Families* families) {
@@ -302,17 +323,24 @@ void AddProcess(Families* families) {
 
 }  // namespace
 
-std::string MetricsText(const MetricsSource& source) {
+MetricFamilies MetricsOf(const MetricsSource& source) {
   const EngineStats stats = source.engine->Stats();
   Families families;
   AddServer(source, &families);
   AddCalls(source, &families);
   AddEngine(source, stats, &families);
+  AddModels(stats.model_shapes, &families);
   AddAttention(stats.attend, &families);
   AddMasses(source.engine->masses().Read(), &families);
   AddAudits(stats.audit, &families);
   AddProcess(&families);
-  return families.Text();
+  return families.Take();
+}
+
+std::string MetricsText(const MetricFamilies& families) {
+  std::ostringstream text;
+  prometheus::TextSerializer().Serialize(text, families);
+  return text.str();
 }
 
 }  // namespace kvservice

@@ -1,15 +1,21 @@
 // Everything that Prometheus may know about a server, in its text format (version 0.0.4). Names
-// carry units; of every ratio both parts are there; no name of a tenant, a model or a sequence is.
+// carry units; of every ratio both parts are there; no name of a tenant, a model or a sequence is;
+// of models their shapes are.
 
 #ifndef KVSERVICE_KVSERVICE_SERVER_METRICS_TEXT_H_
 #define KVSERVICE_KVSERVICE_SERVER_METRICS_TEXT_H_
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "kvservice/engine.h"
 #include "kvservice/server/call_metrics.h"
 #include "kvservice/server/in_flight.h"
+
+namespace prometheus {
+struct MetricFamily;
+}  // namespace prometheus
 
 namespace kvservice {
 
@@ -26,8 +32,13 @@ struct MetricsSource {
   bool draining = false;
 };
 
+using MetricFamilies = std::vector<prometheus::MetricFamily>;
+
+// What every page shows is made of these and of nothing else. Any thread.
+MetricFamilies MetricsOf(const MetricsSource& source);
+
 // Any thread.
-std::string MetricsText(const MetricsSource& source);
+std::string MetricsText(const MetricFamilies& families);
 
 }  // namespace kvservice
 

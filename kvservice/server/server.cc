@@ -12,9 +12,9 @@
 #include "kvservice/server/call.h"
 #include "kvservice/server/gate.h"
 #include "kvservice/server/lane_server.h"
-#include "kvservice/server/metrics_text.h"
 #include "kvservice/server/rpc_server.h"
 #include "kvservice/server/service.h"
+#include "kvservice/server/web_pages.h"
 #include "kvservice/server/web_server.h"
 
 namespace kvservice {
@@ -91,7 +91,7 @@ class ServerOnEngine final : public Server {
   absl::Status StartLanes();
   absl::Status StartAdmin();
   absl::Status StartWeb();
-  WebPages Pages();
+  MetricsSource Metrics() const;
   ServiceHost HostFor(CallGate* gate, InFlight* in_flight) {
     return {.calls = {.gate = gate, .in_flight = in_flight, .clock = seams_.clock},
             .engine = engine_,
@@ -222,31 +222,21 @@ absl::Status ServerOnEngine::StartAdmin() {
 
 absl::Status ServerOnEngine::StartWeb() {
   absl::StatusOr<std::unique_ptr<WebServer>> web =
-      StartWebServer(*options_.metrics_listen, Pages());
+      StartWebServer(*options_.metrics_listen, PagesOf([this] { return Metrics(); }));
   if (!web.ok()) return web.status();
   web_ = *std::move(web);
   return absl::OkStatus();
 }
 
-WebPages ServerOnEngine::Pages() {
-  WebPages pages;
-  pages["/metrics"] = [this] {
-    return WebPage{.content_type = "text/plain; version=0.0.4; charset=utf-8",
-                   .body = MetricsText({.engine = engine_,
-                                        .data_calls = &data_gate_.metrics(),
-                                        .admin_calls = &admin_gate_.metrics(),
-                                        .data_in_flight = &data_in_flight_,
-                                        .sequences_max = options_.engine.sequences_max,
-                                        .queue_calls_max = options_.engine.queue_calls_max,
-                                        .uptime_ns = seams_.clock->SteadyNowNs() - started_ns_,
-                                        .draining = data_gate_.closed()})};
-  };
-  pages["/livez"] = [] { return WebPage{.body = "alive\n"}; };
-  pages["/readyz"] = [this] {
-    return data_gate_.closed() ? WebPage{.status = 503, .body = "draining\n"}
-                               : WebPage{.body = "ready\n"};
-  };
-  return pages;
+MetricsSource ServerOnEngine::Metrics() const {
+  return {.engine = engine_,
+          .data_calls = &data_gate_.metrics(),
+          .admin_calls = &admin_gate_.metrics(),
+          .data_in_flight = &data_in_flight_,
+          .sequences_max = options_.engine.sequences_max,
+          .queue_calls_max = options_.engine.queue_calls_max,
+          .uptime_ns = seams_.clock->SteadyNowNs() - started_ns_,
+          .draining = data_gate_.closed()};
 }
 
 absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {

@@ -43,8 +43,9 @@ struct ServerOptions {
   // Operations: statistics, sequences of all tenants, drain. None = no admin side. As `listen`,
   // but callers need the role admin for everything.
   std::optional<Endpoint> admin_listen;
-  // Metrics, and whether the server is alive and ready, over HTTP without TLS: /metrics, /livez and
-  // /readyz. Numbers alone; may be an address that others reach. None = not served.
+  // Metrics, a status page of them, and whether the server is alive and ready, over HTTP without
+  // TLS: /metrics, /, /livez and /readyz. Numbers alone; may be an address that others reach. None
+  // = not served.
   std::optional<Endpoint> metrics_listen;
   // Threads that receive and parse; the engine's threads are the device's.
   uint32_t io_threads = 1;

@@ -21,6 +21,11 @@ constexpr char kRequestBytesMax[] = "8192";
 // For a request to come and for its answer to be taken.
 constexpr char kRequestTimeoutMs[] = "10000";
 
+// Style sheets come from here, the empty icon from the page itself, and nothing else at all.
+constexpr char kContentPolicy[] =
+    "default-src 'none'; style-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'";
+
 constexpr std::chrono::milliseconds kKnockEvery{10};
 
 // Connects to whoever listens there, without waiting, and goes away.
@@ -118,7 +123,8 @@ class CivetServerOnPages final : public WebServer {
         "HTTP/1.1 ", page.status, " ", StatusText(page.status),
         "\r\nContent-Type: ", page.content_type, "\r\nContent-Length: ", page.body.size(),
         "\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff"
-        "\r\nConnection: close\r\n\r\n");
+        "\r\nReferrer-Policy: no-referrer\r\nContent-Security-Policy: ",
+        kContentPolicy, "\r\nConnection: close\r\n\r\n");
     mg_write(connection, head.data(), head.size());
     const bool with_body = std::string_view(request->request_method) != "HEAD";
     if (with_body) mg_write(connection, page.body.data(), page.body.size());

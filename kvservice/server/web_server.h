@@ -1,5 +1,6 @@
-// A small HTTP/1.1 server for pages that are read by scrapers and people: GET and HEAD, plain text,
-// no TLS. Bounded: kWebThreads requests at a time, a few more connections wait.
+// A small HTTP/1.1 server for pages that are read by scrapers and people: GET and HEAD, no TLS, no
+// scripts, nothing from elsewhere and in nobody's frame (the policy is sent with every page).
+// Bounded: kWebThreads requests at a time, a few more connections wait.
 
 #ifndef KVSERVICE_KVSERVICE_SERVER_WEB_SERVER_H_
 #define KVSERVICE_KVSERVICE_SERVER_WEB_SERVER_H_

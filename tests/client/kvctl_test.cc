@@ -215,41 +215,10 @@ TEST_F(KvctlTest, ExplainsLimits) {
   EXPECT_EQ(Run("explain 12").exit, 2);
 }
 
-// A device whose bounds are too small by a thousandth: the audit says so and the status tells it.
+// The audit says that bounds were wrong, and the status tells it.
 TEST(KvctlAuditTest, AViolationIsAnExitStatus) {
-  auto device = std::make_unique<WatchedDevice>(*NewDevice("reference", {}));
-  device->set_after([](const LayerShape&, absl::Span<AttendRow> rows) {
-    if (rows[0].plan.prove == Guarantee::kExact) return;
-    for (uint32_t head = 0; head < 4; ++head) {
-      HeadCertificate* certificate = &rows[0].certificates[head];
-      certificate->level = Level::kDeterministic;
-      certificate->dropped_mass_upper.value = certificate->dropped_mass_lower.value * 0.999;
-    }
-  });
-  ServedEngineOptions options;
-  options.engine.audit_rate = 1.0;
-  options.device = std::move(device);
-  const ServedEngine served(std::move(options));
-  const std::string tenant = ListenAddress::kDefaultTenant;
-  std::promise<Handle> created;
-  CreateOptions create;
-  create.model = kModel;
-  served.engine()->Create(tenant, create, [&](const absl::StatusOr<SequenceInfo>& info) {
-    created.set_value({.id = info->id, .generation = info->generation});
-  });
-  const Handle handle = created.get_future().get();
-  EXPECT_TRUE(
-      AppendStep(served.model(), handle, 0, 0, Counting(0, 300), tenant).Run(served.engine()).ok());
-  Policy policy = DefaultPolicy(SelectorKind::kCertified);
-  policy.guarantee = Guarantee::kDeterministic;
-  policy.dense_below_tokens = 0;
-  policy.layers.clear();
-  AttendStep attend(served.model(), 0, tenant);
-  attend.Add(handle, 300, {300});
-  attend.call.policy = &policy;
-  ASSERT_TRUE(attend.Run(served.engine()).ok());
-
-  const std::string id = HexOf(handle.id);
+  const ServedEngine served(WithWrongBounds());
+  const std::string id = MakeWronglyBounded(served);
   const auto run = [&](const std::string& arguments) {
     return RunKvctl(EnvironmentOf(served), arguments).exit;
   };

@@ -2,26 +2,23 @@
 has data, every rule evaluates, every alert has something to look at and none fires; and promtool's
 own tests of when they fire. Run by `make ops-test`; needs prometheus and promtool."""
 
+import html
 import json
 import math
 import os
 import pathlib
 import re
-import signal
-import socket
 import subprocess
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-BIN = pathlib.Path(os.environ.get("KVSERVICE_BIN_DIR", ROOT / "build" / "bin"))
+from live_server import LIMIT_S, ROOT, LiveServer, fetch, free_port
+
 RULES = ROOT / "deploy" / "prometheus" / "kvservice.rules.yml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "kvservice.dashboard.json"
-LIMIT_S = 90
 
 CONFIG = """
 global: {{scrape_interval: 1s, evaluation_interval: 1s}}
@@ -32,59 +29,17 @@ scrape_configs:
 """
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def fetch(url):
-    with urllib.request.urlopen(url, timeout=10) as reply:
-        return reply.read().decode()
-
-
-class Setup:
-    """A server, a Prometheus, and a client that keeps the server busy."""
+class Setup(LiveServer):
+    """A server, and a Prometheus that scrapes it."""
 
     def __init__(self, folder):
-        self.folder = folder
-        self.endpoint = f"unix:{folder}/socket"
-        self.metrics = f"127.0.0.1:{free_port()}"
+        super().__init__(folder)
         self.prometheus = f"127.0.0.1:{free_port()}"
-        self.processes = []
-        self.start(folder, "server", [
-            str(BIN / "kvservice"), "--listen", self.endpoint, "--pool-bytes", "256MiB",
-            "--data-dir", f"{folder}/data", "--audit-rate", "1", "--slow-call", "1ms",
-            "--metrics-listen", self.metrics])
         config = folder / "prometheus.yml"
         config.write_text(CONFIG.format(rules=RULES, target=self.metrics))
-        self.start(folder, "prometheus", [
+        self.start("prometheus", [
             "prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder}/tsdb",
             f"--web.listen-address={self.prometheus}", "--log.level=warn"])
-
-    def start(self, folder, name, command):
-        with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-            self.processes.append(
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
-
-    def stop(self):
-        for process in self.processes:
-            process.send_signal(signal.SIGTERM)
-        for process in self.processes:
-            process.wait(timeout=30)
-
-    def kvctl(self, *arguments):
-        return subprocess.run([str(BIN / "kvctl"), "--endpoint", self.endpoint, *arguments],
-                              capture_output=True, text=True, check=False)
-
-    def load(self):
-        """A second or so of it: chosen tokens, dense ones, and a call that fails."""
-        for arguments in (["bench", "--policy=certified", "--tokens=4096", "--count=60"],
-                          ["bench", "--policy=cis", "--tokens=4096", "--count=20"],
-                          ["bench", "--policy=dense", "--tokens=512", "--count=60"]):
-            outcome = self.kvctl(*arguments)
-            assert outcome.returncode in (0, 4), outcome.stderr
-        self.kvctl("sequence", "suspend", "0" * 32)
 
     def query(self, expression):
         """Values of an instant query, without those that are no numbers."""
@@ -100,10 +55,13 @@ class Setup:
 
     def load_until(self, expressions):
         """Loads until all of them have values; returns those that have none in the end."""
+        return self.missing_after(expressions, self.load)
+
+    def missing_after(self, expressions, load=lambda: None):
         missing = list(expressions)
         end = time.monotonic() + LIMIT_S
         while missing and time.monotonic() < end:
-            self.load()
+            load()
             try:
                 missing = [expression for expression in missing if not self.query(expression)]
             except urllib.error.URLError:
@@ -137,6 +95,47 @@ def test_every_panel_has_data(setup):
     expressions = list(panel_expressions())
     assert len(expressions) > 30
     assert setup.load_until(expressions) == []
+
+
+def test_every_panel_has_data_after_the_demo(tmp_path):
+    demo = [str(ROOT / "build" / "venv" / "bin" / "python"), "-m", "kvservice_demo",
+            "--policy", "certified", "--policy", "cpe", "--tokens", "16"]
+    paths = [str(ROOT / "client" / "python"), str(ROOT / "build" / "python")]
+    setup = Setup(tmp_path)
+    try:
+        outcome = subprocess.run([*demo, "--endpoint", setup.endpoint], capture_output=True,
+                                 text=True, check=False,
+                                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        # Nothing else has called: what is missing now stays so.
+        assert setup.missing_after(panel_expressions()) == []
+    finally:
+        setup.stop()
+
+
+def numbers_on_page(page):
+    """Expression and value of each number that is not one of the last seconds, nor of the process
+    alone (those change between any two looks)."""
+    found = re.findall(r'<data value="([^"]*)" title="([^"]*)">', page)
+    numbers = {html.unescape(title): float(value) for value, title in found}
+    return {expression: value for expression, value in numbers.items()
+            if "rate(" not in expression and "sum(process_" not in expression
+            and "uptime" not in expression}
+
+
+def test_the_status_page_says_what_prometheus_computes(setup):
+    assert setup.load_until(["kvservice_audit_certificates_total"]) == []
+    end = time.monotonic() + LIMIT_S
+    different = {"nothing was compared": ()}
+    while different and time.monotonic() < end:
+        # Audits may still run, and scrapes are a second apart.
+        numbers = numbers_on_page(fetch(f"http://{setup.metrics}/status"))
+        different = {expression: (value, setup.query(expression))
+                     for expression, value in numbers.items()
+                     if setup.query(expression) != [pytest.approx(value, rel=1e-12)]}
+    assert different == {}
+    assert len(numbers) > 80
+    assert sum("histogram_quantile" in expression for expression in numbers) > 10
 
 
 def test_every_rule_evaluates_and_no_alert_fires(setup):

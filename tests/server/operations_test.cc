@@ -10,9 +10,15 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <regex>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
+#include "absl/strings/str_replace.h"
+#include "absl/strings/str_split.h"
 #include "kvservice/server/call_metrics.h"
 #include "kvservice/server/live_policies.h"
 #include "kvservice/v1/attention.grpc.pb.h"
@@ -114,14 +120,78 @@ TEST_F(OperationsTest, MetricsCountWhatHappened) {
            "\nkvservice_audit_rows_total{outcome=\"audited\"} 1\n",
            "\nkvservice_audit_violations_total 0\n",
            "\nkvservice_sequences 1\n",
+           "\nkvservice_model_shapes{layers=\"2\",query_heads=\"4\",kv_heads=\"2\","
+           "head_dim=\"64\",dtype=\"bfloat16\",selector=\"dense\",guarantee=\"none\","
+           "max_dropped_mass=\"1\"} 1\n",
            "\nkvservice_draining 0\n",
            "\nkvservice_disk_max_bytes 0\n",
            "\nprocess_open_fds ",
        }) {
     EXPECT_NE(page.find(line), std::string::npos) << line;
   }
-  EXPECT_EQ(page.find("default"), std::string::npos) << "tenants are not named";
+  const std::string body = page.substr(page.find("\r\n\r\n"));
+  EXPECT_EQ(body.find("default"), std::string::npos) << "tenants are not named";
+  EXPECT_EQ(body.find(kModel), std::string::npos) << "models are not named";
+}
+
+// Adds up the lines of a scrape that a "sum(name{labels})" selects.
+double SumInScrape(const std::string& scrape, const std::string& expression) {
+  const std::string selected = expression.substr(4, expression.size() - 5);
+  const std::string name = selected.substr(0, selected.find('{'));
+  std::vector<std::string> labels;
+  if (name != selected) {
+    labels =
+        absl::StrSplit(selected.substr(name.size() + 1, selected.size() - name.size() - 2), ',');
+  }
+  double sum = 0.0;
+  for (const std::string& line : std::vector<std::string>(absl::StrSplit(scrape, '\n'))) {
+    const bool is_named = line.starts_with(name + "{") || line.starts_with(name + " ");
+    const bool matches = std::all_of(labels.begin(), labels.end(), [&](const std::string& label) {
+      return line.find(label) != std::string::npos;
+    });
+    if (is_named && matches) sum += std::stod(line.substr(line.rfind(' ') + 1));
+  }
+  return sum;
+}
+
+TEST_F(OperationsTest, TheStatusPageSaysWhatTheMetricsSay) {
+  v1::Policy policy;
+  policy.set_name("everywhere");
+  ASSERT_TRUE(AttendWith(policy).ok());
+  policy.set_name("nobody knows");
+  ASSERT_FALSE(AttendWith(policy).ok());
+  ASSERT_TRUE(Eventually([&] { return served_.engine()->Stats().audit.rows_audited == 1; }));
+  const std::string page = Get(Web(), "/status");
+  const std::string scrape = Get(Web(), "/metrics");
+  const std::regex number("<data value=\"([^\"]*)\" title=\"(sum\\(kvservice_[^()]*\\))\">");
+  size_t compared = 0;
+  for (std::sregex_iterator at(page.begin(), page.end(), number), end; at != end; ++at) {
+    const std::string expression = absl::StrReplaceAll((*at)[2].str(), {{"&quot;", "\""}});
+    if (expression == "sum(kvservice_uptime_seconds)") continue;
+    // Scrapes have 16 digits.
+    EXPECT_DOUBLE_EQ(std::stod((*at)[1]), SumInScrape(scrape, expression)) << expression;
+    ++compared;
+  }
+  EXPECT_GT(compared, 50U);
+  EXPECT_THAT(page, AllOf(HasSubstr(">NOT_FOUND<"), HasSubstr(">data Attend<"),
+                          HasSubstr(">serving<"), HasSubstr("max_dropped_mass=&quot;1&quot;")));
   EXPECT_EQ(page.find(kModel), std::string::npos) << "models are not named";
+  EXPECT_EQ(page.find("nobody knows"), std::string::npos);
+}
+
+TEST_F(OperationsTest, PagesAreClosedToEverythingElse) {
+  for (const auto& [path, type] :
+       {std::pair{"/", "text/html"}, std::pair{"/status", "text/html"},
+        std::pair{"/status.css", "text/css"}, std::pair{"/metrics", "text/plain"}}) {
+    EXPECT_THAT(
+        Get(Web(), path),
+        AllOf(StartsWith("HTTP/1.1 200 "), HasSubstr("\r\nContent-Type: " + std::string(type)),
+              HasSubstr("\r\nContent-Security-Policy: default-src 'none'; "),
+              HasSubstr("frame-ancestors 'none'"), Not(HasSubstr("unsafe")),
+              HasSubstr("\r\nX-Content-Type-Options: nosniff\r\n"),
+              HasSubstr("\r\nCache-Control: no-store\r\n")))
+        << path;
+  }
 }
 
 TEST_F(OperationsTest, ErrorsAreCountedByTheirCode) {
@@ -139,7 +209,7 @@ TEST_F(OperationsTest, ProbesAndNothingElse) {
               AllOf(StartsWith("HTTP/1.1 200 "), HasSubstr("\r\n\r\nalive\n")));
   EXPECT_THAT(Get(Web(), "/readyz"), StartsWith("HTTP/1.1 200 "));
   EXPECT_THAT(Get(Web(), "/readyz?verbose"), StartsWith("HTTP/1.1 200 "));
-  for (const char* const path : {"/", "/metrics/", "/../etc/passwd", "/livez/x"}) {
+  for (const char* const path : {"/status/", "/metrics/", "/../etc/passwd", "/livez/x"}) {
     EXPECT_THAT(Get(Web(), path), StartsWith("HTTP/1.1 404 ")) << path;
   }
   EXPECT_THAT(Talk(Web(), "POST /metrics HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"),
@@ -176,6 +246,7 @@ TEST(OperationsDrainTest, DrainingIsNotReady) {
   const std::string page = Get(web, "/metrics");
   EXPECT_THAT(page, HasSubstr("\nkvservice_draining 1\n"));
   EXPECT_THAT(page, HasSubstr("\nkvservice_requests_in_flight 1\n"));
+  EXPECT_THAT(Get(web, "/"), AllOf(StartsWith("HTTP/1.1 200 "), HasSubstr(">not serving<")));
   brake.Set(false);
   caller.join();
   drain.join();
