@@ -43,7 +43,7 @@ std::string Bytes(double value) {
   constexpr std::array<const char*, 5> kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
   size_t unit = 0;
   for (; value >= 1024.0 && unit + 1 < kUnits.size(); ++unit) value /= 1024.0;
-  return absl::StrFormat(unit == 0 ? "%.0f %s" : "%.1f %s", value, kUnits[unit]);
+  return absl::StrFormat("%.*f %s", unit == 0 ? 0 : 1, value, kUnits[unit]);
 }
 
 std::string Duration(double seconds) {
@@ -207,7 +207,8 @@ std::string CallTable(const Lately& lately) {
       const Figure good = SumOf(lately.now, kCalls, served);
       // Without a single good call there is no such series.
       const Figure failed = std::isnan(good.value) ? all : Difference(all, good);
-      Cells cells = {Escaped(side + " " + method), Number(all, Whole), Number(failed, Whole),
+      Cells cells = {Escaped(absl::StrCat(side, " ", method)), Number(all, Whole),
+                     Number(failed, Whole),
                      Number(Rate(lately.since, kCalls, labels, lately.seconds), PerSecond)};
       AddTimes(lately, kTimes, labels, &cells);
       rows.push_back(std::move(cells));

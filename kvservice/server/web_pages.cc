@@ -3,7 +3,6 @@
 #include <prometheus/metric_family.h>
 
 #include <memory>
-#include <utility>
 
 #include "kvservice/server/status_page.h"
 
@@ -16,7 +15,7 @@ constexpr char kPrometheusText[] = "text/plain; version=0.0.4; charset=utf-8";
 
 }  // namespace
 
-WebPages PagesOf(std::function<MetricsSource()> source) {
+WebPages PagesOf(const std::function<MetricsSource()>& source) {
   const std::shared_ptr<StatusPage> status = NewStatusPage();
   const auto look = [source, status](uint32_t refresh_s) {
     return [source, status, refresh_s] {

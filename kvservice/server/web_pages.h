@@ -17,7 +17,7 @@ inline constexpr uint32_t kStatusRefreshS = 10;
 
 // /metrics, the status page with its style sheet, /livez and /readyz. `source` is called on the web
 // server's threads, and what it borrows outlives the pages.
-WebPages PagesOf(std::function<MetricsSource()> source);
+WebPages PagesOf(const std::function<MetricsSource()>& source);
 
 }  // namespace kvservice
 
