@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kvservice/error.h"
@@ -179,6 +180,32 @@ TEST_F(StoredEngineTest, SketchesComeBackWithTheirBits) {
   const std::vector<double> before = certify();
   Restart();
   EXPECT_EQ(certify(), before);
+}
+
+// The disk answers later than the calls come: each tells what it did itself.
+TEST_F(StoredEngineTest, TruncatesOneBehindTheOtherTellTheirOwnLengthAndGeneration) {
+  const Handle handle = engine_->NewSequence();
+  FillDurably(handle, 0, Counting(0, 100));
+  std::vector<std::promise<absl::StatusOr<SequenceInfo>>> promises(3);
+  for (uint32_t i = 0; i < 3; ++i) {
+    engine_->get()->Truncate(kTenant, handle.id, handle.generation + i, 90 - 30 * i,
+                             [&promises, i](absl::StatusOr<SequenceInfo> info) {
+                               promises[i].set_value(std::move(info));
+                             });
+  }
+  for (uint32_t i = 0; i < 3; ++i) {
+    const auto info = promises[i].get_future().get();
+    ASSERT_TRUE(info.ok()) << info.status();
+    EXPECT_EQ(info->generation, handle.generation + i + 1);
+    EXPECT_EQ(info->length, 90 - 30 * i);
+    EXPECT_EQ(info->stored_length, 90 - 30 * i);
+  }
+}
+
+TEST_F(StoredEngineTest, ASequenceWithoutTokensSurvivesADrain) {
+  const Handle handle = engine_->NewSequence();
+  Restart();
+  ExpectWords(handle, {});
 }
 
 TEST_F(StoredEngineTest, ATruncateSurvivesACrash) {
