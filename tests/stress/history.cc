@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -21,7 +22,10 @@ struct State {
   uint64_t generation = 0;
   bool is_suspended = false;
   Words words;
-  friend auto operator<=>(const State&, const State&) = default;
+  friend bool operator<(const State& a, const State& b) {
+    return std::tie(a.generation, a.is_suspended, a.words) <
+           std::tie(b.generation, b.is_suspended, b.words);
+  }
 };
 
 double LseOf(const Words& words) {

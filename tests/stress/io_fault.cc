@@ -427,6 +427,7 @@ std::vector<Point> AllPoints(const IoFaultOptions& options, CampaignResult* resu
   std::vector<Point> points;
   uint64_t operations = 0;
   for (const auto& [operation, count] : counts) {
+    if (!options.only.empty() && operation != options.only) continue;
     operations += count;
     for (uint64_t nth = 1; nth <= count; ++nth) {
       for (const Fault fault : kFaults) {

@@ -6,6 +6,7 @@
 #define KVSERVICE_TESTS_STRESS_IO_FAULT_H_
 
 #include <cstdint>
+#include <string>
 
 #include "tests/stress/campaign.h"
 
@@ -15,6 +16,8 @@ struct IoFaultOptions {
   uint64_t seed = 1;
   // A random part of all (operation, fault); 0 = all.
   uint64_t faults = 0;
+  // Operations of this name alone; empty = all.
+  std::string only = {};
   // Appends and syncs that fail do not say so: the campaign must notice.
   bool hides = false;
 };

@@ -90,7 +90,7 @@ struct Tenant::Flight {
 // Calls under way and what became of them. Thread-safe.
 class Tenant::Flights {
  public:
-  Flights(Tenant* tenant) : tenant_(tenant) {}
+  explicit Flights(Tenant* tenant) : tenant_(tenant) {}
 
   void Send(Clock::time_point due) {
     auto flight = std::make_shared<Flight>();

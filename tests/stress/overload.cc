@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <map>
 #include <memory>
 #include <string>
@@ -37,7 +38,7 @@ void NoteErrors(const char* phase, const LoadResult& load, CampaignResult* resul
 
 void Conclude(const Figures& figures, CampaignResult* result) {
   for (const auto& [name, values] : figures) {
-    result->checked[name] = static_cast<uint64_t>(MedianOf(values) + 0.5);
+    result->checked[name] = static_cast<uint64_t>(std::llround(MedianOf(values)));
   }
 }
 

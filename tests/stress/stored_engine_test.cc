@@ -7,11 +7,15 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "attention/sketch_table.h"
 #include "kvservice/error.h"
+#include "kvservice/sha256.h"
 #include "kvservice/stored_progress.h"
 #include "kvservice/stored_rows.h"
+#include "kvservice/transfer.h"
 #include "tests/stress/stored_engine.h"
 
 namespace kvservice::testing {
@@ -179,6 +183,68 @@ TEST_F(StoredEngineTest, SketchesComeBackWithTheirBits) {
   const std::vector<double> before = certify();
   Restart();
   EXPECT_EQ(certify(), before);
+}
+
+// Whoever sends a sequence chooses for nobody else, before and after a restart.
+TEST_F(StoredEngineTest, TablesThatCameWithASequenceServeNobodyElseAfterARestart) {
+  std::vector<SketchTable> tables(size_t{kLayers} * 2, IdentitySketchTable(64));
+  tables[0].metric[5] = 2.0F;
+  ASSERT_TRUE(NormalizeSketchTable(64, tables.data()).ok());
+  const std::vector<std::byte> encoded = EncodeSketchTables(64, tables);
+  Sha256 hash;
+  hash.Update(encoded);
+  TransferHead head;
+  head.model = kModel;
+  head.model_fingerprint = *engine_->get()->RegisterModel(engine_->model());
+  head.table_digest = hash.Finish();
+  head.lengths = {0, 0};
+  head.policy = engine_->model().default_policy;
+  const auto give = [&](const TransferAttempt& attempt, TransferPart part) {
+    std::promise<absl::StatusOr<ReceiveReply>> promise;
+    engine_->get()->Receive(
+        kTenant, attempt, std::move(part),
+        [&](absl::StatusOr<ReceiveReply> reply) { promise.set_value(std::move(reply)); });
+    return promise.get_future().get();
+  };
+  const auto begun = give({}, TransferBegin{.head = WriteTransferHead(head)});
+  ASSERT_TRUE(begun.ok()) << begun.status();
+  const std::string text(reinterpret_cast<const char*>(encoded.data()), encoded.size());
+  ASSERT_TRUE(give(begun->attempt, TransferTables{.encoded = text}).ok());
+  const auto ended = give(begun->attempt, TransferEnd());
+  ASSERT_TRUE(ended.ok() && ended->sequence.has_value()) << ended.status();
+  const Handle came = {.id = ended->sequence->id, .generation = ended->sequence->generation};
+  FillDurably(came, 0, Counting(0, 70));
+
+  Restart();
+  EXPECT_EQ(engine_->Get(ExpectWords(came, Counting(0, 70)))->sketch_table_digest,
+            head.table_digest);
+  EXPECT_NE(engine_->Get(engine_->NewSequence())->sketch_table_digest, head.table_digest);
+}
+
+// The disk answers later than the calls come: each tells what it did itself.
+TEST_F(StoredEngineTest, TruncatesOneBehindTheOtherTellTheirOwnLengthAndGeneration) {
+  const Handle handle = engine_->NewSequence();
+  FillDurably(handle, 0, Counting(0, 100));
+  std::vector<std::promise<absl::StatusOr<SequenceInfo>>> promises(3);
+  for (uint32_t i = 0; i < 3; ++i) {
+    engine_->get()->Truncate(kTenant, handle.id, handle.generation + i, 90 - 30 * i,
+                             [&promises, i](absl::StatusOr<SequenceInfo> info) {
+                               promises[i].set_value(std::move(info));
+                             });
+  }
+  for (uint32_t i = 0; i < 3; ++i) {
+    const auto info = promises[i].get_future().get();
+    ASSERT_TRUE(info.ok()) << info.status();
+    EXPECT_EQ(info->generation, handle.generation + i + 1);
+    EXPECT_EQ(info->length, 90 - 30 * i);
+    EXPECT_EQ(info->stored_length, 90 - 30 * i);
+  }
+}
+
+TEST_F(StoredEngineTest, ASequenceWithoutTokensSurvivesADrain) {
+  const Handle handle = engine_->NewSequence();
+  Restart();
+  ExpectWords(handle, {});
 }
 
 TEST_F(StoredEngineTest, ATruncateSurvivesACrash) {
