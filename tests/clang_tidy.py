@@ -88,16 +88,17 @@ def main():
               if not sys.argv[1:] or any(source.startswith(prefix) for prefix in sys.argv[1:])]
     stamps = {source: CLEAN / fingerprint(source, sources[source], common) for source in chosen}
     stale = [source for source in chosen if not stamps[source].exists()]
-    bad = 0
+    bad = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for source, messages in zip(stale, pool.map(check, stale)):
             if messages:
-                bad += 1
-                print(messages.strip(), flush=True)
+                bad.append(messages.strip())
             else:
                 stamps[source].touch()
                 print(f"{source}: clean", flush=True)
-    print(f"{len(chosen)} sources, {len(stale)} checked now, {bad} with messages")
+    # Last, where they are seen.
+    print("\n".join(bad))
+    print(f"{len(chosen)} sources, {len(stale)} checked now, {len(bad)} with messages")
     return 1 if bad else 0
 
 

@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "tests/client/kvctl_run.h"
 #include "tests/client/scripted_server.h"
 #include "tests/server/program.h"
@@ -275,7 +276,9 @@ TEST_P(GoldenTest, NothingIsMissing) {
   size_t verb_count = 0;
   for (const std::string& noun : WordsAfter("")) {
     std::vector<std::string> commands;
-    for (const std::string& verb : WordsAfter(noun)) commands.push_back(noun + " " + verb);
+    for (const std::string& verb : WordsAfter(noun)) {
+      commands.push_back(absl::StrCat(noun, " ", verb));
+    }
     if (commands.empty()) commands.push_back(noun);
     for (const std::string& command : commands) {
       const std::regex shown("\\$ kvctl " + command + "[ \\n]");

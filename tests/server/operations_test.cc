@@ -104,6 +104,10 @@ TEST_F(OperationsTest, MetricsCountWhatHappened) {
   const std::string page = Get(Web(), "/metrics");
   EXPECT_THAT(page, StartsWith("HTTP/1.1 200 OK\r\n"));
   EXPECT_THAT(page, HasSubstr("\r\nContent-Type: text/plain; version=0.0.4"));
+  constexpr const char* kShapes =
+      "\nkvservice_model_shapes{layers=\"2\",query_heads=\"4\",kv_heads=\"2\","
+      "head_dim=\"64\",dtype=\"bfloat16\",selector=\"dense\",guarantee=\"none\","
+      "max_dropped_mass=\"1\"} 1\n";
   for (const char* const line : {
            "\nkvservice_rpc_calls_total{side=\"data\",method=\"Attend\",code=\"OK\"} 1\n",
            "\nkvservice_rpc_duration_seconds_count{side=\"data\",method=\"Attend\"} 1\n",
@@ -120,9 +124,7 @@ TEST_F(OperationsTest, MetricsCountWhatHappened) {
            "\nkvservice_audit_rows_total{outcome=\"audited\"} 1\n",
            "\nkvservice_audit_violations_total 0\n",
            "\nkvservice_sequences 1\n",
-           "\nkvservice_model_shapes{layers=\"2\",query_heads=\"4\",kv_heads=\"2\","
-           "head_dim=\"64\",dtype=\"bfloat16\",selector=\"dense\",guarantee=\"none\","
-           "max_dropped_mass=\"1\"} 1\n",
+           kShapes,
            "\nkvservice_draining 0\n",
            "\nkvservice_disk_max_bytes 0\n",
            "\nprocess_open_fds ",

@@ -21,7 +21,6 @@ namespace kvservice::testing {
 namespace {
 
 using prometheus::ClientMetric;
-using prometheus::MetricFamily;
 using prometheus::MetricType;
 using ::testing::AllOf;
 using ::testing::ElementsAre;

@@ -323,7 +323,7 @@ std::string Machine::Fork(const Command& command) {
   ModelSequence forked = slot;
   forked.handle = {made->id, made->generation};
   for (Words& layer : forked.layers) layer.resize(std::min(length, common));
-  child = forked;
+  child = std::move(forked);
   return CheckInfo(child, *made);
 }
 
