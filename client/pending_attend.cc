@@ -45,7 +45,9 @@ PendingAttend::PendingAttend(Core* core, const AttendStep& step, absl::Status st
     }
   }
   state.lane = nullptr;
-  state.answer = std::async(std::launch::async, [core, step] { return Attend(core, step); });
+  // Deferred to Wait where the system gives no thread: nothing here throws.
+  state.answer = std::async(std::launch::async | std::launch::deferred,
+                            [core, step] { return Attend(core, step); });
 }
 
 PendingAttend::PendingAttend(PendingAttend&& other) noexcept = default;

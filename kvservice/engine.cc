@@ -316,7 +316,7 @@ class ThreadedEngine : public Engine {
         work.task(absl::OkStatus());
         work.task = nullptr;
       } else {
-        RunAttends(&work);
+        since_background += RunAttends(&work) - 1;
       }
     }
     FinishAnswers(&work);
@@ -349,7 +349,8 @@ class ThreadedEngine : public Engine {
 
   // Calls that come while others are on the device begin beside them. Whatever else there is to do
   // waits until none is, as it may move what they read; so only some begin like that in a row.
-  void RunAttends(Work* work) {
+  // Returns how many batches ran, at least one.
+  uint32_t RunAttends(Work* work) {
     BeginAttends(&work->attends);
     // What a sweep did.
     if (!executor_.has_begun_attend()) PublishStats();
@@ -362,6 +363,7 @@ class ThreadedEngine : public Engine {
         FinishFirstAttends();
       }
     }
+    return begun;
   }
 
   // Waits for calls until the device has finished with those that began first. False then, or if
