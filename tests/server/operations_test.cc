@@ -55,6 +55,15 @@ std::string Get(const Endpoint& endpoint, const std::string& path) {
   return Talk(endpoint, "GET " + path + " HTTP/1.1\r\nHost: test\r\n\r\n");
 }
 
+// A call is in flight until the transport is done with it, shortly after its client has the answer.
+bool AreInFlight(const Endpoint& web, int count) {
+  return Eventually([&] {
+    return Get(web, "/metrics")
+               .find("\nkvservice_requests_in_flight " + std::to_string(count) + "\n") !=
+           std::string::npos;
+  });
+}
+
 ServedEngineOptions WithMetrics() {
   ServedEngineOptions options;
   options.engine.audit_rate = 1.0;
@@ -89,7 +98,9 @@ class OperationsTest : public ::testing::Test {
     *request.mutable_policy() = policy;
     v1::AttendResponse response;
     const auto attention = v1::AttentionService::NewStub(served_.Connect());
-    return attention->Attend(NewContext().get(), request, &response);
+    const grpc::Status status = attention->Attend(NewContext().get(), request, &response);
+    EXPECT_TRUE(AreInFlight(Web(), 0));
+    return status;
   }
 
   ServedEngine served_{WithMetrics()};
@@ -245,9 +256,8 @@ TEST(OperationsDrainTest, DrainingIsNotReady) {
   std::thread drain([&] { served.server()->Drain(60'000); });
   EXPECT_TRUE(Eventually([&] { return Get(web, "/readyz").starts_with("HTTP/1.1 503 "); }));
   EXPECT_THAT(Get(web, "/livez"), StartsWith("HTTP/1.1 200 "));
-  const std::string page = Get(web, "/metrics");
-  EXPECT_THAT(page, HasSubstr("\nkvservice_draining 1\n"));
-  EXPECT_THAT(page, HasSubstr("\nkvservice_requests_in_flight 1\n"));
+  EXPECT_THAT(Get(web, "/metrics"), HasSubstr("\nkvservice_draining 1\n"));
+  EXPECT_TRUE(AreInFlight(web, 1));
   EXPECT_THAT(Get(web, "/"), AllOf(StartsWith("HTTP/1.1 200 "), HasSubstr(">not serving<")));
   brake.Set(false);
   caller.join();
