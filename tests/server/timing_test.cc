@@ -2,7 +2,8 @@
 // ids that are another tenant's and about ids that do not exist, in random order; if the time tells
 // them apart better than a coin does, it is seen in the area under the curve of a classifier that
 // looks at the time alone (0.5 = a coin). The same probe must tell an owner's own sequences from
-// missing ones, else it is blind and proves nothing.
+// missing ones, else it is blind and proves nothing: a machine that is busy with other things does
+// that, and it looks again.
 
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
@@ -30,6 +31,7 @@ constexpr int kSamples = 2000;
 constexpr int kControlSamples = 300;
 constexpr double kAreaMax = 0.55;
 constexpr double kControlMin = 0.9;
+constexpr int kLooksMax = 5;
 
 // Of the two kinds, the share of pairs in which the first took longer.
 double Area(const std::vector<double>& a, const std::vector<double>& b) {
@@ -111,11 +113,15 @@ TEST_F(TimingTest, AnswersAboutForeignAndMissingSequencesTakeAsLong) {
   const auto sequences = v1::SequenceService::NewStub(served_.Connect());
   std::vector<std::string> ids(kSequences);
   for (std::string& id : ids) id = NewSequence(sequences.get());
-  const double control = Probe(ours.get(), ids, kControlSamples, &random);
-  const double area = Probe(theirs.get(), ids, kSamples, &random);
+  double control = 0.0;
+  double area = 0.0;
+  for (int look = 0; look < kLooksMax && control < kControlMin; ++look) {
+    control = Probe(ours.get(), ids, kControlSamples, &random);
+    area = Probe(theirs.get(), ids, kSamples, &random);
+    EXPECT_LE(area, kAreaMax);
+  }
   RecordProperty("area", std::to_string(area));
   RecordProperty("control", std::to_string(control));
-  EXPECT_LE(area, kAreaMax);
   EXPECT_GE(control, kControlMin);
 }
 
