@@ -49,6 +49,9 @@ void Parse(CLI::App* app, Arguments* arguments) {
                   "take turns (default: auto)")
       ->delimiter(',')
       ->check(CLI::IsMember({"auto", "unary", "stream", "lane"}));
+  app->add_option("--cases", arguments->options.cases,
+                  "Cases of decode_e2e, as certified_deterministic or scan (default: all)")
+      ->delimiter(',');
   app->add_option("--sizes", arguments->options.sizes,
                   "Sizes of the planted data of decode_e2e, as 8x32768: sequences x tokens "
                   "(default: its own)")
