@@ -221,6 +221,18 @@ class ThreadedEngine : public Engine {
                               });
   }
 
+  void VerifyStore(Done<StoreReport> done) override {
+    Task task = [this, done = std::move(done)](const absl::Status& admission) mutable {
+      if (!admission.ok()) return done(admission);
+      executor_.VerifyStore([this, done = std::move(done)](absl::StatusOr<StoreReport> r) mutable {
+        PublishStats();
+        done(std::move(r));
+      });
+    };
+    const absl::Status status = queue_.PushControl(&task);
+    if (!status.ok()) task(status);
+  }
+
   EngineStats Stats() const override {
     EngineStats stats;
     {
@@ -319,6 +331,8 @@ class ThreadedEngine : public Engine {
         since_background += RunAttends(&work) - 1;
       }
     }
+    // It would read on until it has all.
+    executor_.StopScrub(Draining());
     FinishAnswers(&work);
     // Calls that waited for a sequence may have asked for more of it.
     executor_.StopBackground(Draining());

@@ -57,6 +57,7 @@
 #include "kvservice/model.h"
 #include "kvservice/random.h"
 #include "kvservice/sha256.h"
+#include "kvservice/store_report.h"
 #include "kvservice/transfer.h"
 #include "selector/policy.h"
 
@@ -116,6 +117,9 @@ struct EngineOptions {
   std::string data_directory;
   // Rows of sequences on disk.
   uint64_t disk_bytes_max = uint64_t{64} << 30;
+  // Bytes that are read of it per second to find damage before somebody needs what is damaged; at
+  // most one look through all of it begins per hour. 0 = none.
+  uint64_t scrub_bytes_per_s = 0;
   // Sequences that may be on their way here from other engines at a time, 0 = none are taken, and
   // the time after which one that nothing comes for any more is forgotten.
   uint32_t receives_max = 8;
@@ -288,6 +292,8 @@ struct EngineStats {
   // No write has failed; and at start nothing was missing for want of a drain.
   bool disk_is_healthy = true;
   bool disk_was_closed = true;
+  // Looks for damage on disk.
+  ScrubStats scrub;
   AttendStats attend;
   AuditStats audit;
 };
@@ -362,6 +368,12 @@ class Engine {
   // FAILED_PRECONDITION / SEQUENCE_GREW.
   virtual void DropSent(std::string_view tenant, SequenceId id, std::string head,
                         Done<SequenceInfo> done) = 0;
+
+  // Reads everything on disk now and says what was found; what is damaged and in memory too is
+  // written again, what is on disk alone is lost (DATA_LOSS / SEQUENCE_LOST from then on). Others
+  // go on meanwhile. FAILED_PRECONDITION / NO_DISK_TIER, RESOURCE_EXHAUSTED / VERIFY_RUNNING with a
+  // retry delay, UNAVAILABLE / DISK_FAILED if rows cannot be read now.
+  virtual void VerifyStore(Done<StoreReport> done) = 0;
 
   virtual EngineStats Stats() const = 0;
   // Distributions by selector and layer; lives as long as the engine.

@@ -144,6 +144,12 @@ absl::Status DiskFull(uint64_t bytes_used, uint64_t bytes_max) {
        .retry_delay_ms = kPoolRetryMs});
 }
 
+absl::Status VerifyRunning() {
+  return MakeError(
+      absl::StatusCode::kResourceExhausted, "somebody else has the store looked through",
+      {.reason = "VERIFY_RUNNING", .field = "", .metadata = {}, .retry_delay_ms = kPoolRetryMs});
+}
+
 absl::Status DiskBusy() {
   return MakeError(
       absl::StatusCode::kResourceExhausted, "too much waits for the disk",

@@ -45,6 +45,8 @@ absl::Status NoDiskTier(std::string_view field);
 // RESOURCE_EXHAUSTED / DISK_FULL or DISK_BUSY with a retry delay.
 absl::Status DiskFull(uint64_t bytes_used, uint64_t bytes_max);
 absl::Status DiskBusy();
+// RESOURCE_EXHAUSTED / VERIFY_RUNNING with a retry delay: one look through the store at a time.
+absl::Status VerifyRunning();
 // UNAVAILABLE / DISK_FAILED: a write has failed, and nothing is written any more.
 absl::Status DiskFailed();
 // FAILED_PRECONDITION / SEQUENCE_GREW: what was sent to another server is not all of it any more.

@@ -662,6 +662,7 @@ void Executor::Sweep() {
                    [this](SequenceRecord* record) { return store_.Expire(record); });
   receiver_.Sweep();
   store_.KeepWatermark();
+  store_.SweepScrub();
 }
 
 void Executor::FillStats(EngineStats* stats) const {

@@ -23,6 +23,7 @@
 #include "kvservice/clock.h"
 #include "kvservice/draw_keys.h"
 #include "kvservice/engine.h"
+#include "kvservice/engine_errors.h"
 #include "kvservice/model_registry.h"
 #include "kvservice/random.h"
 #include "kvservice/sequence_store.h"
@@ -107,6 +108,12 @@ class Executor {
   absl::Status CheckAsSent(std::string_view tenant, const SequenceId& id, std::string_view head);
   absl::StatusOr<ReceiveReply> Receive(std::string_view tenant, const TransferAttempt& attempt,
                                        const TransferPart& part);
+
+  void VerifyStore(Done<StoreReport> done) {
+    if (!store_.enabled()) return done(NoDiskTier(""));
+    store_.Verify(std::move(done));
+  }
+  void StopScrub(const absl::Status& status) { store_.StopScrub(status); }
 
   // Work that can wait for everything else, in small pieces. What a piece returns, if anything, is
   // to be run once.

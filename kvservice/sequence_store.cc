@@ -98,6 +98,9 @@ absl::Status SequenceStore::Recover(ModelRegistry* registry) {
   }
   worker_ = std::make_unique<DiskWorker>(parts_.tier.get(), 3 * parts_.options->disk_bytes_max / 2,
                                          parts_.post);
+  ScrubHost* const host = this;
+  scrub_ = std::make_unique<StoreScrub>(host, parts_.clock, parts_.table,
+                                        parts_.options->scrub_bytes_per_s);
   return absl::OkStatus();
 }
 
@@ -263,36 +266,43 @@ void SequenceStore::Write(TierBatch batch, bool is_synced, StatusDone done) {
                  });
 }
 
+void SequenceStore::PutModel(const Model& model, TierBatch* batch) {
+  if (!stored_models_.insert(model.fingerprint).second) return;
+  const TableVersion* const first = model.tables->first();
+  batch->puts.emplace_back(ModelKey(model.fingerprint),
+                           WriteModel({.spec = model.spec, .table_digest = first->digest}));
+  PutTables(model, first, batch);
+}
+
+void SequenceStore::PutTables(const Model& model, const TableVersion* version, TierBatch* batch) {
+  if (!stored_tables_.insert({model.fingerprint, version->digest}).second) return;
+  const std::vector<std::byte> encoded =
+      EncodeSketchTables(model.spec.layout.head_dim, version->tables);
+  const StoredTables tables = {
+      .model_fingerprint = model.fingerprint,
+      .version = model.tables->IndexOf(version),
+      .encoded = {reinterpret_cast<const char*>(encoded.data()), encoded.size()},
+      .importer = model.tables->ImporterOf(version)};
+  batch->puts.emplace_back(TableKey(model.fingerprint, version->digest), WriteTables(tables));
+}
+
+std::string SequenceStore::IdentityRow(const SequenceRecord& record) {
+  return WriteIdentity({.id = record.id,
+                        .tenant = record.tenant,
+                        .request_id = record.request_id,
+                        .model_fingerprint = record.model->fingerprint,
+                        .table_digest = record.tables->digest,
+                        .policy = record.policy});
+}
+
 void SequenceStore::BeginStoring(SequenceRecord* record, TierBatch* batch) {
   if (record->stored != nullptr) return;
-  const Model& model = *record->model;
-  const auto put_tables = [&](const TableVersion* version) {
-    if (!stored_tables_.insert({model.fingerprint, version->digest}).second) return;
-    const std::vector<std::byte> encoded =
-        EncodeSketchTables(model.spec.layout.head_dim, version->tables);
-    const StoredTables tables = {
-        .model_fingerprint = model.fingerprint,
-        .version = model.tables->IndexOf(version),
-        .encoded = {reinterpret_cast<const char*>(encoded.data()), encoded.size()},
-        .importer = model.tables->ImporterOf(version)};
-    batch->puts.emplace_back(TableKey(model.fingerprint, version->digest), WriteTables(tables));
-  };
-  if (stored_models_.insert(model.fingerprint).second) {
-    const TableVersion* const first = model.tables->first();
-    batch->puts.emplace_back(ModelKey(model.fingerprint),
-                             WriteModel({.spec = model.spec, .table_digest = first->digest}));
-    put_tables(first);
-  }
-  put_tables(record->tables);
-  const std::string identity = WriteIdentity({.id = record->id,
-                                              .tenant = record->tenant,
-                                              .request_id = record->request_id,
-                                              .model_fingerprint = model.fingerprint,
-                                              .table_digest = record->tables->digest,
-                                              .policy = record->policy});
+  PutModel(*record->model, batch);
+  PutTables(*record->model, record->tables, batch);
+  const std::string identity = IdentityRow(*record);
   record->stored = std::make_unique<StoredProgress>();
   record->stored->seed = ChecksumOfRow(identity);
-  record->stored->layers.assign(model.spec.layer_count,
+  record->stored->layers.assign(record->model->spec.layer_count,
                                 {.length = 0, .full = {}, .last = record->stored->seed});
   batch->puts.emplace_back(IdentityKey(record->id), identity);
 }
@@ -687,6 +697,7 @@ void SequenceStore::FillStats(EngineStats* stats) const {
   stats->disk_bytes_max = parts_.options->disk_bytes_max;
   stats->disk_file_bytes = worker_->file_bytes();
   stats->disk_is_healthy = worker_->healthy();
+  stats->scrub = scrub_->stats();
   const ClosedStore& closed = parts_.tier->closed();
   stats->disk_was_closed = closed.is_clean || closed.crash_count == 0;
 }

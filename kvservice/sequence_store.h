@@ -38,10 +38,11 @@
 #include "kvservice/engine.h"
 #include "kvservice/model_registry.h"
 #include "kvservice/sequence_table.h"
+#include "kvservice/store_scrub.h"
 
 namespace kvservice {
 
-class SequenceStore {
+class SequenceStore : private ScrubHost {
  public:
   using StatusDone = absl::AnyInvocable<void(absl::Status)>;
 
@@ -57,7 +58,7 @@ class SequenceStore {
     DiskWorker::Post post;
   };
   explicit SequenceStore(Parts parts);
-  ~SequenceStore();
+  ~SequenceStore() override;
   SequenceStore(const SequenceStore&) = delete;
   SequenceStore& operator=(const SequenceStore&) = delete;
 
@@ -106,6 +107,13 @@ class SequenceStore {
   // For the sweep: false if it must stay a while.
   bool Expire(SequenceRecord* record);
 
+  // ---- Looking for damage ----
+  // Reads everything on disk and says what was found (store_scrub.h).
+  void Verify(StoreScrub::Done done);
+  // Time has passed.
+  void SweepScrub();
+  void StopScrub(const absl::Status& status);
+
   // ---- Ending ----
   // Begins to store everything that there is room for.
   void BeginDrain();
@@ -141,6 +149,9 @@ class SequenceStore {
   absl::Status CheckDisk(uint64_t more_bytes) const;
   // Rows that a sequence needs before its first slice.
   void BeginStoring(SequenceRecord* record, TierBatch* batch);
+  void PutModel(const Model& model, TierBatch* batch);
+  void PutTables(const Model& model, const TableVersion* version, TierBatch* batch);
+  static std::string IdentityRow(const SequenceRecord& record);
   void PutState(SequenceRecord* record, bool is_suspended, TierBatch* batch);
   void Write(TierBatch batch, bool is_synced, StatusDone done);
   void RemoveRows(const SequenceId& id, StatusDone done);
@@ -159,7 +170,7 @@ class SequenceStore {
                    const std::vector<ReadSlice>& slices);
   static bool FitsTheRest(const Loading& loading);
   void FinishLoading(Loading* loading, const absl::Status& status);
-  void Lose(SequenceRecord* record);
+  void Lose(SequenceRecord* record) override;
   void Empty(SequenceRecord* record);
 
   std::deque<Task> TakeParked(const SequenceId& id);
@@ -168,8 +179,16 @@ class SequenceStore {
   void DrainNext();
   Inventory InventoryNow() const;
 
+  void ReadForScrub(absl::AnyInvocable<DiskWorker::Answer(const DiskTier& tier)> read) override;
+  bool IsDiskIdle() const override { return worker_->waiting_jobs() == 0; }
+  std::vector<std::string> RegistryKeys() const override;
+  bool MendRegistryRow(const std::string& key) override;
+  absl::Status MendRows(SequenceRecord* record) override;
+  absl::Status MendSlices(SequenceRecord* record, uint32_t layer, uint32_t block) override;
+
   const Parts parts_;
   std::unique_ptr<DiskWorker> worker_;
+  std::unique_ptr<StoreScrub> scrub_;
 
   // Rows of the registry that are on disk already.
   std::set<uint64_t> stored_models_;

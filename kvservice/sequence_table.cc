@@ -112,6 +112,16 @@ void SequenceTable::SetLease(SequenceRecord* record, uint64_t lease_ns, uint64_t
   by_sweep_.emplace(record->sweep_ns, record);
 }
 
+SequenceRecord* SequenceTable::FindById(const SequenceId& id) const {
+  const auto found = records_.find(id);
+  return found == records_.end() ? nullptr : found->second.get();
+}
+
+SequenceRecord* SequenceTable::After(const std::optional<SequenceId>& id) const {
+  const auto next = id.has_value() ? records_.upper_bound(*id) : records_.begin();
+  return next == records_.end() ? nullptr : next->second.get();
+}
+
 uint32_t SequenceTable::Sweep(uint64_t now_ns, uint32_t limit,
                               const std::function<bool(SequenceRecord* record)>& may_go) {
   uint32_t erased = 0;

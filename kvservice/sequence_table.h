@@ -12,6 +12,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -123,6 +124,10 @@ class SequenceTable {
   // RESOURCE_EXHAUSTED / SEQUENCES_FULL or TENANT_QUOTA unless there is room for one more.
   absl::Status CheckRoom(std::string_view tenant) const;
   bool Contains(const SequenceId& id) const { return records_.contains(id); }
+  // Of any tenant, expired ones that wait for their sweep too; nullptr if there is none.
+  SequenceRecord* FindById(const SequenceId& id) const;
+  // The next in the order of ids; the first without one.
+  SequenceRecord* After(const std::optional<SequenceId>& id) const;
   // The id is not contained. The lease starts now.
   SequenceRecord* Insert(std::unique_ptr<SequenceRecord> record, uint64_t now_ns);
   void Erase(SequenceRecord* record);

@@ -235,6 +235,10 @@ absl::StatusOr<ExplainReport> TestEngine::Explain(const Handle& handle, const Ex
       [&](auto done) { engine_->Explain(tenant, handle.id, ask, std::move(done)); });
 }
 
+absl::StatusOr<StoreReport> TestEngine::VerifyStore() {
+  return Wait<StoreReport>([&](auto done) { engine_->VerifyStore(std::move(done)); });
+}
+
 void TestEngine::Fill(const Handle& handle, uint32_t position, const Words& words) {
   for (uint32_t layer = 0; layer < model_.layer_count; ++layer) {
     const auto stored = Append(handle, layer, position, words);

@@ -131,6 +131,7 @@ class TestEngine {
                                     std::string_view tenant = kTenant);
   absl::StatusOr<ExplainReport> Explain(const Handle& handle, const ExplainAsk& ask,
                                         std::string_view tenant = kTenant);
+  absl::StatusOr<StoreReport> VerifyStore();
   // Stores words in all layers; they must be taken.
   void Fill(const Handle& handle, uint32_t position, const Words& words);
 
