@@ -15,11 +15,11 @@ namespace kvservice {
 
 struct TenantQuota {
   // Most bytes of the pool that its blocks may take; absent = all that nobody else has reserved.
-  std::optional<uint64_t> pool_bytes_max;
+  std::optional<uint64_t> pool_bytes_max = std::nullopt;
   // Bytes of the pool that others cannot take, whether they are used or not.
   uint64_t pool_bytes_reserved = 0;
   // Most bytes of rows in the disk tier; absent = all that there is room for.
-  std::optional<uint64_t> disk_bytes_max;
+  std::optional<uint64_t> disk_bytes_max = std::nullopt;
 
   friend bool operator==(const TenantQuota&, const TenantQuota&) = default;
 };
