@@ -29,9 +29,11 @@
 namespace kvservice::testing {
 namespace {
 
+using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsSupersetOf;
+using ::testing::Not;
 using Json = nlohmann::json;
 
 std::vector<std::string> Lines(const std::string& text) {

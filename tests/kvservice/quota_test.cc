@@ -126,7 +126,7 @@ TEST_F(QuotaTest, WhatForksShareCountsOnce) {
 TEST_F(QuotaTest, BeyondItsMaximumATenantsOwnOldestSequencesLeave) {
   Start(true);
   SetQuota("a", {.pool_bytes_max = Blocks(12)});
-  const Handle other = Filled("b", 10);  // The oldest of all.
+  const Handle other = Filled("b", 12);  // The oldest of all, and of who has the most.
   const Handle first = Filled("a", 5);
   const Handle second = Filled("a", 5);
   const Handle third = Filled("a", 5);
@@ -163,18 +163,18 @@ TEST_F(QuotaTest, AMaximumThatGoesBelowWhatIsUsedMakesRoomByItself) {
 TEST_F(QuotaTest, RowsOnDiskHaveAMaximumOfTheirOwn) {
   Start(true);
   const uint64_t row_bytes =
-      StoredLayerBytes(CacheShape(SmallModel(1).layout, 1, {}), 5 * kBlockTokens);
+      StoredLayerBytes(CacheShape(SmallModel(1).layout, 1, {}), 12 * kBlockTokens);
   SetQuota("a", {.disk_bytes_max = row_bytes + 4096});
-  const Handle first = Filled("a", 5);
-  const Handle second = Filled("a", 5);
+  const Handle first = Filled("a", 12);
+  const Handle second = Filled("a", 12);
   EXPECT_TRUE(engine_->Suspend(first, "a").ok());
   EXPECT_EQ(UsageOf("a").disk_bytes_used, row_bytes);
   EXPECT_EQ(ErrorLine(engine_->Suspend(second, "a").status()), kQuota);
-  EXPECT_EQ(ErrorLine(engine_->AppendDurably(second, 0, 5 * 64, {1}, "a").status()), kQuota);
-  EXPECT_EQ(engine_->Get(second, "a")->length_max, 5 * 64);
+  EXPECT_EQ(ErrorLine(engine_->AppendDurably(second, 0, 12 * 64, {1}, "a").status()), kQuota);
+  EXPECT_EQ(engine_->Get(second, "a")->length_max, 12 * 64);
   // Others evict what can leave, and do not stop at what cannot.
   const Handle other = Filled("b", 8);
-  Filled("c", 30);
+  Filled("c", 25);
   EXPECT_FALSE(IsOnDisk("a", second));
   EXPECT_TRUE(IsOnDisk("b", other));
   EXPECT_TRUE(engine_->Drop(first, "a").ok());
