@@ -138,7 +138,7 @@ TEST_F(AdminTest, SetsWhatATenantMayUseAndShowsWhatItUses) {
   request.mutable_quota()->set_disk_bytes_max(0);
   ASSERT_EQ(ErrorText(admin_->SetQuota(NewContext().get(), request, &set)), "OK");
   EXPECT_EQ(append(0, 100), "OK");
-  EXPECT_EQ(append(100, 100), "RESOURCE_EXHAUSTED TENANT_QUOTA ");
+  EXPECT_EQ(append(100, 100), "RESOURCE_EXHAUSTED TENANT_QUOTA");
 
   v1::ListTenantsRequest ask;
   v1::ListTenantsResponse listed;
@@ -146,19 +146,19 @@ TEST_F(AdminTest, SetsWhatATenantMayUseAndShowsWhatItUses) {
   NewSequence(ours_.get());
   ASSERT_EQ(ErrorText(admin_->ListTenants(NewContext().get(), ask, &listed)), "OK");
   ASSERT_EQ(listed.tenants_size(), 1);
-  EXPECT_EQ(listed.tenants(0).tenant(), ListenAddress::kDefaultTenant);
-  EXPECT_FALSE(listed.tenants(0).temporary());
-  ask.set_page_token(listed.next_page_token());
-  ASSERT_EQ(ErrorText(admin_->ListTenants(NewContext().get(), ask, &listed)), "OK");
-  ASSERT_EQ(listed.tenants_size(), 1);
-  EXPECT_EQ(listed.next_page_token(), "");
-  const v1::TenantUsage& usage = listed.tenants(0);
+  const v1::TenantUsage usage = listed.tenants(0);
   EXPECT_EQ(usage.tenant(), kOtherTenant);
   EXPECT_EQ(usage.sequence_count(), 1U);
   EXPECT_EQ(usage.block_count(), 2U);
   EXPECT_EQ(usage.pool_used_bytes(), 2 * block_bytes);
   EXPECT_TRUE(usage.temporary());
   EXPECT_EQ(usage.quota().SerializeAsString(), request.quota().SerializeAsString());
+  ask.set_page_token(listed.next_page_token());
+  ASSERT_EQ(ErrorText(admin_->ListTenants(NewContext().get(), ask, &listed)), "OK");
+  ASSERT_EQ(listed.tenants_size(), 1);
+  EXPECT_EQ(listed.tenants(0).tenant(), ListenAddress::kDefaultTenant);
+  EXPECT_FALSE(listed.tenants(0).temporary());
+  EXPECT_EQ(listed.next_page_token(), "");
 
   request.clear_quota();
   ASSERT_EQ(ErrorText(admin_->SetQuota(NewContext().get(), request, &set)), "OK");
