@@ -15,6 +15,7 @@
 #include "kvservice/engine_errors.h"
 #include "kvservice/executor.h"
 #include "kvservice/model_registry.h"
+#include "kvservice/tenants.h"
 
 namespace kvservice {
 namespace {
@@ -145,6 +146,21 @@ class ThreadedEngine : public Engine {
                                         limit]() -> absl::StatusOr<std::vector<SequenceInfo>> {
                                          return executor_.List(owner, after, limit);
                                        });
+  }
+
+  void SetQuota(std::string_view tenant, std::optional<TenantQuota> quota,
+                Done<TenantUsage> done) override {
+    Control<TenantUsage>(std::move(done), [this, owner = std::string(tenant), quota] {
+      return executor_.SetQuota(owner, quota);
+    });
+  }
+  void ListTenants(std::string_view only, std::string_view after, uint32_t limit,
+                   Done<std::vector<TenantUsage>> done) override {
+    Control<std::vector<TenantUsage>>(std::move(done),
+                                      [this, one = std::string(only), last = std::string(after),
+                                       limit]() -> absl::StatusOr<std::vector<TenantUsage>> {
+                                        return executor_.ListTenants(one, last, limit);
+                                      });
   }
 
   void Append(AppendCall call, Done<AppendResult> done) override {
@@ -457,6 +473,8 @@ absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
     if (!opened.ok()) return opened.status();
     tier = *std::move(opened);
   }
+  const absl::Status quotas = CheckQuotas(options);
+  if (!quotas.ok()) return quotas;
   auto pool = BlockPool::New(device.get(), options.pool_bytes);
   if (!pool.ok()) return pool.status();
   const absl::StatusOr<EngineSecrets> secrets = MakeSecrets(options, random);

@@ -55,6 +55,7 @@
 #include "kvservice/explain_report.h"
 #include "kvservice/mass_histograms.h"
 #include "kvservice/model.h"
+#include "kvservice/quota.h"
 #include "kvservice/random.h"
 #include "kvservice/sha256.h"
 #include "kvservice/store_report.h"
@@ -84,6 +85,10 @@ struct EngineOptions {
   size_t pool_bytes = size_t{4} << 30;
   uint32_t sequences_max = 4096;
   uint32_t sequences_per_tenant_max = 4096;
+  // Of tenants by name, and of all others, which reserves nothing. What all reserve together fits
+  // the pool.
+  TenantQuotas tenant_quotas;
+  TenantQuota quota_default;
   uint32_t models_max = 64;
   // Tokens of one sequence; more is RESOURCE_EXHAUSTED / SEQUENCE_TOO_LONG.
   uint32_t sequence_tokens_max = 1U << 20;
@@ -270,6 +275,15 @@ struct AttendCall {
   absl::AnyInvocable<void(absl::Status)> done;
 };
 
+// Why sequences were moved from memory to disk.
+enum class EvictionCause : uint8_t {
+  kPoolFull,   // Others, or the tenant itself, needed room.
+  kTenantMax,  // The tenant had, or would have had, more than it may.
+  kIdle,       // Nobody used it and the pool was nearly full.
+};
+inline constexpr size_t kEvictionCauseCount = 3;
+using EvictionTotals = std::array<uint64_t, kEvictionCauseCount>;  // By cause.
+
 struct EngineStats {
   size_t pool_bytes = 0;
   size_t pool_bytes_used = 0;
@@ -282,6 +296,11 @@ struct EngineStats {
   uint64_t calls_total = 0;
   uint64_t calls_shed_total = 0;
   uint64_t leases_expired_total = 0;
+  // Tenants that have sequences, what they have reserved of the pool, and what of that is free.
+  uint32_t tenants = 0;
+  size_t pool_bytes_reserved = 0;
+  size_t pool_bytes_held = 0;
+  EvictionTotals evictions{};
   // Of the disk tier: sequences that are there and not in memory, that were lost, rows' bytes with
   // their limit (0 = there is no disk tier), and bytes of files.
   uint32_t sequences_on_disk = 0;
@@ -333,6 +352,15 @@ class Engine {
   // most `limit` after `after`.
   virtual void List(std::string_view tenant, SequenceId after, uint32_t limit,
                     Done<std::vector<SequenceInfo>> done) = 0;
+  // What a tenant may use from now on; nothing = what the options say. For the admin listener only.
+  // A tenant that has more than it may gets no more, and with a disk tier its least recently used
+  // sequences leave memory. INVALID_ARGUMENT / QUOTA_INVALID, RESOURCE_EXHAUSTED / QUOTAS_FULL.
+  virtual void SetQuota(std::string_view tenant, std::optional<TenantQuota> quota,
+                        Done<TenantUsage> done) = 0;
+  // Tenants that use something or have a quota of their own, by name, at most `limit` after
+  // `after`; the one that is named alone, whatever it uses, unless `only` is empty.
+  virtual void ListTenants(std::string_view only, std::string_view after, uint32_t limit,
+                           Done<std::vector<TenantUsage>> done) = 0;
   virtual void Append(AppendCall call, Done<AppendResult> done) = 0;
   // The caller keeps `call` alive until its `done` has run.
   virtual void Attend(AttendCall* call) = 0;

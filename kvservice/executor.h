@@ -29,6 +29,7 @@
 #include "kvservice/sequence_store.h"
 #include "kvservice/sequence_table.h"
 #include "kvservice/table_learner.h"
+#include "kvservice/tenants.h"
 #include "kvservice/transfer_receiver.h"
 
 namespace kvservice {
@@ -84,6 +85,10 @@ class Executor {
               Done<SequenceInfo> done);
   absl::StatusOr<SequenceInfo> RenewLease(std::string_view tenant, const SequenceId& id,
                                           uint64_t generation, uint32_t lease_ms);
+  absl::StatusOr<TenantUsage> SetQuota(const std::string& tenant,
+                                       const std::optional<TenantQuota>& quota);
+  std::vector<TenantUsage> ListTenants(const std::string& only, std::string_view after,
+                                       uint32_t limit) const;
   std::vector<SequenceInfo> List(std::string_view tenant, const SequenceId& after, uint32_t limit);
   void Append(AppendCall call, Done<AppendResult> done) {
     Append(std::move(call), 0, std::move(done));
@@ -170,7 +175,7 @@ class Executor {
   // True if `task` runs once others have left the pool, for calls that found it full.
   bool WaitsForRoom(const absl::Status& status, uint32_t attempts, size_t bytes,
                     std::string_view tenant, const SequenceId& id, Task* task);
-  void NoteShortage(const AttendCall& call);
+  void NoteShortages(const AttendCall& call);
   void MakeRoomForAttends();
   // Answers with the sequence, if it is still there, once `status` is known.
   SequenceStore::StatusDone DescribeLater(std::string_view tenant, const SequenceId& id,
@@ -193,6 +198,7 @@ class Executor {
   const std::unique_ptr<Device> device_;
   const std::unique_ptr<BlockPool> pool_;
   SequenceTable table_;
+  Tenants tenants_;
   SequenceStore store_;
   TransferReceiver receiver_;
   AttendStats totals_;
@@ -203,6 +209,7 @@ class Executor {
   struct Shortage {
     std::string tenant;
     SequenceId sequence;
+    Lack lack = Lack::kNone;
   };
   std::vector<Shortage> shortages_;
   uint64_t leases_expired_total_ = 0;

@@ -75,6 +75,11 @@ absl::Status SequenceTable::CheckRoom(std::string_view tenant) const {
   return absl::OkStatus();
 }
 
+uint32_t SequenceTable::CountOf(std::string_view tenant) const {
+  const auto owner = tenants_.find(tenant);
+  return owner == tenants_.end() ? 0 : owner->second.sequence_count;
+}
+
 SequenceRecord* SequenceTable::Insert(std::unique_ptr<SequenceRecord> record, uint64_t now_ns) {
   SequenceRecord* inserted = record.get();
   assert(!Contains(inserted->id));

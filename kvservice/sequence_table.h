@@ -104,6 +104,11 @@ struct SequenceRecord {
   std::vector<std::vector<DeferredStep>> deferred;
 };
 
+// Every use starts the lease anew.
+inline uint64_t LastUsedNs(const SequenceRecord& record) {
+  return record.lease_end_ns - record.lease_ns;
+}
+
 class SequenceTable {
  public:
   SequenceTable(uint32_t sequences_max, uint32_t sequences_per_tenant_max)
@@ -160,6 +165,9 @@ class SequenceTable {
     for (const auto& [id, record] : records_) visit(record.get());
   }
   uint32_t count() const { return static_cast<uint32_t>(records_.size()); }
+  // Sequences of a tenant, and tenants that have any.
+  uint32_t CountOf(std::string_view tenant) const;
+  uint32_t tenant_count() const { return static_cast<uint32_t>(tenants_.size()); }
 
  private:
   struct Tenant {

@@ -21,6 +21,7 @@
 #include "kvservice/server/build_info.h"
 #include "kvservice/server/policy_file.h"
 #include "kvservice/server/quantity.h"
+#include "kvservice/server/quota_flag.h"
 #include "kvservice/server/transport.h"
 #include "wire/default_spin.h"
 
@@ -42,6 +43,7 @@ struct Flags {
   std::vector<std::string> listen;
   std::vector<std::string> policy_files;
   std::vector<std::string> transfer_targets;
+  std::vector<std::string> tenant_quotas;
   std::string admin_listen;
   std::string metrics_listen = kNone;
   std::string socket_mode = "0600";
@@ -189,6 +191,20 @@ void AddTlsFlags(CLI::App* app, Flags* flags) {
                   "repeatable; read again at SIGHUP")
       ->take_all()
       ->type_name("FILE");
+}
+
+void AddQuotaFlag(CLI::App* app, Flags* flags) {
+  app->add_option(
+         "--tenant-quota", flags->tenant_quotas,
+         "What a tenant may use, repeatable: tenant=NAME,pool-max=BYTES,"
+         "pool-reserved=BYTES,disk-max=BYTES; without tenant= what everybody else may, and "
+         "what is not said is not limited (default: everybody may use what nobody has "
+         "reserved)")
+      ->check([](const std::string& text) {
+        return std::string(ParseQuotaFlag(text).status().message());
+      })
+      ->take_all()
+      ->type_name("QUOTA");
 }
 
 void AddEngineFlags(CLI::App* app, Config* config) {
@@ -434,6 +450,8 @@ absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
     }
     config.server.metrics_listen = *std::move(endpoint);
   }
+  const absl::Status quotas = AddQuotaFlags(flags.tenant_quotas, &config.server.engine);
+  if (!quotas.ok()) return Invalid("--tenant-quota: " + std::string(quotas.message()));
   absl::Status status = CheckTogether(config);
   if (status.ok()) status = PutTlsTogether(flags, &config);
   if (status.ok()) status = CheckAddresses(config);
@@ -479,6 +497,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   AddListenFlags(&app, &flags, &config);
   AddTlsFlags(&app, &flags);
   AddEngineFlags(&app, &config);
+  AddQuotaFlag(&app, &flags);
   AddDiskFlags(&app, &config);
   AddCertificateFlags(&app, &config);
   AddServerFlags(&app, &config);
@@ -510,6 +529,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   // None would be printed as a file without a name.
   if (flags.policy_files.empty()) app.get_option("--policy-file")->configurable(false);
   if (flags.transfer_targets.empty()) app.get_option("--transfer-targets")->configurable(false);
+  if (flags.tenant_quotas.empty()) app.get_option("--tenant-quota")->configurable(false);
   if (flags.identities_files.empty()) app.get_option("--identities-file")->configurable(false);
   result->settings = AddressLines(result->server) + app.config_to_str(true);
   if (flags.check_config || flags.print_config) {

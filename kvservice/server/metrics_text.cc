@@ -27,13 +27,15 @@ using Labels = std::vector<ClientMetric::Label>;
 constexpr double kNsPerSecond = 1e9;
 constexpr double kUsPerSecond = 1e6;
 
-// In the order of Level (and Guarantee), Action, SelectorKind and DType.
+// In the order of Level (and Guarantee), Action, SelectorKind, EvictionCause and DType.
 constexpr std::array<const char*, kLevelCount> kLevels = {"none", "confidence", "deterministic",
                                                           "exact"};
 constexpr std::array<const char*, kActionCount> kActions = {"selected", "reused", "grown", "dense",
                                                             "compensated"};
 constexpr std::array<const char*, 9> kSelectors = {"auto", "dense", "given",     "cis", "psaw",
                                                    "etf",  "cpe",   "certified", "scan"};
+constexpr std::array<const char*, kEvictionCauseCount> kEvictionCauses = {"pool_full", "tenant_max",
+                                                                          "idle"};
 constexpr std::array<const char*, 3> kDTypes = {"float32", "float16", "bfloat16"};
 constexpr std::array<const char*, 8> kModelLabels = {"layers",    "query_heads",     "kv_heads",
                                                      "head_dim",  "dtype",           "selector",
@@ -156,9 +158,20 @@ void AddEngine(const MetricsSource& source, const EngineStats& stats, Families* 
   };
   gauge("kvservice_pool_bytes", "Memory for keys, values and sketches.", stats.pool_bytes);
   gauge("kvservice_pool_used_bytes", "What of it blocks occupy.", stats.pool_bytes_used);
+  gauge("kvservice_pool_reserved_bytes", "What of it tenants have reserved.",
+        stats.pool_bytes_reserved);
+  gauge("kvservice_pool_held_bytes", "What is free and kept for them.", stats.pool_bytes_held);
+  for (size_t i = 0; i < kEvictionCauses.size(); ++i) {
+    families->Counter(
+        "kvservice_evictions_total",
+        "Sequences moved to disk: because the pool was full, because their tenant was "
+        "at its maximum, because nobody used them and the pool was nearly full.",
+        stats.evictions[i], {{"cause", kEvictionCauses[i]}});
+  }
   gauge("kvservice_blocks_used", "Blocks in the pool.", stats.blocks_used);
   gauge("kvservice_sequences", "Sequences, wherever they are.", stats.sequences);
   gauge("kvservice_sequences_max", "Where further ones are refused.", source.sequences_max);
+  gauge("kvservice_tenants", "Tenants that have sequences.", stats.tenants);
   gauge("kvservice_models", "Registered models.", stats.models);
   gauge("kvservice_queue_calls", "Calls that wait for the engine.", stats.queue_calls);
   gauge("kvservice_queue_calls_max", "Where further ones are shed.", source.queue_calls_max);

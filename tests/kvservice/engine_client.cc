@@ -223,6 +223,17 @@ absl::StatusOr<SequenceInfo> TestEngine::Resume(const Handle& handle, std::strin
       [&](auto done) { engine_->Resume(tenant, handle.id, handle.generation, std::move(done)); });
 }
 
+absl::StatusOr<TenantUsage> TestEngine::SetQuota(std::string_view tenant,
+                                                 const std::optional<TenantQuota>& quota) {
+  return Wait<TenantUsage>([&](auto done) { engine_->SetQuota(tenant, quota, std::move(done)); });
+}
+
+std::vector<TenantUsage> TestEngine::ListTenants(std::string_view only, std::string_view after,
+                                                 uint32_t limit) {
+  return *Wait<std::vector<TenantUsage>>(
+      [&](auto done) { engine_->ListTenants(only, after, limit, std::move(done)); });
+}
+
 absl::StatusOr<AuditReport> TestEngine::Audit(const Handle& handle, const AuditAsk& ask,
                                               std::string_view tenant) {
   return Wait<AuditReport>(

@@ -50,7 +50,7 @@ std::string Health(const std::shared_ptr<grpc::Channel>& channel, const std::str
 }
 
 std::set<std::string> MethodsNotServed() {
-  return {"AttentionService/Select", "AdminService/WatchEvents", "AdminService/SetQuota",
+  return {"AttentionService/Select", "AdminService/WatchEvents",
           "AdminService/VerifyStore"};
 }
 
