@@ -15,7 +15,8 @@ struct StoreReport {
   // A row of theirs was damaged or gone, and memory does not have it: they answer DATA_LOSS now.
   uint64_t sequences_lost = 0;
   uint64_t slices_checked = 0;
-  // Rows of any kind that were damaged or gone, and how many of them were written again from memory.
+  // Rows of any kind that were damaged or gone, and how many of those were written again from
+  // memory.
   uint64_t rows_damaged = 0;
   uint64_t rows_mended = 0;
   uint64_t bytes_read = 0;

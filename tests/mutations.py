@@ -413,6 +413,17 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "engine_test", "*ASequenceIsNeverInTwoCalls*"),
     ("sweeps_are_not_starved", "kvservice/engine.cc", "begun < kBesideMax && TakeBeside",
      "TakeBeside", "engine_test", "*AStreamOfCallsStarvesNothing*"),
+    # ---- Looking for damage on disk ----
+    ("scrub_compares_checksums", "kvservice/store_scrub.cc",
+     "if (expected.has_value() && *expected != slice.checksum) break;", "", "engine_test",
+     "StoreScrubTest.AStaleSliceIsDamage"),
+    ("scrub_writes_again", "kvservice/store_scrub.cc",
+     "if (host_->MendSlices(record, layer, block).ok())", "if (layer < UINT32_MAX)",
+     "engine_test", "StoreScrubTest.WhatMemoryHasIsWrittenAgain"),
+    ("scrub_checks_rows", "kvservice/store_scrub.cc",
+     "return row.ok() && !Unseal(*row).empty() && ChecksumOfRow(*row) == expected;",
+     "return row.ok() || expected == Checksum{};", "engine_test",
+     "StoreScrubTest.RowsOfSequences*"),
 ]]
 
 

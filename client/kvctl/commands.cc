@@ -83,6 +83,13 @@ int ShowServerStats(const GlobalOptions& options) {
   return Show(options, Connect(options)->GetStats());
 }
 
+int VerifyStore(const GlobalOptions& options) {
+  const absl::StatusOr<v1::VerifyStoreResponse> response = Connect(options)->VerifyStore();
+  if (!response.ok()) return Fail(options, response.status());
+  Print(options, ToJson(response->found()), ToTable(response->found()));
+  return response->found().rows_damaged() == 0 ? kExitOk : kExitUnhealthy;
+}
+
 int DrainServer(const GlobalOptions& options, std::chrono::milliseconds grace, bool yes) {
   const std::optional<int> refused =
       Refused(options, yes, "this ends the server at " + options.admin_endpoint, "drain");

@@ -178,6 +178,10 @@ void AddServerCommands(CLI::App* app, Flags* flags) {
              [flags] { return ShowServerInfo(flags->global); });
   AddCommand(server, "stats", "Memory, calls, totals of attention", flags,
              [flags] { return ShowServerStats(flags->global); });
+  AddCommand(server, "verify", "Read everything on disk and check it; status 7 if it was damaged",
+             flags, [flags] { return VerifyStore(flags->global); })
+      ->footer(
+          "Takes as long as reading takes: see --timeout. Damage that memory can mend is mended.");
   CLI::App* const drain =
       AddCommand(server, "drain", "Finish what is running, refuse the rest, end the server", flags,
                  [flags] { return DrainServer(flags->global, flags->grace, flags->yes); });
@@ -431,7 +435,7 @@ void AddModelCommands(CLI::App* app, Flags* flags) {
 bool MayRepeat(const CLI::App& app) {
   const std::string verb = CommandName(app);
   for (const char* const once : {"drain", "drop", "fork", "suspend", "resume", "transfer", "bench",
-                                 "ping", "completion", "version", "set", "reset"}) {
+                                 "ping", "completion", "version", "set", "reset", "verify"}) {
     if (verb == once) return false;
   }
   return true;

@@ -197,6 +197,11 @@ class GrpcServerCalls final : public ServerCalls {
     return Call<v1::SetQuotaResponse>(admin_, &v1::AdminService::Stub::SetQuota, request);
   }
 
+  absl::StatusOr<v1::VerifyStoreResponse> VerifyStore() override {
+    return Call<v1::VerifyStoreResponse>(admin_, &v1::AdminService::Stub::VerifyStore,
+                                         v1::VerifyStoreRequest());
+  }
+
   absl::Status Drain(uint32_t grace_ms) override {
     v1::DrainRequest request;
     request.set_grace_ms(grace_ms);

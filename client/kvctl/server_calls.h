@@ -57,6 +57,7 @@ class ServerCalls {
   virtual absl::StatusOr<std::vector<v1::TenantUsage>> ListTenants(const std::string& tenant,
                                                                    size_t limit, bool* more) = 0;
   virtual absl::StatusOr<v1::SetQuotaResponse> SetQuota(const v1::SetQuotaRequest& request) = 0;
+  virtual absl::StatusOr<v1::VerifyStoreResponse> VerifyStore() = 0;
   virtual absl::Status Drain(uint32_t grace_ms) = 0;
 };
 

@@ -19,14 +19,13 @@ namespace kvservice {
 namespace {
 
 using Declared = v1::AdminService;
-using NotServed = Declared::WithGenericMethod_WatchEvents<
-    Declared::WithGenericMethod_VerifyStore<Declared::Service>>;
-using Rpc = Declared::WithRawMethod_GetServerInfo<
-    Declared::WithRawMethod_GetStats<Declared::WithRawMethod_ListSequences<
-        Declared::WithRawMethod_DescribeSequence<Declared::WithRawMethod_DescribeBlock<
-            Declared::WithRawMethod_Explain<Declared::WithRawMethod_Evict<
-                Declared::WithRawMethod_SetQuota<Declared::WithRawMethod_ListTenants<
-                    Declared::WithRawMethod_Drain<NotServed>>>>>>>>>>;
+using NotServed = Declared::WithGenericMethod_WatchEvents<Declared::Service>;
+using Rpc = Declared::WithRawMethod_GetServerInfo<Declared::WithRawMethod_GetStats<
+    Declared::WithRawMethod_ListSequences<Declared::WithRawMethod_DescribeSequence<
+        Declared::WithRawMethod_DescribeBlock<Declared::WithRawMethod_Explain<
+            Declared::WithRawMethod_Evict<Declared::WithRawMethod_SetQuota<
+                Declared::WithRawMethod_ListTenants<Declared::WithRawMethod_VerifyStore<
+                    Declared::WithRawMethod_Drain<NotServed>>>>>>>>>>>;
 
 using GetServerInfoCall = UnaryCall<v1::GetServerInfoRequest, v1::GetServerInfoResponse>;
 using GetStatsCall = UnaryCall<v1::GetStatsRequest, v1::GetStatsResponse>;
@@ -37,6 +36,7 @@ using ExplainCall = UnaryCall<v1::ExplainRequest, v1::ExplainResponse>;
 using EvictCall = UnaryCall<v1::EvictRequest, v1::EvictResponse>;
 using SetQuotaCall = UnaryCall<v1::SetQuotaRequest, v1::SetQuotaResponse>;
 using ListTenantsCall = UnaryCall<v1::ListTenantsRequest, v1::ListTenantsResponse>;
+using VerifyStoreCall = UnaryCall<v1::VerifyStoreRequest, v1::VerifyStoreResponse>;
 using DrainCall = UnaryCall<v1::DrainRequest, v1::DrainResponse>;
 
 // Every tenant's sequences.
@@ -84,6 +84,16 @@ std::optional<SequenceId> Predecessor(SequenceId id) {
 void OwnedSequenceToProto(const SequenceInfo& info, v1::Sequence* sequence) {
   SequenceToProto(info, sequence);
   sequence->set_tenant(info.tenant);
+}
+
+void CheckToProto(const StoreReport& from, v1::StoreCheck* to) {
+  to->set_sequences_checked(from.sequences_checked);
+  to->set_sequences_skipped(from.sequences_skipped);
+  to->set_sequences_lost(from.sequences_lost);
+  to->set_slices_checked(from.slices_checked);
+  to->set_rows_damaged(from.rows_damaged);
+  to->set_rows_mended(from.rows_mended);
+  to->set_bytes_read(from.bytes_read);
 }
 
 void BlockToProto(const BlockReport& report, v1::DescribeBlockResponse* response) {
@@ -157,6 +167,7 @@ class AdminService final : public RpcService {
         evict_(Bind("Evict", &Rpc::RequestEvict, &AdminService::Evict)),
         set_quota_(Bind("SetQuota", &Rpc::RequestSetQuota, &AdminService::SetQuota)),
         list_tenants_(Bind("ListTenants", &Rpc::RequestListTenants, &AdminService::ListTenants)),
+        verify_store_(Bind("VerifyStore", &Rpc::RequestVerifyStore, &AdminService::VerifyStore)),
         drain_(Bind("Drain", &Rpc::RequestDrain, &AdminService::Drain)) {}
 
   grpc::Service* grpc_service() override { return &rpc_; }
@@ -170,6 +181,7 @@ class AdminService final : public RpcService {
     evict_.Listen(&evict_, queue);
     set_quota_.Listen(&set_quota_, queue);
     list_tenants_.Listen(&list_tenants_, queue);
+    verify_store_.Listen(&verify_store_, queue);
     drain_.Listen(&drain_, queue);
   }
 
@@ -222,6 +234,8 @@ class AdminService final : public RpcService {
     disk->set_sequence_count(stats.sequences_on_disk);
     disk->set_lost_sequence_count(stats.sequences_lost);
     disk->set_failed(!stats.disk_is_healthy);
+    CheckToProto(stats.scrub.report, disk->mutable_checked());
+    disk->set_check_count(stats.scrub.passes);
     GetStatsCall::Reply(std::move(call), absl::OkStatus());
   }
 
@@ -380,6 +394,14 @@ class AdminService final : public RpcService {
         });
   }
 
+  void VerifyStore(std::unique_ptr<VerifyStoreCall> call) {
+    host_.engine->VerifyStore(
+        [call = std::move(call)](const absl::StatusOr<StoreReport>& report) mutable {
+          if (report.ok()) CheckToProto(*report, call->response()->mutable_found());
+          VerifyStoreCall::Reply(std::move(call), report.status());
+        });
+  }
+
   void Drain(std::unique_ptr<DrainCall> call) {
     facts_.request_drain(call->request().grace_ms());
     DrainCall::Reply(std::move(call), absl::OkStatus());
@@ -397,6 +419,7 @@ class AdminService final : public RpcService {
   const UnaryMethod<v1::EvictRequest, v1::EvictResponse> evict_;
   const UnaryMethod<v1::SetQuotaRequest, v1::SetQuotaResponse> set_quota_;
   const UnaryMethod<v1::ListTenantsRequest, v1::ListTenantsResponse> list_tenants_;
+  const UnaryMethod<v1::VerifyStoreRequest, v1::VerifyStoreResponse> verify_store_;
   const UnaryMethod<v1::DrainRequest, v1::DrainResponse> drain_;
 };
 

@@ -245,6 +245,12 @@ void AddDiskFlags(CLI::App* app, Config* config) {
   AddBytes(app, "--disk-bytes-max",
            "Keys, values and sketches of sequences in --data-dir; files take up to twice as much",
            &config->server.engine.disk_bytes_max);
+  // 10 GB in about 20 minutes, and next to nothing of a disk's time.
+  config->server.engine.scrub_bytes_per_s = uint64_t{8} << 20;
+  AddBytes(
+      app, "--scrub-bytes-per-s",
+      "Read --data-dir through for damage, so much per second, once an hour at most; 0 = never",
+      &config->server.engine.scrub_bytes_per_s);
 }
 
 void AddCertificateFlags(CLI::App* app, Config* config) {

@@ -152,6 +152,19 @@ void AddCalls(const MetricsSource& source, Families* families) {
                       TimesOf(source.data_calls->service_time()));
 }
 
+void AddScrub(const ScrubStats& scrub, Families* families) {
+  families->Counter("kvservice_scrub_passes_total", "Looks through the disk tier for damage.",
+                    scrub.passes);
+  families->Counter("kvservice_scrub_bytes_total", "Bytes that they have read.",
+                    scrub.report.bytes_read);
+  families->Counter("kvservice_scrub_slices_total", "Stored slices that they have checked.",
+                    scrub.report.slices_checked);
+  families->Counter("kvservice_scrub_rows_damaged_total", "Rows that were damaged or gone.",
+                    scrub.report.rows_damaged);
+  families->Counter("kvservice_scrub_rows_mended_total",
+                    "How many of them were written again from memory.", scrub.report.rows_mended);
+}
+
 void AddEngine(const MetricsSource& source, const EngineStats& stats, Families* families) {
   const auto gauge = [families](const char* name, const char* help, auto value) {
     families->Gauge(name, help, static_cast<double>(value));
@@ -192,6 +205,7 @@ void AddEngine(const MetricsSource& source, const EngineStats& stats, Families* 
         stats.sequences_lost);
   gauge("kvservice_disk_failed", "1 once a write has failed: nothing is written any more.",
         stats.disk_is_healthy ? 0 : 1);
+  AddScrub(stats.scrub, families);
 }
 
 // Models of one shape are one series.

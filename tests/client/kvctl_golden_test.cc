@@ -213,6 +213,7 @@ TEST_P(GoldenTest, EveryVerb) {
   RunTimed("bench --count 3 --tokens 70 --layers 1");
   RunTimed("ping -c 2");
   Run("sequence suspend --watch 1s " + id);
+  Run("server verify");
   Run("completion bash");
   Run("server drain");
   Run("server drain --yes --grace 5s");

@@ -281,6 +281,37 @@ TEST_F(AdminTest, DescribesABlockOfAnyTenant) {
             "INVALID_ARGUMENT HANDLE_MALFORMED sequence_id");
 }
 
+TEST_F(AdminTest, HasTheStoreLookedThrough) {
+  v1::VerifyStoreResponse response;
+  EXPECT_EQ(ErrorText(admin_->VerifyStore(NewContext().get(), {}, &response)),
+            "FAILED_PRECONDITION NO_DISK_TIER");
+
+  const TemporaryFolder folder;
+  ServedEngineOptions options;
+  options.engine.data_directory = folder.path();
+  ServedEngine served(std::move(options));
+  const auto sequences = v1::SequenceService::NewStub(served.Connect());
+  const auto admin = v1::AdminService::NewStub(served.ConnectAdmin());
+  const v1::SequenceHandle handle = NewSequence(sequences.get());
+  v1::AppendResponse appended;
+  const auto context = NewContext();
+  const auto writer = sequences->Append(context.get(), &appended);
+  v1::AppendRequest durable = MakeAppend(served.model(), handle, 0, 0, Counting(0, 65));
+  durable.set_durability(v1::DURABILITY_DURABLE);
+  writer->Write(durable);
+  writer->WritesDone();
+  ASSERT_EQ(ErrorText(writer->Finish()), "OK");
+  ASSERT_EQ(ErrorText(admin->VerifyStore(NewContext().get(), {}, &response)), "OK");
+  EXPECT_EQ(response.found().sequences_checked(), 1U);
+  EXPECT_EQ(response.found().slices_checked(), 2U);
+  EXPECT_EQ(response.found().rows_damaged(), 0U);
+  EXPECT_GT(response.found().bytes_read(), 64U);
+  v1::GetStatsResponse stats;
+  ASSERT_EQ(ErrorText(admin->GetStats(NewContext().get(), {}, &stats)), "OK");
+  EXPECT_EQ(stats.disk().check_count(), 1U);
+  EXPECT_EQ(stats.disk().checked().SerializeAsString(), response.found().SerializeAsString());
+}
+
 TEST_F(AdminTest, ModelsAreListedByNameOnBothSides) {
   for (const auto& channel : {served_.Connect(), served_.ConnectAdmin()}) {
     const auto models = v1::ModelService::NewStub(channel);
