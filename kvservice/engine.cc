@@ -469,6 +469,7 @@ absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
   if (tier == nullptr && !options.data_directory.empty()) {
     RocksdbTierOptions where;
     where.directory = options.data_directory;
+    where.write_buffer_bytes = options.disk_buffer_bytes;
     auto opened = OpenRocksdbTier(where);
     if (!opened.ok()) return opened.status();
     tier = *std::move(opened);

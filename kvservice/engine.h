@@ -122,6 +122,9 @@ struct EngineOptions {
   std::string data_directory;
   // Rows of sequences on disk.
   uint64_t disk_bytes_max = uint64_t{64} << 30;
+  // Rows that wait in memory to be written to files together; the log has them on disk already.
+  // Twice as much while that happens.
+  size_t disk_buffer_bytes = size_t{32} << 20;
   // Bytes that are read of it per second to find damage before somebody needs what is damaged; at
   // most one look through all of it begins per hour. 0 = none.
   uint64_t scrub_bytes_per_s = 0;

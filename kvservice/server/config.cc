@@ -245,6 +245,11 @@ void AddDiskFlags(CLI::App* app, Config* config) {
   AddBytes(app, "--disk-bytes-max",
            "Keys, values and sketches of sequences in --data-dir; files take up to twice as much",
            &config->server.engine.disk_bytes_max);
+  AddBytes(
+      app, "--disk-buffer-bytes",
+      "Memory in which rows wait to be written to files together, 64KiB or more; twice as much "
+      "meanwhile",
+      &config->server.engine.disk_buffer_bytes);
   // 10 GB in about 20 minutes, and next to nothing of a disk's time.
   config->server.engine.scrub_bytes_per_s = uint64_t{8} << 20;
   AddBytes(
