@@ -121,6 +121,10 @@ TEST_F(QuotaTest, WhatForksShareCountsOnce) {
   EXPECT_EQ(Append("a", children[1], 8 * 64, 1), kQuota);
   EXPECT_EQ(ErrorLine(engine_->Fork(children[0], 8 * 64 + 1, "a").status()), kQuota);
   EXPECT_EQ(UsageOf("a").sequence_count, 6);
+  for (const SequenceInfo& info : engine_->List("a")) {
+    EXPECT_TRUE(engine_->Drop({.id = info.id, .generation = info.generation}, "a").ok());
+  }
+  EXPECT_EQ(BlocksOf("a"), 0);
 }
 
 TEST_F(QuotaTest, BeyondItsMaximumATenantsOwnOldestSequencesLeave) {
