@@ -99,15 +99,18 @@ absl::Status SequenceTooLong(std::string_view field, uint64_t length, uint32_t t
        .metadata = {{"length", absl::StrCat(length)}, {"tokens_max", absl::StrCat(tokens_max)}}});
 }
 
-absl::Status PoolFull(size_t bytes_used, size_t bytes) {
-  return MakeError(
-      absl::StatusCode::kResourceExhausted,
-      absl::StrCat("no room for another block: ", bytes_used, " of ", bytes, " bytes are in use"),
-      {.reason = "POOL_FULL",
-       .field = "",
-       .metadata = {{"pool_bytes_used", absl::StrCat(bytes_used)},
-                    {"pool_bytes", absl::StrCat(bytes)}},
-       .retry_delay_ms = kPoolRetryMs});
+absl::Status PoolFull(size_t bytes_used, size_t bytes, size_t bytes_held) {
+  const std::string held =
+      bytes_held == 0 ? "" : absl::StrCat(", ", bytes_held, " are kept for other tenants");
+  return MakeError(absl::StatusCode::kResourceExhausted,
+                   absl::StrCat("no room for another block: ", bytes_used, " of ", bytes,
+                                " bytes are in use", held),
+                   {.reason = "POOL_FULL",
+                    .field = "",
+                    .metadata = {{"pool_bytes_used", absl::StrCat(bytes_used)},
+                                 {"pool_bytes_held", absl::StrCat(bytes_held)},
+                                 {"pool_bytes", absl::StrCat(bytes)}},
+                    .retry_delay_ms = kPoolRetryMs});
 }
 
 absl::Status TenantPoolFull(uint64_t bytes_used, uint64_t bytes_max) {

@@ -30,7 +30,8 @@ absl::Status AppendConflict(std::string_view field, uint32_t position, uint32_t 
 // RESOURCE_EXHAUSTED / SEQUENCE_TOO_LONG.
 absl::Status SequenceTooLong(std::string_view field, uint64_t length, uint32_t tokens_max);
 // RESOURCE_EXHAUSTED / POOL_FULL with a retry delay: sequences end all the time.
-absl::Status PoolFull(size_t bytes_used, size_t bytes);
+// `bytes_held` are free and kept for other tenants.
+absl::Status PoolFull(size_t bytes_used, size_t bytes, size_t bytes_held);
 // RESOURCE_EXHAUSTED / TENANT_QUOTA with a retry delay: the tenant has as much as it may, of the
 // pool or of the disk.
 absl::Status TenantPoolFull(uint64_t bytes_used, uint64_t bytes_max);

@@ -13,7 +13,9 @@ std::string PositionField(std::string_view prefix) { return std::string(prefix) 
 }  // namespace
 
 absl::Status NoBlockError(const BlockPool& pool, BlockOwner owner) {
-  if (pool.why_not() == NoBlock::kPoolFull) return PoolFull(pool.bytes_used(), pool.bytes());
+  if (pool.why_not() == NoBlock::kPoolFull) {
+    return PoolFull(pool.bytes_used(), pool.bytes(), pool.accounts().HeldFromOwner(owner));
+  }
   const OwnerAccount account = pool.accounts().Of(owner);
   return TenantPoolFull(account.bytes, account.limits.bytes_max);
 }

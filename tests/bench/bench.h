@@ -32,6 +32,8 @@ struct BenchOptions {
   // Sizes of the planted data of decode_e2e, as "sequences x tokens"; empty: its own.
   std::vector<std::string> sizes = {};
   uint32_t step_count = 41;  // of decode_e2e, on planted data
+  // Files of requests that eviction replays (tests/bench/eviction_load.h).
+  std::vector<std::string> request_traces = {};
 };
 
 // One measured figure.

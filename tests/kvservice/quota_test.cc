@@ -121,6 +121,10 @@ TEST_F(QuotaTest, WhatForksShareCountsOnce) {
   EXPECT_EQ(Append("a", children[1], 8 * 64, 1), kQuota);
   EXPECT_EQ(ErrorLine(engine_->Fork(children[0], 8 * 64 + 1, "a").status()), kQuota);
   EXPECT_EQ(UsageOf("a").sequence_count, 6);
+  for (const SequenceInfo& info : engine_->List("a")) {
+    EXPECT_TRUE(engine_->Drop({.id = info.id, .generation = info.generation}, "a").ok());
+  }
+  EXPECT_EQ(BlocksOf("a"), 0);
 }
 
 TEST_F(QuotaTest, BeyondItsMaximumATenantsOwnOldestSequencesLeave) {
@@ -180,6 +184,44 @@ TEST_F(QuotaTest, RowsOnDiskHaveAMaximumOfTheirOwn) {
   EXPECT_TRUE(engine_->Drop(first, "a").ok());
   EXPECT_EQ(UsageOf("a").disk_bytes_used, 0);
   EXPECT_TRUE(engine_->Suspend(second, "a").ok());
+}
+
+TEST_F(QuotaTest, AnAttendBeyondTheMaximumSucceedsWhenItComesAgain) {
+  Start(true);
+  SetQuota("a", {.pool_bytes_max = Blocks(10)});
+  const Handle idle = Filled("a", 5);
+  const Handle busy = Filled("a", 5);
+  const auto attend = [&] {
+    AttendStep step(engine_->model(), 0, "a");
+    step.Add(busy, 5 * 64, {5 * 64});
+    EXPECT_TRUE(step.Run(engine_->get()).ok());
+    return ErrorLine(step.result(0).status);
+  };
+  EXPECT_EQ(attend(), kQuota);
+  EXPECT_TRUE(Eventually([&] { return attend() == "OK"; }));
+  EXPECT_TRUE(IsOnDisk("a", idle));
+  EXPECT_EQ(BlocksOf("a"), 6);
+}
+
+TEST_F(QuotaTest, WhatIsOnDiskCountsAfterARestartAndWhatWasSetDoesNot) {
+  EngineOptions options = Options();
+  options.tenant_quotas["a"] = {.pool_bytes_max = Blocks(20)};
+  Start(true, options);
+  SetQuota("a", {.pool_bytes_max = Blocks(10)});
+  const Handle handle = Filled("a", 5);
+  EXPECT_TRUE(engine_->Suspend(handle, "a").ok());
+  const TenantUsage before = UsageOf("a");
+  EXPECT_GT(before.disk_bytes_used, 0U);
+  EXPECT_EQ(before.block_count, 0U);
+  engine_ = nullptr;
+  Start(true, options);
+  ASSERT_TRUE(engine_->start_status().ok());
+  const TenantUsage after = UsageOf("a");
+  EXPECT_EQ(after.disk_bytes_used, before.disk_bytes_used);
+  EXPECT_EQ(after.disk_bytes_used, engine_->get()->Stats().disk_bytes_used);
+  EXPECT_EQ(after.sequence_count, 1U);
+  EXPECT_EQ(after.quota, options.tenant_quotas["a"]);
+  EXPECT_FALSE(after.is_temporary);
 }
 
 // ---- Reserves ----
