@@ -165,7 +165,7 @@ struct CreateOptions {
   // the tenant, model and sketch tables declared and has in memory. Its own blocks may be matched
   // as they become whole in every layer, until they are truncated, leave memory or are dropped.
   // That the keys and values are those of the ids is the caller's word.
-  std::vector<uint32_t> token_ids;
+  std::vector<uint32_t> token_ids = {};
 };
 
 // One layer's rows of one sequence, to be stored at [position, position + count). Idempotent: what
