@@ -1,5 +1,5 @@
-// Digests of token prefixes, and the index of who has them: against a model that compares token
-// ids, over random histories.
+// Digests of token prefixes, the index of who has them, against a model that compares token ids
+// over random histories, and what a match gives.
 
 #include "kvservice/cache/prefix_index.h"
 
@@ -14,10 +14,15 @@
 #include <utility>
 #include <vector>
 
+#include "attention/device.h"
 #include "attention/kv_layout.h"
+#include "attention/sketch_table.h"
+#include "kvservice/declared_prompt.h"
+#include "kvservice/model.h"
+#include "kvservice/model_registry.h"
 #include "kvservice/prefix_chain.h"
 #include "kvservice/sequence_table.h"
-#include "tests/kvservice/words.h"
+#include "tests/kvservice/engine_client.h"
 
 namespace kvservice::testing {
 namespace {
@@ -217,6 +222,63 @@ TEST(PrefixIndexTest, FindsWhatAModelFindsInRandomHistories) {
     history.ExpectCounts();
     EXPECT_GT(history.matched_blocks(), 100U);
   }
+}
+
+// ---- What a match gives ----
+
+class BeginWithTest : public ::testing::Test {
+ protected:
+  BeginWithTest() : pool_(*BlockPool::New(device_.get(), size_t{1} << 20)) {
+    source_ = New("tenant", &model_, model_.tables->latest());
+    const KvLayout& layout = model_.spec.layout;
+    const Words words = Counting(0, kBlockTokens);
+    const auto k = PartBytes(layout, layout.dtype, Part::kKey, 0, words);
+    const auto v = PartBytes(layout, layout.dtype, Part::kValue, 0, words);
+    EXPECT_EQ(source_->cache->Append(0, 0, kBlockTokens, k.data(), v.data()),
+              AppendOutcome::kStored);
+  }
+
+  std::unique_ptr<SequenceRecord> New(const std::string& tenant, const Model* model,
+                                      const TableVersion* tables) {
+    auto record = std::make_unique<SequenceRecord>();
+    record->tenant = tenant;
+    record->model = model;
+    record->tables = tables;
+    record->cache = std::make_unique<Sequence>(&tables->shape, pool_.get(), device_.get(),
+                                               pool_->OwnerOf(tenant));
+    return record;
+  }
+  // What it has afterwards.
+  uint32_t Begin(std::unique_ptr<SequenceRecord> record, uint32_t block_count = 1) const {
+    BeginWith({.source = source_.get(), .block_count = block_count}, record.get());
+    EXPECT_EQ(record->matched_tokens, record->cache->length_min());
+    return record->matched_tokens;
+  }
+
+  const std::unique_ptr<Device> device_ = *NewDevice("reference", {});
+  const std::unique_ptr<BlockPool> pool_;
+  const Model model_{Valid(SmallModel(1))};
+  std::unique_ptr<SequenceRecord> source_;
+
+ private:
+  static ModelSpec Valid(ModelSpec spec) {
+    EXPECT_TRUE(ValidateModel(&spec).ok());
+    return spec;
+  }
+};
+
+// Digests keep all of these apart already; should one ever not, this does.
+TEST_F(BeginWithTest, WhatWasMatchedByMistakeIsNotTaken) {
+  const TableVersion* const tables = model_.tables->latest();
+  EXPECT_EQ(Begin(New("tenant", &model_, tables)), kBlockTokens);
+  EXPECT_EQ(Begin(New("other", &model_, tables)), 0U);
+  EXPECT_EQ(Begin(New("tenant", nullptr, tables)), 0U);
+  std::vector<SketchTable> others = tables->tables;
+  others[0].metric[0] *= 2.0F;
+  ASSERT_TRUE(NormalizeSketchTable(model_.spec.layout.head_dim, others.data()).ok());
+  const TableVersion version(model_.spec.layout, 1, others);
+  EXPECT_EQ(Begin(New("tenant", &model_, &version)), 0U);
+  EXPECT_EQ(Begin(New("tenant", &model_, tables), 2), 0U) << "the source has one block";
 }
 
 }  // namespace
