@@ -122,6 +122,7 @@ absl::StatusOr<Sequence> Client::CreateSequence(const SequenceOptions& options) 
   request.set_model(options.model);
   request.set_lease_ms(options.lease_ms);
   if (options.policy) *request.mutable_policy() = PolicyToProto(*options.policy);
+  request.mutable_token_ids()->Add(options.token_ids.begin(), options.token_ids.end());
   // Makes repeating harmless: a lost answer would otherwise leave a sequence behind.
   request.set_request_id(core_->request_id_prefix + std::to_string(core_->requests++));
   v1::CreateResponse response;
@@ -129,7 +130,7 @@ absl::StatusOr<Sequence> Client::CreateSequence(const SequenceOptions& options) 
   if (status.ok()) status = CheckSequence(response.sequence(), {});
   if (!status.ok()) return status;
   const v1::SequenceHandle& handle = response.sequence().handle();
-  return Sequence(core_.get(), handle.id(), handle.generation());
+  return Sequence(core_.get(), handle.id(), handle.generation(), response.matched_tokens());
 }
 
 StepBuffers Client::NewStepBuffers(const StepShape& shape) { return {shape, core_->lane.Get()}; }

@@ -18,6 +18,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "client/append_writer.h"
 #include "client/attend.h"
 #include "client/model.h"
@@ -36,6 +37,10 @@ struct SequenceOptions {
   uint32_t lease_ms = 0;
   // Default: the model's.
   std::optional<Policy> policy = {};
+  // Ids of the tokens that will be appended, from the first one on, if they may be matched: the
+  // sequence begins with as many of them, in whole blocks, as the tenant has in the cache of the
+  // model (Sequence::matched_tokens).
+  absl::Span<const uint32_t> token_ids = {};
 };
 
 // One connection to one server. Thread-safe; calls but AttendAsync block the calling thread.

@@ -358,6 +358,8 @@ SequenceInfo InfoFromProto(const v1::Sequence& sequence) {
           .is_on_disk = sequence.tier() == v1::TIER_DISK,
           .is_suspended = sequence.suspended(),
           .durable_tokens = sequence.durable_tokens(),
+          .matched_tokens = sequence.matched_tokens(),
+          .matchable_tokens = sequence.matchable_tokens(),
           .lease_remaining = std::chrono::milliseconds(sequence.lease_remaining_ms()),
           .certificates = sequence.totals().certificates(),
           .certificates_proven = sequence.totals().certificates_proven(),

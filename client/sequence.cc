@@ -14,8 +14,8 @@ absl::Status Gone() { return InvalidRequest("sequence", "is closed or detached")
 
 }  // namespace
 
-Sequence::Sequence(Core* core, std::string id, uint64_t generation)
-    : core_(core), id_(std::move(id)), generation_(generation) {
+Sequence::Sequence(Core* core, std::string id, uint64_t generation, uint32_t matched_tokens)
+    : core_(core), id_(std::move(id)), generation_(generation), matched_tokens_(matched_tokens) {
   ++core_->borrowers;
 }
 
@@ -28,7 +28,8 @@ Sequence::~Sequence() {
 Sequence::Sequence(Sequence&& other) noexcept
     : core_(std::exchange(other.core_, nullptr)),
       id_(std::exchange(other.id_, std::string())),
-      generation_(other.generation_) {}
+      generation_(other.generation_),
+      matched_tokens_(other.matched_tokens_) {}
 
 Sequence& Sequence::operator=(Sequence&& other) noexcept {
   // What this object owned leaves with `taken`.
@@ -36,6 +37,7 @@ Sequence& Sequence::operator=(Sequence&& other) noexcept {
   std::swap(core_, taken.core_);
   std::swap(id_, taken.id_);
   std::swap(generation_, taken.generation_);
+  std::swap(matched_tokens_, taken.matched_tokens_);
   return *this;
 }
 

@@ -30,6 +30,9 @@ struct SequenceInfo {
   bool is_suspended = false;
   // Tokens that every layer has on disk.
   uint32_t durable_tokens = 0;
+  // Tokens that it was created with, and tokens of its own that new sequences may be created with.
+  uint32_t matched_tokens = 0;
+  uint32_t matchable_tokens = 0;
   std::chrono::milliseconds lease_remaining{0};
   // Certificates so far, those with a deterministic or exact statement, and their largest bound.
   uint64_t certificates = 0;
@@ -58,7 +61,7 @@ struct Transferred {
 class Sequence {
  public:
   // Client::CreateSequence and Client::Adopt make sequences.
-  Sequence(Core* core, std::string id, uint64_t generation);
+  Sequence(Core* core, std::string id, uint64_t generation, uint32_t matched_tokens = 0);
   ~Sequence();
   Sequence(Sequence&& other) noexcept;
   Sequence& operator=(Sequence&& other) noexcept;
@@ -67,6 +70,9 @@ class Sequence {
   const std::string& id() const { return id_; }
   // Version of the contents; Truncate raises it.
   uint64_t generation() const { return generation_; }
+  // Tokens that the server had already when the sequence was created with token ids: append from
+  // here.
+  uint32_t matched_tokens() const { return matched_tokens_; }
 
   // With kDurable, what Commit has acknowledged is on disk.
   AppendWriter Append(Durability durability = Durability::kMemory) const;
@@ -116,6 +122,7 @@ class Sequence {
   Core* core_;
   std::string id_;
   uint64_t generation_;
+  uint32_t matched_tokens_;
 };
 
 }  // namespace kvservice::client

@@ -252,6 +252,8 @@ absl::Status AttendBatch::StoreRow(const std::string& field, const Row& row) {
                    .v = call.v->bytes.data() + skipped_bytes},
                   cache, &writes_);
     if (!stored.ok()) return stored.status();
+    // Nobody can begin with it before the device has run the writes.
+    row.record->OfferPrefix();
   }
   const uint32_t length = cache->length(call.layer);
   const uint64_t end = static_cast<uint64_t>(asked.position) + asked.query_count;

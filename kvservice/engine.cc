@@ -39,6 +39,7 @@ absl::StatusOr<EngineSecrets> MakeSecrets(const EngineOptions& options, Random* 
   } else {
     works = works && random->Fill(absl::MakeSpan(secrets.draw_secret)).ok();
   }
+  works = works && random->Fill(absl::MakeSpan(secrets.prefix_secret)).ok();
   if (!works) return RandomUnavailable();
   secrets.audit_seed = std::bit_cast<uint64_t>(seed);
   return secrets;
@@ -79,10 +80,13 @@ class ThreadedEngine : public Engine {
   std::vector<ModelSpec> ListModels() const override { return registry_.List(); }
 
   void Create(std::string_view tenant, CreateOptions options, Done<SequenceInfo> done) override {
-    Control<SequenceInfo>(std::move(done),
-                          [this, owner = std::string(tenant), asked = std::move(options)] {
-                            return executor_.Create(owner, asked);
-                          });
+    DeclaredPrompt prompt = executor_.Declare(tenant, options);
+    // The digests take an eighth of their room while the call waits.
+    options.token_ids = {};
+    Control<SequenceInfo>(
+        std::move(done),
+        [this, owner = std::string(tenant), asked = std::move(options),
+         prompt = std::move(prompt)] { return executor_.Create(owner, asked, prompt); });
   }
   void Fork(std::string_view tenant, SequenceId id, uint64_t generation, uint32_t length,
             uint32_t lease_ms, Done<SequenceInfo> done) override {

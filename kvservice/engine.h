@@ -92,6 +92,9 @@ struct EngineOptions {
   uint32_t models_max = 64;
   // Tokens of one sequence; more is RESOURCE_EXHAUSTED / SEQUENCE_TOO_LONG.
   uint32_t sequence_tokens_max = 1U << 20;
+  // Tokens of prompts that a tenant's sequences may declare, in whole blocks; what is declared
+  // beyond that is not matched. A block takes some 100 bytes. 0 = no prefix is matched.
+  uint32_t prefix_tokens_per_tenant_max = 1U << 24;
   // Waiting calls of all kinds; more is RESOURCE_EXHAUSTED / OVERLOADED with a retry delay.
   uint32_t queue_calls_max = 1024;
   // Rows of one Attend call, and rows of one device batch.
@@ -153,6 +156,10 @@ struct SequenceInfo {
   bool is_suspended = false;
   // Tokens that every layer has on disk.
   uint32_t stored_length = 0;
+  // Tokens that it had from its creation, as those of another sequence's prompt; and those of its
+  // own that new sequences may begin with now.
+  uint32_t matched_tokens = 0;
+  uint32_t matchable_tokens = 0;
   // Names the sketch tables that the sequence keeps for its whole life.
   Sha256::Digest sketch_table_digest{};
   AttendStats stats;
@@ -165,6 +172,12 @@ struct CreateOptions {
   // Created once per (tenant, request_id) for as long as the sequence lives; a repeat returns the
   // same sequence. Empty = no such check.
   std::string request_id;
+  // Ids of the tokens that will be appended, from the first one on; at most sequence_tokens_max.
+  // The sequence begins with the longest prefix of them, in whole blocks, that another sequence of
+  // the tenant, model and sketch tables declared and has in memory. Its own blocks may be matched
+  // as they become whole in every layer, until they are truncated, leave memory or are dropped.
+  // That the keys and values are those of the ids is the caller's word.
+  std::vector<uint32_t> token_ids = {};
 };
 
 // One layer's rows of one sequence, to be stored at [position, position + count). Idempotent: what
@@ -304,6 +317,11 @@ struct EngineStats {
   size_t pool_bytes_reserved = 0;
   size_t pool_bytes_held = 0;
   EvictionTotals evictions{};
+  // Tokens that sequences were created with, and those of them that were there already; and tokens
+  // that may be matched once they are there, or are.
+  uint64_t prefix_requested_tokens_total = 0;
+  uint64_t prefix_matched_tokens_total = 0;
+  uint64_t prefix_declared_tokens = 0;
   // Of the disk tier: sequences that are there and not in memory, that were lost, rows' bytes with
   // their limit (0 = there is no disk tier), and bytes of files.
   uint32_t sequences_on_disk = 0;
@@ -333,6 +351,7 @@ class Engine {
   virtual absl::StatusOr<ModelSpec> GetModel(std::string_view name) const = 0;
   virtual std::vector<ModelSpec> ListModels() const = 0;
 
+  // Hashes the token ids on the caller's thread.
   virtual void Create(std::string_view tenant, CreateOptions options, Done<SequenceInfo> done) = 0;
   // A copy-on-write child holding the first `length` tokens of every layer (UINT32_MAX = all that
   // every layer has).

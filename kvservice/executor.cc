@@ -61,11 +61,13 @@ Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
                    DiskWorker::Post post)
     : options_(options),
       draw_keys_(secrets.draw_secret, secrets.epoch),
+      prefix_chains_(secrets.prefix_secret),
       clock_(clock),
       random_(random),
       registry_(registry),
       device_(std::move(device)),
       pool_(std::move(pool)),
+      prefix_index_(options.prefix_tokens_per_tenant_max / kBlockTokens),
       table_(options.sequences_max, options.sequences_per_tenant_max),
       tenants_(&options_, pool_.get(), &table_),
       store_({.options = &options_,
@@ -163,6 +165,9 @@ SequenceInfo Executor::Describe(const SequenceRecord& record) const {
           .tier = on_disk ? SequenceTier::kDisk : SequenceTier::kMemory,
           .is_suspended = record.is_suspended,
           .stored_length = stored == nullptr ? 0 : stored->length_min(),
+          .matched_tokens = record.matched_tokens,
+          .matchable_tokens =
+              record.prefix == nullptr ? 0 : record.prefix->offered_count() * kBlockTokens,
           .sketch_table_digest = record.tables->digest,
           .stats = record.stats};
 }
@@ -202,7 +207,8 @@ absl::StatusOr<SequenceRecord*> Executor::Insert(std::unique_ptr<SequenceRecord>
   return RandomUnavailable();
 }
 
-absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const CreateOptions& asked) {
+absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const CreateOptions& asked,
+                                              const DeclaredPrompt& prompt) {
   const Model* model = registry_->Find(asked.model);
   if (model == nullptr) return ModelNotFound(asked.model);
   const Policy& policy = asked.policy.has_value() ? *asked.policy : model->spec.default_policy;
@@ -213,8 +219,11 @@ absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const Cre
                         absl::StrCat("request_id has ", asked.request_id.size(), " bytes, at most ",
                                      kRequestIdBytesMax, " are allowed"));
   }
+  if (prompt.token_count > options_.sequence_tokens_max) {
+    return SequenceTooLong("token_ids", prompt.token_count, options_.sequence_tokens_max);
+  }
   SequenceRecord* earlier = table_.FindRequest(tenant, asked.request_id, clock_->SteadyNowNs());
-  if (earlier != nullptr) return Repeat(earlier, asked, policy);
+  if (earlier != nullptr) return Repeat(earlier, asked, policy, prompt);
   status = table_.CheckRoom(tenant);
   if (!status.ok()) return status;
 
@@ -224,22 +233,30 @@ absl::StatusOr<SequenceInfo> Executor::Create(std::string_view tenant, const Cre
   record->model = model;
   record->policy = policy;
   record->lease_ns = LeaseNs(asked.lease_ms);
-  record->tables = model->tables->latest();
+  record->tables = prompt.tables != nullptr ? prompt.tables : model->tables->latest();
+  record->prompt = prompt.checksum;
   record->cache = std::make_unique<Sequence>(&record->tables->shape, pool_.get(), device_.get(),
                                              pool_->OwnerOf(tenant));
   record->seeds = SeedQueries(model->spec.layout, model->spec.layer_count,
                               options_.seed_bytes_per_sequence_max);
+  BeginWith(prefix_index_.Find(tenant, prompt.chain), record.get());
   const auto inserted = Insert(std::move(record));
   if (!inserted.ok()) return inserted.status();
+  (*inserted)->prefix = prefix_index_.Declare(tenant, *inserted, prompt.chain);
+  (*inserted)->OfferPrefix();
+  prefix_requested_tokens_total_ += prompt.token_count;
+  prefix_matched_tokens_total_ += (*inserted)->matched_tokens;
   return Describe(**inserted);
 }
 
 // The answer of the first request may have been lost: the same question gets the same sequence.
 absl::StatusOr<SequenceInfo> Executor::Repeat(SequenceRecord* record, const CreateOptions& asked,
-                                              const Policy& policy) {
-  if (record->model->spec.name != asked.model || record->policy != policy) {
+                                              const Policy& policy, const DeclaredPrompt& prompt) {
+  const bool is_same = record->model->spec.name == asked.model && record->policy == policy &&
+                       record->prompt.value_or(prompt.checksum) == prompt.checksum;
+  if (!is_same) {
     return InvalidField("request_id", "REQUEST_ID_REUSED",
-                        "request_id belongs to a sequence with another model or policy");
+                        "request_id belongs to a sequence with another model, policy or token ids");
   }
   SequenceTable::Renew(record, clock_->SteadyNowNs());
   return Describe(*record);
@@ -282,7 +299,13 @@ absl::StatusOr<SequenceRecord*> Executor::ForkNow(const ForkAsk& ask) {
   if (child->cache == nullptr) return NoBlockError(*pool_, (*parent)->cache->owner());
   child->seeds = (*parent)->seeds;
   child->seeds.Truncate(length);
-  return Insert(std::move(child));
+  const auto inserted = Insert(std::move(child));
+  if (!inserted.ok() || (*parent)->prefix == nullptr) return inserted;
+  // What it has of its parent's prompt it has as well as the parent, and may survive it.
+  (*inserted)->prefix = prefix_index_.Declare(
+      ask.tenant, *inserted, (*parent)->prefix->chain().subspan(0, length / kBlockTokens));
+  (*inserted)->OfferPrefix();
+  return inserted;
 }
 
 void Executor::Truncate(std::string_view tenant, const SequenceId& id, uint64_t generation,
@@ -300,6 +323,8 @@ void Executor::Truncate(std::string_view tenant, const SequenceId& id, uint64_t 
     return done(NoBlockError(*pool_, record->cache->owner()));
   }
   ++record->generation;
+  // Other tokens may follow.
+  if (record->prefix != nullptr) record->prefix->Cut(length / kBlockTokens);
   record->seeds.Truncate(length);
   // They may be of tokens that are gone.
   record->last_queries.clear();
@@ -455,6 +480,7 @@ absl::StatusOr<AppendResult> Executor::StoreInMemory(const AppendCall& call,
                                                   record->cache.get(), &writes);
   writes.Run(record->model->spec.layout, device_.get());
   if (!stored.ok()) return stored;
+  record->OfferPrefix();
   if (call.query_sample.has_value() && !stored->duplicate) {
     // The bytes may lie anywhere.
     std::vector<float> queries(call.query_sample->bytes.size() / sizeof(float));
@@ -695,6 +721,9 @@ void Executor::FillStats(EngineStats* stats) const {
   stats->pool_bytes_reserved = pool_->accounts().bytes_reserved();
   stats->pool_bytes_held = pool_->accounts().bytes_held();
   stats->leases_expired_total = leases_expired_total_;
+  stats->prefix_requested_tokens_total = prefix_requested_tokens_total_;
+  stats->prefix_matched_tokens_total = prefix_matched_tokens_total_;
+  stats->prefix_declared_tokens = prefix_index_.declared_blocks() * kBlockTokens;
   store_.FillStats(stats);
   stats->attend = totals_;
   stats->audit = auditor_.stats();

@@ -20,11 +20,14 @@
 #include "kvservice/attend_batch.h"
 #include "kvservice/auditor.h"
 #include "kvservice/cache/block_pool.h"
+#include "kvservice/cache/prefix_index.h"
 #include "kvservice/clock.h"
+#include "kvservice/declared_prompt.h"
 #include "kvservice/draw_keys.h"
 #include "kvservice/engine.h"
 #include "kvservice/engine_errors.h"
 #include "kvservice/model_registry.h"
+#include "kvservice/prefix_chain.h"
 #include "kvservice/random.h"
 #include "kvservice/sequence_store.h"
 #include "kvservice/sequence_table.h"
@@ -39,6 +42,7 @@ struct EngineSecrets {
   DrawSecret draw_secret{};
   Epoch epoch{};
   uint64_t audit_seed = 0;
+  PrefixSecret prefix_secret{};
 };
 
 class Executor {
@@ -63,9 +67,15 @@ class Executor {
   std::optional<SequenceId> MustWait(const AttendCall& call, bool is_again);
   void Park(const SequenceId& id, Task task) { store_.Park(id, std::move(task)); }
 
+  // What a Create says about its prompt: the hashing, for any thread.
+  DeclaredPrompt Declare(std::string_view tenant, const CreateOptions& asked) const {
+    return DeclarePrompt(options_, prefix_chains_, tenant, registry_->Find(asked.model), asked);
+  }
+
   // As in engine.h; a sequence that is named is where it is needed. What waits for the disk, or for
-  // room in the pool, answers later.
-  absl::StatusOr<SequenceInfo> Create(std::string_view tenant, const CreateOptions& asked);
+  // room in the pool, answers later. Create takes the token ids from `prompt` alone.
+  absl::StatusOr<SequenceInfo> Create(std::string_view tenant, const CreateOptions& asked,
+                                      const DeclaredPrompt& prompt);
   struct ForkAsk {
     std::string tenant;
     SequenceId id;
@@ -150,7 +160,7 @@ class Executor {
                                       uint64_t generation);
   absl::StatusOr<SequenceRecord*> Insert(std::unique_ptr<SequenceRecord> record);
   absl::StatusOr<SequenceInfo> Repeat(SequenceRecord* record, const CreateOptions& asked,
-                                      const Policy& policy);
+                                      const Policy& policy, const DeclaredPrompt& prompt);
   absl::StatusOr<ReceiveReply> BeginReceive(std::string_view tenant, const TransferBegin& begin);
   absl::StatusOr<ReceiveReply> EndReceive(std::string_view tenant, const TransferAttempt& attempt,
                                           const TransferEnd& end);
@@ -190,13 +200,16 @@ class Executor {
 
   const EngineOptions options_;
   const DrawKeys draw_keys_;
+  const PrefixChains prefix_chains_;
   Clock* const clock_;
   Random* const random_;
   ModelRegistry* const registry_;
 
-  // In the order of their dependence: sequences go before the pool, the pool before the device.
+  // In the order of their dependence: sequences go before the pool and the index of their prompts,
+  // the pool before the device.
   const std::unique_ptr<Device> device_;
   const std::unique_ptr<BlockPool> pool_;
+  PrefixIndex prefix_index_;
   SequenceTable table_;
   Tenants tenants_;
   SequenceStore store_;
@@ -213,6 +226,8 @@ class Executor {
   };
   std::vector<Shortage> shortages_;
   uint64_t leases_expired_total_ = 0;
+  uint64_t prefix_requested_tokens_total_ = 0;
+  uint64_t prefix_matched_tokens_total_ = 0;
   // Models that learn; one that has learnt has no learner any more.
   std::map<const Model*, Learning> learnings_;
   uint32_t learnings_running_ = 0;

@@ -498,6 +498,7 @@ void SequenceStore::FinishSaving(Saving* saving, absl::Status status) {
 
 // Checksums of full slices come back with the slices.
 void SequenceStore::Empty(SequenceRecord* record) {
+  if (record->prefix != nullptr) record->prefix->Offer(0);
   record->cache = std::make_unique<Sequence>(&record->tables->shape, parts_.pool, parts_.device,
                                              parts_.pool->OwnerOf(record->tenant));
   for (LayerProgress& layer : record->stored->layers) {
@@ -638,6 +639,7 @@ void SequenceStore::FinishLoading(Loading* loading, const absl::Status& status) 
     return Arrived(id);
   }
   *record->stored = std::move(loading->progress);
+  record->OfferPrefix();
   if (!loading->is_resume) {
     parts_.table->SetResidence(record, Residence::kMemory);
     return Arrived(id);

@@ -20,6 +20,8 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "kvservice/cache/checksum.h"
+#include "kvservice/cache/prefix_index.h"
 #include "kvservice/cache/sequence.h"
 #include "kvservice/engine.h"
 #include "kvservice/model_registry.h"
@@ -70,6 +72,12 @@ struct SequenceRecord {
   uint64_t lease_ns = 0;
   uint64_t lease_end_ns = 0;
   AttendStats stats;
+  // Of the token ids that it was created with; absent if nobody knows them any more.
+  std::optional<Checksum> prompt;
+  // What was there of them.
+  uint32_t matched_tokens = 0;
+  // What it declared of them; nullptr = nothing.
+  std::unique_ptr<PrefixClaim> prefix;
   // Empty unless the sequence is in memory.
   std::unique_ptr<Sequence> cache;
 
@@ -102,6 +110,12 @@ struct SequenceRecord {
   SeedQueries seeds;
   // [layer_count] or empty: at most kDeferredStepsMax query tokens wait in a layer.
   std::vector<std::vector<DeferredStep>> deferred;
+
+  // After tokens were stored: what is whole now may be matched.
+  void OfferPrefix() {
+    if (prefix == nullptr || prefix->offers_all()) return;
+    prefix->Offer(cache->length_min() / kBlockTokens);
+  }
 };
 
 // Every use starts the lease anew.

@@ -55,6 +55,8 @@ WORKER = "kvservice/disk_worker.cc"
 STORE = "kvservice/sequence_store.cc"
 RECOVERY = "kvservice/store_recovery.cc"
 TABLE = "kvservice/sequence_table.cc"
+PREFIX_CHAIN = "kvservice/prefix_chain.cc"
+PROMPT = "kvservice/declared_prompt.cc"
 ACCESS = "kvservice/server/access.cc"
 TENANCY = "kvservice/server/tenancy.cc"
 TLS = "kvservice/server/tls.cc"
@@ -407,6 +409,33 @@ MUTATIONS = [Mutation(*fields) for fields in [
     ("lowered_maxima_take_effect", STORE,
      "MakeRoom({.bytes = 0, .lack = Lack::kTenantPool, .owner = owner});",
      "static_cast<void>(owner);", "engine_test", "QuotaTest.AMaximumThatGoesBelow*"),
+    # ---- Prefixes are a tenant's own, and what they say ----
+    ("prefixes_have_a_tenant", PREFIX_CHAIN, "start.Update(BytesOf(tenant));", "", "engine_test",
+     "PrefixChainTest*"),
+    ("prefixes_have_tables", PREFIX_CHAIN, "start.Update(table_digest);", "", "engine_test",
+     "PrefixChainTest*"),
+    ("prefixes_are_keyed", PREFIX_CHAIN, "HmacSha256 start = keyed_;",
+     "HmacSha256 start(absl::Span<const std::byte>{});", "engine_test", "PrefixChainTest*"),
+    ("prefixes_follow_each_other", PREFIX_CHAIN, "next.Update(digest);",
+     "if (block == 0) next.Update(digest);", "engine_test", "PrefixChainTest*"),
+    ("matches_are_compared", PROMPT, "source->tenant == record->tenant &&", "", "engine_test",
+     "BeginWithTest*"),
+    ("matched_tables_are_compared", PROMPT, "source->tables == record->tables &&", "",
+     "engine_test", "BeginWithTest*"),
+    ("matched_sequences_choose_for_themselves", PROMPT, "record->cache->DropLists();", "",
+     "engine_test", "PrefixTest*"),
+    ("truncates_end_matching", "kvservice/executor.cc",
+     "if (record->prefix != nullptr) record->prefix->Cut(length / kBlockTokens);", "",
+     "engine_test", "PrefixTest*"),
+    ("what_left_memory_is_not_matched", STORE,
+     "if (record->prefix != nullptr) record->prefix->Offer(0);", "", "stored_engine_test",
+     "*APrefix*"),
+    ("every_layer_has_what_is_matched", "kvservice/sequence_table.h",
+     "prefix->Offer(cache->length_min() / kBlockTokens);",
+     "prefix->Offer(cache->length_max() / kBlockTokens);", "engine_test", "PrefixTest*"),
+    ("requests_with_other_tokens_are_others", "kvservice/executor.cc",
+     "record->prompt.value_or(prompt.checksum) == prompt.checksum", "true", "engine_test",
+     "PrefixTest*"),
     # ---- Calls beside each other on the device ----
     ("a_sequence_is_in_one_call", "kvservice/attend_batch.cc",
      "if (record != nullptr && record->rows_begun > 0) return false;", "",

@@ -334,6 +334,8 @@ Json ToJson(const v1::Sequence& sequence) {
           {"sketch_table_digest", HexOfId(sequence.sketch_table_digest())},
           {"tier", TierText(sequence)},
           {"durable_tokens", sequence.durable_tokens()},
+          {"matched_tokens", sequence.matched_tokens()},
+          {"matchable_tokens", sequence.matchable_tokens()},
           {"totals", TotalsToJson(sequence.totals())}};
 }
 
@@ -443,6 +445,8 @@ std::string ToTable(const v1::Sequence& sequence) {
       {"memory", BytesText(sequence.bytes())},
       {"tier", TierText(sequence)},
       {"tokens on disk", std::to_string(sequence.durable_tokens())},
+      {"tokens matched at creation", std::to_string(sequence.matched_tokens())},
+      {"tokens to match", std::to_string(sequence.matchable_tokens())},
       {"lease left", DurationText(sequence.lease_remaining_ms())},
       {"sketch tables", HexOfId(sequence.sketch_table_digest()).substr(0, kDigestDigits)}};
   AddTotals(sequence.totals(), &rows);

@@ -219,6 +219,9 @@ void AddEngineFlags(CLI::App* app, Config* config) {
   AddCount(app, "--sequences-per-tenant-max", "Sequences of one tenant at a time",
            &engine->sequences_per_tenant_max);
   AddCount(app, "--sequence-tokens-max", "Tokens of one sequence", &engine->sequence_tokens_max);
+  AddCount(app, "--prefix-tokens-per-tenant-max",
+           "Tokens of prompts of one tenant's sequences that others may begin with; 0 = none",
+           &engine->prefix_tokens_per_tenant_max, 0);
   AddCount(app, "--models-max", "Registered models", &engine->models_max);
   AddCount(app, "--queue-calls-max", "Calls waiting for the engine", &engine->queue_calls_max);
   AddCount(app, "--rows-max", "Rows of one attend call", &engine->rows_max);

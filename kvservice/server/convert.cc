@@ -187,6 +187,8 @@ void SequenceToProto(const SequenceInfo& info, v1::Sequence* sequence) {
   sequence->set_tier(info.tier == SequenceTier::kDisk ? v1::TIER_DISK : v1::TIER_MEMORY);
   sequence->set_suspended(info.is_suspended);
   sequence->set_durable_tokens(info.stored_length);
+  sequence->set_matched_tokens(info.matched_tokens);
+  sequence->set_matchable_tokens(info.matchable_tokens);
   TotalsToProto(info.stats, info.length_max, sequence->mutable_totals());
 }
 

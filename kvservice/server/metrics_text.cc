@@ -194,6 +194,15 @@ void AddEngine(const MetricsSource& source, const EngineStats& stats, Families* 
                     "Calls that were refused because its queue was full.", stats.calls_shed_total);
   families->Counter("kvservice_leases_expired_total", "Sequences that nobody used for their lease.",
                     stats.leases_expired_total);
+  families->Counter("kvservice_prefix_requested_tokens_total",
+                    "Token ids that sequences were created with.",
+                    stats.prefix_requested_tokens_total);
+  families->Counter("kvservice_prefix_matched_tokens_total",
+                    "What of them was there already, of the same tenant.",
+                    stats.prefix_matched_tokens_total);
+  gauge("kvservice_prefix_declared_tokens",
+        "Tokens of prompts that may be matched, or will be when they are there.",
+        stats.prefix_declared_tokens);
   gauge("kvservice_disk_used_bytes", "Rows of sequences on disk.", stats.disk_bytes_used);
   gauge("kvservice_disk_max_bytes", "What they may take; 0 without a disk tier.",
         stats.disk_bytes_max);

@@ -107,7 +107,8 @@ class SequenceService final : public RpcService {
     CreateOptions options{.model = request.model(),
                           .lease_ms = request.lease_ms(),
                           .policy = std::nullopt,
-                          .request_id = request.request_id()};
+                          .request_id = request.request_id(),
+                          .token_ids = {request.token_ids().begin(), request.token_ids().end()}};
     if (request.has_policy()) {
       absl::StatusOr<Policy> policy =
           PolicyFromProto(request.policy(), "policy", host_.policies->now());
@@ -115,7 +116,15 @@ class SequenceService final : public RpcService {
       options.policy = *std::move(policy);
     }
     const std::string tenant = call->tenant();
-    host_.engine->Create(tenant, std::move(options), ReplyWithSequence(std::move(call)));
+    host_.engine->Create(
+        tenant, std::move(options),
+        [call = std::move(call)](const absl::StatusOr<SequenceInfo>& info) mutable {
+          if (info.ok()) {
+            SequenceToProto(*info, call->response()->mutable_sequence());
+            call->response()->set_matched_tokens(info->matched_tokens);
+          }
+          CreateCall::Reply(std::move(call), info.status());
+        });
   }
 
   void Fork(std::unique_ptr<ForkCall> call) {

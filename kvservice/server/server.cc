@@ -260,6 +260,7 @@ absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
                   {"sequences_per_tenant_max", options_.engine.sequences_per_tenant_max},
                   {"models_max", options_.engine.models_max},
                   {"sequence_tokens_max", options_.engine.sequence_tokens_max},
+                  {"prefix_tokens_per_tenant_max", options_.engine.prefix_tokens_per_tenant_max},
                   {"queue_calls_max", options_.engine.queue_calls_max},
                   {"rows_max", options_.engine.rows_max},
                   {"transfers_max", options_.transfers.transfers_max},

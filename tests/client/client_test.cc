@@ -396,6 +396,42 @@ TEST_P(ClientTest, ForkKeepsItsTokensWhateverTheParentDoes) {
   EXPECT_EQ(child->Fork(71).status().code(), absl::StatusCode::kOutOfRange);
 }
 
+TEST_P(ClientTest, TokenIdsBringWhatIsThereAlready) {
+  const Words ids = Counting(0, 200);
+  const auto create = [&](client::Client* client, const Words& prompt) {
+    absl::StatusOr<client::Sequence> sequence =
+        client->CreateSequence({.model = kModel, .token_ids = prompt});
+    EXPECT_TRUE(sequence.ok()) << sequence.status();
+    return *std::move(sequence);
+  };
+  const client::Sequence first = create(client_.get(), ids);
+  EXPECT_EQ(first.matched_tokens(), 0U);
+  Fill(first, 200);
+  EXPECT_EQ(first.Describe()->matchable_tokens, 192U);
+  // Another connection of the same tenant.
+  const std::unique_ptr<Client> elsewhere = Connect();
+  client::Sequence second = create(elsewhere.get(), ids);
+  ASSERT_EQ(second.matched_tokens(), 192U);
+  EXPECT_EQ(second.Describe()->matched_tokens, 192U);
+  client::AppendWriter writer = second.Append();
+  for (uint32_t layer = 0; layer < kLayers; ++layer) {
+    EXPECT_TRUE(Write(&writer, layer, 192, Counting(192, 8)).ok());
+  }
+  EXPECT_EQ(writer.Commit()->length_tokens, 200U);
+  const absl::StatusOr<client::AttendRowResult> row = Read(second, 1, 199);
+  ASSERT_TRUE(row.ok()) << row.status();
+  const absl::StatusOr<client::AttendRowResult> same = Read(first, 1, 199);
+  EXPECT_EQ(row->out, same->out);
+  EXPECT_EQ(row->lse, same->lse);
+  client::Sequence moved = std::move(second);
+  EXPECT_EQ(moved.matched_tokens(), 192U);
+  const uint32_t tokens_max = TestEngine::SmallOptions().sequence_tokens_max;
+  EXPECT_EQ(
+      Line(client_->CreateSequence({.model = kModel, .token_ids = Counting(0, tokens_max + 1)})
+               .status()),
+      "RESOURCE_EXHAUSTED SEQUENCE_TOO_LONG token_ids");
+}
+
 TEST_P(ClientTest, TruncateMovesToANewGeneration) {
   client::Sequence sequence = Create();
   Fill(sequence, 80);

@@ -167,6 +167,27 @@ TEST_F(TableLearningTest, TheDigestFollowsFromWhatWasSeen) {
   EXPECT_EQ(AwaitOther(DigestOf(Teach())), first);
 }
 
+// Sketches of another version cannot serve a sequence of this one.
+TEST_F(TableLearningTest, AnotherVersionsPrefixIsNotMatched) {
+  CreateOptions options;
+  options.model = kModel;
+  options.token_ids = Counting(0, kTokens);
+  const auto created = [&] { return *engine_->Create(options); };
+  const SequenceInfo early = created();
+  const Handle handle{.id = early.id, .generation = early.generation};
+  for (const uint32_t layer : {0U, 1U}) ASSERT_TRUE(Append(handle, layer, 0, kTokens, 0).ok());
+  const uint32_t whole = kTokens / kBlockTokens * kBlockTokens;
+  EXPECT_EQ(created().matched_tokens, whole);
+  Teach();
+  AwaitOther(early.sketch_table_digest);
+  const SequenceInfo later = created();
+  EXPECT_NE(later.sketch_table_digest, early.sketch_table_digest);
+  EXPECT_EQ(later.matched_tokens, 0U);
+  const Handle filled{.id = later.id, .generation = later.generation};
+  for (const uint32_t layer : {0U, 1U}) ASSERT_TRUE(Append(filled, layer, 0, kTokens, 0).ok());
+  EXPECT_EQ(created().matched_tokens, whole);
+}
+
 TEST_F(TableLearningTest, TablesThatCameWithTheModelStay) {
   ModelSpec spec = engine_->model();
   spec.name = "with tables";

@@ -38,7 +38,8 @@ def test_every_call(server):
             assert await client.register_model(MODEL) != 0
             assert (await client.get_model("m")).head_dim == 64
             assert client.transport == "lane" and client.lane_error is None
-            async with await client.sequence("m", policy=DENSE) as sequence:
+            async with await client.sequence("m", policy=DENSE, token_ids=[1, 2]) as sequence:
+                assert sequence.matched_tokens == 0
                 await sequence.append(0, tokens(5), tokens(5, 1))
                 assert (await sequence.describe()).length_tokens == 5
                 result = await sequence.attend(0, query(1), position=4)

@@ -263,6 +263,23 @@ def test_forks_grow_apart(sequence):
         assert sequence.describe().length_max_tokens == 100
 
 
+def test_token_ids_bring_what_is_there_already(client, sequence):
+    ids = np.arange(1000, 1200, dtype=np.uint32)
+    k, v = random_tokens(200, seed=11)
+    with client.sequence(MODEL, token_ids=ids) as first:
+        assert first.matched_tokens == 0
+        first.append(0, k, v)
+        assert first.describe().matchable_tokens == 192
+        with client.sequence(MODEL, token_ids=ids.tolist() + [7]) as second:
+            assert second.matched_tokens == second.describe().length_tokens == 192
+            second.append(192, k[:, 192:], v[:, 192:])
+            q = random_query()
+            ours = second.attend(1, q, position=199, policy=DENSE)
+            theirs = first.attend(1, q, position=199, policy=DENSE)
+            np.testing.assert_array_equal(ours.out, theirs.out)
+    assert sequence.matched_tokens == 0
+
+
 def test_truncate_moves_to_a_new_generation(sequence):
     fill(sequence, 100)
     before = sequence.generation

@@ -25,6 +25,9 @@ constexpr uint32_t kProgramCommands = 250;
 constexpr uint32_t kShorterRunsMax = 400;
 constexpr uint32_t kAppendTokensMax = 90;
 constexpr uint32_t kModelsMax = 3;
+constexpr uint32_t kPromptTokensMax = 200;
+// Words of prompts are above all others.
+constexpr uint32_t kPromptWords = 1U << 30;
 constexpr double kOutTolerance = 1e-11;
 constexpr double kLseTolerance = 1e-4;
 constexpr char kTenants[2][8] = {"odd", "even"};
@@ -49,7 +52,7 @@ constexpr const char* kVerbs[] = {
     "create", "append", "append durably", "attend", "attend given", "fork",     "truncate",
     "get",    "list",   "suspend",        "resume", "drop",         "register", "reopen"};
 // In percent, by verb; what is left creates.
-constexpr uint32_t kShares[] = {8, 26, 12, 8, 6, 7, 9, 5, 2, 5, 6, 3, 2, 1};
+constexpr uint32_t kShares[] = {8, 26, 12, 7, 5, 7, 8, 5, 2, 5, 6, 6, 2, 1};
 
 // Numbers that mean something in any state, so that a program from which commands are left out is
 // one too.
@@ -91,6 +94,8 @@ class Machine {
 
  private:
   std::string Create(const Command& command);
+  std::string CheckMatch(const ModelSequence& created, const Words& prompt, uint32_t matched) const;
+  std::string FillPrompt(const Words& prompt, ModelSequence* slot);
   std::string Append(const Command& command, bool is_durable);
   std::string Attend(const Command& command, bool is_given);
   std::string CheckAttended(const AttendStep& step, const Words& words, uint32_t layer,
@@ -124,6 +129,12 @@ class Machine {
     uint32_t blocks = 0;
     for (const ModelSequence& sequence : slots_) blocks += sequence.block_count() + 2;
     return blocks > limits_.pool_blocks;
+  }
+  // Nothing ever has to leave the pool.
+  bool IsRoomy() const { return limits_.pool_blocks > limits_.sequences_max * 5; }
+  // What a caller who keeps its word appends at a position where nothing is yet.
+  uint32_t NewWord(const ModelSequence& sequence, uint32_t position) {
+    return position < sequence.declared.size() ? sequence.declared[position] : next_word_++;
   }
   // A reason to refuse a new sequence.
   void ExpectRoom(const std::string& tenant, Expectation* expectation) const;
@@ -217,21 +228,80 @@ void Machine::ExpectRoom(const std::string& tenant, Expectation* expectation) co
   expectation->Must(own >= limits_.sequences_per_tenant_max, "TENANT_QUOTA");
 }
 
+// One of three, of which two have their first block in common.
+Words PromptOf(uint32_t choice, uint32_t count) {
+  Words words;
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint32_t block = i / kBlockTokens;
+    words.push_back(kPromptWords + (choice >> block & 1) * 1000 + i);
+  }
+  return words;
+}
+
+std::string Machine::CheckMatch(const ModelSequence& created, const Words& prompt,
+                                uint32_t matched) const {
+  uint32_t longest = 0;
+  uint32_t in_memory = 0;
+  for (const ModelSequence& slot : slots_) {
+    if (!slot.is_there || slot.tenant != created.tenant) continue;
+    longest = std::max(longest, slot.MatchOf(prompt));
+    if (!slot.is_suspended) in_memory = std::max(in_memory, slot.MatchOf(prompt));
+  }
+  if (matched > longest) return absl::StrCat("matched ", matched, " tokens of ", longest);
+  if (IsRoomy() && matched != in_memory) {
+    return absl::StrCat("matched ", matched, " tokens instead of ", in_memory);
+  }
+  return "";
+}
+
 std::string Machine::Create(const Command& command) {
   ModelSequence& slot = slots_[command.slot];
   if (slot.is_there) return "";
   const std::string tenant = kTenants[command.a % 2];
   CreateOptions options;
   options.model = command.b % 16 == 0 ? "another" : kModel;
+  // A prompt that is too long now and then.
+  const uint32_t prompt_length = command.b / 16 % 4 == 0 ? 0 : command.c % (kPromptTokensMax + 4);
+  options.token_ids = PromptOf(command.a / 2 % 3, prompt_length);
   Expectation expectation;
   expectation.Must(command.b % 16 == 0, "MODEL_NOT_FOUND");
+  expectation.Must(prompt_length > limits_.sequence_tokens_max, "SEQUENCE_TOO_LONG");
   ExpectRoom(tenant, &expectation);
   const auto made = engine_->Create(options, tenant);
   std::string problem = Judge(expectation, made.status());
   if (!problem.empty() || !made.ok()) return problem;
-  slot = {.tenant = tenant, .handle = {made->id, made->generation}, .layers = {}};
-  slot.is_there = true;
-  return CheckInfo(slot, *made);
+  ModelSequence created = {.tenant = tenant,
+                           .handle = {made->id, made->generation},
+                           .layers = {},
+                           .declared = options.token_ids};
+  created.is_there = true;
+  problem = CheckMatch(created, options.token_ids, made->matched_tokens);
+  if (!problem.empty()) return problem;
+  for (Words& layer : created.layers) {
+    layer.assign(options.token_ids.begin(), options.token_ids.begin() + made->matched_tokens);
+  }
+  created.CutDeclared(prompt_length);
+  if (made->matched_tokens > 0) ++(*checked_)["matched"];
+  slot = std::move(created);
+  problem = CheckInfo(slot, *made);
+  // Most prompts are there before anything else happens.
+  const bool fills = problem.empty() && command.b / 64 % 4 != 0;
+  return fills ? FillPrompt(options.token_ids, &slot) : problem;
+}
+
+std::string Machine::FillPrompt(const Words& prompt, ModelSequence* slot) {
+  const auto matched = static_cast<uint32_t>(slot->layers[0].size());
+  if (matched == prompt.size()) return "";
+  const Words rest(prompt.begin() + matched, prompt.end());
+  for (uint32_t layer = 0; layer < kModelLayers; ++layer) {
+    Expectation expectation;
+    expectation.May(IsTight(), "POOL_FULL");
+    const auto appended = engine_->Append(slot->handle, layer, matched, rest, slot->tenant);
+    std::string problem = Judge(expectation, appended.status());
+    if (!problem.empty()) return problem;
+    if (appended.ok()) Store(matched, rest, &slot->layers[layer]);
+  }
+  return "";
 }
 
 std::string Machine::CheckInfo(const ModelSequence& sequence, const SequenceInfo& info) const {
@@ -288,7 +358,10 @@ std::string Machine::Append(const Command& command, bool is_durable) {
   Words words;
   for (uint32_t i = 0; i < count; ++i) {
     const bool repeats = position + i < length && !(how == 2 && i == count - 1);
-    words.push_back(repeats ? (*stored)[position + i] : next_word_++);
+    const bool is_new = position + i >= length;
+    words.push_back(repeats  ? (*stored)[position + i]
+                    : is_new ? NewWord(slot, position + i)
+                             : next_word_++);
   }
   Expectation expectation = NamesSequence(slot, caller, true);
   if (slot.is_there) ExpectAppend(slot, limits_, layer, position, words, &expectation);
@@ -323,6 +396,7 @@ std::string Machine::Fork(const Command& command) {
   ModelSequence forked = slot;
   forked.handle = {made->id, made->generation};
   for (Words& layer : forked.layers) layer.resize(std::min(length, common));
+  forked.CutDeclared(std::min(length, common));
   child = std::move(forked);
   return CheckInfo(child, *made);
 }
@@ -340,6 +414,7 @@ std::string Machine::Truncate(const Command& command) {
   if (!problem.empty() || !cut.ok()) return problem;
   if (cut->generation <= slot.handle.generation) return "the generation did not go up";
   slot.handle.generation = cut->generation;
+  slot.CutDeclared(length);
   const uint32_t kept = length + (options_.is_mistaken ? 1 : 0);
   for (Words& layer : slot.layers) layer.resize(std::min<size_t>(layer.size(), kept));
   return CheckInfo(slot, *cut);
@@ -381,6 +456,7 @@ std::string Machine::Drop(const Command& command) {
   // The handle stays, for calls to come.
   slot.is_there = slot.is_suspended = false;
   slot.layers = {};
+  slot.declared = {};
   return problem;
 }
 
@@ -393,7 +469,7 @@ std::string Machine::Attend(const Command& command, bool is_given) {
   Words& stored = slot.layers[layer];
   const auto length = static_cast<uint32_t>(stored.size());
   const uint32_t position = length + (command.a % 16 == 0 ? 1 : 0);
-  const Words query = {next_word_++};
+  const Words query = {NewWord(slot, position)};
   std::vector<uint32_t> given;
   for (uint32_t token = command.c % 7; token < length; token += 1 + command.a % 41) {
     given.push_back(token);
@@ -501,8 +577,10 @@ std::string Machine::Reopen() {
   // Models without sequences are gone.
   models_.clear();
   models_[kModel] = kModelLayers;
-  for (const ModelSequence& slot : slots_) {
+  for (ModelSequence& slot : slots_) {
     if (!slot.is_there) continue;
+    // Nobody remembers what it was created with.
+    slot.declared = {};
     const auto info = engine_->Get(slot.handle, slot.tenant);
     if (!info.ok()) return info.status().ToString();
     std::string problem = CheckInfo(slot, *info);

@@ -19,6 +19,7 @@ TEST(ModelCheckTest, AnEngineDoesWhatAPlainModelSays) {
   EXPECT_GT(result.checked["succeeded"], 1'000);
   EXPECT_GT(result.checked["refused"], 300);
   EXPECT_GT(result.checked["outputs"], 100);
+  EXPECT_GT(result.checked["matched"], 5);
   EXPECT_GT(result.checked["reopens"], 10);
   EXPECT_GT(result.checked["seen_on_disk"], 5);
   // Not an excuse for everything.

@@ -27,6 +27,18 @@ uint32_t ModelSequence::block_count() const {
   return (length_max() + kBlockTokens - 1) / kBlockTokens;
 }
 
+uint32_t ModelSequence::MatchOf(const Words& words) const {
+  const size_t longest = std::min({words.size(), declared.size(), size_t{length()}});
+  const auto differ = std::mismatch(words.begin(), words.begin() + static_cast<ptrdiff_t>(longest),
+                                    declared.begin());
+  return static_cast<uint32_t>(differ.first - words.begin()) / kBlockTokens * kBlockTokens;
+}
+
+void ModelSequence::CutDeclared(uint32_t length) {
+  const uint32_t whole = length / kBlockTokens * kBlockTokens;
+  declared.resize(std::min<size_t>(declared.size(), whole));
+}
+
 std::string Expectation::Judge(const absl::Status& status) const {
   const std::string reason = status.ok() ? "" : DetailsOf(status).reason;
   const std::string wanted = absl::StrJoin(must_, " or ");

@@ -23,6 +23,9 @@ struct ModelSequence {
   std::string tenant;
   Handle handle;
   std::array<Words, kModelLayers> layers;
+  // The words that it was created with, as far as they are whole blocks and nothing was truncated:
+  // what is appended there is these, in every layer.
+  Words declared;
   bool is_suspended = false;
   // It never was, or it was dropped: nobody knows the handle.
   bool is_there = false;
@@ -30,6 +33,10 @@ struct ModelSequence {
   uint32_t length() const;      // Tokens that every layer has.
   uint32_t length_max() const;  // The longest layer's.
   uint32_t block_count() const;
+  // Whole blocks of `words` that it has and that it declared, in tokens.
+  uint32_t MatchOf(const Words& words) const;
+  // Forgets the blocks that `length` tokens do not fill.
+  void CutDeclared(uint32_t length);
 };
 
 // A call to be judged. Reasons gather; without any it must succeed.

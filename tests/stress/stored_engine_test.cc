@@ -58,6 +58,20 @@ class StoredEngineTest : public ::testing::Test {
     return {.id = handle.id, .generation = info->generation};
   }
 
+  // Created with its token ids, and with what was not matched appended.
+  Handle CreateWith(const Words& ids, uint32_t expected_match) {
+    CreateOptions options;
+    options.model = kModel;
+    options.token_ids = ids;
+    const auto info = engine_->Create(std::move(options));
+    EXPECT_TRUE(info.ok()) << info.status();
+    EXPECT_EQ(info->matched_tokens, expected_match);
+    const Handle handle = {.id = info->id, .generation = info->generation};
+    const Words rest(ids.begin() + info->matched_tokens, ids.end());
+    if (!rest.empty()) engine_->Fill(handle, info->matched_tokens, rest);
+    return handle;
+  }
+
   // Rows of the closed store; and other ones in their place.
   std::map<std::string, std::string> Rows(const std::vector<std::string>& keys) {
     std::map<std::string, std::string> rows;
@@ -183,6 +197,68 @@ TEST_F(StoredEngineTest, SketchesComeBackWithTheirBits) {
   const std::vector<double> before = certify();
   Restart();
   EXPECT_EQ(certify(), before);
+}
+
+TEST_F(StoredEngineTest, APrefixIsMatchedWhileItIsInMemory) {
+  const Words ids = Counting(0, 3 * 64);
+  Handle source = CreateWith(ids, 0);
+  ASSERT_TRUE(engine_->Suspend(source).ok());
+  EXPECT_EQ(engine_->Get(source)->matchable_tokens, 0);
+  const Handle other = CreateWith(Words(ids.begin(), ids.begin() + 64), 0);
+  ASSERT_TRUE(engine_->Drop(other).ok());
+  const auto resumed = engine_->Resume(source);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  source.generation = resumed->generation;
+  EXPECT_EQ(resumed->matchable_tokens, ids.size());
+  Words longer = ids;
+  longer.resize(300, 9);
+  Handle child = CreateWith(longer, ids.size());
+  // Each goes to the disk and comes back on its own, with the other or without.
+  ASSERT_TRUE(engine_->Suspend(child).ok());
+  ASSERT_TRUE(engine_->Drop(source).ok());
+  child.generation = engine_->Resume(child)->generation;
+  ExpectWords(child, longer);
+  const Handle grandchild = CreateWith(ids, ids.size());
+  EXPECT_EQ(engine_->get()->Stats().blocks_used, 5) << "it shares what came back";
+  // Nobody says after a restart which tokens there were; everything else is there.
+  Restart();
+  child = ExpectWords(child, longer);
+  ExpectWords(grandchild, ids);
+  CreateWith(ids, 0);
+}
+
+TEST_F(StoredEngineTest, APrefixThatHadToLeaveIsMatchedWhenItIsBack) {
+  // 64 blocks; each sequence takes 10.
+  std::vector<Handle> handles;
+  for (uint32_t i = 0; i < 12; ++i) {
+    engine_->clock.AdvanceMs(1000);
+    handles.push_back(CreateWith(Counting(1000 * i, 640), 0));
+  }
+  ASSERT_EQ(engine_->Get(handles[0])->tier, SequenceTier::kDisk);
+  EXPECT_EQ(engine_->Get(handles[0])->matchable_tokens, 0);
+  ExpectWords(handles[0], Counting(0, 640));
+  EXPECT_EQ(engine_->Get(handles[0])->matchable_tokens, 640);
+  const Handle child = CreateWith(Counting(0, 640), 640);
+  engine_->clock.AdvanceMs(1000);
+  for (uint32_t i = 1; i < 12; ++i) ExpectWords(handles[i], Counting(1000 * i, 640));
+  ExpectWords(child, Counting(0, 640));
+  ExpectWords(handles[0], Counting(0, 640));
+}
+
+TEST_F(StoredEngineTest, ARequestIsRepeatedAfterACrashWhateverItsTokens) {
+  CreateOptions options;
+  options.model = kModel;
+  options.request_id = "once";
+  options.token_ids = Counting(0, 64);
+  const auto made = engine_->Create(options);
+  ASSERT_TRUE(made.ok()) << made.status();
+  FillDurably({.id = made->id, .generation = made->generation}, 0, Counting(0, 64));
+  Crash();
+  const auto again = engine_->Create(options);
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(again->id, made->id);
+  EXPECT_EQ(again->matched_tokens, 0);
+  EXPECT_EQ(again->length, 64) << "appending from the first token on is a duplicate";
 }
 
 // Whoever sends a sequence chooses for nobody else, before and after a restart.

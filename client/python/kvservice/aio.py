@@ -72,7 +72,7 @@ class Client:
         return await self.run(self._client.get_model, name)
 
     async def sequence(self, model: str, **options: Any) -> Sequence:
-        """Creates an empty sequence; use it with `async with`, which drops it at the end."""
+        """See `kvservice.Client`; use it with `async with`, which drops it at the end."""
         return Sequence(self, await self.run(self._client.sequence, model, **options))
 
     async def attend_rows(
@@ -126,6 +126,11 @@ class Sequence:
     def generation(self) -> int:
         """See `kvservice.Sequence`."""
         return self._sequence.generation
+
+    @property
+    def matched_tokens(self) -> int:
+        """See `kvservice.Sequence`."""
+        return self._sequence.matched_tokens
 
     async def append(
         self, start_position: int, k: Any, v: Any, **options: Any

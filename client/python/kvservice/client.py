@@ -128,13 +128,23 @@ class Client:
         policy: types_pb2.Policy | None = None,
         lease_ms: int = 0,
         request_id: str = "",
+        token_ids: Iterable[int] = (),
     ) -> Sequence:
-        """Creates an empty sequence; use it with `with`, which drops it at the end."""
+        """Creates a sequence; use it with `with`, which drops it at the end.
+
+        It is empty, unless the ids of its prompt's tokens are given: then it begins with as many
+        of them, in whole blocks of 64, as the same tenant has in the cache of the same model, and
+        `Sequence.matched_tokens` says how many that are. Append from there.
+        """
         request = sequence_pb2.CreateRequest(
-            model=model, policy=policy, lease_ms=lease_ms, request_id=request_id
+            model=model,
+            policy=policy,
+            lease_ms=lease_ms,
+            request_id=request_id,
+            token_ids=[int(token) for token in token_ids],
         )
         reply = self._call("SequenceService/Create", request, sequence_pb2.CreateResponse)
-        return Sequence(self, reply.sequence.handle)
+        return Sequence(self, reply.sequence.handle, reply.matched_tokens)
 
     def attend_rows(
         self,

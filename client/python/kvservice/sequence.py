@@ -30,10 +30,13 @@ class Sequence:
     One thread at a time, as the tokens of a sequence have an order.
     """
 
-    def __init__(self, client: Client, handle: types_pb2.SequenceHandle) -> None:
+    def __init__(
+        self, client: Client, handle: types_pb2.SequenceHandle, matched_tokens: int = 0
+    ) -> None:
         """Takes a handle that the server gave; `Client.sequence` makes new ones."""
         self._client = client
         self._handle = handle
+        self._matched_tokens = matched_tokens
 
     def __enter__(self) -> Sequence:
         return self
@@ -57,6 +60,11 @@ class Sequence:
     def generation(self) -> int:
         """Version of the contents that this object speaks about; `truncate` raises it."""
         return self._handle.generation
+
+    @property
+    def matched_tokens(self) -> int:
+        """Tokens that were there when it was created with token ids: append from here."""
+        return self._matched_tokens
 
     def append(
         self,
