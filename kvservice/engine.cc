@@ -15,6 +15,7 @@
 #include "kvservice/engine_errors.h"
 #include "kvservice/executor.h"
 #include "kvservice/model_registry.h"
+#include "kvservice/tenants.h"
 
 namespace kvservice {
 namespace {
@@ -150,6 +151,21 @@ class ThreadedEngine : public Engine {
                                        });
   }
 
+  void SetQuota(std::string_view tenant, std::optional<TenantQuota> quota,
+                Done<TenantUsage> done) override {
+    Control<TenantUsage>(std::move(done), [this, owner = std::string(tenant), quota] {
+      return executor_.SetQuota(owner, quota);
+    });
+  }
+  void ListTenants(std::string_view only, std::string_view after, uint32_t limit,
+                   Done<std::vector<TenantUsage>> done) override {
+    Control<std::vector<TenantUsage>>(std::move(done),
+                                      [this, one = std::string(only), last = std::string(after),
+                                       limit]() -> absl::StatusOr<std::vector<TenantUsage>> {
+                                        return executor_.ListTenants(one, last, limit);
+                                      });
+  }
+
   void Append(AppendCall call, Done<AppendResult> done) override {
     const std::string tenant = call.tenant;
     const SequenceId id = call.id;
@@ -222,6 +238,18 @@ class ThreadedEngine : public Engine {
                               [this, id, ask](const std::string& owner, Done<BlockReport> answer) {
                                 answer(executor_.DescribeBlock(owner, id, ask));
                               });
+  }
+
+  void VerifyStore(Done<StoreReport> done) override {
+    Task task = [this, done = std::move(done)](const absl::Status& admission) mutable {
+      if (!admission.ok()) return done(admission);
+      executor_.VerifyStore([this, done = std::move(done)](absl::StatusOr<StoreReport> r) mutable {
+        PublishStats();
+        done(std::move(r));
+      });
+    };
+    const absl::Status status = queue_.PushControl(&task);
+    if (!status.ok()) task(status);
   }
 
   EngineStats Stats() const override {
@@ -322,6 +350,8 @@ class ThreadedEngine : public Engine {
         since_background += RunAttends(&work) - 1;
       }
     }
+    // It would read on until it has all.
+    executor_.StopScrub(Draining());
     FinishAnswers(&work);
     // Calls that waited for a sequence may have asked for more of it.
     executor_.StopBackground(Draining());
@@ -442,10 +472,13 @@ absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
   if (tier == nullptr && !options.data_directory.empty()) {
     RocksdbTierOptions where;
     where.directory = options.data_directory;
+    where.write_buffer_bytes = options.disk_buffer_bytes;
     auto opened = OpenRocksdbTier(where);
     if (!opened.ok()) return opened.status();
     tier = *std::move(opened);
   }
+  const absl::Status quotas = CheckQuotas(options);
+  if (!quotas.ok()) return quotas;
   auto pool = BlockPool::New(device.get(), options.pool_bytes);
   if (!pool.ok()) return pool.status();
   const absl::StatusOr<EngineSecrets> secrets = MakeSecrets(options, random);

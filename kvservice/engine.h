@@ -55,8 +55,10 @@
 #include "kvservice/explain_report.h"
 #include "kvservice/mass_histograms.h"
 #include "kvservice/model.h"
+#include "kvservice/quota.h"
 #include "kvservice/random.h"
 #include "kvservice/sha256.h"
+#include "kvservice/store_report.h"
 #include "kvservice/transfer.h"
 #include "selector/policy.h"
 
@@ -83,6 +85,10 @@ struct EngineOptions {
   size_t pool_bytes = size_t{4} << 30;
   uint32_t sequences_max = 4096;
   uint32_t sequences_per_tenant_max = 4096;
+  // Of tenants by name, and of all others, which reserves nothing. What all reserve together fits
+  // the pool.
+  TenantQuotas tenant_quotas;
+  TenantQuota quota_default;
   uint32_t models_max = 64;
   // Tokens of one sequence; more is RESOURCE_EXHAUSTED / SEQUENCE_TOO_LONG.
   uint32_t sequence_tokens_max = 1U << 20;
@@ -119,6 +125,12 @@ struct EngineOptions {
   std::string data_directory;
   // Rows of sequences on disk.
   uint64_t disk_bytes_max = uint64_t{64} << 30;
+  // Rows that wait in memory to be written to files together; the log has them on disk already.
+  // Twice as much while that happens.
+  size_t disk_buffer_bytes = size_t{32} << 20;
+  // Bytes that are read of it per second to find damage before somebody needs what is damaged; at
+  // most one look through all of it begins per hour. 0 = none.
+  uint64_t scrub_bytes_per_s = 0;
   // Sequences that may be on their way here from other engines at a time, 0 = none are taken, and
   // the time after which one that nothing comes for any more is forgotten.
   uint32_t receives_max = 8;
@@ -280,6 +292,15 @@ struct AttendCall {
   absl::AnyInvocable<void(absl::Status)> done;
 };
 
+// Why sequences were moved from memory to disk.
+enum class EvictionCause : uint8_t {
+  kPoolFull,   // Others, or the tenant itself, needed room.
+  kTenantMax,  // The tenant had, or would have had, more than it may.
+  kIdle,       // Nobody used it and the pool was nearly full.
+};
+inline constexpr size_t kEvictionCauseCount = 3;
+using EvictionTotals = std::array<uint64_t, kEvictionCauseCount>;  // By cause.
+
 struct EngineStats {
   size_t pool_bytes = 0;
   size_t pool_bytes_used = 0;
@@ -292,6 +313,11 @@ struct EngineStats {
   uint64_t calls_total = 0;
   uint64_t calls_shed_total = 0;
   uint64_t leases_expired_total = 0;
+  // Tenants that have sequences, what they have reserved of the pool, and what of that is free.
+  uint32_t tenants = 0;
+  size_t pool_bytes_reserved = 0;
+  size_t pool_bytes_held = 0;
+  EvictionTotals evictions{};
   // Tokens that sequences were created with, and those of them that were there already; and tokens
   // that may be matched once they are there, or are.
   uint64_t prefix_requested_tokens_total = 0;
@@ -307,6 +333,8 @@ struct EngineStats {
   // No write has failed; and at start nothing was missing for want of a drain.
   bool disk_is_healthy = true;
   bool disk_was_closed = true;
+  // Looks for damage on disk.
+  ScrubStats scrub;
   AttendStats attend;
   AuditStats audit;
 };
@@ -347,6 +375,15 @@ class Engine {
   // most `limit` after `after`.
   virtual void List(std::string_view tenant, SequenceId after, uint32_t limit,
                     Done<std::vector<SequenceInfo>> done) = 0;
+  // What a tenant may use from now on; nothing = what the options say. For the admin listener only.
+  // A tenant that has more than it may gets no more, and with a disk tier its least recently used
+  // sequences leave memory. INVALID_ARGUMENT / QUOTA_INVALID, RESOURCE_EXHAUSTED / QUOTAS_FULL.
+  virtual void SetQuota(std::string_view tenant, std::optional<TenantQuota> quota,
+                        Done<TenantUsage> done) = 0;
+  // Tenants that use something or have a quota of their own, by name, at most `limit` after
+  // `after`; the one that is named alone, whatever it uses, unless `only` is empty.
+  virtual void ListTenants(std::string_view only, std::string_view after, uint32_t limit,
+                           Done<std::vector<TenantUsage>> done) = 0;
   virtual void Append(AppendCall call, Done<AppendResult> done) = 0;
   // The caller keeps `call` alive until its `done` has run.
   virtual void Attend(AttendCall* call) = 0;
@@ -382,6 +419,12 @@ class Engine {
   // FAILED_PRECONDITION / SEQUENCE_GREW.
   virtual void DropSent(std::string_view tenant, SequenceId id, std::string head,
                         Done<SequenceInfo> done) = 0;
+
+  // Reads everything on disk now and says what was found; what is damaged and in memory too is
+  // written again, what is on disk alone is lost (DATA_LOSS / SEQUENCE_LOST from then on). Others
+  // go on meanwhile. FAILED_PRECONDITION / NO_DISK_TIER, RESOURCE_EXHAUSTED / VERIFY_RUNNING with a
+  // retry delay, UNAVAILABLE / DISK_FAILED if rows cannot be read now.
+  virtual void VerifyStore(Done<StoreReport> done) = 0;
 
   virtual EngineStats Stats() const = 0;
   // Distributions by selector and layer; lives as long as the engine.

@@ -1,5 +1,6 @@
 #include "kvservice/engine_errors.h"
 
+#include <algorithm>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +13,20 @@ namespace {
 constexpr uint32_t kPoolRetryMs = 1000;
 // About as long as a full queue takes to drain.
 constexpr uint32_t kQueueRetryMs = 50;
+// Tells a full pool from other quotas.
+constexpr char kTenantPoolKey[] = "tenant_pool_bytes_max";
+
+absl::Status TenantFull(const char* where, uint64_t bytes_used, uint64_t bytes_max,
+                        const char* used_key, const char* max_key) {
+  return MakeError(
+      absl::StatusCode::kResourceExhausted,
+      absl::StrCat("the tenant may have no more ", where, ": ", bytes_used, " of its ", bytes_max,
+                   " bytes are in use"),
+      {.reason = "TENANT_QUOTA",
+       .field = "",
+       .metadata = {{used_key, absl::StrCat(bytes_used)}, {max_key, absl::StrCat(bytes_max)}},
+       .retry_delay_ms = kPoolRetryMs});
+}
 
 }  // namespace
 
@@ -84,15 +99,37 @@ absl::Status SequenceTooLong(std::string_view field, uint64_t length, uint32_t t
        .metadata = {{"length", absl::StrCat(length)}, {"tokens_max", absl::StrCat(tokens_max)}}});
 }
 
-absl::Status PoolFull(size_t bytes_used, size_t bytes) {
-  return MakeError(
-      absl::StatusCode::kResourceExhausted,
-      absl::StrCat("no room for another block: ", bytes_used, " of ", bytes, " bytes are in use"),
-      {.reason = "POOL_FULL",
-       .field = "",
-       .metadata = {{"pool_bytes_used", absl::StrCat(bytes_used)},
-                    {"pool_bytes", absl::StrCat(bytes)}},
-       .retry_delay_ms = kPoolRetryMs});
+absl::Status PoolFull(size_t bytes_used, size_t bytes, size_t bytes_held) {
+  const std::string held =
+      bytes_held == 0 ? "" : absl::StrCat(", ", bytes_held, " are kept for other tenants");
+  return MakeError(absl::StatusCode::kResourceExhausted,
+                   absl::StrCat("no room for another block: ", bytes_used, " of ", bytes,
+                                " bytes are in use", held),
+                   {.reason = "POOL_FULL",
+                    .field = "",
+                    .metadata = {{"pool_bytes_used", absl::StrCat(bytes_used)},
+                                 {"pool_bytes_held", absl::StrCat(bytes_held)},
+                                 {"pool_bytes", absl::StrCat(bytes)}},
+                    .retry_delay_ms = kPoolRetryMs});
+}
+
+absl::Status TenantPoolFull(uint64_t bytes_used, uint64_t bytes_max) {
+  return TenantFull("memory", bytes_used, bytes_max, "tenant_pool_bytes_used", kTenantPoolKey);
+}
+
+absl::Status TenantDiskFull(uint64_t bytes_used, uint64_t bytes_max) {
+  return TenantFull("disk", bytes_used, bytes_max, "tenant_disk_bytes_used",
+                    "tenant_disk_bytes_max");
+}
+
+Lack LackOf(const absl::Status& status) {
+  if (status.code() != absl::StatusCode::kResourceExhausted) return Lack::kNone;
+  const ErrorDetails details = DetailsOf(status);
+  if (details.reason == "POOL_FULL") return Lack::kPool;
+  const bool is_of_tenant =
+      std::any_of(details.metadata.begin(), details.metadata.end(),
+                  [](const auto& entry) { return entry.first == kTenantPoolKey; });
+  return is_of_tenant ? Lack::kTenantPool : Lack::kNone;
 }
 
 absl::Status Overloaded(uint32_t queue_calls_max) {
@@ -142,6 +179,12 @@ absl::Status DiskFull(uint64_t bytes_used, uint64_t bytes_max) {
        .metadata = {{"disk_bytes_used", absl::StrCat(bytes_used)},
                     {"disk_bytes_max", absl::StrCat(bytes_max)}},
        .retry_delay_ms = kPoolRetryMs});
+}
+
+absl::Status VerifyRunning() {
+  return MakeError(
+      absl::StatusCode::kResourceExhausted, "somebody else has the store looked through",
+      {.reason = "VERIFY_RUNNING", .field = "", .metadata = {}, .retry_delay_ms = kPoolRetryMs});
 }
 
 absl::Status DiskBusy() {

@@ -30,7 +30,15 @@ absl::Status AppendConflict(std::string_view field, uint32_t position, uint32_t 
 // RESOURCE_EXHAUSTED / SEQUENCE_TOO_LONG.
 absl::Status SequenceTooLong(std::string_view field, uint64_t length, uint32_t tokens_max);
 // RESOURCE_EXHAUSTED / POOL_FULL with a retry delay: sequences end all the time.
-absl::Status PoolFull(size_t bytes_used, size_t bytes);
+// `bytes_held` are free and kept for other tenants.
+absl::Status PoolFull(size_t bytes_used, size_t bytes, size_t bytes_held);
+// RESOURCE_EXHAUSTED / TENANT_QUOTA with a retry delay: the tenant has as much as it may, of the
+// pool or of the disk.
+absl::Status TenantPoolFull(uint64_t bytes_used, uint64_t bytes_max);
+absl::Status TenantDiskFull(uint64_t bytes_used, uint64_t bytes_max);
+// What an error of a call that needed blocks says is full.
+enum class Lack : uint8_t { kNone, kPool, kTenantPool };
+Lack LackOf(const absl::Status& status);
 // RESOURCE_EXHAUSTED / OVERLOADED with a retry delay.
 absl::Status Overloaded(uint32_t queue_calls_max);
 // DATA_LOSS / SEQUENCE_LOST: the disk tier has it no longer, or not as it was. To its owner only.
@@ -45,6 +53,8 @@ absl::Status NoDiskTier(std::string_view field);
 // RESOURCE_EXHAUSTED / DISK_FULL or DISK_BUSY with a retry delay.
 absl::Status DiskFull(uint64_t bytes_used, uint64_t bytes_max);
 absl::Status DiskBusy();
+// RESOURCE_EXHAUSTED / VERIFY_RUNNING with a retry delay: one look through the store at a time.
+absl::Status VerifyRunning();
 // UNAVAILABLE / DISK_FAILED: a write has failed, and nothing is written any more.
 absl::Status DiskFailed();
 // FAILED_PRECONDITION / SEQUENCE_GREW: what was sent to another server is not all of it any more.

@@ -69,11 +69,13 @@ Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
       pool_(std::move(pool)),
       prefix_index_(options.prefix_tokens_per_tenant_max / kBlockTokens),
       table_(options.sequences_max, options.sequences_per_tenant_max),
+      tenants_(&options_, pool_.get(), &table_),
       store_({.options = &options_,
               .clock = clock,
               .device = device_.get(),
               .pool = pool_.get(),
               .table = &table_,
+              .tenants = &tenants_,
               .tier = std::move(tier),
               .post = std::move(post)}),
       receiver_({.options = &options_,
@@ -183,12 +185,14 @@ SequenceStore::StatusDone Executor::DescribeLater(std::string_view tenant, const
 
 bool Executor::WaitsForRoom(const absl::Status& status, uint32_t attempts, size_t bytes,
                             std::string_view tenant, const SequenceId& id, Task* task) {
-  if (status.code() != absl::StatusCode::kResourceExhausted || attempts >= kRoomAttemptsMax ||
-      DetailsOf(status).reason != "POOL_FULL") {
+  const Lack lack = LackOf(status);
+  if (lack == Lack::kNone || attempts >= kRoomAttemptsMax) return false;
+  SequenceRecord* const record = table_.FindAnywhere(tenant, id, clock_->SteadyNowNs());
+  if (record == nullptr ||
+      !store_.MakeRoom(
+          {.bytes = bytes, .lack = lack, .owner = record->cache->owner(), .keep = record})) {
     return false;
   }
-  SequenceRecord* const record = table_.FindAnywhere(tenant, id, clock_->SteadyNowNs());
-  if (record == nullptr || !store_.MakeRoom(bytes, record)) return false;
   store_.ParkForRoom(tenant, record, std::move(*task));
   return true;
 }
@@ -292,7 +296,7 @@ absl::StatusOr<SequenceRecord*> Executor::ForkNow(const ForkAsk& ask) {
   child->policy = (*parent)->policy;
   child->lease_ns = LeaseNs(ask.lease_ms);
   child->cache = (*parent)->cache->Fork(length);
-  if (child->cache == nullptr) return PoolFull(pool_->bytes_used(), pool_->bytes());
+  if (child->cache == nullptr) return NoBlockError(*pool_, (*parent)->cache->owner());
   child->seeds = (*parent)->seeds;
   child->seeds.Truncate(length);
   const auto inserted = Insert(std::move(child));
@@ -316,7 +320,7 @@ void Executor::Truncate(std::string_view tenant, const SequenceId& id, uint64_t 
     if (!status.ok()) return done(status);
   }
   if (!record->cache->Truncate(length)) {
-    return done(PoolFull(pool_->bytes_used(), pool_->bytes()));
+    return done(NoBlockError(*pool_, record->cache->owner()));
   }
   ++record->generation;
   // Other tokens may follow.
@@ -392,6 +396,19 @@ absl::StatusOr<SequenceInfo> Executor::RenewLease(std::string_view tenant, const
   if (!record.ok()) return record.status();
   table_.SetLease(*record, LeaseNs(lease_ms), clock_->SteadyNowNs());
   return Describe(**record);
+}
+
+absl::StatusOr<TenantUsage> Executor::SetQuota(const std::string& tenant,
+                                               const std::optional<TenantQuota>& quota) {
+  const absl::Status status = tenants_.SetQuota(tenant, quota);
+  if (!status.ok()) return status;
+  return tenants_.UsageOf(tenant);
+}
+
+std::vector<TenantUsage> Executor::ListTenants(const std::string& only, std::string_view after,
+                                               uint32_t limit) const {
+  if (!only.empty()) return {tenants_.UsageOf(only)};
+  return tenants_.List(after, limit);
 }
 
 std::vector<SequenceInfo> Executor::List(std::string_view tenant, const SequenceId& after,
@@ -570,14 +587,14 @@ void Executor::BeginAttend(absl::Span<AttendCall* const> calls) {
 void Executor::FinishAttend(AttendBatch::Answered* answered) {
   attend_batch_.Finish(answered);
   if (!store_.enabled()) return;
-  for (const AttendCall* call : answered->calls) NoteShortage(*call);
+  for (const AttendCall* call : answered->calls) NoteShortages(*call);
   if (!attend_batch_.has_begun()) MakeRoomForAttends();
 }
 
-void Executor::NoteShortage(const AttendCall& call) {
+void Executor::NoteShortages(const AttendCall& call) {
   for (size_t i = 0; i < call.results.size(); ++i) {
-    if (call.results[i].status.code() != absl::StatusCode::kResourceExhausted) continue;
-    shortages_.push_back({call.tenant, call.rows[i].id});
+    const Lack lack = LackOf(call.results[i].status);
+    if (lack != Lack::kNone) shortages_.push_back({call.tenant, call.rows[i].id, lack});
   }
 }
 
@@ -586,7 +603,11 @@ void Executor::MakeRoomForAttends() {
   for (const Shortage& shortage : shortages_) {
     const SequenceRecord* const record =
         table_.Find(shortage.tenant, shortage.sequence, clock_->SteadyNowNs());
-    if (record != nullptr) store_.MakeRoom(record->tables->shape.block_bytes(), record);
+    if (record == nullptr) continue;
+    store_.MakeRoom({.bytes = record->tables->shape.block_bytes(),
+                     .lack = shortage.lack,
+                     .owner = record->cache->owner(),
+                     .keep = record});
   }
   shortages_.clear();
 }
@@ -688,6 +709,7 @@ void Executor::Sweep() {
                    [this](SequenceRecord* record) { return store_.Expire(record); });
   receiver_.Sweep();
   store_.KeepWatermark();
+  store_.SweepScrub();
 }
 
 void Executor::FillStats(EngineStats* stats) const {
@@ -695,6 +717,9 @@ void Executor::FillStats(EngineStats* stats) const {
   stats->pool_bytes_used = pool_->bytes_used();
   stats->blocks_used = pool_->blocks_used();
   stats->sequences = table_.count();
+  stats->tenants = tenants_.count();
+  stats->pool_bytes_reserved = pool_->accounts().bytes_reserved();
+  stats->pool_bytes_held = pool_->accounts().bytes_held();
   stats->leases_expired_total = leases_expired_total_;
   stats->prefix_requested_tokens_total = prefix_requested_tokens_total_;
   stats->prefix_matched_tokens_total = prefix_matched_tokens_total_;

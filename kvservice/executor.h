@@ -25,12 +25,14 @@
 #include "kvservice/declared_prompt.h"
 #include "kvservice/draw_keys.h"
 #include "kvservice/engine.h"
+#include "kvservice/engine_errors.h"
 #include "kvservice/model_registry.h"
 #include "kvservice/prefix_chain.h"
 #include "kvservice/random.h"
 #include "kvservice/sequence_store.h"
 #include "kvservice/sequence_table.h"
 #include "kvservice/table_learner.h"
+#include "kvservice/tenants.h"
 #include "kvservice/transfer_receiver.h"
 
 namespace kvservice {
@@ -93,6 +95,10 @@ class Executor {
               Done<SequenceInfo> done);
   absl::StatusOr<SequenceInfo> RenewLease(std::string_view tenant, const SequenceId& id,
                                           uint64_t generation, uint32_t lease_ms);
+  absl::StatusOr<TenantUsage> SetQuota(const std::string& tenant,
+                                       const std::optional<TenantQuota>& quota);
+  std::vector<TenantUsage> ListTenants(const std::string& only, std::string_view after,
+                                       uint32_t limit) const;
   std::vector<SequenceInfo> List(std::string_view tenant, const SequenceId& after, uint32_t limit);
   void Append(AppendCall call, Done<AppendResult> done) {
     Append(std::move(call), 0, std::move(done));
@@ -117,6 +123,12 @@ class Executor {
   absl::Status CheckAsSent(std::string_view tenant, const SequenceId& id, std::string_view head);
   absl::StatusOr<ReceiveReply> Receive(std::string_view tenant, const TransferAttempt& attempt,
                                        const TransferPart& part);
+
+  void VerifyStore(Done<StoreReport> done) {
+    if (!store_.enabled()) return done(NoDiskTier(""));
+    store_.Verify(std::move(done));
+  }
+  void StopScrub(const absl::Status& status) { store_.StopScrub(status); }
 
   // Work that can wait for everything else, in small pieces. What a piece returns, if anything, is
   // to be run once.
@@ -173,7 +185,7 @@ class Executor {
   // True if `task` runs once others have left the pool, for calls that found it full.
   bool WaitsForRoom(const absl::Status& status, uint32_t attempts, size_t bytes,
                     std::string_view tenant, const SequenceId& id, Task* task);
-  void NoteShortage(const AttendCall& call);
+  void NoteShortages(const AttendCall& call);
   void MakeRoomForAttends();
   // Answers with the sequence, if it is still there, once `status` is known.
   SequenceStore::StatusDone DescribeLater(std::string_view tenant, const SequenceId& id,
@@ -199,6 +211,7 @@ class Executor {
   const std::unique_ptr<BlockPool> pool_;
   PrefixIndex prefix_index_;
   SequenceTable table_;
+  Tenants tenants_;
   SequenceStore store_;
   TransferReceiver receiver_;
   AttendStats totals_;
@@ -209,6 +222,7 @@ class Executor {
   struct Shortage {
     std::string tenant;
     SequenceId sequence;
+    Lack lack = Lack::kNone;
   };
   std::vector<Shortage> shortages_;
   uint64_t leases_expired_total_ = 0;

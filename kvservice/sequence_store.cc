@@ -1,11 +1,13 @@
 #include "kvservice/sequence_store.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "kvservice/cache/slice_record.h"
 #include "kvservice/engine_errors.h"
 #include "kvservice/store_recovery.h"
+#include "kvservice/store_rows.h"
 
 namespace kvservice {
 namespace {
@@ -34,11 +36,22 @@ std::pair<std::string, std::string> Only(std::string key) {
   return {std::move(key), std::move(end)};
 }
 
-uint64_t LastUsedNs(const SequenceRecord& record) { return record.lease_end_ns - record.lease_ns; }
+// What storing the rest of a sequence, or of one of its layers, adds to its rows.
+uint64_t BytesToStore(const SequenceRecord& record, std::optional<uint32_t> only_layer) {
+  const CacheShape& shape = record.tables->shape;
+  uint64_t bytes = 0;
+  for (uint32_t i = 0; i < shape.layer_count; ++i) {
+    if (only_layer.has_value() && i != *only_layer) continue;
+    const uint32_t stored = record.stored == nullptr ? 0 : record.stored->layers[i].length;
+    bytes += StoredLayerBytes(shape, record.cache->length(i)) - StoredLayerBytes(shape, stored);
+  }
+  return bytes;
+}
 
 }  // namespace
 
-SequenceStore::SequenceStore(Parts parts) : parts_(std::move(parts)) {
+SequenceStore::SequenceStore(Parts parts)
+    : parts_(std::move(parts)), evictions_(parts_.pool, parts_.table) {
   if (parts_.tier == nullptr) return;
   crash_count_ = parts_.tier->closed().crash_count;
 }
@@ -75,7 +88,7 @@ absl::Status SequenceStore::Recover(ModelRegistry* registry) {
     for (const StoredLayer& layer : sequence.state.layers) {
       record->stored->layers.push_back({.length = layer.length, .full = {}, .last = layer.last});
     }
-    bytes_used_ += StoredBytes(record->tables->shape, *record->stored);
+    AddBytes(*record, StoredBytes(record->tables->shape, *record->stored));
     Empty(record.get());
     parts_.table->Insert(std::move(record), now_ns);
   }
@@ -98,6 +111,9 @@ absl::Status SequenceStore::Recover(ModelRegistry* registry) {
   }
   worker_ = std::make_unique<DiskWorker>(parts_.tier.get(), 3 * parts_.options->disk_bytes_max / 2,
                                          parts_.post);
+  ScrubHost* const host = this;
+  scrub_ = std::make_unique<StoreScrub>(host, parts_.clock, parts_.table,
+                                        parts_.options->scrub_bytes_per_s);
   return absl::OkStatus();
 }
 
@@ -184,49 +200,68 @@ void SequenceStore::RoomMade() {
   for (Task& task : tasks) task(absl::OkStatus());
 }
 
-bool SequenceStore::MakeRoom(size_t bytes, const SequenceRecord* keep) {
-  if (!enabled()) return false;
-  while (evicting_bytes_ < bytes && EvictOne(keep, 0)) {
+bool SequenceStore::MakeRoom(const RoomAsk& ask) {
+  if (!enabled() || ask.lack == Lack::kNone) return false;
+  const bool is_beyond_max = ask.lack == Lack::kTenantPool;
+  const size_t wanted = is_beyond_max ? parts_.pool->accounts().BeyondMax(ask.owner, ask.bytes)
+                                      : parts_.pool->Shortage(ask.bytes, ask.owner);
+  const auto leaving_bytes = [&] {
+    return is_beyond_max ? evictions_.LeavingBytesOf(ask.owner) : evictions_.leaving_bytes();
+  };
+  const Evictions::Ask one = {
+      .cause = is_beyond_max ? EvictionCause::kTenantMax : EvictionCause::kPoolFull,
+      .owner = ask.owner,
+      .keep = ask.keep};
+  while (leaving_bytes() < wanted && EvictOne(one)) {
   }
-  return evicting_bytes_ > 0;
+  return leaving_bytes() > 0;
 }
 
 void SequenceStore::KeepWatermark() {
   if (!enabled()) return;
-  const auto total = static_cast<double>(parts_.pool->bytes());
-  const auto used = static_cast<double>(parts_.pool->bytes_used());
-  if (used <= kWatermarkHigh * total) return;
   const uint64_t now_ns = parts_.clock->SteadyNowNs();
   if (now_ns - watermark_checked_ns_ < kWatermarkEveryNs) return;
   watermark_checked_ns_ = now_ns;
+  parts_.tenants->ForEachBeyondMax([this](BlockOwner owner) {
+    MakeRoom({.bytes = 0, .lack = Lack::kTenantPool, .owner = owner});
+  });
+  const auto total = static_cast<double>(parts_.pool->bytes());
+  const auto used = static_cast<double>(parts_.pool->bytes_used());
+  if (used <= kWatermarkHigh * total || now_ns < kIdleNs) return;
   const auto wanted = static_cast<size_t>(used - kWatermarkLow * total);
-  while (evicting_bytes_ < wanted && EvictOne(nullptr, kIdleNs)) {
+  const Evictions::Ask idle = {.cause = EvictionCause::kIdle, .used_before_ns = now_ns - kIdleNs};
+  while (evictions_.leaving_bytes() < wanted && EvictOne(idle)) {
   }
 }
 
-SequenceRecord* SequenceStore::LeastRecentlyUsed(const SequenceRecord* keep,
-                                                 uint64_t idle_ns) const {
-  const uint64_t now_ns = parts_.clock->SteadyNowNs();
-  SequenceRecord* oldest = nullptr;
-  parts_.table->ForEach([&](SequenceRecord* record) {
-    if (record == keep || record->residence != Residence::kMemory) return;
-    if (record->cache->block_count() == 0 || LastUsedNs(*record) + idle_ns > now_ns) return;
-    if (oldest == nullptr || LastUsedNs(*record) < LastUsedNs(*oldest)) oldest = record;
+bool SequenceStore::EvictOne(const Evictions::Ask& ask) {
+  SequenceRecord* const record = evictions_.Choose(ask, [this](const SequenceRecord& candidate) {
+    const uint64_t bytes = BytesToStore(candidate, std::nullopt) + kOtherRowBytes;
+    return parts_.tenants->CheckDisk(candidate.tenant, bytes).ok();
   });
-  return oldest;
-}
-
-bool SequenceStore::EvictOne(const SequenceRecord* keep, uint64_t idle_ns) {
-  SequenceRecord* const record = LeastRecentlyUsed(keep, idle_ns);
   if (record == nullptr) return false;
   StartSaving(record, Goal::kEvict, 0, nullptr);
-  return record->residence == Residence::kSaving;
+  if (record->residence != Residence::kSaving) return false;
+  evictions_.Count(ask.cause);
+  return true;
 }
 
 // ---- Writing ----
 
-absl::Status SequenceStore::CheckDisk(uint64_t more_bytes) const {
+void SequenceStore::AddBytes(const SequenceRecord& record, uint64_t bytes) {
+  bytes_used_ += bytes;
+  parts_.tenants->AddDiskBytes(record.tenant, bytes);
+}
+
+void SequenceStore::SubtractBytes(const SequenceRecord& record, uint64_t bytes) {
+  bytes_used_ -= bytes;
+  parts_.tenants->SubtractDiskBytes(record.tenant, bytes);
+}
+
+absl::Status SequenceStore::CheckDisk(const SequenceRecord& record, uint64_t more_bytes) const {
   if (!worker_->healthy()) return DiskFailed();
+  const absl::Status quota = parts_.tenants->CheckDisk(record.tenant, more_bytes);
+  if (!quota.ok()) return quota;
   const uint64_t bytes_max = parts_.options->disk_bytes_max;
   if (bytes_used_ + more_bytes > bytes_max) return DiskFull(bytes_used_, bytes_max);
   // Dead rows that could not be compacted away.
@@ -246,7 +281,7 @@ absl::Status SequenceStore::CheckDurable(const SequenceRecord& record, uint32_t 
   const uint64_t length = record.cache->length(layer) + token_count;
   if (length > parts_.options->sequence_tokens_max) return CheckWritable();  // Refused later.
   const uint64_t after = StoredLayerBytes(shape, static_cast<uint32_t>(length));
-  return CheckDisk(after - StoredLayerBytes(shape, stored) + kOtherRowBytes);
+  return CheckDisk(record, after - StoredLayerBytes(shape, stored) + kOtherRowBytes);
 }
 
 absl::Status SequenceStore::CheckWritable() const {
@@ -263,36 +298,43 @@ void SequenceStore::Write(TierBatch batch, bool is_synced, StatusDone done) {
                  });
 }
 
+void SequenceStore::PutModel(const Model& model, TierBatch* batch) {
+  if (!stored_models_.insert(model.fingerprint).second) return;
+  const TableVersion* const first = model.tables->first();
+  batch->puts.emplace_back(ModelKey(model.fingerprint),
+                           WriteModel({.spec = model.spec, .table_digest = first->digest}));
+  PutTables(model, first, batch);
+}
+
+void SequenceStore::PutTables(const Model& model, const TableVersion* version, TierBatch* batch) {
+  if (!stored_tables_.insert({model.fingerprint, version->digest}).second) return;
+  const std::vector<std::byte> encoded =
+      EncodeSketchTables(model.spec.layout.head_dim, version->tables);
+  const StoredTables tables = {
+      .model_fingerprint = model.fingerprint,
+      .version = model.tables->IndexOf(version),
+      .encoded = {reinterpret_cast<const char*>(encoded.data()), encoded.size()},
+      .importer = model.tables->ImporterOf(version)};
+  batch->puts.emplace_back(TableKey(model.fingerprint, version->digest), WriteTables(tables));
+}
+
+std::string SequenceStore::IdentityRow(const SequenceRecord& record) {
+  return WriteIdentity({.id = record.id,
+                        .tenant = record.tenant,
+                        .request_id = record.request_id,
+                        .model_fingerprint = record.model->fingerprint,
+                        .table_digest = record.tables->digest,
+                        .policy = record.policy});
+}
+
 void SequenceStore::BeginStoring(SequenceRecord* record, TierBatch* batch) {
   if (record->stored != nullptr) return;
-  const Model& model = *record->model;
-  const auto put_tables = [&](const TableVersion* version) {
-    if (!stored_tables_.insert({model.fingerprint, version->digest}).second) return;
-    const std::vector<std::byte> encoded =
-        EncodeSketchTables(model.spec.layout.head_dim, version->tables);
-    const StoredTables tables = {
-        .model_fingerprint = model.fingerprint,
-        .version = model.tables->IndexOf(version),
-        .encoded = {reinterpret_cast<const char*>(encoded.data()), encoded.size()},
-        .importer = model.tables->ImporterOf(version)};
-    batch->puts.emplace_back(TableKey(model.fingerprint, version->digest), WriteTables(tables));
-  };
-  if (stored_models_.insert(model.fingerprint).second) {
-    const TableVersion* const first = model.tables->first();
-    batch->puts.emplace_back(ModelKey(model.fingerprint),
-                             WriteModel({.spec = model.spec, .table_digest = first->digest}));
-    put_tables(first);
-  }
-  put_tables(record->tables);
-  const std::string identity = WriteIdentity({.id = record->id,
-                                              .tenant = record->tenant,
-                                              .request_id = record->request_id,
-                                              .model_fingerprint = model.fingerprint,
-                                              .table_digest = record->tables->digest,
-                                              .policy = record->policy});
+  PutModel(*record->model, batch);
+  PutTables(*record->model, record->tables, batch);
+  const std::string identity = IdentityRow(*record);
   record->stored = std::make_unique<StoredProgress>();
   record->stored->seed = ChecksumOfRow(identity);
-  record->stored->layers.assign(model.spec.layer_count,
+  record->stored->layers.assign(record->model->spec.layer_count,
                                 {.length = 0, .full = {}, .last = record->stored->seed});
   batch->puts.emplace_back(IdentityKey(record->id), identity);
 }
@@ -323,7 +365,7 @@ void SequenceStore::StoreLayerDurably(SequenceRecord* record, uint32_t layer, St
   if (bytes > kPieceBytes) return StartSaving(record, Goal::kLayer, layer, std::move(done));
   TierBatch batch;
   BeginStoring(record, &batch);
-  bytes_used_ += bytes;
+  AddBytes(*record, bytes);
   StoreLayer(record->id, shape, *record->cache, layer, SIZE_MAX, record->stored.get(), &batch);
   PutState(record, false, &batch);
   Write(std::move(batch), true, std::move(done));
@@ -332,11 +374,11 @@ void SequenceStore::StoreLayerDurably(SequenceRecord* record, uint32_t layer, St
 void SequenceStore::StoreCut(SequenceRecord* record, uint32_t length, StatusDone done) {
   const CacheShape& shape = record->tables->shape;
   TierBatch batch;
-  bytes_used_ -= StoredBytes(shape, *record->stored);
+  SubtractBytes(*record, StoredBytes(shape, *record->stored));
   for (uint32_t layer = 0; layer < shape.layer_count; ++layer) {
     CutLayer(record->id, shape, *record->cache, layer, length, record->stored.get(), &batch);
   }
-  bytes_used_ += StoredBytes(shape, *record->stored);
+  AddBytes(*record, StoredBytes(shape, *record->stored));
   PutState(record, false, &batch);
   Write(std::move(batch), true, std::move(done));
 }
@@ -351,7 +393,7 @@ void SequenceStore::RemoveRows(const SequenceId& id, StatusDone done) {
 }
 
 void SequenceStore::Remove(const SequenceRecord& record, StatusDone done) {
-  bytes_used_ -= StoredBytes(record.tables->shape, *record.stored);
+  SubtractBytes(record, StoredBytes(record.tables->shape, *record.stored));
   RemoveRows(record.id, std::move(done));
 }
 
@@ -394,29 +436,22 @@ void SequenceStore::Suspend(SequenceRecord* record, StatusDone done) {
 
 void SequenceStore::StartSaving(SequenceRecord* record, Goal goal, uint32_t layer,
                                 StatusDone done) {
-  const CacheShape& shape = record->tables->shape;
-  uint64_t more_bytes = 0;
-  for (uint32_t i = 0; i < shape.layer_count; ++i) {
-    if (goal == Goal::kLayer && i != layer) continue;
-    const uint32_t stored = record->stored == nullptr ? 0 : record->stored->layers[i].length;
-    more_bytes +=
-        StoredLayerBytes(shape, record->cache->length(i)) - StoredLayerBytes(shape, stored);
-  }
-  const absl::Status status = CheckDisk(more_bytes + kOtherRowBytes);
+  const uint64_t more_bytes =
+      BytesToStore(*record, goal == Goal::kLayer ? std::optional<uint32_t>(layer) : std::nullopt);
+  const absl::Status status = CheckDisk(*record, more_bytes + kOtherRowBytes);
   if (!status.ok()) {
     if (done != nullptr) done(status);
     return;
   }
   // All pieces at once: others that are on their way count too.
-  bytes_used_ += more_bytes;
+  AddBytes(*record, more_bytes);
   auto saving = std::make_shared<Saving>();
   saving->record = record;
   saving->goal = goal;
   saving->layer = layer;
   saving->done = std::move(done);
   if (goal == Goal::kEvict || goal == Goal::kSuspend) {
-    saving->evicting_bytes = record->cache->block_count() * shape.block_bytes();
-    evicting_bytes_ += saving->evicting_bytes;
+    saving->leaving = evictions_.Begin(*record);
   }
   parts_.table->SetResidence(record, Residence::kSaving);
   SavePiece(std::move(saving));
@@ -445,7 +480,7 @@ void SequenceStore::FinishSaving(Saving* saving, absl::Status status) {
   SequenceRecord* const record = saving->record;
   const SequenceId id = record->id;
   const bool leaves = saving->goal == Goal::kEvict || saving->goal == Goal::kSuspend;
-  evicting_bytes_ -= saving->evicting_bytes;
+  if (leaves) evictions_.End(saving->leaving);
   if (leaves && status.ok()) {
     Empty(record);
     record->load_status = absl::OkStatus();
@@ -500,8 +535,10 @@ void SequenceStore::TakeMemory(std::shared_ptr<Loading> loading) {
   if (record->cache->Restore(lengths)) return LoadPiece(std::move(loading));
   const size_t bytes =
       BlockCount(loading->progress.length_max()) * record->tables->shape.block_bytes();
-  const absl::Status full = PoolFull(parts_.pool->bytes_used(), parts_.pool->bytes());
-  if (++loading->attempts > kRoomAttemptsMax || !MakeRoom(bytes, record)) {
+  const absl::Status full = NoBlockError(*parts_.pool, record->cache->owner());
+  const RoomAsk ask = {
+      .bytes = bytes, .lack = LackOf(full), .owner = record->cache->owner(), .keep = record};
+  if (++loading->attempts > kRoomAttemptsMax || !MakeRoom(ask)) {
     return FinishLoading(loading.get(), full);
   }
   ParkForRoom([this, loading = std::move(loading)](const absl::Status& admission) mutable {
@@ -622,7 +659,7 @@ void SequenceStore::FinishLoading(Loading* loading, const absl::Status& status) 
 // Its rows stay, for whoever wants to look into it, until it is dropped.
 void SequenceStore::Lose(SequenceRecord* record) {
   parts_.table->AddLost(record->id, record->tenant);
-  bytes_used_ -= StoredBytes(record->tables->shape, *record->stored);
+  SubtractBytes(*record, StoredBytes(record->tables->shape, *record->stored));
   TierBatch batch;
   batch.puts.emplace_back(LostKey(record->id), WriteLost(record->id, record->tenant));
   Write(std::move(batch), true, [](const absl::Status&) {});
@@ -683,12 +720,14 @@ absl::Status SequenceStore::Close() {
 
 void SequenceStore::FillStats(EngineStats* stats) const {
   stats->sequences_lost = static_cast<uint32_t>(parts_.table->lost().size());
+  stats->evictions = evictions_.totals();
   if (!enabled()) return;
   stats->sequences_on_disk = parts_.table->absent_count();
   stats->disk_bytes_used = bytes_used_;
   stats->disk_bytes_max = parts_.options->disk_bytes_max;
   stats->disk_file_bytes = worker_->file_bytes();
   stats->disk_is_healthy = worker_->healthy();
+  stats->scrub = scrub_->stats();
   const ClosedStore& closed = parts_.tier->closed();
   stats->disk_was_closed = closed.is_clean || closed.crash_count == 0;
 }

@@ -36,12 +36,16 @@
 #include "kvservice/clock.h"
 #include "kvservice/disk_worker.h"
 #include "kvservice/engine.h"
+#include "kvservice/engine_errors.h"
+#include "kvservice/evictions.h"
 #include "kvservice/model_registry.h"
 #include "kvservice/sequence_table.h"
+#include "kvservice/store_scrub.h"
+#include "kvservice/tenants.h"
 
 namespace kvservice {
 
-class SequenceStore {
+class SequenceStore : private ScrubHost {
  public:
   using StatusDone = absl::AnyInvocable<void(absl::Status)>;
 
@@ -52,12 +56,13 @@ class SequenceStore {
     Device* device = nullptr;
     BlockPool* pool = nullptr;
     SequenceTable* table = nullptr;
+    Tenants* tenants = nullptr;
     std::unique_ptr<DiskTier> tier;
     // Runs something on the executor thread later.
     DiskWorker::Post post;
   };
   explicit SequenceStore(Parts parts);
-  ~SequenceStore();
+  ~SequenceStore() override;
   SequenceStore(const SequenceStore&) = delete;
   SequenceStore& operator=(const SequenceStore&) = delete;
 
@@ -78,13 +83,22 @@ class SequenceStore {
   // after a wait: what could not be loaded is then not tried once more.
   bool MustWait(Need need, std::string_view tenant, const SequenceId& id, bool is_again);
   void Park(const SequenceId& id, Task task);
-  // After POOL_FULL: true if others are on their way out of memory, else nothing can be done.
-  // `keep` stays.
-  bool MakeRoom(size_t bytes, const SequenceRecord* keep);
+  // After POOL_FULL, and TENANT_QUOTA of the pool: true if others are on their way out of memory,
+  // else nothing can be done. Beyond its own maximum a tenant makes room itself.
+  struct RoomAsk {
+    size_t bytes = 0;
+    Lack lack = Lack::kNone;
+    // Whose room it is.
+    BlockOwner owner = 0;
+    // Stays.
+    const SequenceRecord* keep = nullptr;
+  };
+  bool MakeRoom(const RoomAsk& ask);
   // Runs `task` after the next of them has gone, when the sequence is in memory. Calls that name
   // the sequence meanwhile stay behind it.
   void ParkForRoom(std::string_view tenant, SequenceRecord* record, Task task);
-  // Keeps some of the pool free as long as there are sequences that nobody uses.
+  // Keeps some of the pool free as long as there are sequences that nobody uses, and tenants below
+  // their maxima.
   void KeepWatermark();
 
   // ---- Changes of sequences that are where they are needed ----
@@ -106,6 +120,13 @@ class SequenceStore {
   // For the sweep: false if it must stay a while.
   bool Expire(SequenceRecord* record);
 
+  // ---- Looking for damage ----
+  // Reads everything on disk and says what was found (store_scrub.h).
+  void Verify(StoreScrub::Done done);
+  // Time has passed.
+  void SweepScrub();
+  void StopScrub(const absl::Status& status);
+
   // ---- Ending ----
   // Begins to store everything that there is room for.
   void BeginDrain();
@@ -121,8 +142,8 @@ class SequenceStore {
   struct Saving {
     SequenceRecord* record = nullptr;
     Goal goal = Goal::kKeep;
-    uint32_t layer = 0;         // of kLayer
-    size_t evicting_bytes = 0;  // of kEvict and kSuspend
+    uint32_t layer = 0;          // of kLayer
+    Evictions::Leaving leaving;  // of kEvict and kSuspend
     StatusDone done;
   };
   struct Loading {
@@ -138,9 +159,15 @@ class SequenceStore {
 
   void ParkForRoom(Task task);
   void RunWhenThere(Need need, std::string tenant, const SequenceId& id, Task task, bool is_again);
-  absl::Status CheckDisk(uint64_t more_bytes) const;
+  absl::Status CheckDisk(const SequenceRecord& record, uint64_t more_bytes) const;
+  // Rows of a sequence that were stored, or are about to be; and those that went.
+  void AddBytes(const SequenceRecord& record, uint64_t bytes);
+  void SubtractBytes(const SequenceRecord& record, uint64_t bytes);
   // Rows that a sequence needs before its first slice.
   void BeginStoring(SequenceRecord* record, TierBatch* batch);
+  void PutModel(const Model& model, TierBatch* batch);
+  void PutTables(const Model& model, const TableVersion* version, TierBatch* batch);
+  static std::string IdentityRow(const SequenceRecord& record);
   void PutState(SequenceRecord* record, bool is_suspended, TierBatch* batch);
   void Write(TierBatch batch, bool is_synced, StatusDone done);
   void RemoveRows(const SequenceId& id, StatusDone done);
@@ -148,8 +175,7 @@ class SequenceStore {
   void StartSaving(SequenceRecord* record, Goal goal, uint32_t layer, StatusDone done);
   void SavePiece(std::shared_ptr<Saving> saving);
   void FinishSaving(Saving* saving, absl::Status status);
-  bool EvictOne(const SequenceRecord* keep, uint64_t idle_ns);
-  SequenceRecord* LeastRecentlyUsed(const SequenceRecord* keep, uint64_t idle_ns) const;
+  bool EvictOne(const Evictions::Ask& ask);
 
   void StartLoading(SequenceRecord* record, bool is_resume, StatusDone done);
   void TakeMemory(std::shared_ptr<Loading> loading);
@@ -159,7 +185,7 @@ class SequenceStore {
                    const std::vector<ReadSlice>& slices);
   static bool FitsTheRest(const Loading& loading);
   void FinishLoading(Loading* loading, const absl::Status& status);
-  void Lose(SequenceRecord* record);
+  void Lose(SequenceRecord* record) override;
   void Empty(SequenceRecord* record);
 
   std::deque<Task> TakeParked(const SequenceId& id);
@@ -168,8 +194,16 @@ class SequenceStore {
   void DrainNext();
   Inventory InventoryNow() const;
 
+  void ReadForScrub(absl::AnyInvocable<DiskWorker::Answer(const DiskTier& tier)> read) override;
+  bool IsDiskIdle() const override { return worker_->waiting_jobs() == 0; }
+  std::vector<std::string> RegistryKeys() const override;
+  bool MendRegistryRow(const std::string& key) override;
+  absl::Status MendRows(SequenceRecord* record) override;
+  absl::Status MendSlices(SequenceRecord* record, uint32_t layer, uint32_t block) override;
+
   const Parts parts_;
   std::unique_ptr<DiskWorker> worker_;
+  std::unique_ptr<StoreScrub> scrub_;
 
   // Rows of the registry that are on disk already.
   std::set<uint64_t> stored_models_;
@@ -179,8 +213,7 @@ class SequenceStore {
   // Of all sequences' rows, those that are still to be handed over of sequences on their way out
   // included.
   uint64_t bytes_used_ = 0;
-  // Of sequences on their way out.
-  size_t evicting_bytes_ = 0;
+  Evictions evictions_;
   size_t outstanding_ = 0;
 
   std::map<SequenceId, std::deque<Task>, ById> parked_;

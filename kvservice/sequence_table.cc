@@ -75,6 +75,11 @@ absl::Status SequenceTable::CheckRoom(std::string_view tenant) const {
   return absl::OkStatus();
 }
 
+uint32_t SequenceTable::CountOf(std::string_view tenant) const {
+  const auto owner = tenants_.find(tenant);
+  return owner == tenants_.end() ? 0 : owner->second.sequence_count;
+}
+
 SequenceRecord* SequenceTable::Insert(std::unique_ptr<SequenceRecord> record, uint64_t now_ns) {
   SequenceRecord* inserted = record.get();
   assert(!Contains(inserted->id));
@@ -110,6 +115,16 @@ void SequenceTable::SetLease(SequenceRecord* record, uint64_t lease_ns, uint64_t
   by_sweep_.erase({record->sweep_ns, record});
   record->sweep_ns = record->lease_end_ns;
   by_sweep_.emplace(record->sweep_ns, record);
+}
+
+SequenceRecord* SequenceTable::FindById(const SequenceId& id) const {
+  const auto found = records_.find(id);
+  return found == records_.end() ? nullptr : found->second.get();
+}
+
+SequenceRecord* SequenceTable::After(const std::optional<SequenceId>& id) const {
+  const auto next = id.has_value() ? records_.upper_bound(*id) : records_.begin();
+  return next == records_.end() ? nullptr : next->second.get();
 }
 
 uint32_t SequenceTable::Sweep(uint64_t now_ns, uint32_t limit,

@@ -118,6 +118,11 @@ struct SequenceRecord {
   }
 };
 
+// Every use starts the lease anew.
+inline uint64_t LastUsedNs(const SequenceRecord& record) {
+  return record.lease_end_ns - record.lease_ns;
+}
+
 class SequenceTable {
  public:
   SequenceTable(uint32_t sequences_max, uint32_t sequences_per_tenant_max)
@@ -138,6 +143,10 @@ class SequenceTable {
   // RESOURCE_EXHAUSTED / SEQUENCES_FULL or TENANT_QUOTA unless there is room for one more.
   absl::Status CheckRoom(std::string_view tenant) const;
   bool Contains(const SequenceId& id) const { return records_.contains(id); }
+  // Of any tenant, expired ones that wait for their sweep too; nullptr if there is none.
+  SequenceRecord* FindById(const SequenceId& id) const;
+  // The next in the order of ids; the first without one.
+  SequenceRecord* After(const std::optional<SequenceId>& id) const;
   // The id is not contained. The lease starts now.
   SequenceRecord* Insert(std::unique_ptr<SequenceRecord> record, uint64_t now_ns);
   void Erase(SequenceRecord* record);
@@ -170,6 +179,9 @@ class SequenceTable {
     for (const auto& [id, record] : records_) visit(record.get());
   }
   uint32_t count() const { return static_cast<uint32_t>(records_.size()); }
+  // Sequences of a tenant, and tenants that have any.
+  uint32_t CountOf(std::string_view tenant) const;
+  uint32_t tenant_count() const { return static_cast<uint32_t>(tenants_.size()); }
 
  private:
   struct Tenant {

@@ -12,6 +12,14 @@ std::string PositionField(std::string_view prefix) { return std::string(prefix) 
 
 }  // namespace
 
+absl::Status NoBlockError(const BlockPool& pool, BlockOwner owner) {
+  if (pool.why_not() == NoBlock::kPoolFull) {
+    return PoolFull(pool.bytes_used(), pool.bytes(), pool.accounts().HeldFromOwner(owner));
+  }
+  const OwnerAccount account = pool.accounts().Of(owner);
+  return TenantPoolFull(account.bytes, account.limits.bytes_max);
+}
+
 absl::StatusOr<AppendResult> StoreRows(const EngineOptions& options, const BlockPool& pool,
                                        std::string_view prefix, const RowsToStore& rows,
                                        Sequence* sequence, PendingWrites* writes) {
@@ -34,7 +42,7 @@ absl::StatusOr<AppendResult> StoreRows(const EngineOptions& options, const Block
     case AppendOutcome::kConflict:
       return AppendConflict(PositionField(prefix), rows.position, length);
     case AppendOutcome::kPoolFull:
-      return PoolFull(pool.bytes_used(), pool.bytes());
+      return NoBlockError(pool, sequence->owner());
   }
   return AppendResult{.layer_length = sequence->length(rows.layer),
                       .duplicate = outcome == AppendOutcome::kDuplicate};

@@ -14,6 +14,9 @@
 
 namespace kvservice {
 
+// Why the pool had no block for the owner just now: POOL_FULL or TENANT_QUOTA.
+absl::Status NoBlockError(const BlockPool& pool, BlockOwner owner);
+
 struct RowsToStore {
   uint32_t layer = 0;
   uint32_t position = 0;
@@ -23,8 +26,8 @@ struct RowsToStore {
   const std::byte* v = nullptr;
 };
 
-// POSITION_GAP, SEQUENCE_TOO_LONG, APPEND_CONFLICT or POOL_FULL; nothing is then changed.
-// Errors name the field `prefix` + "position". The bytes are there once `writes` have run.
+// POSITION_GAP, SEQUENCE_TOO_LONG, APPEND_CONFLICT, POOL_FULL or TENANT_QUOTA; nothing is then
+// changed. Errors name the field `prefix` + "position". The bytes are there once `writes` have run.
 absl::StatusOr<AppendResult> StoreRows(const EngineOptions& options, const BlockPool& pool,
                                        std::string_view prefix, const RowsToStore& rows,
                                        Sequence* sequence, PendingWrites* writes);

@@ -10,6 +10,7 @@
 #include "kvservice/engine_errors.h"
 #include "kvservice/error.h"
 #include "kvservice/row_check.h"
+#include "kvservice/store_rows.h"
 #include "kvservice/stored_progress.h"
 #include "kvservice/tensor_check.h"
 
@@ -162,8 +163,11 @@ absl::Status TransferReceiver::TakeMemory(Arriving* arriving) {
     const uint32_t length =
         *std::max_element(arriving->head.lengths.begin(), arriving->head.lengths.end());
     // For the next attempt.
-    parts_.store->MakeRoom(BlockCount(length) * shape.block_bytes(), nullptr);
-    return PoolFull(parts_.pool->bytes_used(), parts_.pool->bytes());
+    const absl::Status full = NoBlockError(*parts_.pool, cache->owner());
+    parts_.store->MakeRoom({.bytes = BlockCount(length) * shape.block_bytes(),
+                            .lack = LackOf(full),
+                            .owner = cache->owner()});
+    return full;
   }
   arriving->record->cache = std::move(cache);
   return absl::OkStatus();

@@ -67,6 +67,10 @@ ATTEND_STREAM = "kvservice/server/attend_stream.cc"
 OTHERS = "kvservice/server/other_methods.cc"
 ACCESS_LOG = "kvservice/server/access_log.cc"
 OWNERS = "kvservice/cache/block_owners.cc"
+POOL = "kvservice/cache/block_pool.cc"
+ACCOUNTS = "kvservice/cache/owner_accounts.cc"
+EVICTIONS = "kvservice/evictions.cc"
+TENANTS = "kvservice/tenants.cc"
 
 ATTACK = "*FindsNothing*"
 
@@ -320,8 +324,8 @@ MUTATIONS = [Mutation(*fields) for fields in [
     ("crashes_change_generations", STORE,
      "(crash_count_ - sequence.state.crash_count) * kGenerationsPerCrash", "0",
      "stored_engine_test", ""),
-    ("rows_on_their_way_count", STORE, "bytes_used_ += more_bytes;",
-     "bytes_used_ += more_bytes / 2;", "stored_engine_test", "*Together*"),
+    ("rows_on_their_way_count", STORE, "AddBytes(*record, more_bytes);",
+     "AddBytes(*record, more_bytes / 2);", "stored_engine_test", "*Together*"),
     ("truncates_are_stored", STORE,
      "CutLayer(record->id, shape, *record->cache, layer, length, record->stored.get(), &batch);",
      "if (length == UINT32_MAX) record->stored.reset();", "stored_engine_test", "*Truncate*"),
@@ -372,6 +376,39 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "transport_test", "*Host*:*OneAddress*"),
     ("refusals_are_bounded", ACCESS_LOG, "if (refusals_in_second_ >= kRefusalsPerSecondMax) {",
      "if (false) {", "access_test", "AccessLogTest*"),
+    # ---- Limits per tenant ----
+    ("tenants_have_a_maximum", POOL, "if (accounts_.BeyondMax(owner, bytes) > 0) {",
+     "if (false) {", "engine_test", "QuotaTest.*MaximumIsRefused*"),
+    ("what_is_reserved_is_kept", POOL,
+     "if (held > 0 && bytes_free() < held + bytes) return BlockRef();", "", "engine_test",
+     "QuotaTest.WhatIsReserved*"),
+    ("blocks_are_counted_back", ACCOUNTS, "account->bytes -= bytes;", "", "engine_test",
+     "QuotaTest.WhatForksShare*"),
+    ("reserves_fit_the_pool", "kvservice/quota.cc", "if (reserved > left) {", "if (false) {",
+     "engine_test", "QuotaTest.QuotasThatCannotBe*"),
+    ("quotas_are_bounded", TENANTS,
+     "if (is_new && set_.size() + options_->tenant_quotas.size() >= kTenantQuotasMax) {",
+     "if (false) {", "engine_test", "QuotaTest.ThereAreOnlySoMany*"),
+    ("disk_has_a_maximum", TENANTS,
+     "if (used <= *bytes_max && more_bytes <= *bytes_max - used) return absl::OkStatus();",
+     "if (used <= *bytes_max || used > *bytes_max) return absl::OkStatus();", "engine_test",
+     "QuotaTest.RowsOnDisk*"),
+    ("what_cannot_be_stored_stops_nobody", STORE,
+     "return parts_.tenants->CheckDisk(candidate.tenant, bytes).ok();", "return bytes > 0;",
+     "engine_test", "QuotaTest.RowsOnDisk*"),
+    ("beyond_a_maximum_its_own_leave", EVICTIONS,
+     "if (ask.cause == EvictionCause::kTenantMax && owner != ask.owner) return;", "",
+     "engine_test", "QuotaTest.BeyondItsMaximum*"),
+    ("reserves_are_not_evicted", EVICTIONS,
+     "if (owner != ask.owner && !StaysAboveReserve(*record)) return;", "", "engine_test",
+     "QuotaTest.NobodyFallsBelow*"),
+    ("the_tenant_is_chosen_first", EVICTIONS,
+     "if (chosen != nullptr && beyond <= most) continue;",
+     "if (chosen != nullptr && LastUsedNs(*chosen) <= LastUsedNs(*record)) continue;",
+     "engine_test", "QuotaTest.EvictionTellsNothing*"),
+    ("lowered_maxima_take_effect", STORE,
+     "MakeRoom({.bytes = 0, .lack = Lack::kTenantPool, .owner = owner});",
+     "static_cast<void>(owner);", "engine_test", "QuotaTest.AMaximumThatGoesBelow*"),
     # ---- Prefixes are a tenant's own, and what they say ----
     ("prefixes_have_a_tenant", PREFIX_CHAIN, "start.Update(BytesOf(tenant));", "", "engine_test",
      "PrefixChainTest*"),
@@ -405,6 +442,17 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "engine_test", "*ASequenceIsNeverInTwoCalls*"),
     ("sweeps_are_not_starved", "kvservice/engine.cc", "begun < kBesideMax && TakeBeside",
      "TakeBeside", "engine_test", "*AStreamOfCallsStarvesNothing*"),
+    # ---- Looking for damage on disk ----
+    ("scrub_compares_checksums", "kvservice/store_scrub.cc",
+     "if (expected.has_value() && *expected != slice.checksum) break;", "", "engine_test",
+     "StoreScrubTest.AStaleSliceIsDamage"),
+    ("scrub_writes_again", "kvservice/store_scrub.cc",
+     "if (host_->MendSlices(record, layer, block).ok())", "if (layer < UINT32_MAX)",
+     "engine_test", "StoreScrubTest.WhatMemoryHasIsWrittenAgain"),
+    ("scrub_checks_rows", "kvservice/store_scrub.cc",
+     "return row.ok() && !Unseal(*row).empty() && ChecksumOfRow(*row) == expected;",
+     "return row.ok() || expected == Checksum{};", "engine_test",
+     "StoreScrubTest.RowsOfSequences*"),
 ]]
 
 

@@ -3,6 +3,7 @@
 tests/RELIABILITY.md anew from all rows.
 
     tests/reliability.py power_cut --cuts=20000 --seed=1
+    tests/reliability.py fuzz_text 20000000 22      so many inputs made from a seed
     tests/reliability.py --check        RELIABILITY.md is what the rows say
 """
 
@@ -13,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = ROOT / "tests" / "RELIABILITY.json"
@@ -131,16 +133,35 @@ def run(arguments):
         text = pathlib.Path(row_file.name).read_text(encoding="utf-8")
     if not text:
         return done.returncode or 1
-    row = json.loads(text)
+    keep(json.loads(text), " ".join(["kvstress", *arguments]))
+    return done.returncode
+
+
+def run_fuzz(test, count, seed):
+    """Inputs made from the corpus by a seed, without coverage: the fast form (run_fuzz.py has the
+    other). The first wrong one ends the program."""
+    target = test.removeprefix("fuzz_")
+    program = [f"build/release/tests/{target}_fuzz", f"tests/fuzz/corpus/{target}.txt"]
+    setting = {"KVSERVICE_FUZZ_RUNS": str(count), "KVSERVICE_FUZZ_SEED": str(seed)}
+    begun = time.monotonic()
+    done = subprocess.run(program, cwd=ROOT, env=dict(os.environ, **setting), check=False)
+    row = {"test": test, "count": count, "failures": 0 if done.returncode == 0 else 1,
+           "seed": seed, "seconds": round(time.monotonic() - begun, 1),
+           "checked": {"inputs": count}}
+    words = [f"{name}={value}" for name, value in setting.items()]
+    keep(row, " ".join(words + program))
+    return done.returncode
+
+
+def keep(row, command):
     row["commit"] = commit()
-    row["command"] = " ".join(["kvstress", *arguments])
+    row["command"] = command
     row["machine"] = machine()
     # The latest of each command counts.
     rows = [other for other in load() if other["command"] != row["command"]] + [row]
     rows.sort(key=lambda other: (list(MEANINGS).index(other["test"]), other["command"]))
     ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     REPORT.write_text(report(rows), encoding="utf-8")
-    return done.returncode
 
 
 def main():
@@ -153,6 +174,8 @@ def main():
         if not right:
             print("tests/RELIABILITY.md is not what tests/RELIABILITY.json says")
         return 0 if right else 1
+    if arguments[0].startswith("fuzz_"):
+        return run_fuzz(arguments[0], int(arguments[1]), int(arguments[2]))
     return run(arguments)
 
 

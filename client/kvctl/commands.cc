@@ -1,7 +1,5 @@
 #include "client/kvctl/commands.h"
 
-#include <unistd.h>
-
 #include <array>
 #include <cstdlib>
 #include <iostream>
@@ -24,17 +22,6 @@ using Json = nlohmann::ordered_json;
 constexpr std::string_view kUnixPrefix = "unix:";
 constexpr char kSocketName[] = "/kvservice.sock";
 constexpr char kAdminSuffix[] = ".admin";
-
-// Nothing when the command may go on, else its exit status. `word` is what a person must type.
-std::optional<int> Refused(const GlobalOptions& options, bool yes, const std::string& consequence,
-                           const std::string& word) {
-  if (yes) return std::nullopt;
-  if (isatty(STDIN_FILENO) == 0) return Usage(options, consequence + "; confirm with --yes");
-  std::cerr << "kvctl: " << consequence << ". Type " << word << " to go on: ";
-  std::string answer;
-  if (std::getline(std::cin, answer) && answer == word) return std::nullopt;
-  return Usage(options, "not confirmed, nothing was done");
-}
 
 // EPOCH:SECRET:CALL:ROW, the first two in hexadecimal.
 bool ParseReplay(const std::string& text, v1::Replay* replay) {
@@ -94,6 +81,13 @@ int ShowServerInfo(const GlobalOptions& options) {
 
 int ShowServerStats(const GlobalOptions& options) {
   return Show(options, Connect(options)->GetStats());
+}
+
+int VerifyStore(const GlobalOptions& options) {
+  const absl::StatusOr<v1::VerifyStoreResponse> response = Connect(options)->VerifyStore();
+  if (!response.ok()) return Fail(options, response.status());
+  Print(options, ToJson(response->found()), ToTable(response->found()));
+  return response->found().rows_damaged() == 0 ? kExitOk : kExitUnhealthy;
 }
 
 int DrainServer(const GlobalOptions& options, std::chrono::milliseconds grace, bool yes) {

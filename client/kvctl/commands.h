@@ -107,6 +107,8 @@ int ShowVersion(const GlobalOptions& options);
 int ShowServerInfo(const GlobalOptions& options);
 int ShowServerStats(const GlobalOptions& options);
 // Without `yes` a person must type a word at the terminal; without a terminal nothing is done.
+// kExitUnhealthy if anything was damaged, mended or not.
+int VerifyStore(const GlobalOptions& options);
 int DrainServer(const GlobalOptions& options, std::chrono::milliseconds grace, bool yes);
 int ListSequences(const GlobalOptions& options, const SequenceListOptions& list);
 int ShowSequence(const GlobalOptions& options, const std::string& hex_id);

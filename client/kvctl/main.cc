@@ -13,6 +13,7 @@
 #include "client/kvctl/completion.h"
 #include "client/kvctl/live.h"
 #include "client/kvctl/outcome.h"
+#include "client/kvctl/quota.h"
 #include "client/kvctl/text.h"
 
 namespace kvservice::client {
@@ -40,6 +41,7 @@ constexpr std::chrono::milliseconds kWatchDefault{2000};
 // For a person who has pressed tab.
 constexpr std::chrono::milliseconds kCompletionTimeout{200};
 constexpr size_t kCompletionNamesMax = 1000;
+constexpr char kNoMaximumWord[] = "none";
 
 struct Flags {
   GlobalOptions global;
@@ -55,6 +57,8 @@ struct Flags {
   ExplainOptions explain;
   SequenceForkOptions fork;
   BlockOptions block;
+  QuotaListOptions quota_list;
+  QuotaSetOptions quota_set;
   BenchOptions bench;
   uint32_t top_count = 20;
   uint32_t ping_count = 10;
@@ -174,6 +178,10 @@ void AddServerCommands(CLI::App* app, Flags* flags) {
              [flags] { return ShowServerInfo(flags->global); });
   AddCommand(server, "stats", "Memory, calls, totals of attention", flags,
              [flags] { return ShowServerStats(flags->global); });
+  AddCommand(server, "verify", "Read everything on disk and check it; status 7 if it was damaged",
+             flags, [flags] { return VerifyStore(flags->global); })
+      ->footer(
+          "Takes as long as reading takes: see --timeout. Damage that memory can mend is mended.");
   CLI::App* const drain =
       AddCommand(server, "drain", "Finish what is running, refuse the rest, end the server", flags,
                  [flags] { return DrainServer(flags->global, flags->grace, flags->yes); });
@@ -239,6 +247,56 @@ void AddTransferCommand(CLI::App* sequence, Flags* flags) {
       ->required();
   transfer->add_flag("--move", flags->transfer.move, "Drop it here once the other has it");
   transfer->footer("Repeating goes on where a broken transfer stopped.");
+}
+
+// With a maximum, `none` is one too.
+void AddBytes(CLI::App* app, const std::string& flag, const std::string& help, bool is_maximum,
+              std::optional<uint64_t>* target) {
+  app->add_option_function<std::string>(
+         flag,
+         [target](const std::string& text) {
+           *target = text == kNoMaximumWord ? kNoMaximum : *ParseBytes(text);
+         },
+         help)
+      ->check([is_maximum](const std::string& text) -> std::string {
+        if (ParseBytes(text).has_value() || (is_maximum && text == kNoMaximumWord)) return "";
+        return "'" + text + "' is not like 4GiB, 512MiB or 65536";
+      })
+      ->type_name("BYTES");
+}
+
+void AddQuotaCommands(CLI::App* app, Flags* flags) {
+  CLI::App* const quota = app->add_subcommand("quota", "What tenants may use, and use");
+  quota->require_subcommand(1);
+  quota->fallthrough();
+  QuotaListOptions* const listed = &flags->quota_list;
+  CLI::App* const list =
+      AddCommand(quota, "list", "One line for each tenant, ordered by name", flags,
+                 [flags] { return ListQuotas(flags->global, flags->quota_list); });
+  list->add_option("--tenant", listed->tenant, "This one alone, whatever it uses");
+  list->add_option("--limit", listed->limit, "At most so many")
+      ->check(CLI::Range(size_t{1}, size_t{1'000'000}))
+      ->type_name("COUNT")
+      ->capture_default_str();
+  QuotaSetOptions* const to = &flags->quota_set;
+  CLI::App* const set =
+      AddCommand(quota, "set", "From now on and until the server restarts", flags, [flags] {
+        flags->quota_set.tenant = flags->name;
+        flags->quota_set.yes = flags->yes;
+        return SetQuota(flags->global, flags->quota_set);
+      });
+  set->add_option("tenant", flags->name, "Whose; it need not be there yet")->required();
+  AddBytes(set, "--pool-max", "Most memory its blocks may take, or none", true,
+           &to->pool_bytes_max);
+  AddBytes(set, "--pool-reserved", "Memory that others cannot take", false,
+           &to->pool_bytes_reserved);
+  AddBytes(set, "--disk-max", "Most bytes on disk, or none", true, &to->disk_bytes_max);
+  set->add_flag("--yes", flags->yes, "Do not ask");
+  set->footer("What is not given stays as it is. What shall last belongs into --tenant-quota.");
+  AddCommand(quota, "reset", "As the server was configured", flags,
+             [flags] { return ResetQuota(flags->global, flags->name); })
+      ->add_option("tenant", flags->name, "Whose")
+      ->required();
 }
 
 void AddAuditCommand(CLI::App* app, Flags* flags) {
@@ -377,7 +435,7 @@ void AddModelCommands(CLI::App* app, Flags* flags) {
 bool MayRepeat(const CLI::App& app) {
   const std::string verb = CommandName(app);
   for (const char* const once : {"drain", "drop", "fork", "suspend", "resume", "transfer", "bench",
-                                 "ping", "completion", "version"}) {
+                                 "ping", "completion", "version", "set", "reset", "verify"}) {
     if (verb == once) return false;
   }
   return true;
@@ -407,6 +465,10 @@ std::vector<std::string> NamesOnServer(const GlobalOptions& options,
     const auto models = calls->ListModels();
     if (!models.ok()) return names;
     for (const auto& model : *models) names.push_back(model.name());
+  } else if (positional == "tenant") {
+    const auto usages = calls->ListTenants("", kCompletionNamesMax, &more);
+    if (!usages.ok()) return names;
+    for (const auto& usage : *usages) names.push_back(usage.tenant());
   }
   return names;
 }
@@ -441,6 +503,7 @@ int Main(int argc, const char* const* argv) {
   AddTransferCommand(app.get_subcommand("sequence"), &flags);
   AddBlockCommands(&app, &flags);
   AddModelCommands(&app, &flags);
+  AddQuotaCommands(&app, &flags);
   AddAuditCommand(&app, &flags);
   AddExplainCommand(&app, &flags);
   AddBenchCommand(&app, &flags);

@@ -1,5 +1,7 @@
 #include "client/kvctl/outcome.h"
 
+#include <unistd.h>
+
 #include <iostream>
 
 #include "client/status.h"
@@ -43,6 +45,16 @@ int Usage(const GlobalOptions& options, const std::string& problem) {
 
 int MalformedId(const GlobalOptions& options, const std::string& hex_id) {
   return Usage(options, "'" + hex_id + "' is not an id: expected 32 digits of 0-9 and a-f");
+}
+
+std::optional<int> Refused(const GlobalOptions& options, bool yes, const std::string& consequence,
+                           const std::string& word) {
+  if (yes) return std::nullopt;
+  if (isatty(STDIN_FILENO) == 0) return Usage(options, consequence + "; confirm with --yes");
+  std::cerr << "kvctl: " << consequence << ". Type " << word << " to go on: ";
+  std::string answer;
+  if (std::getline(std::cin, answer) && answer == word) return std::nullopt;
+  return Usage(options, "not confirmed, nothing was done");
 }
 
 void Print(const GlobalOptions& options, const Json& json, const std::string& table) {

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,11 @@ int Fail(const GlobalOptions& options, const absl::Status& status);
 // The same for what the caller has asked in a wrong way.
 int Usage(const GlobalOptions& options, const std::string& problem);
 int MalformedId(const GlobalOptions& options, const std::string& hex_id);
+
+// Nothing when a dangerous command may go on, else its exit status. `word` is what a person must
+// type at the terminal.
+std::optional<int> Refused(const GlobalOptions& options, bool yes, const std::string& consequence,
+                           const std::string& word);
 
 // One JSON document, or the table. With options.watch documents are one line each.
 void Print(const GlobalOptions& options, const nlohmann::ordered_json& json,

@@ -174,6 +174,34 @@ class GrpcServerCalls final : public ServerCalls {
     return Call<v1::EvictResponse>(admin_, &v1::AdminService::Stub::Evict, request);
   }
 
+  absl::StatusOr<std::vector<v1::TenantUsage>> ListTenants(const std::string& tenant, size_t limit,
+                                                           bool* more) override {
+    std::vector<v1::TenantUsage> usages;
+    v1::ListTenantsRequest request;
+    request.set_tenant(tenant);
+    *more = false;
+    for (;;) {
+      const size_t left = limit - usages.size();
+      request.set_page_size(static_cast<int32_t>(std::min<size_t>(left, kPageSize)));
+      auto page =
+          Call<v1::ListTenantsResponse>(admin_, &v1::AdminService::Stub::ListTenants, request);
+      if (!page.ok()) return page.status();
+      for (v1::TenantUsage& usage : *page->mutable_tenants()) usages.push_back(std::move(usage));
+      *more = !page->next_page_token().empty();
+      if (!*more || usages.size() >= limit) return usages;
+      request.set_page_token(page->next_page_token());
+    }
+  }
+
+  absl::StatusOr<v1::SetQuotaResponse> SetQuota(const v1::SetQuotaRequest& request) override {
+    return Call<v1::SetQuotaResponse>(admin_, &v1::AdminService::Stub::SetQuota, request);
+  }
+
+  absl::StatusOr<v1::VerifyStoreResponse> VerifyStore() override {
+    return Call<v1::VerifyStoreResponse>(admin_, &v1::AdminService::Stub::VerifyStore,
+                                         v1::VerifyStoreRequest());
+  }
+
   absl::Status Drain(uint32_t grace_ms) override {
     v1::DrainRequest request;
     request.set_grace_ms(grace_ms);

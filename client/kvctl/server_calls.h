@@ -53,6 +53,11 @@ class ServerCalls {
       const v1::DescribeBlockRequest& request) = 0;
   virtual absl::StatusOr<v1::ExplainResponse> Explain(const v1::ExplainRequest& request) = 0;
   virtual absl::StatusOr<v1::EvictResponse> Evict(const v1::EvictRequest& request) = 0;
+  // The first `limit` tenants, ordered by name, or the one alone.
+  virtual absl::StatusOr<std::vector<v1::TenantUsage>> ListTenants(const std::string& tenant,
+                                                                   size_t limit, bool* more) = 0;
+  virtual absl::StatusOr<v1::SetQuotaResponse> SetQuota(const v1::SetQuotaRequest& request) = 0;
+  virtual absl::StatusOr<v1::VerifyStoreResponse> VerifyStore() = 0;
   virtual absl::Status Drain(uint32_t grace_ms) = 0;
 };
 

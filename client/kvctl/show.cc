@@ -180,12 +180,20 @@ std::string TierText(const v1::Sequence& sequence) {
   return sequence.tier() == v1::TIER_DISK ? "disk" : "memory";
 }
 
+std::string DamageText(const v1::StoreCheck& check) {
+  return std::to_string(check.rows_damaged()) + " rows damaged, " +
+         std::to_string(check.rows_mended()) + " mended";
+}
+
 void AddDisk(const v1::DiskStats& disk, std::vector<Row>* rows) {
   rows->push_back({"disk used", BytesText(disk.used_bytes()) + " of " +
                                     BytesText(disk.max_bytes()) + ", files " +
                                     BytesText(disk.file_bytes())});
   rows->push_back({"sequences on disk", std::to_string(disk.sequence_count())});
   rows->push_back({"sequences lost", std::to_string(disk.lost_sequence_count())});
+  rows->push_back({"looks for damage", std::to_string(disk.check_count()) + ", " +
+                                           BytesText(disk.checked().bytes_read()) + " read, " +
+                                           DamageText(disk.checked())});
   if (disk.failed()) rows->push_back({"disk", "failed: nothing is written until a restart"});
 }
 
@@ -238,7 +246,19 @@ Json ToJson(const v1::GetStatsResponse& stats) {
             {"file_bytes", stats.disk().file_bytes()},
             {"sequence_count", stats.disk().sequence_count()},
             {"lost_sequence_count", stats.disk().lost_sequence_count()},
-            {"failed", stats.disk().failed()}}}};
+            {"failed", stats.disk().failed()},
+            {"checked", ToJson(stats.disk().checked())},
+            {"check_count", stats.disk().check_count()}}}};
+}
+
+Json ToJson(const v1::StoreCheck& check) {
+  return {{"sequences_checked", check.sequences_checked()},
+          {"sequences_skipped", check.sequences_skipped()},
+          {"sequences_lost", check.sequences_lost()},
+          {"slices_checked", check.slices_checked()},
+          {"rows_damaged", check.rows_damaged()},
+          {"rows_mended", check.rows_mended()},
+          {"bytes_read", check.bytes_read()}};
 }
 
 Json ToJson(const v1::AuditTotals& totals) {
@@ -365,6 +385,15 @@ std::string ToTable(const v1::GetStatsResponse& stats) {
   AddTotals(stats.totals(), &rows);
   AddAudit(stats.audit(), &rows);
   return Table(rows);
+}
+
+std::string ToTable(const v1::StoreCheck& check) {
+  return Table({{"sequences", std::to_string(check.sequences_checked())},
+                {"passed by on their way", std::to_string(check.sequences_skipped())},
+                {"lost", std::to_string(check.sequences_lost())},
+                {"slices", std::to_string(check.slices_checked())},
+                {"damage", DamageText(check)},
+                {"read", BytesText(check.bytes_read())}});
 }
 
 std::string ToTable(const v1::AuditTotals& totals) {

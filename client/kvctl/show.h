@@ -19,6 +19,7 @@ nlohmann::ordered_json ToJson(const v1::GetServerInfoResponse& info);
 nlohmann::ordered_json ToJson(const v1::GetStatsResponse& stats);
 nlohmann::ordered_json ToJson(const v1::Sequence& sequence);
 nlohmann::ordered_json ToJson(const v1::AuditTotals& totals);
+nlohmann::ordered_json ToJson(const v1::StoreCheck& check);
 nlohmann::ordered_json ToJson(const v1::AuditResponse& audit);
 nlohmann::ordered_json ToJson(const v1::ExplainResponse& explain);
 nlohmann::ordered_json ToJson(const v1::Model& model);
@@ -27,6 +28,7 @@ std::string ToTable(const v1::GetServerInfoResponse& info);
 std::string ToTable(const v1::GetStatsResponse& stats);
 std::string ToTable(const v1::Sequence& sequence);
 std::string ToTable(const v1::AuditTotals& totals);
+std::string ToTable(const v1::StoreCheck& check);
 std::string ToTable(const v1::AuditResponse& audit);
 // One line for each limit, then one for each of its KV heads.
 std::string ToTable(const v1::ExplainResponse& explain);

@@ -72,6 +72,17 @@ std::optional<uint64_t> ParseNumber(std::string_view text, int base) {
   return number;
 }
 
+std::optional<uint64_t> ParseBytes(std::string_view text) {
+  constexpr std::array<std::string_view, 5> kUnits = {"", "KiB", "MiB", "GiB", "TiB"};
+  const size_t digits = std::min(text.find_first_not_of("0123456789"), text.size());
+  const std::optional<uint64_t> number = ParseNumber(text.substr(0, digits), 10);
+  const auto unit = std::find(kUnits.begin(), kUnits.end(), text.substr(digits));
+  if (!number.has_value() || unit == kUnits.end()) return std::nullopt;
+  const auto shift = static_cast<uint32_t>(10 * (unit - kUnits.begin()));
+  if (*number > UINT64_MAX >> shift) return std::nullopt;
+  return *number << shift;
+}
+
 std::string BytesText(uint64_t bytes) {
   constexpr std::array<const char*, 5> kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
   if (bytes < 1024) return std::to_string(bytes) + " B";

@@ -20,6 +20,9 @@ std::optional<std::string> IdOfHex(std::string_view hex);
 // "250ms", "5s", "2m"; a bare number is seconds. Nothing for other texts and for 0, at most a day.
 std::optional<std::chrono::milliseconds> ParseDuration(std::string_view text);
 
+// "4GiB", "512MiB", "65536": bytes, in powers of 1024. Nothing for other texts.
+std::optional<uint64_t> ParseBytes(std::string_view text);
+
 // A number in the base without sign or prefix; nothing for other texts.
 std::optional<uint64_t> ParseNumber(std::string_view text, int base);
 

@@ -21,6 +21,14 @@ class BlockOwners {
  public:
   // The same for the same tenant, always. There are as many as tenants were ever seen.
   BlockOwner NumberOf(std::string_view tenant);
+  // Calls `visit(tenant, number)` for all that were ever seen behind `after`, by name, until it is
+  // false.
+  template <typename Visit>
+  void ForEachAfter(std::string_view after, Visit visit) const {
+    for (auto next = numbers_.upper_bound(after); next != numbers_.end(); ++next) {
+      if (!visit(next->first, next->second)) return;
+    }
+  }
   // From now on the range is the owner's. `clear` is called for each part of it where another's
   // bytes lie.
   void Take(size_t offset, size_t bytes, BlockOwner owner,

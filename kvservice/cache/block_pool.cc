@@ -17,13 +17,15 @@ struct BlockRef::Block {
   BlockPool* pool;
   std::byte* data;
   size_t bytes;
+  BlockOwner owner;
   uint32_t reference_count;
 };
 
 BlockRef::~BlockRef() {
   if (block_ == nullptr || --block_->reference_count > 0) return;
   const std::unique_ptr<Block> last(block_);
-  last->pool->Release(static_cast<size_t>(last->data - last->pool->memory_.data()), last->bytes);
+  last->pool->Release(static_cast<size_t>(last->data - last->pool->memory_.data()), last->bytes,
+                      last->owner);
 }
 
 BlockRef::BlockRef(Block* block) : block_(block), data_(block->data) {}
@@ -42,9 +44,10 @@ absl::StatusOr<std::unique_ptr<BlockPool>> BlockPool::New(Device* device, size_t
 }
 
 BlockPool::BlockPool(Device* device, DeviceMemory memory)
-    : device_(device), memory_(std::move(memory)) {
-  const size_t usable = memory_.bytes() / kLineBytes * kLineBytes;
-  if (usable > 0) AddFree(0, usable);
+    : device_(device),
+      memory_(std::move(memory)),
+      usable_bytes_(memory_.bytes() / kLineBytes * kLineBytes) {
+  if (usable_bytes_ > 0) AddFree(0, usable_bytes_);
 }
 
 BlockPool::~BlockPool() { assert(blocks_used() == 0); }
@@ -64,16 +67,27 @@ void BlockPool::Clear(size_t offset, size_t bytes) {
 BlockRef BlockPool::Allocate(size_t bytes, BlockOwner owner) {
   assert(bytes > 0);
   bytes = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+  if (accounts_.BeyondMax(owner, bytes) > 0) {
+    why_not_ = NoBlock::kOwnerMax;
+    return BlockRef();
+  }
+  why_not_ = NoBlock::kPoolFull;
+  const size_t held = accounts_.HeldFromOwner(owner);
+  if (held > 0 && bytes_free() < held + bytes) return BlockRef();
   const auto fit = free_by_bytes_.lower_bound({bytes, 0});
   if (fit == free_by_bytes_.end()) return BlockRef();
   const auto [range_bytes, offset] = *fit;
   RemoveFree(free_by_offset_.find(offset));
   if (range_bytes > bytes) AddFree(offset + bytes, range_bytes - bytes);
   owners_.Take(offset, bytes, owner, [this](size_t begin, size_t count) { Clear(begin, count); });
+  accounts_.Take(owner, bytes);
   bytes_used_.fetch_add(bytes, std::memory_order_relaxed);
   blocks_used_.fetch_add(1, std::memory_order_relaxed);
-  auto block = std::make_unique<BlockRef::Block>(BlockRef::Block{
-      .pool = this, .data = memory_.data() + offset, .bytes = bytes, .reference_count = 1});
+  auto block = std::make_unique<BlockRef::Block>(BlockRef::Block{.pool = this,
+                                                                 .data = memory_.data() + offset,
+                                                                 .bytes = bytes,
+                                                                 .owner = owner,
+                                                                 .reference_count = 1});
   return BlockRef(block.release());
 }
 
@@ -87,7 +101,13 @@ void BlockPool::RemoveFree(std::map<size_t, size_t>::iterator range) {
   free_by_offset_.erase(range);
 }
 
-void BlockPool::Release(size_t offset, size_t bytes) {
+size_t BlockPool::Shortage(size_t bytes, BlockOwner owner) const {
+  const size_t wanted = bytes + accounts_.HeldFromOwner(owner);
+  return std::max(bytes, wanted > bytes_free() ? wanted - bytes_free() : 0);
+}
+
+void BlockPool::Release(size_t offset, size_t bytes, BlockOwner owner) {
+  accounts_.Return(owner, bytes);
   bytes_used_.fetch_sub(bytes, std::memory_order_relaxed);
   blocks_used_.fetch_sub(1, std::memory_order_relaxed);
   auto next = free_by_offset_.lower_bound(offset);

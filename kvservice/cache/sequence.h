@@ -98,6 +98,7 @@ class Sequence {
   uint32_t length_min() const;
   uint32_t length_max() const;
   uint32_t block_count() const { return static_cast<uint32_t>(blocks_.size()); }
+  BlockOwner owner() const { return owner_; }
   // Another sequence has the block too.
   bool is_shared(uint32_t block) const { return blocks_[block].shared(); }
   // Blocks, shared ones counted in full, and lists.

@@ -10,6 +10,7 @@
 #include "kvservice/error.h"
 #include "kvservice/server/build_info.h"
 #include "kvservice/server/convert.h"
+#include "kvservice/server/endpoint.h"
 #include "kvservice/server/paging.h"
 #include "kvservice/server/service.h"
 #include "kvservice/v1/admin.grpc.pb.h"
@@ -18,12 +19,13 @@ namespace kvservice {
 namespace {
 
 using Declared = v1::AdminService;
-using NotServed = Declared::WithGenericMethod_WatchEvents<Declared::WithGenericMethod_SetQuota<
-    Declared::WithGenericMethod_VerifyStore<Declared::Service>>>;
+using NotServed = Declared::WithGenericMethod_WatchEvents<Declared::Service>;
 using Rpc = Declared::WithRawMethod_GetServerInfo<Declared::WithRawMethod_GetStats<
     Declared::WithRawMethod_ListSequences<Declared::WithRawMethod_DescribeSequence<
         Declared::WithRawMethod_DescribeBlock<Declared::WithRawMethod_Explain<
-            Declared::WithRawMethod_Evict<Declared::WithRawMethod_Drain<NotServed>>>>>>>>;
+            Declared::WithRawMethod_Evict<Declared::WithRawMethod_SetQuota<
+                Declared::WithRawMethod_ListTenants<Declared::WithRawMethod_VerifyStore<
+                    Declared::WithRawMethod_Drain<NotServed>>>>>>>>>>>;
 
 using GetServerInfoCall = UnaryCall<v1::GetServerInfoRequest, v1::GetServerInfoResponse>;
 using GetStatsCall = UnaryCall<v1::GetStatsRequest, v1::GetStatsResponse>;
@@ -32,6 +34,9 @@ using DescribeSequenceCall = UnaryCall<v1::DescribeSequenceRequest, v1::Describe
 using DescribeBlockCall = UnaryCall<v1::DescribeBlockRequest, v1::DescribeBlockResponse>;
 using ExplainCall = UnaryCall<v1::ExplainRequest, v1::ExplainResponse>;
 using EvictCall = UnaryCall<v1::EvictRequest, v1::EvictResponse>;
+using SetQuotaCall = UnaryCall<v1::SetQuotaRequest, v1::SetQuotaResponse>;
+using ListTenantsCall = UnaryCall<v1::ListTenantsRequest, v1::ListTenantsResponse>;
+using VerifyStoreCall = UnaryCall<v1::VerifyStoreRequest, v1::VerifyStoreResponse>;
 using DrainCall = UnaryCall<v1::DrainRequest, v1::DrainResponse>;
 
 // Every tenant's sequences.
@@ -81,6 +86,16 @@ void OwnedSequenceToProto(const SequenceInfo& info, v1::Sequence* sequence) {
   sequence->set_tenant(info.tenant);
 }
 
+void CheckToProto(const StoreReport& from, v1::StoreCheck* to) {
+  to->set_sequences_checked(from.sequences_checked);
+  to->set_sequences_skipped(from.sequences_skipped);
+  to->set_sequences_lost(from.sequences_lost);
+  to->set_slices_checked(from.slices_checked);
+  to->set_rows_damaged(from.rows_damaged);
+  to->set_rows_mended(from.rows_mended);
+  to->set_bytes_read(from.bytes_read);
+}
+
 void BlockToProto(const BlockReport& report, v1::DescribeBlockResponse* response) {
   bool sealed = true;
   bool on_disk = true;
@@ -108,6 +123,32 @@ void BlockToProto(const BlockReport& report, v1::DescribeBlockResponse* response
   response->set_bytes(report.bytes);
 }
 
+TenantQuota QuotaFromProto(const v1::TenantQuota& from) {
+  TenantQuota quota{.pool_bytes_reserved = from.pool_bytes_reserved()};
+  if (from.has_pool_bytes_max()) quota.pool_bytes_max = from.pool_bytes_max();
+  if (from.has_disk_bytes_max()) quota.disk_bytes_max = from.disk_bytes_max();
+  return quota;
+}
+
+void UsageToProto(const TenantUsage& from, v1::TenantUsage* to) {
+  to->set_tenant(from.tenant);
+  to->set_sequence_count(from.sequence_count);
+  to->set_pool_used_bytes(from.pool_bytes_used);
+  to->set_block_count(from.block_count);
+  to->set_disk_used_bytes(from.disk_bytes_used);
+  v1::TenantQuota* const quota = to->mutable_quota();
+  quota->set_pool_bytes_reserved(from.quota.pool_bytes_reserved);
+  if (from.quota.pool_bytes_max) quota->set_pool_bytes_max(*from.quota.pool_bytes_max);
+  if (from.quota.disk_bytes_max) quota->set_disk_bytes_max(*from.quota.disk_bytes_max);
+  to->set_temporary(from.is_temporary);
+}
+
+absl::Status CheckTenant(const std::string& tenant) {
+  if (IsTenantName(tenant)) return absl::OkStatus();
+  return InvalidField("tenant", "TENANT_INVALID",
+                      "tenant must be 1 to 64 characters of [A-Za-z0-9_.-]");
+}
+
 class AdminService final : public RpcService {
  public:
   AdminService(const ServiceHost& host, AdminFacts facts)
@@ -124,6 +165,9 @@ class AdminService final : public RpcService {
             Bind("DescribeBlock", &Rpc::RequestDescribeBlock, &AdminService::DescribeBlock)),
         explain_(Bind("Explain", &Rpc::RequestExplain, &AdminService::Explain)),
         evict_(Bind("Evict", &Rpc::RequestEvict, &AdminService::Evict)),
+        set_quota_(Bind("SetQuota", &Rpc::RequestSetQuota, &AdminService::SetQuota)),
+        list_tenants_(Bind("ListTenants", &Rpc::RequestListTenants, &AdminService::ListTenants)),
+        verify_store_(Bind("VerifyStore", &Rpc::RequestVerifyStore, &AdminService::VerifyStore)),
         drain_(Bind("Drain", &Rpc::RequestDrain, &AdminService::Drain)) {}
 
   grpc::Service* grpc_service() override { return &rpc_; }
@@ -135,6 +179,9 @@ class AdminService final : public RpcService {
     describe_block_.Listen(&describe_block_, queue);
     explain_.Listen(&explain_, queue);
     evict_.Listen(&evict_, queue);
+    set_quota_.Listen(&set_quota_, queue);
+    list_tenants_.Listen(&list_tenants_, queue);
+    verify_store_.Listen(&verify_store_, queue);
     drain_.Listen(&drain_, queue);
   }
 
@@ -187,6 +234,8 @@ class AdminService final : public RpcService {
     disk->set_sequence_count(stats.sequences_on_disk);
     disk->set_lost_sequence_count(stats.sequences_lost);
     disk->set_failed(!stats.disk_is_healthy);
+    CheckToProto(stats.scrub.report, disk->mutable_checked());
+    disk->set_check_count(stats.scrub.passes);
     GetStatsCall::Reply(std::move(call), absl::OkStatus());
   }
 
@@ -304,6 +353,55 @@ class AdminService final : public RpcService {
          });
   }
 
+  void SetQuota(std::unique_ptr<SetQuotaCall> call) {
+    const v1::SetQuotaRequest& request = call->request();
+    const absl::Status named = CheckTenant(request.tenant());
+    if (!named.ok()) return SetQuotaCall::Reply(std::move(call), named);
+    call->set_subject(request.tenant());
+    std::optional<TenantQuota> quota;
+    if (request.has_quota()) quota = QuotaFromProto(request.quota());
+    const std::string tenant = request.tenant();
+    host_.engine->SetQuota(
+        tenant, quota, [call = std::move(call)](const absl::StatusOr<TenantUsage>& usage) mutable {
+          if (usage.ok()) UsageToProto(*usage, call->response()->mutable_usage());
+          SetQuotaCall::Reply(std::move(call), usage.status());
+        });
+  }
+
+  // Pages are ordered by name; the token is the last name of the page before.
+  void ListTenants(std::unique_ptr<ListTenantsCall> call) {
+    const v1::ListTenantsRequest& request = call->request();
+    const absl::StatusOr<uint32_t> limit = PageSize(request.page_size());
+    if (!limit.ok()) return ListTenantsCall::Reply(std::move(call), limit.status());
+    const std::string only = request.tenant();
+    const absl::Status named = only.empty() ? absl::OkStatus() : CheckTenant(only);
+    if (!named.ok()) return ListTenantsCall::Reply(std::move(call), named);
+    const std::string after = request.page_token();
+    // One more than the page holds tells whether another page follows.
+    host_.engine->ListTenants(
+        only, after, *limit + 1,
+        [call = std::move(call),
+         limit = *limit](const absl::StatusOr<std::vector<TenantUsage>>& usages) mutable {
+          if (!usages.ok()) return ListTenantsCall::Reply(std::move(call), usages.status());
+          const size_t count = std::min<size_t>(usages->size(), limit);
+          for (size_t i = 0; i < count; ++i) {
+            UsageToProto((*usages)[i], call->response()->add_tenants());
+          }
+          if (count < usages->size()) {
+            call->response()->set_next_page_token((*usages)[count - 1].tenant);
+          }
+          ListTenantsCall::Reply(std::move(call), absl::OkStatus());
+        });
+  }
+
+  void VerifyStore(std::unique_ptr<VerifyStoreCall> call) {
+    host_.engine->VerifyStore(
+        [call = std::move(call)](const absl::StatusOr<StoreReport>& report) mutable {
+          if (report.ok()) CheckToProto(*report, call->response()->mutable_found());
+          VerifyStoreCall::Reply(std::move(call), report.status());
+        });
+  }
+
   void Drain(std::unique_ptr<DrainCall> call) {
     facts_.request_drain(call->request().grace_ms());
     DrainCall::Reply(std::move(call), absl::OkStatus());
@@ -319,6 +417,9 @@ class AdminService final : public RpcService {
   const UnaryMethod<v1::DescribeBlockRequest, v1::DescribeBlockResponse> describe_block_;
   const UnaryMethod<v1::ExplainRequest, v1::ExplainResponse> explain_;
   const UnaryMethod<v1::EvictRequest, v1::EvictResponse> evict_;
+  const UnaryMethod<v1::SetQuotaRequest, v1::SetQuotaResponse> set_quota_;
+  const UnaryMethod<v1::ListTenantsRequest, v1::ListTenantsResponse> list_tenants_;
+  const UnaryMethod<v1::VerifyStoreRequest, v1::VerifyStoreResponse> verify_store_;
   const UnaryMethod<v1::DrainRequest, v1::DrainResponse> drain_;
 };
 

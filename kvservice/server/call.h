@@ -57,7 +57,7 @@ struct CallRecord {
   const Caller& caller;
   const absl::Status& status;
   uint64_t duration_ns = 0;
-  // What the call was about, for the access log: the id of a sequence.
+  // What the call was about, for the access log: the id of a sequence, or a tenant.
   std::string_view subject = {};
 };
 

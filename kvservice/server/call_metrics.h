@@ -39,7 +39,7 @@ class TimeHistogram {
 class CallMetrics {
  public:
   // All methods that calls are named by; anything else counts as the last.
-  static constexpr std::array<std::string_view, 27> kMethods = {
+  static constexpr std::array<std::string_view, 30> kMethods = {
       "Attend",        "AttendStream",  "Audit",
       "Append",        "Create",        "Fork",
       "Truncate",      "Get",           "Drop",
@@ -48,6 +48,7 @@ class CallMetrics {
       "ListModels",    "OpenLane",      "GetServerInfo",
       "GetStats",      "ListSequences", "DescribeSequence",
       "DescribeBlock", "Explain",       "Evict",
+      "SetQuota",      "ListTenants",   "VerifyStore",
       "Drain",         "Receive",       "Other"};
   // gRPC's, 0 to 16.
   static constexpr size_t kCodeCount = 17;

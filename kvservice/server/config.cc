@@ -21,6 +21,7 @@
 #include "kvservice/server/build_info.h"
 #include "kvservice/server/policy_file.h"
 #include "kvservice/server/quantity.h"
+#include "kvservice/server/quota_flag.h"
 #include "kvservice/server/transport.h"
 #include "wire/default_spin.h"
 
@@ -42,6 +43,7 @@ struct Flags {
   std::vector<std::string> listen;
   std::vector<std::string> policy_files;
   std::vector<std::string> transfer_targets;
+  std::vector<std::string> tenant_quotas;
   std::string admin_listen;
   std::string metrics_listen = kNone;
   std::string socket_mode = "0600";
@@ -191,6 +193,20 @@ void AddTlsFlags(CLI::App* app, Flags* flags) {
       ->type_name("FILE");
 }
 
+void AddQuotaFlag(CLI::App* app, Flags* flags) {
+  app->add_option(
+         "--tenant-quota", flags->tenant_quotas,
+         "What a tenant may use, repeatable: tenant=NAME,pool-max=BYTES,"
+         "pool-reserved=BYTES,disk-max=BYTES; without tenant= what everybody else may, and "
+         "what is not said is not limited (default: everybody may use what nobody has "
+         "reserved)")
+      ->check([](const std::string& text) {
+        return std::string(ParseQuotaFlag(text).status().message());
+      })
+      ->take_all()
+      ->type_name("QUOTA");
+}
+
 void AddEngineFlags(CLI::App* app, Config* config) {
   EngineOptions* const engine = &config->server.engine;
   AddChoice(app, "--device", "Where attention runs; auto: on a GPU if there is one",
@@ -232,6 +248,17 @@ void AddDiskFlags(CLI::App* app, Config* config) {
   AddBytes(app, "--disk-bytes-max",
            "Keys, values and sketches of sequences in --data-dir; files take up to twice as much",
            &config->server.engine.disk_bytes_max);
+  AddBytes(
+      app, "--disk-buffer-bytes",
+      "Memory in which rows wait to be written to files together, 64KiB or more; twice as much "
+      "meanwhile",
+      &config->server.engine.disk_buffer_bytes);
+  // 10 GB in about 20 minutes, and next to nothing of a disk's time.
+  config->server.engine.scrub_bytes_per_s = uint64_t{8} << 20;
+  AddBytes(
+      app, "--scrub-bytes-per-s",
+      "Read --data-dir through for damage, so much per second, once an hour at most; 0 = never",
+      &config->server.engine.scrub_bytes_per_s);
 }
 
 void AddCertificateFlags(CLI::App* app, Config* config) {
@@ -437,6 +464,8 @@ absl::StatusOr<Config> PutTogether(const Flags& flags, Config config) {
     }
     config.server.metrics_listen = *std::move(endpoint);
   }
+  const absl::Status quotas = AddQuotaFlags(flags.tenant_quotas, &config.server.engine);
+  if (!quotas.ok()) return Invalid("--tenant-quota: " + std::string(quotas.message()));
   absl::Status status = CheckTogether(config);
   if (status.ok()) status = PutTlsTogether(flags, &config);
   if (status.ok()) status = CheckAddresses(config);
@@ -482,6 +511,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   AddListenFlags(&app, &flags, &config);
   AddTlsFlags(&app, &flags);
   AddEngineFlags(&app, &config);
+  AddQuotaFlag(&app, &flags);
   AddDiskFlags(&app, &config);
   AddCertificateFlags(&app, &config);
   AddServerFlags(&app, &config);
@@ -513,6 +543,7 @@ absl::StatusOr<Config> ParseCommandLine(int argc, const char* const* argv) {
   // None would be printed as a file without a name.
   if (flags.policy_files.empty()) app.get_option("--policy-file")->configurable(false);
   if (flags.transfer_targets.empty()) app.get_option("--transfer-targets")->configurable(false);
+  if (flags.tenant_quotas.empty()) app.get_option("--tenant-quota")->configurable(false);
   if (flags.identities_files.empty()) app.get_option("--identities-file")->configurable(false);
   result->settings = AddressLines(result->server) + app.config_to_str(true);
   if (flags.check_config || flags.print_config) {

@@ -27,13 +27,15 @@ using Labels = std::vector<ClientMetric::Label>;
 constexpr double kNsPerSecond = 1e9;
 constexpr double kUsPerSecond = 1e6;
 
-// In the order of Level (and Guarantee), Action, SelectorKind and DType.
+// In the order of Level (and Guarantee), Action, SelectorKind, EvictionCause and DType.
 constexpr std::array<const char*, kLevelCount> kLevels = {"none", "confidence", "deterministic",
                                                           "exact"};
 constexpr std::array<const char*, kActionCount> kActions = {"selected", "reused", "grown", "dense",
                                                             "compensated"};
 constexpr std::array<const char*, 9> kSelectors = {"auto", "dense", "given",     "cis", "psaw",
                                                    "etf",  "cpe",   "certified", "scan"};
+constexpr std::array<const char*, kEvictionCauseCount> kEvictionCauses = {"pool_full", "tenant_max",
+                                                                          "idle"};
 constexpr std::array<const char*, 3> kDTypes = {"float32", "float16", "bfloat16"};
 constexpr std::array<const char*, 8> kModelLabels = {"layers",    "query_heads",     "kv_heads",
                                                      "head_dim",  "dtype",           "selector",
@@ -150,15 +152,39 @@ void AddCalls(const MetricsSource& source, Families* families) {
                       TimesOf(source.data_calls->service_time()));
 }
 
+void AddScrub(const ScrubStats& scrub, Families* families) {
+  families->Counter("kvservice_scrub_passes_total", "Looks through the disk tier for damage.",
+                    scrub.passes);
+  families->Counter("kvservice_scrub_bytes_total", "Bytes that they have read.",
+                    scrub.report.bytes_read);
+  families->Counter("kvservice_scrub_slices_total", "Stored slices that they have checked.",
+                    scrub.report.slices_checked);
+  families->Counter("kvservice_scrub_rows_damaged_total", "Rows that were damaged or gone.",
+                    scrub.report.rows_damaged);
+  families->Counter("kvservice_scrub_rows_mended_total",
+                    "How many of them were written again from memory.", scrub.report.rows_mended);
+}
+
 void AddEngine(const MetricsSource& source, const EngineStats& stats, Families* families) {
   const auto gauge = [families](const char* name, const char* help, auto value) {
     families->Gauge(name, help, static_cast<double>(value));
   };
   gauge("kvservice_pool_bytes", "Memory for keys, values and sketches.", stats.pool_bytes);
   gauge("kvservice_pool_used_bytes", "What of it blocks occupy.", stats.pool_bytes_used);
+  gauge("kvservice_pool_reserved_bytes", "What of it tenants have reserved.",
+        stats.pool_bytes_reserved);
+  gauge("kvservice_pool_held_bytes", "What is free and kept for them.", stats.pool_bytes_held);
+  for (size_t i = 0; i < kEvictionCauses.size(); ++i) {
+    families->Counter(
+        "kvservice_evictions_total",
+        "Sequences moved to disk: because the pool was full, because their tenant was "
+        "at its maximum, because nobody used them and the pool was nearly full.",
+        stats.evictions[i], {{"cause", kEvictionCauses[i]}});
+  }
   gauge("kvservice_blocks_used", "Blocks in the pool.", stats.blocks_used);
   gauge("kvservice_sequences", "Sequences, wherever they are.", stats.sequences);
   gauge("kvservice_sequences_max", "Where further ones are refused.", source.sequences_max);
+  gauge("kvservice_tenants", "Tenants that have sequences.", stats.tenants);
   gauge("kvservice_models", "Registered models.", stats.models);
   gauge("kvservice_queue_calls", "Calls that wait for the engine.", stats.queue_calls);
   gauge("kvservice_queue_calls_max", "Where further ones are shed.", source.queue_calls_max);
@@ -188,6 +214,7 @@ void AddEngine(const MetricsSource& source, const EngineStats& stats, Families* 
         stats.sequences_lost);
   gauge("kvservice_disk_failed", "1 once a write has failed: nothing is written any more.",
         stats.disk_is_healthy ? 0 : 1);
+  AddScrub(stats.scrub, families);
 }
 
 // Models of one shape are one series.

@@ -27,9 +27,13 @@ struct BenchOptions {
   std::vector<std::string> traces = {};
   // How the calls of decode_e2e travel: some of auto, unary, stream and lane, which take turns.
   std::vector<std::string> transports = {"auto"};
+  // Of decode_e2e, by their names without numbers ("certified", "scan"); empty: all.
+  std::vector<std::string> cases = {};
   // Sizes of the planted data of decode_e2e, as "sequences x tokens"; empty: its own.
   std::vector<std::string> sizes = {};
   uint32_t step_count = 41;  // of decode_e2e, on planted data
+  // Files of requests that eviction replays (tests/bench/eviction_load.h).
+  std::vector<std::string> request_traces = {};
 };
 
 // One measured figure.

@@ -24,7 +24,10 @@
 #include <memory>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
 #include "absl/types/span.h"
 #include "attention/device.h"
 #include "client/client.h"
@@ -288,7 +291,18 @@ struct Case {
   double groups = 0.0;
 };
 
-std::vector<Case> MakeCases(const DecodeData& data) {
+// True if the case is one of those that were asked for: "scan" is scan_512 and scan_512_halves.
+bool IsAsked(const Case& made, const std::vector<std::string>& asked) {
+  const auto is_named = [&made](const std::string& name) {
+    absl::string_view rest = made.name;
+    if (!absl::ConsumePrefix(&rest, name)) return false;
+    absl::ConsumeSuffix(&rest, "_halves");
+    return rest.empty() || (rest.size() > 1 && rest[0] == '_' && absl::ascii_isdigit(rest[1]));
+  };
+  return asked.empty() || std::any_of(asked.begin(), asked.end(), is_named);
+}
+
+std::vector<Case> MakeCases(const DecodeData& data, const std::vector<std::string>& asked) {
   std::vector<Case> cases;
   cases.emplace_back("dense", client::Selector::kDense, data);
   for (const bool samples : {true, false}) {
@@ -313,6 +327,7 @@ std::vector<Case> MakeCases(const DecodeData& data) {
     made.part_count = 2;
     cases.push_back(std::move(made));
   }
+  std::erase_if(cases, [&asked](const Case& made) { return !IsAsked(made, asked); });
   return cases;
 }
 
@@ -473,11 +488,12 @@ absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* da
   auto local = LocalDense::Make(data, device);
   if (!local.ok()) return local.status();
   // Keys, values and sketches, and room for the tokens of the steps.
-  const size_t case_count = MakeCases(*data).size();
+  const size_t case_count = MakeCases(*data, options.cases).size();
+  if (case_count == 0) return absl::InvalidArgumentError("--cases names no case");
   // Of the first transport, of the second ...
   std::vector<Case> cases;
   for (size_t i = 0; i < options.transports.size(); ++i) {
-    for (Case& made : MakeCases(*data)) cases.push_back(std::move(made));
+    for (Case& made : MakeCases(*data, options.cases)) cases.push_back(std::move(made));
   }
   const uint64_t own_blocks = BlockCount(data->step_count() + 2 * kBlockTokens);
   const uint64_t slices = uint64_t{data->batch()} * data->layer_count() *

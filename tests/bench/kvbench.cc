@@ -44,11 +44,17 @@ void Parse(CLI::App* app, Arguments* arguments) {
   app->add_option("--trace", arguments->options.traces,
                   "Traces of real models (tests/eval/trace.py) that decode_e2e replays")
       ->delimiter(',');
+  app->add_option("--request-trace", arguments->options.request_traces,
+                  "Traces of requests (Mooncake's) that eviction replays")
+      ->delimiter(',');
   app->add_option("--transport", arguments->options.transports,
                   "How the calls of decode_e2e travel: some of auto, unary, stream and lane, which "
                   "take turns (default: auto)")
       ->delimiter(',')
       ->check(CLI::IsMember({"auto", "unary", "stream", "lane"}));
+  app->add_option("--cases", arguments->options.cases,
+                  "Cases of decode_e2e, as certified_deterministic or scan (default: all)")
+      ->delimiter(',');
   app->add_option("--sizes", arguments->options.sizes,
                   "Sizes of the planted data of decode_e2e, as 8x32768: sequences x tokens "
                   "(default: its own)")

@@ -18,6 +18,8 @@ const std::vector<Workload>& Workloads() {
       {"rpc_latency", "a call there and back by every way, against a raw Unix socket",
        RunRpcLatency},
       {"rpc_idle", "the first call after two idle seconds, by every way", RunRpcIdle},
+      {"eviction", "what leaves a full pool: LRU, S3-FIFO, ARC and foresight on turns of sequences",
+       RunEviction},
       {"rpc_throughput", "calls per second of two workers, against one", RunRpcThroughput},
   };
   return *kWorkloads;

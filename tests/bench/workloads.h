@@ -30,6 +30,9 @@ absl::Status RunRpcLatency(const BenchOptions& options, std::vector<Row>* rows);
 // The first call after two idle seconds, by every way.
 absl::Status RunRpcIdle(const BenchOptions& options, std::vector<Row>* rows);
 
+// What a full pool has to bring back from disk under several eviction policies.
+absl::Status RunEviction(const BenchOptions& options, std::vector<Row>* rows);
+
 // What two workers get done, against one.
 absl::Status RunRpcThroughput(const BenchOptions& options, std::vector<Row>* rows);
 

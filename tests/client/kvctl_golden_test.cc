@@ -173,6 +173,17 @@ TEST_P(GoldenTest, EveryVerb) {
   Run("sequence list");
   Run("sequence describe " + id);
   Run("sequence get 12");
+  Run("quota list");
+  Run("quota set default");
+  Run("quota set default --pool-max 1KiB");
+  Run("quota set default --pool-max 1x");
+  Run("quota set default --yes --pool-max 1KiB");
+  Run("quota set default --pool-max none --pool-reserved 64KiB --disk-max 1GiB");
+  Run("quota set later --pool-reserved 1TiB");
+  Run("quota set 'no name' --pool-max 1GiB");
+  Run("quota list --limit 1");
+  Run("quota reset default");
+  Run("quota list --tenant nobody");
   Run("block list " + id);
   Run("block list " + id + " --layer 1 --limit 1");
   Run("block describe " + id + " 1");
@@ -202,6 +213,7 @@ TEST_P(GoldenTest, EveryVerb) {
   RunTimed("bench --count 3 --tokens 70 --layers 1");
   RunTimed("ping -c 2");
   Run("sequence suspend --watch 1s " + id);
+  Run("server verify");
   Run("completion bash");
   Run("server drain");
   Run("server drain --yes --grace 5s");

@@ -29,9 +29,11 @@
 namespace kvservice::testing {
 namespace {
 
+using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsSupersetOf;
+using ::testing::Not;
 using Json = nlohmann::json;
 
 std::vector<std::string> Lines(const std::string& text) {
@@ -98,6 +100,20 @@ TEST_F(KvctlLiveTest, SomebodyAtATerminalTypesTheName) {
   EXPECT_EQ(RunAtTerminal({"sequence", "drop", id}, id + "\n", &shown), 0);
   EXPECT_THAT(shown, HasSubstr("dropped " + id));
   EXPECT_EQ(served_.engine()->Stats().sequences, 0U);
+}
+
+TEST_F(KvctlLiveTest, SomebodyAtATerminalIsAskedBeforeATenantIsBeyondItsMaximum) {
+  MakeSequence(served_);
+  const std::vector<std::string> set = {"quota", "set", "default", "--pool-max", "1KiB"};
+  std::string shown;
+  EXPECT_EQ(RunAtTerminal(set, "yes\n", &shown), 2);
+  EXPECT_THAT(shown, HasSubstr("more than 1.0 KiB"));
+  EXPECT_THAT(shown, HasSubstr("Type default to go on"));
+  EXPECT_THAT(Run("quota list").out, Not(HasSubstr("1.0 KiB")));
+  EXPECT_EQ(RunAtTerminal(set, "default\n", &shown), 0);
+  EXPECT_THAT(Run("quota list").out, HasSubstr("1.0 KiB"));
+  EXPECT_EQ(Run("quota set default --pool-max none").exit, 0) << "that one is never beyond";
+  EXPECT_THAT(Lines(Run("__complete quota set ''").out), Contains("default"));
 }
 
 TEST_F(KvctlLiveTest, InterruptedIs130) {

@@ -15,10 +15,10 @@
 
 #include "attention/device.h"
 #include "kvservice/cache/checksum.h"
-#include "kvservice/cache/disk_tier.h"
 #include "kvservice/stored_rows.h"
 #include "tests/fuzz/fuzz_target.h"
 #include "tests/kvservice/engine_client.h"
+#include "tests/kvservice/memory_tier.h"
 #include "tests/kvservice/words.h"
 
 namespace kvservice::testing {
@@ -30,50 +30,6 @@ void Expect(bool condition) {
   if (!condition) std::abort();
 }
 
-struct Rows {
-  std::map<std::string, std::string> by_key;
-  ClosedStore closed;
-};
-
-// Keeps rows in memory, which outlives it.
-class MemoryTier final : public DiskTier {
- public:
-  explicit MemoryTier(Rows* rows) : rows_(rows), closed_(rows->closed) {}
-  const ClosedStore& closed() const override { return closed_; }
-  absl::Status Commit(absl::Span<const TierBatch> batches, bool /*is_synced*/) override {
-    for (const TierBatch& batch : batches) {
-      for (const auto& [begin, end] : batch.removed_ranges) {
-        rows_->by_key.erase(rows_->by_key.lower_bound(begin), rows_->by_key.lower_bound(end));
-      }
-      for (const auto& [key, value] : batch.puts) rows_->by_key[key] = value;
-    }
-    return absl::OkStatus();
-  }
-  absl::StatusOr<std::string> Read(const std::string& key) const override {
-    const auto found = rows_->by_key.find(key);
-    if (found == rows_->by_key.end()) return absl::DataLossError("there is no such row");
-    return found->second;
-  }
-  absl::Status Scan(
-      const std::string& prefix,
-      absl::FunctionRef<void(absl::string_view, absl::string_view)> visit) const override {
-    for (const auto& [key, value] : rows_->by_key) {
-      if (key.compare(0, prefix.size(), prefix) == 0) visit(key, value);
-    }
-    return absl::OkStatus();
-  }
-  uint64_t file_bytes() const override { return 0; }
-  absl::Status Compact() override { return absl::OkStatus(); }
-  absl::Status Close(const std::string& inventory) override {
-    rows_->closed = {.is_clean = true, .inventory = inventory, .crash_count = 0};
-    return absl::OkStatus();
-  }
-
- private:
-  Rows* const rows_;
-  const ClosedStore closed_;
-};
-
 EngineOptions Options() {
   EngineOptions options = TestEngine::SmallOptions();
   options.pool_bytes = 8 * BlockBytes(SmallModel(2));
@@ -82,8 +38,8 @@ EngineOptions Options() {
 }
 
 // Three sequences, one of them suspended.
-Rows GoodStore() {
-  Rows rows;
+TierRows GoodStore() {
+  TierRows rows;
   TestEngine engine(Options(), 2, nullptr, std::make_unique<MemoryTier>(&rows));
   for (const uint32_t length : {3U, 64U, 100U}) {
     const Handle handle = engine.NewSequence();
@@ -109,8 +65,8 @@ void Change(FuzzInput* input, std::string* row) {
 }
 
 void Run(FuzzInput input) {
-  static const auto* const kGood = new Rows(GoodStore());
-  Rows rows = *kGood;
+  static const auto* const kGood = new TierRows(GoodStore());
+  TierRows rows = *kGood;
   const auto closing = input.Take<uint8_t>();
   if (closing % 2 == 1) rows.closed = {.is_clean = false, .inventory = "", .crash_count = 1};
   for (int i = 0; i < kChangesMax && !input.empty(); ++i) {

@@ -223,6 +223,17 @@ absl::StatusOr<SequenceInfo> TestEngine::Resume(const Handle& handle, std::strin
       [&](auto done) { engine_->Resume(tenant, handle.id, handle.generation, std::move(done)); });
 }
 
+absl::StatusOr<TenantUsage> TestEngine::SetQuota(std::string_view tenant,
+                                                 const std::optional<TenantQuota>& quota) {
+  return Wait<TenantUsage>([&](auto done) { engine_->SetQuota(tenant, quota, std::move(done)); });
+}
+
+std::vector<TenantUsage> TestEngine::ListTenants(std::string_view only, std::string_view after,
+                                                 uint32_t limit) {
+  return *Wait<std::vector<TenantUsage>>(
+      [&](auto done) { engine_->ListTenants(only, after, limit, std::move(done)); });
+}
+
 absl::StatusOr<AuditReport> TestEngine::Audit(const Handle& handle, const AuditAsk& ask,
                                               std::string_view tenant) {
   return Wait<AuditReport>(
@@ -233,6 +244,10 @@ absl::StatusOr<ExplainReport> TestEngine::Explain(const Handle& handle, const Ex
                                                   std::string_view tenant) {
   return Wait<ExplainReport>(
       [&](auto done) { engine_->Explain(tenant, handle.id, ask, std::move(done)); });
+}
+
+absl::StatusOr<StoreReport> TestEngine::VerifyStore() {
+  return Wait<StoreReport>([&](auto done) { engine_->VerifyStore(std::move(done)); });
 }
 
 void TestEngine::Fill(const Handle& handle, uint32_t position, const Words& words) {

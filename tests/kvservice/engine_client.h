@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <future>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -127,10 +128,15 @@ class TestEngine {
                                              std::string tenant = kTenant);
   absl::StatusOr<SequenceInfo> Suspend(const Handle& handle, std::string_view tenant = kTenant);
   absl::StatusOr<SequenceInfo> Resume(const Handle& handle, std::string_view tenant = kTenant);
+  absl::StatusOr<TenantUsage> SetQuota(std::string_view tenant,
+                                       const std::optional<TenantQuota>& quota);
+  std::vector<TenantUsage> ListTenants(std::string_view only = "", std::string_view after = "",
+                                       uint32_t limit = 1000);
   absl::StatusOr<AuditReport> Audit(const Handle& handle, const AuditAsk& ask,
                                     std::string_view tenant = kTenant);
   absl::StatusOr<ExplainReport> Explain(const Handle& handle, const ExplainAsk& ask,
                                         std::string_view tenant = kTenant);
+  absl::StatusOr<StoreReport> VerifyStore();
   // Stores words in all layers; they must be taken.
   void Fill(const Handle& handle, uint32_t position, const Words& words);
 

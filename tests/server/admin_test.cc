@@ -116,6 +116,67 @@ TEST_F(AdminTest, ListsSequencesPageByPage) {
             "INVALID_ARGUMENT PAGE_TOKEN_INVALID page_token");
 }
 
+TEST_F(AdminTest, SetsWhatATenantMayUseAndShowsWhatItUses) {
+  const v1::SequenceHandle handle = NewSequence(theirs_.get());
+  const auto append = [&](uint32_t position, uint32_t count) {
+    v1::AppendResponse appended;
+    const auto context = NewContext();
+    const auto writer = theirs_->Append(context.get(), &appended);
+    for (uint32_t layer = 0; layer < served_.model().layer_count; ++layer) {
+      writer->Write(
+          MakeAppend(served_.model(), handle, layer, position, Counting(position, count)));
+    }
+    writer->WritesDone();
+    return ErrorText(writer->Finish());
+  };
+  const uint64_t block_bytes = BlockBytes(served_.model());
+  v1::SetQuotaRequest request;
+  v1::SetQuotaResponse set;
+  request.set_tenant(kOtherTenant);
+  request.mutable_quota()->set_pool_bytes_max(2 * block_bytes);
+  request.mutable_quota()->set_pool_bytes_reserved(block_bytes);
+  request.mutable_quota()->set_disk_bytes_max(0);
+  ASSERT_EQ(ErrorText(admin_->SetQuota(NewContext().get(), request, &set)), "OK");
+  EXPECT_EQ(append(0, 100), "OK");
+  EXPECT_EQ(append(100, 100), "RESOURCE_EXHAUSTED TENANT_QUOTA");
+
+  v1::ListTenantsRequest ask;
+  v1::ListTenantsResponse listed;
+  ask.set_page_size(1);
+  NewSequence(ours_.get());
+  ASSERT_EQ(ErrorText(admin_->ListTenants(NewContext().get(), ask, &listed)), "OK");
+  ASSERT_EQ(listed.tenants_size(), 1);
+  const v1::TenantUsage usage = listed.tenants(0);
+  EXPECT_EQ(usage.tenant(), kOtherTenant);
+  EXPECT_EQ(usage.sequence_count(), 1U);
+  EXPECT_EQ(usage.block_count(), 2U);
+  EXPECT_EQ(usage.pool_used_bytes(), 2 * block_bytes);
+  EXPECT_TRUE(usage.temporary());
+  EXPECT_EQ(usage.quota().SerializeAsString(), request.quota().SerializeAsString());
+  ask.set_page_token(listed.next_page_token());
+  ASSERT_EQ(ErrorText(admin_->ListTenants(NewContext().get(), ask, &listed)), "OK");
+  ASSERT_EQ(listed.tenants_size(), 1);
+  EXPECT_EQ(listed.tenants(0).tenant(), ListenAddress::kDefaultTenant);
+  EXPECT_FALSE(listed.tenants(0).temporary());
+  EXPECT_EQ(listed.next_page_token(), "");
+
+  request.clear_quota();
+  ASSERT_EQ(ErrorText(admin_->SetQuota(NewContext().get(), request, &set)), "OK");
+  EXPECT_FALSE(set.usage().temporary());
+  EXPECT_FALSE(set.usage().quota().has_pool_bytes_max());
+  EXPECT_EQ(append(100, 100), "OK");
+  request.set_tenant("no name");
+  EXPECT_EQ(ErrorText(admin_->SetQuota(NewContext().get(), request, &set)),
+            "INVALID_ARGUMENT TENANT_INVALID tenant");
+  request.set_tenant("a");
+  request.mutable_quota()->set_pool_bytes_reserved(UINT64_MAX);
+  EXPECT_EQ(ErrorText(admin_->SetQuota(NewContext().get(), request, &set)),
+            "INVALID_ARGUMENT QUOTA_INVALID quota.pool_bytes_reserved");
+  ask.set_page_size(-1);
+  EXPECT_EQ(ErrorText(admin_->ListTenants(NewContext().get(), ask, &listed)),
+            "INVALID_ARGUMENT PAGE_SIZE_NEGATIVE page_size");
+}
+
 TEST_F(AdminTest, DescribesAndEvictsSequencesOfAnyTenant) {
   const v1::SequenceHandle handle = NewSequence(theirs_.get());
   NewSequence(ours_.get());
@@ -218,6 +279,37 @@ TEST_F(AdminTest, DescribesABlockOfAnyTenant) {
   request.set_sequence_id("short");
   EXPECT_EQ(ErrorText(admin_->DescribeBlock(NewContext().get(), request, &response)),
             "INVALID_ARGUMENT HANDLE_MALFORMED sequence_id");
+}
+
+TEST_F(AdminTest, HasTheStoreLookedThrough) {
+  v1::VerifyStoreResponse response;
+  EXPECT_EQ(ErrorText(admin_->VerifyStore(NewContext().get(), {}, &response)),
+            "FAILED_PRECONDITION NO_DISK_TIER");
+
+  const TemporaryFolder folder;
+  ServedEngineOptions options;
+  options.engine.data_directory = folder.path();
+  ServedEngine served(std::move(options));
+  const auto sequences = v1::SequenceService::NewStub(served.Connect());
+  const auto admin = v1::AdminService::NewStub(served.ConnectAdmin());
+  const v1::SequenceHandle handle = NewSequence(sequences.get());
+  v1::AppendResponse appended;
+  const auto context = NewContext();
+  const auto writer = sequences->Append(context.get(), &appended);
+  v1::AppendRequest durable = MakeAppend(served.model(), handle, 0, 0, Counting(0, 65));
+  durable.set_durability(v1::DURABILITY_DURABLE);
+  writer->Write(durable);
+  writer->WritesDone();
+  ASSERT_EQ(ErrorText(writer->Finish()), "OK");
+  ASSERT_EQ(ErrorText(admin->VerifyStore(NewContext().get(), {}, &response)), "OK");
+  EXPECT_EQ(response.found().sequences_checked(), 1U);
+  EXPECT_EQ(response.found().slices_checked(), 2U);
+  EXPECT_EQ(response.found().rows_damaged(), 0U);
+  EXPECT_GT(response.found().bytes_read(), 64U);
+  v1::GetStatsResponse stats;
+  ASSERT_EQ(ErrorText(admin->GetStats(NewContext().get(), {}, &stats)), "OK");
+  EXPECT_EQ(stats.disk().check_count(), 1U);
+  EXPECT_EQ(stats.disk().checked().SerializeAsString(), response.found().SerializeAsString());
 }
 
 TEST_F(AdminTest, ModelsAreListedByNameOnBothSides) {

