@@ -81,7 +81,6 @@ class ThreadedEngine : public Engine {
 
   void Create(std::string_view tenant, CreateOptions options, Done<SequenceInfo> done) override {
     DeclaredPrompt prompt = executor_.Declare(tenant, options);
-    // The digests take an eighth of their room while the call waits.
     options.token_ids = {};
     Control<SequenceInfo>(
         std::move(done),

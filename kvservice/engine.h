@@ -172,12 +172,13 @@ struct CreateOptions {
   // Created once per (tenant, request_id) for as long as the sequence lives; a repeat returns the
   // same sequence. Empty = no such check.
   std::string request_id;
-  // Ids of the tokens that will be appended, from the first one on; at most sequence_tokens_max.
-  // The sequence begins with the longest prefix of them, in whole blocks, that another sequence of
-  // the tenant, model and sketch tables declared and has in memory. Its own blocks may be matched
-  // as they become whole in every layer, until they are truncated, leave memory or are dropped.
-  // That the keys and values are those of the ids is the caller's word.
-  std::vector<uint32_t> token_ids = {};
+  // Ids of the tokens that will be appended, from the first one on; at most sequence_tokens_max,
+  // borrowed until Create returns. The sequence begins with the longest prefix of them, in whole
+  // blocks, that another sequence of the tenant, model and sketch tables declared and has in
+  // memory. Its own blocks may be matched as they become whole in every layer, until they are
+  // truncated, leave memory or are dropped. That the keys and values are those of the ids is the
+  // caller's word.
+  absl::Span<const uint32_t> token_ids = {};
 };
 
 // One layer's rows of one sequence, to be stored at [position, position + count). Idempotent: what

@@ -104,11 +104,12 @@ class SequenceService final : public RpcService {
       return CreateCall::Reply(std::move(call), InvalidField("request_id", "REQUEST_ID_TOO_LONG",
                                                              "request_id has more than 64 bytes"));
     }
-    CreateOptions options{.model = request.model(),
-                          .lease_ms = request.lease_ms(),
-                          .policy = std::nullopt,
-                          .request_id = request.request_id(),
-                          .token_ids = {request.token_ids().begin(), request.token_ids().end()}};
+    CreateOptions options{
+        .model = request.model(),
+        .lease_ms = request.lease_ms(),
+        .policy = std::nullopt,
+        .request_id = request.request_id(),
+        .token_ids = {request.token_ids().data(), static_cast<size_t>(request.token_ids_size())}};
     if (request.has_policy()) {
       absl::StatusOr<Policy> policy =
           PolicyFromProto(request.policy(), "policy", host_.policies->now());

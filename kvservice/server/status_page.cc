@@ -114,7 +114,9 @@ std::string ServerTable(const MetricFamilies& now) {
                 {"Calls in flight", sum("kvservice_requests_in_flight", Whole)},
                 {"Calls that came to the engine", sum("kvservice_engine_calls_total", Whole)},
                 {"Of them refused: queue full", sum("kvservice_engine_calls_shed_total", Whole)},
-                {"Leases that expired", sum("kvservice_leases_expired_total", Whole)}});
+                {"Leases that expired", sum("kvservice_leases_expired_total", Whole)},
+                {"Tokens of prompts", sum("kvservice_prefix_requested_tokens_total", Whole)},
+                {"Of them there already", sum("kvservice_prefix_matched_tokens_total", Whole)}});
 }
 
 std::string RoomTable(const MetricFamilies& now) {

@@ -171,7 +171,8 @@ TEST_F(TableLearningTest, TheDigestFollowsFromWhatWasSeen) {
 TEST_F(TableLearningTest, AnotherVersionsPrefixIsNotMatched) {
   CreateOptions options;
   options.model = kModel;
-  options.token_ids = Counting(0, kTokens);
+  const Words ids = Counting(0, kTokens);
+  options.token_ids = ids;
   const auto created = [&] { return *engine_->Create(options); };
   const SequenceInfo early = created();
   const Handle handle{.id = early.id, .generation = early.generation};

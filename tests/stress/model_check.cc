@@ -262,7 +262,8 @@ std::string Machine::Create(const Command& command) {
   options.model = command.b % 16 == 0 ? "another" : kModel;
   // A prompt that is too long now and then.
   const uint32_t prompt_length = command.b / 16 % 4 == 0 ? 0 : command.c % (kPromptTokensMax + 4);
-  options.token_ids = PromptOf(command.a / 2 % 3, prompt_length);
+  const Words prompt = PromptOf(command.a / 2 % 3, prompt_length);
+  options.token_ids = prompt;
   Expectation expectation;
   expectation.Must(command.b % 16 == 0, "MODEL_NOT_FOUND");
   expectation.Must(prompt_length > limits_.sequence_tokens_max, "SEQUENCE_TOO_LONG");
@@ -270,15 +271,13 @@ std::string Machine::Create(const Command& command) {
   const auto made = engine_->Create(options, tenant);
   std::string problem = Judge(expectation, made.status());
   if (!problem.empty() || !made.ok()) return problem;
-  ModelSequence created = {.tenant = tenant,
-                           .handle = {made->id, made->generation},
-                           .layers = {},
-                           .declared = options.token_ids};
+  ModelSequence created = {
+      .tenant = tenant, .handle = {made->id, made->generation}, .layers = {}, .declared = prompt};
   created.is_there = true;
-  problem = CheckMatch(created, options.token_ids, made->matched_tokens);
+  problem = CheckMatch(created, prompt, made->matched_tokens);
   if (!problem.empty()) return problem;
   for (Words& layer : created.layers) {
-    layer.assign(options.token_ids.begin(), options.token_ids.begin() + made->matched_tokens);
+    layer.assign(prompt.begin(), prompt.begin() + made->matched_tokens);
   }
   created.CutDeclared(prompt_length);
   if (made->matched_tokens > 0) ++(*checked_)["matched"];
@@ -286,7 +285,7 @@ std::string Machine::Create(const Command& command) {
   problem = CheckInfo(slot, *made);
   // Most prompts are there before anything else happens.
   const bool fills = problem.empty() && command.b / 64 % 4 != 0;
-  return fills ? FillPrompt(options.token_ids, &slot) : problem;
+  return fills ? FillPrompt(prompt, &slot) : problem;
 }
 
 std::string Machine::FillPrompt(const Words& prompt, ModelSequence* slot) {

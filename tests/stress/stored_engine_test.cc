@@ -249,7 +249,8 @@ TEST_F(StoredEngineTest, ARequestIsRepeatedAfterACrashWhateverItsTokens) {
   CreateOptions options;
   options.model = kModel;
   options.request_id = "once";
-  options.token_ids = Counting(0, 64);
+  const Words ids = Counting(0, 64);
+  options.token_ids = ids;
   const auto made = engine_->Create(options);
   ASSERT_TRUE(made.ok()) << made.status();
   FillDurably({.id = made->id, .generation = made->generation}, 0, Counting(0, 64));
