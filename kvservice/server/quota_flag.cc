@@ -42,11 +42,11 @@ absl::StatusOr<QuotaFlag> ParseQuotaFlag(const std::string& text) {
       return Invalid(text, absl::StrCat("'", value, "' is not like 4GiB, 512MiB or 65536"));
     }
     if (key == "pool-max") {
-      flag.quota.pool_bytes_max = *bytes;
+      flag.quota.pool_bytes_max = bytes;
     } else if (key == "pool-reserved") {
       flag.quota.pool_bytes_reserved = *bytes;
     } else if (key == "disk-max") {
-      flag.quota.disk_bytes_max = *bytes;
+      flag.quota.disk_bytes_max = bytes;
     } else {
       return Invalid(text, absl::StrCat("there is no '", key, "'"));
     }
