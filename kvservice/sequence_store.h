@@ -199,7 +199,7 @@ class SequenceStore : private ScrubHost {
   std::vector<std::string> RegistryKeys() const override;
   bool MendRegistryRow(const std::string& key) override;
   absl::Status MendRows(SequenceRecord* record) override;
-  absl::Status MendSlices(SequenceRecord* record, uint32_t layer, uint32_t block) override;
+  absl::Status MendSlice(SequenceRecord* record, uint32_t layer, uint32_t block) override;
 
   const Parts parts_;
   std::unique_ptr<DiskWorker> worker_;

@@ -40,21 +40,18 @@ std::vector<std::string> SequenceStore::RegistryKeys() const {
 
 bool SequenceStore::MendRegistryRow(const std::string& key) {
   if (!CheckWritable().ok()) return false;
+  // Forgotten, so that the next sequence that needs it writes it, should there be none now.
+  std::erase_if(stored_models_, [&](uint64_t fingerprint) { return ModelKey(fingerprint) == key; });
+  std::erase_if(stored_tables_, [&](const std::pair<uint64_t, Sha256::Digest>& tables) {
+    return TableKey(tables.first, tables.second) == key;
+  });
   TierBatch batch;
-  // Any sequence that stands on the row knows what it says.
   parts_.table->ForEach([&](const SequenceRecord* record) {
-    if (!batch.empty()) return;
-    const Model& model = *record->model;
-    if (ModelKey(model.fingerprint) == key) {
-      stored_models_.erase(model.fingerprint);
-      PutModel(model, &batch);
-    }
-    for (const TableVersion* const version : {model.tables->first(), record->tables}) {
-      if (batch.empty() && TableKey(model.fingerprint, version->digest) == key) {
-        stored_tables_.erase({model.fingerprint, version->digest});
-        PutTables(model, version, &batch);
-      }
-    }
+    if (record->stored == nullptr) return;
+    // What is there already is left out.
+    PutModel(*record->model, &batch);
+    PutTables(*record->model, record->model->tables->first(), &batch);
+    PutTables(*record->model, record->tables, &batch);
   });
   if (batch.empty()) return false;
   Write(std::move(batch), true, [](const absl::Status&) {});
@@ -74,20 +71,24 @@ absl::Status SequenceStore::MendRows(SequenceRecord* record) {
   return absl::OkStatus();
 }
 
-absl::Status SequenceStore::MendSlices(SequenceRecord* record, uint32_t layer, uint32_t block) {
-  const CacheShape& shape = record->tables->shape;
-  LayerProgress& stored = record->stored->layers[layer];
-  const uint64_t bytes_before = StoredLayerBytes(shape, stored.length);
-  const uint64_t bytes_after = StoredLayerBytes(shape, block * kBlockTokens);
-  // It takes no more room than before, so limits have no say.
+absl::Status SequenceStore::MendSlice(SequenceRecord* record, uint32_t layer, uint32_t block) {
   absl::Status status = CheckWritable();
-  if (status.ok() && !worker_->HasRoom(bytes_before - bytes_after)) status = DiskBusy();
   if (!status.ok()) return status;
-  SubtractBytes(*record, bytes_before - bytes_after);
-  stored.full.resize(block);
-  stored.length = block * kBlockTokens;
-  stored.last = block == 0 ? record->stored->seed : stored.full.back();
-  StoreLayerDurably(record, layer, [](const absl::Status&) {});
+  const LayerProgress& stored = record->stored->layers[layer];
+  const Checksum& previous = block == 0 ? record->stored->seed : stored.full[block - 1];
+  Checksum checksum{};
+  std::string row =
+      MakeSliceRecord(*record->cache,
+                      SliceIdentityOf(record->id.bytes, record->tables->shape, layer, block,
+                                      TokensOfBlock(block, stored.length), previous),
+                      &checksum);
+  // The slices behind it name it.
+  if (checksum != (block < stored.full.size() ? stored.full[block] : stored.last)) {
+    return SequenceLost();
+  }
+  TierBatch batch;
+  batch.puts.emplace_back(SliceKey(record->id, layer, block), std::move(row));
+  Write(std::move(batch), true, [](const absl::Status&) {});
   return absl::OkStatus();
 }
 

@@ -283,10 +283,8 @@ void StoreScrub::TakeDamage(Pass* pass, const Piece& piece, SequenceRecord* reco
   }
   Count(pass, &StoreReport::slices_checked);
   Count(pass, &StoreReport::rows_damaged);
-  if (host_->MendSlices(record, layer, block).ok()) Count(pass, &StoreReport::rows_mended);
-  // From here on it is written anew.
-  pass->layer = layer + 1;
-  pass->block = 0;
+  if (host_->MendSlice(record, layer, block).ok()) Count(pass, &StoreReport::rows_mended);
+  pass->block = block + 1;
 }
 
 // One that a call waits for to come into memory is found damaged by that.

@@ -41,14 +41,15 @@ class ScrubHost {
   virtual void ReadForScrub(absl::AnyInvocable<DiskWorker::Answer(const DiskTier& tier)> read) = 0;
   // Nothing else waits for the disk.
   virtual bool IsDiskIdle() const = 0;
-  // Rows of models and tables; and one of them written again, if memory has what it says.
+  // Rows of models and tables that sequences may stand on; and one of them written again, now if
+  // there are such sequences, else with the next. False if it is not written now.
   virtual std::vector<std::string> RegistryKeys() const = 0;
   virtual bool MendRegistryRow(const std::string& key) = 0;
   // Writes the rows of a sequence beside its slices again. DATA_LOSS if they cannot be what they
   // were, else an error if it cannot be done now.
   virtual absl::Status MendRows(SequenceRecord* record) = 0;
-  // The same for slices of a sequence in memory, from this one of the layer on.
-  virtual absl::Status MendSlices(SequenceRecord* record, uint32_t layer, uint32_t block) = 0;
+  // The same for a stored slice of a sequence in memory.
+  virtual absl::Status MendSlice(SequenceRecord* record, uint32_t layer, uint32_t block) = 0;
   // A sequence that is on disk.
   virtual void Lose(SequenceRecord* record) = 0;
 };

@@ -14,18 +14,25 @@ void StoreSlice(const SequenceId& id, const CacheShape& shape, const Sequence& s
                 TierBatch* batch) {
   LayerProgress& stored = progress->layers[layer];
   const Checksum& previous = block == 0 ? progress->seed : stored.full[block - 1];
-  const SliceIdentity identity =
-      SliceIdentityOf(id.bytes, shape, layer, block, token_count, previous);
-  std::string record = BeginSliceRecord(identity);
-  std::byte* const payload = SliceRecordPayload(&record);
-  sequence.CopySlice(layer, block, token_count, payload, payload + identity.kv_bytes);
-  stored.last = FinishSliceRecord(&record);
+  std::string record = MakeSliceRecord(
+      sequence, SliceIdentityOf(id.bytes, shape, layer, block, token_count, previous),
+      &stored.last);
   stored.length = block * kBlockTokens + token_count;
   if (token_count == kBlockTokens) stored.full.push_back(stored.last);
   batch->puts.emplace_back(SliceKey(id, layer, block), std::move(record));
 }
 
 }  // namespace
+
+std::string MakeSliceRecord(const Sequence& sequence, const SliceIdentity& identity,
+                            Checksum* checksum) {
+  std::string record = BeginSliceRecord(identity);
+  std::byte* const payload = SliceRecordPayload(&record);
+  sequence.CopySlice(identity.layer, identity.block, identity.token_count, payload,
+                     payload + identity.kv_bytes);
+  *checksum = FinishSliceRecord(&record);
+  return record;
+}
 
 SliceIdentity SliceIdentityOf(const StoredId& id, const CacheShape& shape, uint32_t layer,
                               uint32_t block, uint32_t token_count, const Checksum& previous) {

@@ -53,6 +53,9 @@ void CutLayer(const SequenceId& id, const CacheShape& shape, const Sequence& seq
 // What the record of a slice says about itself.
 SliceIdentity SliceIdentityOf(const StoredId& id, const CacheShape& shape, uint32_t layer,
                               uint32_t block, uint32_t token_count, const Checksum& previous);
+// The record of a slice of a sequence in memory. The same tokens make the same bytes.
+std::string MakeSliceRecord(const Sequence& sequence, const SliceIdentity& identity,
+                            Checksum* checksum);
 // Tokens of a block of a layer that has `length`.
 uint32_t TokensOfBlock(uint32_t block, uint32_t length);
 

@@ -66,6 +66,7 @@ absl::Status Tenants::SetQuota(const std::string& tenant, const std::optional<Te
       pool_->accounts().bytes_reserved() - QuotaOf(tenant).pool_bytes_reserved;
   const absl::Status status = CheckQuota("quota.", next, reserved_by_others, pool_->bytes());
   if (!status.ok()) return status;
+  if (!quota.has_value() && !set_.contains(tenant)) return absl::OkStatus();
   const bool is_new = quota.has_value() && !set_.contains(tenant);
   if (is_new && set_.size() + options_->tenant_quotas.size() >= kTenantQuotasMax) {
     return QuotasFull();
@@ -80,7 +81,8 @@ absl::Status Tenants::SetQuota(const std::string& tenant, const std::optional<Te
 }
 
 TenantUsage Tenants::UsageOf(const std::string& tenant) const {
-  const OwnerAccount account = pool_->accounts().Of(pool_->OwnerOf(tenant));
+  // Asking about a tenant leaves nothing behind.
+  const OwnerAccount account = pool_->accounts().Of(pool_->owners().Find(tenant));
   return {.tenant = tenant,
           .sequence_count = table_->CountOf(tenant),
           .pool_bytes_used = account.bytes,

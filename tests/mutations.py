@@ -447,7 +447,7 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "if (expected.has_value() && *expected != slice.checksum) break;", "", "engine_test",
      "StoreScrubTest.AStaleSliceIsDamage"),
     ("scrub_writes_again", "kvservice/store_scrub.cc",
-     "if (host_->MendSlices(record, layer, block).ok())", "if (layer < UINT32_MAX)",
+     "if (host_->MendSlice(record, layer, block).ok())", "if (layer < UINT32_MAX)",
      "engine_test", "StoreScrubTest.WhatMemoryHasIsWrittenAgain"),
     ("scrub_checks_rows", "kvservice/store_scrub.cc",
      "return row.ok() && !Unseal(*row).empty() && ChecksumOfRow(*row) == expected;",

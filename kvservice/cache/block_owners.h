@@ -21,6 +21,11 @@ class BlockOwners {
  public:
   // The same for the same tenant, always. There are as many as tenants were ever seen.
   BlockOwner NumberOf(std::string_view tenant);
+  // 0 for a tenant that was never seen.
+  BlockOwner Find(std::string_view tenant) const {
+    const auto found = numbers_.find(tenant);
+    return found == numbers_.end() ? 0 : found->second;
+  }
   // Calls `visit(tenant, number)` for all that were ever seen behind `after`, by name, until it is
   // false.
   template <typename Visit>
