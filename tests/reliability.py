@@ -4,6 +4,8 @@ tests/RELIABILITY.md anew from all rows.
 
     tests/reliability.py power_cut --cuts=20000 --seed=1
     tests/reliability.py fuzz_text 20000000 22      so many inputs made from a seed
+    tests/reliability.py thread_sanitizer           all cases that the tsan preset has
+    tests/reliability.py mutation --only=access_test    or without --only: all of them
     tests/reliability.py --check        RELIABILITY.md is what the rows say
 """
 
@@ -11,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -64,6 +67,12 @@ MEANINGS = {
                     "Append streams, lanes whose memory goes while the server works on it. A "
                     "failure: a crash, a descriptor or a mapping that stays, a wrong answer "
                     "afterwards, a drain that waits.",
+    "thread_sanitizer": "Every test that does not link gRPC, built with the thread sanitizer: "
+                        "engine, tenants, prefixes, scrub, disk tier, devices, and what threads "
+                        "do to each other there. A failure: a report, or a case that fails.",
+    "mutation": "Deliberate mistakes, one at a time: a rounding, a check, a defence is taken out, "
+                "and the named test must fail. A failure: one that its test did not notice, or "
+                "that has no verdict.",
     "fuzz_convert": "Bytes that may be a request become what the engine works on, or are refused "
                     "with a reason; what is accepted survives the client's way of writing it.",
     "fuzz_lane": "A lane's memory in front of a real engine: every request is answered with a "
@@ -153,6 +162,40 @@ def run_fuzz(test, count, seed):
     return done.returncode
 
 
+def run_told(test, command, told):
+    """A program that says on its last line what came of it; `told` reads that line and gives the
+    row's count, failures and what was checked."""
+    begun = time.monotonic()
+    lines = []
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, errors="replace",
+                          stdout=subprocess.PIPE) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.strip())
+    count, failures, checked = told(lines)
+    row = {"test": test, "count": count, "failures": failures, "seed": 0,
+           "seconds": round(time.monotonic() - begun, 1), "checked": checked}
+    keep(row, " ".join(command))
+    return process.returncode
+
+
+def numbers(line):
+    return [int(number) for number in re.findall(r"\d+", line)]
+
+
+def told_by_tests(lines):
+    """`N passed, N failed`"""
+    passed, failed = numbers(lines[-1])
+    return passed + failed, failed, {"passed": passed}
+
+
+def told_by_mutations(lines):
+    """`N without a verdict, N s` and `N caught, N survived`"""
+    unsure = numbers(lines[-2])[0]
+    caught, survived = numbers(lines[-1])
+    return caught + survived + unsure, survived + unsure, {"caught": caught}
+
+
 def keep(row, command):
     row["commit"] = commit()
     row["command"] = command
@@ -176,6 +219,11 @@ def main():
         return 0 if right else 1
     if arguments[0].startswith("fuzz_"):
         return run_fuzz(arguments[0], int(arguments[1]), int(arguments[2]))
+    if arguments[0] == "thread_sanitizer":
+        return run_told("thread_sanitizer", ["tests/run.py", "--campaign",
+                                             "--only=tsan-build,tsan-tests"], told_by_tests)
+    if arguments[0] == "mutation":
+        return run_told("mutation", ["tests/mutations.py", *arguments[1:]], told_by_mutations)
     return run(arguments)
 
 
