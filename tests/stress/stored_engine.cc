@@ -50,9 +50,9 @@ absl::StatusOr<std::unique_ptr<DiskTier>> StoredEngine::OpenTier() const {
 absl::Status StoredEngine::Start() {
   auto tier = OpenTier();
   if (!tier.ok()) return tier.status();
-  auto engine =
-      std::make_unique<TestEngine>(options_.engine, options_.layer_count, nullptr, *std::move(tier),
-                                   options_.filesystem.seed * 1000 + ++starts_);
+  auto engine = std::make_unique<TestEngine>(
+      options_.engine, options_.layer_count, options_.new_device ? options_.new_device() : nullptr,
+      *std::move(tier), options_.filesystem.seed * 1000 + ++starts_);
   const absl::Status started = engine->start_status();
   if (started.ok()) engine_ = std::move(engine);
   return started;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "attention/device.h"
 #include "tests/kvservice/engine_client.h"
 #include "tests/stress/power_cut_filesystem.h"
 
@@ -28,6 +29,8 @@ class StoredEngine {
     // What stands in front of the disk; unset = nothing.
     std::function<std::shared_ptr<rocksdb::FileSystem>(std::shared_ptr<PowerCutFilesystem> disk)>
         wrap;
+    // What it works on; unset = the reference.
+    std::function<std::unique_ptr<Device>()> new_device;
   };
   explicit StoredEngine(const Options& options);
 
