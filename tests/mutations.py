@@ -124,7 +124,7 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "rounding_test", ""),
     # ---- The scan formula ----
     ("scan_margin", SCAN_TERMS, "kScanMargin = 1.0 + 0x1p-12", "kScanMargin = 1.0",
-     "cpu_scan_test", ""),
+     "sketch_test", ""),
     ("scan_roundoff", SCAN_TERMS, "kScanRoundoff<Real> * size + kScanFloor<Real>;",
      "kScanRoundoff<Real> * 0 * size;", "sketch_test", ""),
     ("scan_projection_rounding", SCAN_TERMS, "kMargin * (outside_ball + half_steps) + g",
