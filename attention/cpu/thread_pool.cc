@@ -33,6 +33,11 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
+void ThreadPool::RunCallersTasks(Job* job) {
+  job->run(0, 0);
+  RunTasks(job, 0);
+}
+
 void ThreadPool::RunTasks(Job* job, uint32_t thread) {
   for (;;) {
     const uint32_t task = job->next.fetch_add(1, std::memory_order_relaxed);
@@ -46,10 +51,7 @@ void ThreadPool::ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_
   Job job{.task_count = task_count, .run = task};
   const uint32_t threads = (task_count + tasks_per_thread - 1) / tasks_per_thread;
   const uint32_t room = std::min(threads - 1, static_cast<uint32_t>(workers_.size()));
-  if (room == 0) {
-    RunTasks(&job, 0);
-    return;
-  }
+  if (room == 0) return RunCallersTasks(&job);
   // Nobody is inside: all that entered the job before have left it.
   job_ = &job;
   left_count_ = 0;
@@ -60,7 +62,7 @@ void ThreadPool::ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_
     const std::lock_guard<std::mutex> lock(mutex_);
     for (uint32_t i = std::min<uint32_t>(room, sleeping_); i > 0; --i) wake_.notify_one();
   }
-  RunTasks(&job, 0);
+  RunCallersTasks(&job);
   const Entry last = EntryOf(entry_.exchange(BitsOf({generation, 0})));
   WaitUntilLeft(room - last.room);
 }

@@ -34,16 +34,17 @@ class ThreadPool {
   uint32_t thread_count() const { return static_cast<uint32_t>(workers_.size()) + 1; }
 
   // Runs every task once, on any of the threads (the caller's is index 0), and returns when all are
-  // done. What tasks wrote is visible to the caller. Tasks are handed out in order, so the largest
-  // should come first. No more threads take part than have `tasks_per_thread` each: for tasks so
-  // short that waking a thread costs as much as several of them.
+  // done. What tasks wrote is visible to the caller. The first task is the caller's own; the others
+  // are handed out in order, so the largest should come first. No more threads take part than have
+  // `tasks_per_thread` each: for tasks so short that waking a thread costs as much as several of
+  // them.
   void ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_thread = 1);
 
  private:
   struct Job {
     const uint32_t task_count;
     const Task run;
-    std::atomic<uint32_t> next{0};
+    std::atomic<uint32_t> next{1};  // task 0 is the caller's
   };
   // Number of the latest job, and how many workers may still enter it.
   struct Entry {
@@ -55,6 +56,7 @@ class ThreadPool {
   }
   static uint64_t BitsOf(Entry entry) { return uint64_t{entry.generation} << 32 | entry.room; }
 
+  static void RunCallersTasks(Job* job);
   static void RunTasks(Job* job, uint32_t thread);
   void WorkerLoop(uint32_t thread);
   // Spins. True when there is a job after `seen` or the pool closes.

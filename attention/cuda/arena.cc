@@ -1,6 +1,7 @@
 #include "attention/cuda/arena.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstdio>
 #include <cstdlib>
 
@@ -34,8 +35,10 @@ void Arena::Free() {
 void Arena::AddChunk(size_t bytes) {
   Chunk chunk;
   chunk.bytes = bytes;
-  Check(cudaMalloc(reinterpret_cast<void**>(&chunk.device), bytes), "cudaMalloc");
-  if (sides_ == Sides::kBoth) {
+  if (sides_ != Sides::kHost) {
+    Check(cudaMalloc(reinterpret_cast<void**>(&chunk.device), bytes), "cudaMalloc");
+  }
+  if (sides_ != Sides::kDevice) {
     Check(cudaMallocHost(reinterpret_cast<void**>(&chunk.host), bytes), "cudaMallocHost");
   }
   chunks_.push_back(chunk);
@@ -51,8 +54,9 @@ Slot<std::byte> Arena::TakeBytes(size_t bytes) {
   }
   Chunk& chunk = chunks_.back();
   Slot<std::byte> slot;
-  slot.device = chunk.device + chunk.used;
   if (chunk.host != nullptr) slot.host = chunk.host + chunk.used;
+  // Pinned memory has one address.
+  slot.device = chunk.device != nullptr ? chunk.device + chunk.used : slot.host;
   chunk.used += rounded;
   return slot;
 }
@@ -71,6 +75,24 @@ void Arena::Download(cudaStream_t stream) {
     Check(cudaMemcpyAsync(chunk.host, chunk.device, chunk.used, cudaMemcpyDeviceToHost, stream),
           "download");
   }
+}
+
+Stretch Arena::ToDevice() const {
+  assert(is_in_one_piece());
+  if (chunks_.empty()) return {};
+  const Chunk& chunk = chunks_.front();
+  return {.from = reinterpret_cast<const uint4*>(chunk.host),
+          .to = reinterpret_cast<uint4*>(chunk.device),
+          .count = static_cast<uint32_t>(chunk.used / sizeof(uint4))};
+}
+
+Stretch Arena::ToHost() const {
+  assert(is_in_one_piece());
+  if (chunks_.empty()) return {};
+  const Chunk& chunk = chunks_.front();
+  return {.from = reinterpret_cast<const uint4*>(chunk.device),
+          .to = reinterpret_cast<uint4*>(chunk.host),
+          .count = static_cast<uint32_t>(chunk.used / sizeof(uint4))};
 }
 
 void Arena::Reset() {

@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "attention/cuda/kernels.h"
+
 namespace kvservice::cuda {
 
 // How a process ends whose device reported an error in the middle of a call: such errors stick to
@@ -26,10 +28,11 @@ struct Slot {
 };
 
 // Memory handed out in order and taken back all at once; grows to the most that was ever needed.
-// With a host side it exists twice and is copied as a whole. One thread.
+// With two sides it exists twice and is copied as a whole; what is on the host alone is read and
+// written by the device there. One thread.
 class Arena {
  public:
-  enum class Sides : uint8_t { kBoth, kDevice };
+  enum class Sides : uint8_t { kBoth, kDevice, kHost };
   explicit Arena(Sides sides) : sides_(sides) {}
   ~Arena();
   Arena(const Arena&) = delete;
@@ -44,6 +47,10 @@ class Arena {
   // Copies what was taken to the device, or to the host.
   void Upload(cudaStream_t stream);
   void Download(cudaStream_t stream);
+  // The same, for a kernel to do; not while the memory grows and is in several pieces.
+  bool is_in_one_piece() const { return chunks_.size() <= 1; }
+  Stretch ToDevice() const;
+  Stretch ToHost() const;
   // Takes everything back. The device must have finished with it.
   void Reset();
 

@@ -6,6 +6,7 @@
 #include <barrier>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <vector>
 
 namespace kvservice {
@@ -42,6 +43,22 @@ TEST(ThreadPool, ThreadIndicesAreExclusive) {
 }
 
 // Every task waits for all: a call really runs on all threads at once.
+// Callers rely on it for what only they may do while others take the rest.
+TEST(ThreadPool, TheFirstTaskIsTheCallers) {
+  ThreadPool pool(4, /*spin_us=*/1000);
+  for (int call = 0; call < 2000; ++call) {
+    std::thread::id first;
+    uint32_t first_thread = 1;
+    pool.ParallelFor(8, [&](uint32_t task, uint32_t thread) {
+      if (task != 0) return;
+      first = std::this_thread::get_id();
+      first_thread = thread;
+    });
+    ASSERT_EQ(first, std::this_thread::get_id());
+    ASSERT_EQ(first_thread, 0U);
+  }
+}
+
 TEST(ThreadPool, TasksRunAtTheSameTime) {
   constexpr uint32_t kThreads = 3;
   ThreadPool pool(kThreads);
