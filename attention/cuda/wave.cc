@@ -147,13 +147,8 @@ void Wave::Fill(uint32_t index) {
 }
 
 void Wave::Prepare(ThreadPool* pool) {
-  pool->ParallelFor(
-      static_cast<uint32_t>(groups_.size()) + 1,
-      [&](uint32_t i, uint32_t) {
-        if (i > 0) return Fill(i - 1);
-        LayChoice();
-      },
-      kGroupsPerThread);
+  pool->ParallelForBeside([this] { LayChoice(); }, static_cast<uint32_t>(groups_.size()),
+                          [this](uint32_t i, uint32_t) { Fill(i); }, kGroupsPerThread);
 }
 
 // Takes along what the wave is made of, as far as it is there.
