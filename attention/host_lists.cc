@@ -7,33 +7,18 @@
 #include <utility>
 
 #include "attention/float16.h"
+#include "attention/lanes.h"
 #include "attention/log_mass.h"
 
 namespace kvservice {
 namespace {
 
-// Sum of products in eight independent lanes, so that the compiler may keep them in vector
-// registers; head_dim is a multiple of eight.
-float Dot(const float* a, const float* b, uint32_t count) {
-  std::array<float, 8> lanes{};
-  for (uint32_t i = 0; i < count; i += 8) {
-    for (uint32_t lane = 0; lane < 8; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-  }
-  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
-         ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
-}
-
-// Sum of squares of a[i] - scale * b[i], in eight independent lanes likewise.
+// Sum of squares of a[i] - scale * b[i].
 double SquaresApart(const float* a, double scale, const float* b, uint32_t count) {
-  std::array<double, 8> lanes{};
-  for (uint32_t i = 0; i < count; i += 8) {
-    for (uint32_t lane = 0; lane < 8; ++lane) {
-      const double apart = a[i + lane] - scale * b[i + lane];
-      lanes[lane] += apart * apart;
-    }
-  }
-  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
-         ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+  return SumInLanes<double>(count, [=](uint32_t i) {
+    const double apart = a[i] - scale * b[i];
+    return apart * apart;
+  });
 }
 
 // At least the norm of a vector of a finite key.
