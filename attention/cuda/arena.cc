@@ -8,7 +8,6 @@
 namespace kvservice::cuda {
 namespace {
 
-constexpr size_t kAlignment = 256;
 constexpr size_t kChunkBytesMin = size_t{1} << 20;
 
 }  // namespace
@@ -44,21 +43,11 @@ void Arena::AddChunk(size_t bytes) {
   chunks_.push_back(chunk);
 }
 
-Slot<std::byte> Arena::TakeBytes(size_t bytes) {
-  const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-  if (chunks_.empty() || chunks_.back().bytes - chunks_.back().used < rounded) {
-    // Twice as much as before, so that a growing need ends in few chunks.
-    size_t total = kChunkBytesMin;
-    for (const Chunk& chunk : chunks_) total += chunk.bytes;
-    AddChunk(std::max(total, rounded));
-  }
-  Chunk& chunk = chunks_.back();
-  Slot<std::byte> slot;
-  if (chunk.host != nullptr) slot.host = chunk.host + chunk.used;
-  // Pinned memory has one address.
-  slot.device = chunk.device != nullptr ? chunk.device + chunk.used : slot.host;
-  chunk.used += rounded;
-  return slot;
+// Twice as much as before, so that a growing need ends in few chunks.
+void Arena::Grow(size_t bytes) {
+  size_t total = kChunkBytesMin;
+  for (const Chunk& chunk : chunks_) total += chunk.bytes;
+  AddChunk(std::max(total, bytes));
 }
 
 void Arena::Upload(cudaStream_t stream) {

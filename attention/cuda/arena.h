@@ -5,7 +5,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <string_view>
 #include <vector>
 
@@ -62,7 +64,21 @@ class Arena {
     size_t used = 0;
   };
 
-  Slot<std::byte> TakeBytes(size_t bytes);
+  static constexpr size_t kAlignment = 256;
+
+  // A call takes from arenas a thousand times.
+  Slot<std::byte> TakeBytes(size_t bytes) {
+    const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) & ~(kAlignment - 1);
+    if (chunks_.empty() || chunks_.back().bytes - chunks_.back().used < rounded) Grow(rounded);
+    Chunk& chunk = chunks_.back();
+    Slot<std::byte> slot;
+    if (chunk.host != nullptr) slot.host = chunk.host + chunk.used;
+    // Pinned memory has one address.
+    slot.device = chunk.device != nullptr ? chunk.device + chunk.used : slot.host;
+    chunk.used += rounded;
+    return slot;
+  }
+  void Grow(size_t bytes);
   void AddChunk(size_t bytes);
   void Free();
 
