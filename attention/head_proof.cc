@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention/lanes.h"
 #include "attention/rounding.h"
 
 namespace kvservice {
@@ -19,11 +20,7 @@ constexpr double kPlannedErrorShare = 0.9;
 constexpr double kNormMargin = 1.0 + 0x1p-40;
 
 double NormUp(const float* vector, uint32_t size) {
-  double squares = 0.0;
-  for (uint32_t c = 0; c < size; ++c) {
-    squares += static_cast<double>(vector[c]) * static_cast<double>(vector[c]);
-  }
-  return std::sqrt(squares) * kNormMargin;
+  return std::sqrt(SumOfSquares(vector, size)) * kNormMargin;
 }
 
 bool HasMassLimit(const Plan& plan) { return plan.max_dropped_mass < 1.0F; }

@@ -7,34 +7,11 @@
 #include <utility>
 
 #include "attention/float16.h"
+#include "attention/lanes.h"
 #include "attention/log_mass.h"
 
 namespace kvservice {
 namespace {
-
-// Sum of products in eight independent lanes, so that the compiler may keep them in vector
-// registers; head_dim is a multiple of eight.
-float Dot(const float* a, const float* b, uint32_t count) {
-  std::array<float, 8> lanes{};
-  for (uint32_t i = 0; i < count; i += 8) {
-    for (uint32_t lane = 0; lane < 8; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-  }
-  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
-         ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
-}
-
-// Sum of squares of a[i] - scale * b[i], in eight independent lanes likewise.
-double SquaresApart(const float* a, double scale, const float* b, uint32_t count) {
-  std::array<double, 8> lanes{};
-  for (uint32_t i = 0; i < count; i += 8) {
-    for (uint32_t lane = 0; lane < 8; ++lane) {
-      const double apart = a[i + lane] - scale * b[i + lane];
-      lanes[lane] += apart * apart;
-    }
-  }
-  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
-         ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
-}
 
 // At least the norm of a vector of a finite key.
 float NormUpper(DType dtype, const std::byte* vector, uint32_t head_dim) {
@@ -52,13 +29,14 @@ float NormUpper(DType dtype, const std::byte* vector, uint32_t head_dim) {
 void Normalize(absl::Span<const float> queries, uint32_t head_dim, float* out,
                float* norms = nullptr) {
   for (size_t begin = 0; begin < queries.size(); begin += head_dim) {
-    const double norm = std::sqrt(SquaresApart(&queries[begin], 0.0, &queries[begin], head_dim));
+    const double norm = std::sqrt(SumOfSquares(&queries[begin], head_dim));
     const bool usable = norm > 0.0 && std::isfinite(norm);
     if (norms != nullptr) norms[begin / head_dim] = usable ? static_cast<float>(norm) : 0.0F;
     const double inverse = 1.0 / norm;
     for (uint32_t c = 0; c < head_dim; ++c) {
-      out[begin + c] = usable ? static_cast<float>(queries[begin + c] * inverse) : 0.0F;
+      out[begin + c] = static_cast<float>(queries[begin + c] * inverse);
     }
+    if (!usable) std::fill_n(out + begin, head_dim, 0.0F);
   }
 }
 
@@ -206,7 +184,7 @@ float HostLists::QueryDistance(uint32_t kv_head, uint32_t index,
     const double norm = head.query_norms[size_t{index} * layout_.group_size() + g];
     const float* unit = &head.queries[index * query_floats() + size_t{g} * layout_.head_dim];
     const float* query = &queries[size_t{g} * layout_.head_dim];
-    largest = std::max(largest, SquaresApart(query, norm, unit, layout_.head_dim));
+    largest = std::max(largest, SumOfSquaresApart(query, norm, unit, layout_.head_dim));
   }
   return static_cast<float>(std::sqrt(largest));
 }

@@ -1,8 +1,11 @@
 #include "attention/log_mass.h"
 
 #include <algorithm>
+#include <bit>
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
+#include <limits>
 
 namespace kvservice {
 namespace {
@@ -77,7 +80,9 @@ float RoundUpToFloat(double x) {
   if (x < -static_cast<double>(FLT_MAX)) return x == kLogZero ? static_cast<float>(x) : -FLT_MAX;
   const auto nearest = static_cast<float>(x);
   if (static_cast<double>(nearest) >= x) return nearest;
-  return std::nextafter(nearest, std::numeric_limits<float>::infinity());
+  // The next float above; x is above `nearest`, which is neither an infinity nor -0 then.
+  const auto bits = std::bit_cast<uint32_t>(nearest);
+  return std::bit_cast<float>(nearest < 0.0F ? bits - 1 : bits + 1);
 }
 
 float RoundDownToFloat(double x) {

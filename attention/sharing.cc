@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "attention/float16.h"
+#include "attention/lanes.h"
 #include "attention/log_mass.h"
 #include "attention/sketch.h"
 
@@ -122,8 +123,8 @@ SharingTerms MakeSharingTerms(const SharingTask& task, ReadKeys read_keys) {
 SharingQuery::SharingQuery(const LayerShape& shape, uint32_t position,
                            absl::Span<const float> queries)
     : head_dim_(shape.layout.head_dim), half_(shape.rotary_style == RotaryStyle::kHalf) {
-  queries_.reserve(queries.size());
-  for (const float q : queries) queries_.push_back(shape.scale * q);
+  queries_.resize(queries.size());
+  for (size_t i = 0; i < queries.size(); ++i) queries_[i] = shape.scale * queries[i];
   if (shape.rotary_style == RotaryStyle::kNone) return;
   pair_count_ = static_cast<uint32_t>(shape.inverse_frequencies.size());
   for (const float frequency : shape.inverse_frequencies) {
@@ -149,12 +150,9 @@ float SharingQuery::EstimateDroppedMass(const SharingTerms& terms) const {
       b = b * cosine_[pair] + a * sine_[pair];
       a = turned;
     }
-    float mean = 0.0F;
-    float squares = 0.0F;
-    for (uint32_t c = 0; c < head_dim_; ++c) {
-      mean += dq[c] * terms.shift[first + c];
-      squares += dq[c] * dq[c] * terms.variance[c];
-    }
+    const float mean = Dot(dq.data(), &terms.shift[first], head_dim_);
+    for (uint32_t c = 0; c < head_dim_; ++c) dq[c] *= dq[c];
+    const float squares = Dot(dq.data(), terms.variance.data(), head_dim_);
     const float odds = std::exp(terms.log_odds[head] + mean + kDeviations * std::sqrt(squares));
     if (!std::isfinite(odds)) return kNothingKnown;
     largest = std::max(largest, odds / (1.0F + odds));

@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "attention/lanes.h"
+
 namespace kvservice {
 
 void FillHeadQueries(const LayerShape& shape, const AttendRow& row, uint32_t kv_head,
@@ -15,15 +17,11 @@ void FillHeadQueries(const LayerShape& shape, const AttendRow& row, uint32_t kv_
   queries->visible_end.resize(queries->head_count);
   for (uint32_t head = 0; head < queries->head_count; ++head) {
     const float* q = row.q + size_t{OutputIndex(shape.layout, kv_head, head)} * head_dim;
-    double squares = 0.0;
-    for (uint32_t c = 0; c < head_dim; ++c) {
-      const float qs = shape.scale * q[c];
-      queries->qs[size_t{head} * head_dim + c] = qs;
-      squares += static_cast<double>(qs) * static_cast<double>(qs);
-    }
+    float* const qs = &queries->qs[size_t{head} * head_dim];
+    for (uint32_t c = 0; c < head_dim; ++c) qs[c] = shape.scale * q[c];
     // Covers the rounding of scale * q to fp32 (2^-24, or 2^-150 below the normal range) and of
     // this sum.
-    queries->norm[head] = std::sqrt(squares) * (1.0 + 0x1p-23) + 0x1p-120;
+    queries->norm[head] = std::sqrt(SumOfSquares(qs, head_dim)) * (1.0 + 0x1p-23) + 0x1p-120;
     const uint32_t position = row.position + head / group;
     queries->visible_begin[head] = WindowBegin(shape.sliding_window, position);
     queries->visible_end[head] = position + 1;

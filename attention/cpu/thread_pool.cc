@@ -16,7 +16,8 @@ constexpr uint32_t kSpinMax = 2048;
 
 }  // namespace
 
-ThreadPool::ThreadPool(uint32_t thread_count, uint32_t spin_us) : spin_(spin_us) {
+ThreadPool::ThreadPool(uint32_t thread_count, uint32_t spin_us)
+    : spin_(spin_us), stripes_(thread_count) {
   assert(thread_count >= 1);
   workers_.reserve(thread_count - 1);
   for (uint32_t thread = 1; thread < thread_count; ++thread) {
@@ -33,22 +34,46 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::RunTasks(Job* job, uint32_t thread) {
-  for (;;) {
-    const uint32_t task = job->next.fetch_add(1, std::memory_order_relaxed);
-    if (task >= job->task_count) return;
-    job->run(task, thread);
+void ThreadPool::RunTasks(const Job& job, uint32_t thread) {
+  const auto take = [&job](Stripe* stripe, uint32_t index) {
+    // Looked at first: at the end everybody comes by.
+    uint64_t taken = stripe->taken.load(std::memory_order_relaxed);
+    if (index + taken * job.stripe_count >= job.task_count) return job.task_count;
+    taken = stripe->taken.fetch_add(1, std::memory_order_relaxed);
+    return static_cast<uint32_t>(
+        std::min<uint64_t>(index + taken * job.stripe_count, job.task_count));
+  };
+  for (uint32_t i = 0; i < job.stripe_count; ++i) {
+    const uint32_t index = (thread + i) % job.stripe_count;
+    for (;;) {
+      const uint32_t task = take(&stripes_[index], index);
+      if (task == job.task_count) break;
+      job.run(task, thread);
+    }
   }
 }
 
 void ThreadPool::ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_thread) {
-  if (task_count == 0) return;
-  Job job{.task_count = task_count, .run = task};
   const uint32_t threads = (task_count + tasks_per_thread - 1) / tasks_per_thread;
+  Run([] {}, task_count, task, threads);
+}
+
+void ThreadPool::ParallelForBeside(absl::FunctionRef<void()> own, uint32_t task_count, Task task,
+                                   uint32_t tasks_per_thread) {
+  const uint32_t threads = (task_count + tasks_per_thread - 1) / tasks_per_thread;
+  Run(own, task_count, task, threads + 1);
+}
+
+// `threads`: as many as are worth taking part.
+void ThreadPool::Run(absl::FunctionRef<void()> own, uint32_t task_count, Task task,
+                     uint32_t threads) {
+  if (task_count == 0) return own();
   const uint32_t room = std::min(threads - 1, static_cast<uint32_t>(workers_.size()));
+  const Job job{.task_count = task_count, .run = task, .stripe_count = room + 1};
+  for (uint32_t i = 0; i < job.stripe_count; ++i) stripes_[i].taken = 0;
   if (room == 0) {
-    RunTasks(&job, 0);
-    return;
+    own();
+    return RunTasks(job, 0);
   }
   // Nobody is inside: all that entered the job before have left it.
   job_ = &job;
@@ -60,7 +85,8 @@ void ThreadPool::ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_
     const std::lock_guard<std::mutex> lock(mutex_);
     for (uint32_t i = std::min<uint32_t>(room, sleeping_); i > 0; --i) wake_.notify_one();
   }
-  RunTasks(&job, 0);
+  own();
+  RunTasks(job, 0);
   const Entry last = EntryOf(entry_.exchange(BitsOf({generation, 0})));
   WaitUntilLeft(room - last.room);
 }
@@ -130,7 +156,7 @@ void ThreadPool::WorkerLoop(uint32_t thread) {
   uint32_t spin_limit = kSpinMin;
   while (WaitForJob(seen, &spin_limit)) {
     if (!Enter(&seen)) continue;
-    RunTasks(job_, thread);
+    RunTasks(*job_, thread);
     Leave();
   }
 }

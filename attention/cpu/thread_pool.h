@@ -34,16 +34,27 @@ class ThreadPool {
   uint32_t thread_count() const { return static_cast<uint32_t>(workers_.size()) + 1; }
 
   // Runs every task once, on any of the threads (the caller's is index 0), and returns when all are
-  // done. What tasks wrote is visible to the caller. Tasks are handed out in order, so the largest
-  // should come first. No more threads take part than have `tasks_per_thread` each: for tasks so
-  // short that waking a thread costs as much as several of them.
+  // done. What tasks wrote is visible to the caller. No more threads take part than have
+  // `tasks_per_thread` each: for tasks so short that waking a thread costs as much as several of
+  // them.
+  //
+  // Of n threads each takes every n-th task, and then what others have left. So the largest should
+  // come first, and a thread that takes part each time finds in its caches what the same task of
+  // the call before has left there.
   void ParallelFor(uint32_t task_count, Task task, uint32_t tasks_per_thread = 1);
+  // The same, while the caller's thread runs `own` before it takes tasks.
+  void ParallelForBeside(absl::FunctionRef<void()> own, uint32_t task_count, Task task,
+                         uint32_t tasks_per_thread = 1);
 
  private:
   struct Job {
     const uint32_t task_count;
     const Task run;
-    std::atomic<uint32_t> next{0};
+    const uint32_t stripe_count;
+  };
+  // How many tasks of a stripe have been taken, or more.
+  struct alignas(64) Stripe {
+    std::atomic<uint32_t> taken{0};
   };
   // Number of the latest job, and how many workers may still enter it.
   struct Entry {
@@ -55,7 +66,8 @@ class ThreadPool {
   }
   static uint64_t BitsOf(Entry entry) { return uint64_t{entry.generation} << 32 | entry.room; }
 
-  static void RunTasks(Job* job, uint32_t thread);
+  void Run(absl::FunctionRef<void()> own, uint32_t task_count, Task task, uint32_t threads);
+  void RunTasks(const Job& job, uint32_t thread);
   void WorkerLoop(uint32_t thread);
   // Spins. True when there is a job after `seen` or the pool closes.
   bool SpinForJob(uint32_t seen, uint32_t* spin_limit) const;
@@ -76,7 +88,8 @@ class ThreadPool {
   // job_ is read only between entering and leaving.
   std::atomic<uint64_t> entry_{0};
   std::atomic<uint32_t> left_count_{0};
-  Job* job_ = nullptr;
+  const Job* job_ = nullptr;
+  std::vector<Stripe> stripes_;  // as many as threads
   // Of sequential consistency with entry_ and left_count_: who publishes sees that somebody sleeps,
   // or the sleeper sees what was published.
   std::atomic<uint32_t> sleeping_{0};

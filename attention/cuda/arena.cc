@@ -1,13 +1,13 @@
 #include "attention/cuda/arena.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstdio>
 #include <cstdlib>
 
 namespace kvservice::cuda {
 namespace {
 
-constexpr size_t kAlignment = 256;
 constexpr size_t kChunkBytesMin = size_t{1} << 20;
 
 }  // namespace
@@ -34,27 +34,20 @@ void Arena::Free() {
 void Arena::AddChunk(size_t bytes) {
   Chunk chunk;
   chunk.bytes = bytes;
-  Check(cudaMalloc(reinterpret_cast<void**>(&chunk.device), bytes), "cudaMalloc");
-  if (sides_ == Sides::kBoth) {
+  if (sides_ != Sides::kHost) {
+    Check(cudaMalloc(reinterpret_cast<void**>(&chunk.device), bytes), "cudaMalloc");
+  }
+  if (sides_ != Sides::kDevice) {
     Check(cudaMallocHost(reinterpret_cast<void**>(&chunk.host), bytes), "cudaMallocHost");
   }
   chunks_.push_back(chunk);
 }
 
-Slot<std::byte> Arena::TakeBytes(size_t bytes) {
-  const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-  if (chunks_.empty() || chunks_.back().bytes - chunks_.back().used < rounded) {
-    // Twice as much as before, so that a growing need ends in few chunks.
-    size_t total = kChunkBytesMin;
-    for (const Chunk& chunk : chunks_) total += chunk.bytes;
-    AddChunk(std::max(total, rounded));
-  }
-  Chunk& chunk = chunks_.back();
-  Slot<std::byte> slot;
-  slot.device = chunk.device + chunk.used;
-  if (chunk.host != nullptr) slot.host = chunk.host + chunk.used;
-  chunk.used += rounded;
-  return slot;
+// Twice as much as before, so that a growing need ends in few chunks.
+void Arena::Grow(size_t bytes) {
+  size_t total = kChunkBytesMin;
+  for (const Chunk& chunk : chunks_) total += chunk.bytes;
+  AddChunk(std::max(total, bytes));
 }
 
 void Arena::Upload(cudaStream_t stream) {
@@ -71,6 +64,24 @@ void Arena::Download(cudaStream_t stream) {
     Check(cudaMemcpyAsync(chunk.host, chunk.device, chunk.used, cudaMemcpyDeviceToHost, stream),
           "download");
   }
+}
+
+Stretch Arena::ToDevice() const {
+  assert(is_in_one_piece());
+  if (chunks_.empty()) return {};
+  const Chunk& chunk = chunks_.front();
+  return {.from = reinterpret_cast<const uint4*>(chunk.host),
+          .to = reinterpret_cast<uint4*>(chunk.device),
+          .count = static_cast<uint32_t>(chunk.used / sizeof(uint4))};
+}
+
+Stretch Arena::ToHost() const {
+  assert(is_in_one_piece());
+  if (chunks_.empty()) return {};
+  const Chunk& chunk = chunks_.front();
+  return {.from = reinterpret_cast<const uint4*>(chunk.device),
+          .to = reinterpret_cast<uint4*>(chunk.host),
+          .count = static_cast<uint32_t>(chunk.used / sizeof(uint4))};
 }
 
 void Arena::Reset() {

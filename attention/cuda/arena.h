@@ -5,9 +5,13 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <string_view>
 #include <vector>
+
+#include "attention/cuda/kernels.h"
 
 namespace kvservice::cuda {
 
@@ -26,10 +30,11 @@ struct Slot {
 };
 
 // Memory handed out in order and taken back all at once; grows to the most that was ever needed.
-// With a host side it exists twice and is copied as a whole. One thread.
+// With two sides it exists twice and is copied as a whole; what is on the host alone is read and
+// written by the device there. One thread.
 class Arena {
  public:
-  enum class Sides : uint8_t { kBoth, kDevice };
+  enum class Sides : uint8_t { kBoth, kDevice, kHost };
   explicit Arena(Sides sides) : sides_(sides) {}
   ~Arena();
   Arena(const Arena&) = delete;
@@ -44,6 +49,10 @@ class Arena {
   // Copies what was taken to the device, or to the host.
   void Upload(cudaStream_t stream);
   void Download(cudaStream_t stream);
+  // The same, for a kernel to do; not while the memory grows and is in several pieces.
+  bool is_in_one_piece() const { return chunks_.size() <= 1; }
+  Stretch ToDevice() const;
+  Stretch ToHost() const;
   // Takes everything back. The device must have finished with it.
   void Reset();
 
@@ -55,7 +64,21 @@ class Arena {
     size_t used = 0;
   };
 
-  Slot<std::byte> TakeBytes(size_t bytes);
+  static constexpr size_t kAlignment = 256;
+
+  // A call takes from arenas a thousand times.
+  Slot<std::byte> TakeBytes(size_t bytes) {
+    const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) & ~(kAlignment - 1);
+    if (chunks_.empty() || chunks_.back().bytes - chunks_.back().used < rounded) Grow(rounded);
+    Chunk& chunk = chunks_.back();
+    Slot<std::byte> slot;
+    if (chunk.host != nullptr) slot.host = chunk.host + chunk.used;
+    // Pinned memory has one address.
+    slot.device = chunk.device != nullptr ? chunk.device + chunk.used : slot.host;
+    chunk.used += rounded;
+    return slot;
+  }
+  void Grow(size_t bytes);
   void AddChunk(size_t bytes);
   void Free();
 

@@ -89,8 +89,8 @@ struct alignas(16) ChoiceGroup {
   uint32_t batch_blocks = 0;  // of a warp that selects
   uint32_t select_count = 0;  // CTAs that do
   uint32_t span_blocks = 1;   // of a span, whose chosen tokens are counted
-  // [block_count], tokens of the middle to read at once, or that compete; or null
-  const uint64_t* listed = nullptr;
+  // [block_count], made here of tokens of the middle to read at once, or that compete; or null
+  uint64_t* listed = nullptr;
   // Keys whose largest norm is wanted: tokens [norm_begin, norm_end) of the sequence, in its
   // blocks.
   const std::byte* const* norm_slices = nullptr;
@@ -123,6 +123,12 @@ struct alignas(16) ChoiceGroup {
   uint32_t* sums = nullptr;              // [head_count][kBins]
   unsigned long long* hidden = nullptr;  // [head_count], shares in units of 2^-40
   uint32_t* tickets = nullptr;           // [2]
+  // What `listed` is made of: tokens one by one, and all of [fresh_begin, fresh_end), counted from
+  // block 0.
+  const uint32_t* list = nullptr;  // [list_count], may be the host's
+  uint32_t list_count = 0;
+  uint32_t fresh_begin = 0;
+  uint32_t fresh_end = 0;
 };
 
 struct ChoiceCall {
@@ -152,8 +158,15 @@ struct ChoiceCall {
   HeadSums* part_sums = nullptr;
 };
 
-// Fills words, counts and bounds of value norms of sealed blocks.
-cudaError_t MarkWords(const ChoiceCall& call, cudaStream_t stream);
+// What comes to the device with the first kernel.
+struct ChoiceInputs {
+  // Those of the call, where MarkWords reads them: they may be on their way to where others do.
+  const ChoiceGroup* groups = nullptr;
+  Stretch copies[2] = {};
+};
+
+// Fills words, counts and bounds of value norms of sealed blocks, and copies.
+cudaError_t MarkWords(const ChoiceCall& call, const ChoiceInputs& inputs, cudaStream_t stream);
 // Largest norms of keys, of groups that want them.
 cudaError_t BoundKeys(const ChoiceCall& call, cudaStream_t stream);
 // Value norms that no sketch bounds, after MarkWords; FindThresholds has them too.

@@ -21,9 +21,9 @@ inline constexpr double kHiddenUnits = 0x1p40;
 struct GroupMemory {
   uint4 words[sizeof(ChoiceGroup) / sizeof(uint4)];
 
-  __device__ __forceinline__ const ChoiceGroup& Load(const ChoiceCall& call, uint32_t index) {
+  __device__ __forceinline__ const ChoiceGroup& Load(const ChoiceGroup* groups, uint32_t index) {
     constexpr uint32_t kWords = sizeof(ChoiceGroup) / sizeof(uint4);
-    const auto* from = reinterpret_cast<const uint4*>(call.groups + index);
+    const auto* from = reinterpret_cast<const uint4*>(groups + index);
     if (threadIdx.x < kWords) words[threadIdx.x] = from[threadIdx.x];
     return *reinterpret_cast<const ChoiceGroup*>(words);
   }

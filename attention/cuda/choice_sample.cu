@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
   LetNextStart();
   __shared__ GroupMemory group_memory;
   __shared__ SampleMemory<kHeads> memory;
-  const ChoiceGroup& group = group_memory.Load(call, blockIdx.x);
+  const ChoiceGroup& group = group_memory.Load(call.groups, blockIdx.x);
   auto* zero = reinterpret_cast<uint32_t*>(&memory);
   for (uint32_t i = threadIdx.x; i < sizeof(memory) / sizeof(uint32_t); i += blockDim.x) {
     zero[i] = 0;

@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(kSelectThreads, 3)
   extern __shared__ uint4 shared[];
   auto& memory = *reinterpret_cast<SelectMemory<kHeads>*>(shared);
   __shared__ uint32_t counts[kStepsOfBin];
-  const ChoiceGroup& group = memory.group.Load(call, blockIdx.y);
+  const ChoiceGroup& group = memory.group.Load(call.groups, blockIdx.y);
   if (threadIdx.x < kStepsOfBin) counts[threadIdx.x] = 0;
   __syncthreads();
   if (blockIdx.x >= group.select_count || group.top_k == 0) return;
@@ -500,7 +500,7 @@ __global__ void __launch_bounds__(kSelectThreads, kHeads <= 4 ? kSelectCtas : 3)
     SelectKernel(const __grid_constant__ ChoiceCall call) {
   extern __shared__ uint4 shared[];
   auto& memory = *reinterpret_cast<SelectMemory<kHeads>*>(shared);
-  const ChoiceGroup& group = memory.group.Load(call, blockIdx.y);
+  const ChoiceGroup& group = memory.group.Load(call.groups, blockIdx.y);
   __syncthreads();
   if (blockIdx.x >= group.select_count) return;
   const uint32_t warp = threadIdx.x / kWarp;

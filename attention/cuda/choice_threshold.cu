@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
     ScaleKernel(const __grid_constant__ ChoiceCall call) {
   __shared__ GroupMemory group_memory;
   __shared__ RoughTotal of_warps[kScaleWarps];
-  const ChoiceGroup& group = group_memory.Load(call, blockIdx.x);
+  const ChoiceGroup& group = group_memory.Load(call.groups, blockIdx.x);
   __syncthreads();
   FindScales<kHeads>(group, of_warps, nullptr);
 }
@@ -226,7 +226,7 @@ template <int kHeads>
 __global__ void __launch_bounds__(kChoiceThreads, kHeads <= 8 ? 4 : 2)
     HistogramKernel(const __grid_constant__ ChoiceCall call) {
   __shared__ GroupMemory group_memory;
-  const ChoiceGroup& group = group_memory.Load(call, blockIdx.y);
+  const ChoiceGroup& group = group_memory.Load(call.groups, blockIdx.y);
   __syncthreads();
   if (blockIdx.x >= group.part_count) {
     if (blockIdx.x == call.part_count_max && group.bounds_values) BoundOpenBlocks(call, group);

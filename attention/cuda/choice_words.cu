@@ -6,6 +6,8 @@ namespace kvservice::cuda {
 namespace {
 
 constexpr uint32_t kMarkThreads = kWarp * kWarp;
+// Enough to keep what connects host and device busy.
+constexpr uint32_t kCopyCtasMax = 32;
 
 __device__ __forceinline__ float MaxOverLanes(float x) {
 #pragma unroll
@@ -45,7 +47,7 @@ __device__ __forceinline__ void MarkBlock(const ChoiceCall& call, const ChoiceGr
   }
   const ChoiceWords words = WordsOf(group.ranges, block, exact);
   const uint64_t hidden = words.all & ~words.always & ~words.middle;
-  const uint64_t list = group.listed != nullptr ? group.listed[block] & words.middle : 0;
+  const uint64_t list = group.listed != nullptr ? __ldcg(group.listed + block) & words.middle : 0;
   const uint64_t pool = group.competes ? list : words.middle;
   const uint64_t to_scan = (group.scans_middle ? pool : 0) | (group.scans_hidden ? hidden : 0);
   const uint64_t at_once = (group.competes ? 0 : list) | (group.reads_middle ? words.middle : 0);
@@ -62,21 +64,44 @@ __device__ __forceinline__ void MarkBlock(const ChoiceCall& call, const ChoiceGr
   if (open) group.open_blocks[atomicAdd(open_count, 1)] = block;
 }
 
-// A CTA per group, a thread per block.
+// Words of a list, for the whole CTA.
+__device__ __forceinline__ void SpreadList(const ChoiceGroup& group) {
+  for (uint32_t block = threadIdx.x; block < group.block_count; block += kMarkThreads) {
+    group.listed[block] = WordOfRange(block, group.fresh_begin, group.fresh_end);
+  }
+  __syncthreads();
+  auto* const halves = reinterpret_cast<uint32_t*>(group.listed);
+  for (uint32_t i = threadIdx.x; i < group.list_count; i += kMarkThreads) {
+    const uint32_t token = group.list[i];
+    atomicOr(halves + token / 32, 1U << (token % 32));
+  }
+  __syncthreads();
+}
+
+// A CTA per group, a thread per block; those behind them copy.
 __global__ void __launch_bounds__(kMarkThreads)
-    MarkKernel(const __grid_constant__ ChoiceCall call) {
+    MarkKernel(const __grid_constant__ ChoiceCall call,
+               const __grid_constant__ ChoiceInputs inputs) {
   const uint32_t index = blockIdx.x;
-  const ChoiceGroup& group = call.groups[index];
+  if (index >= call.group_count) {
+    const uint32_t thread = (index - call.group_count) * kMarkThreads + threadIdx.x;
+    const uint32_t threads = (gridDim.x - call.group_count) * kMarkThreads;
+    for (const Stretch& copy : inputs.copies) CopyStretch(copy, thread, threads);
+    return;
+  }
+  __shared__ GroupMemory group_memory;
+  const ChoiceGroup& group = group_memory.Load(inputs.groups, index);
   __shared__ MarkSums of_warps[kWarp];
   __shared__ uint32_t open_count;
   if (threadIdx.x == 0) open_count = 0;
+  __syncthreads();
+  if (group.listed != nullptr) SpreadList(group);
   for (uint32_t i = threadIdx.x; i < group.zero_count; i += kMarkThreads) {
     group.zero[i] = make_uint4(0, 0, 0, 0);
   }
   for (uint32_t i = threadIdx.x; i < call.tickets_per_group; i += kMarkThreads) {
     call.tickets[size_t{index} * call.tickets_per_group + i] = 0;
   }
-  __syncthreads();
   MarkSums sums;
 #pragma unroll 2
   for (uint32_t block = threadIdx.x; block < group.block_count; block += kMarkThreads) {
@@ -132,8 +157,11 @@ cudaError_t BoundKeys(const ChoiceCall& call, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t MarkWords(const ChoiceCall& call, cudaStream_t stream) {
-  MarkKernel<<<call.group_count, kMarkThreads, 0, stream>>>(call);
+cudaError_t MarkWords(const ChoiceCall& call, const ChoiceInputs& inputs, cudaStream_t stream) {
+  const uint32_t pieces = inputs.copies[0].count + inputs.copies[1].count;
+  const uint32_t wanted = (pieces + kMarkThreads - 1) / kMarkThreads;
+  const uint32_t copy_ctas = wanted < kCopyCtasMax ? wanted : kCopyCtasMax;
+  MarkKernel<<<call.group_count + copy_ctas, kMarkThreads, 0, stream>>>(call, inputs);
   return cudaGetLastError();
 }
 

@@ -389,8 +389,9 @@ void Direct::CutWaves(Kind kind, std::vector<std::vector<Asked*>>* waves) {
 
 void Direct::Send(std::vector<Asked*> asked, absl::FunctionRef<bool()> append, Flight* flight) {
   flight->asked = std::move(asked);
-  std::vector<WaveGroup> groups(flight->asked.size());
-  for (size_t i = 0; i < groups.size(); ++i) groups[i] = flight->asked[i]->group;
+  std::vector<WaveGroup> groups;
+  groups.reserve(flight->asked.size());
+  for (const Asked* each : flight->asked) groups.push_back(each->group);
   flight->wave->Fly(*shape_, std::move(groups), pool_, stream_, append);
 }
 

@@ -113,6 +113,12 @@ cudaError_t ReserveShared(Kernel* kernel, size_t bytes) {
   return RaiseSharedLimit(reinterpret_cast<const void*>(kernel), bytes);
 }
 
+// By `threads` threads, of which this is number `thread`.
+__device__ __forceinline__ void CopyStretch(const Stretch& stretch, uint32_t thread,
+                                            uint32_t threads) {
+  for (uint32_t i = thread; i < stretch.count; i += threads) stretch.to[i] = stretch.from[i];
+}
+
 template <typename T>
 __device__ __forceinline__ T SumOverLanes(T x) {
 #pragma unroll

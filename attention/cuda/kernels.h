@@ -34,6 +34,15 @@ struct CacheShape {
   uint32_t page_bytes = 0;
 };
 
+// What a kernel copies on its way: one side is pinned memory of the host, whose addresses hold on
+// the device too. A copy of a few hundred KB costs a kernel some microseconds, and a copy engine as
+// many and a launch more.
+struct Stretch {
+  const uint4* from = nullptr;
+  uint4* to = nullptr;
+  uint32_t count = 0;  // of 16 bytes
+};
+
 // Lets a kernel have so much dynamic shared memory, and as many CTAs of it run side by side as fit:
 // left alone, the driver may keep most of the memory for the cache. The limit is the process's and
 // is only ever raised. Any thread.
@@ -149,11 +158,12 @@ struct MergeSet {
   const double* first_out = nullptr;      // [head_count][head_dim]
   const HeadSums* chosen_sums = nullptr;  // null: there is only the first
   const double* chosen_out = nullptr;
-  float* out = nullptr;  // [head_count][head_dim]
+  float* out = nullptr;  // [head_count][head_dim], may be the host's
   uint32_t head_count = 0;
 };
 struct MergeCall {
   const MergeSet* sets = nullptr;
+  Stretch results = {};  // of kernels before this one, to the host
   uint32_t set_count = 0;
   uint32_t head_count_max = 0;
   uint32_t head_dim = 0;

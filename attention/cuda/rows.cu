@@ -108,9 +108,15 @@ __global__ void ScoreKernel(const ScoreCall call) {
   if (lane == 0) call.scores[index] = {.logit = logit, .key_squares = squares};
 }
 
-// A CTA per head and set. Doubles throughout, but for the output: what the merge adds to an
-// output's error is far below the margin that MergePartials counts for it.
+// A CTA per head and set, and behind them those that copy. Doubles throughout, but for the output:
+// what the merge adds to an output's error is far below the margin that MergePartials counts for
+// it.
 __global__ void MergeKernel(const MergeCall call) {
+  if (blockIdx.x >= call.set_count) {
+    const uint32_t cta = (blockIdx.x - call.set_count) * gridDim.y + blockIdx.y;
+    const uint32_t ctas = (gridDim.x - call.set_count) * gridDim.y;
+    return CopyStretch(call.results, cta * kThreads + threadIdx.x, ctas * kThreads);
+  }
   const MergeSet set = call.sets[blockIdx.x];
   const uint32_t head = blockIdx.y;
   if (head >= set.head_count) return;
@@ -195,7 +201,11 @@ cudaError_t Score(const ScoreCall& call, cudaStream_t stream) {
 
 cudaError_t MergeOutputs(const MergeCall& call, cudaStream_t stream) {
   if (call.set_count == 0) return cudaSuccess;
-  MergeKernel<<<dim3(call.set_count, call.head_count_max), kThreads, 0, stream>>>(call);
+  constexpr uint32_t kCopyColumnsMax = 16;
+  const uint32_t column = call.head_count_max * kThreads;
+  const uint32_t wanted = (call.results.count + column - 1) / column;
+  const uint32_t columns = call.set_count + (wanted < kCopyColumnsMax ? wanted : kCopyColumnsMax);
+  MergeKernel<<<dim3(columns, call.head_count_max), kThreads, 0, stream>>>(call);
   return cudaGetLastError();
 }
 

@@ -48,15 +48,12 @@ uint32_t Wave::HeadsOf(const WaveGroup& group) const {
 void Wave::Take(const LayerShape& shape, std::vector<WaveGroup> groups) {
   shape_ = &shape;
   groups_ = std::move(groups);
-  to_device_.Reset();
-  queries_.Reset();
-  to_host_.Reset();
+  for (Arena* arena : {&to_device_, &attentions_, &queries_, &on_host_, &to_host_}) arena->Reset();
   scratch_.Reset();
   bounded_ = groups_[0].proves();
   lists_ = chooses_ = bounds_values_ = ranks_ = false;
   head_count_max_ = 0;
   while (inputs_.size() < groups_.size()) inputs_.emplace_back();
-  choices_.assign(groups_.size(), {});
   for (size_t i = 0; i < groups_.size(); ++i) {
     WaveGroup& group = groups_[i];
     group.begin = WindowBegin(shape.sliding_window, group.row->position);
@@ -72,21 +69,21 @@ void Wave::Take(const LayerShape& shape, std::vector<WaveGroup> groups) {
   for (uint32_t i = 0; i < groups_.size(); ++i) TakeInputs(groups_[i], &inputs_[i]);
 }
 
-// Everything but the queries.
-void Wave::Lay(ThreadPool* pool) {
+// What is marked and scanned.
+void Wave::LayChoice() {
   BuildChoices();
-  BuildFirst(pool);
   scan_ = ScanCall();
+  if (chooses_) BuildScan();
+}
+
+void Wave::LayAttentions(ThreadPool* pool) {
+  BuildFirst(pool);
   anchors_ = AnchorCall();
   if (chooses_) {
-    BuildScan();
     BuildChosen();
     BuildAnchors();
   }
   BuildMerge();
-  const Slot<ChoiceGroup> slot = to_device_.Take<ChoiceGroup>(choices_.size());
-  std::copy(choices_.begin(), choices_.end(), slot.host);
-  choice_.groups = slot.device;
 }
 
 void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs) {
@@ -94,20 +91,14 @@ void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs) {
   const uint32_t heads = HeadsOf(group);
   inputs->qs = queries_.Take<float>(size_t{heads} * dim);
   inputs->visible = queries_.Take<uint32_t>(size_t{2} * heads);
-  inputs->listed = {};
-  if (group.has_list()) inputs->listed = queries_.Take<uint64_t>(BlocksOf(group));
+  inputs->list = {};
+  if (group.has_list()) inputs->list = on_host_.Take<uint32_t>(group.list.size());
   if (!Scans(group)) return;
   inputs->qw = queries_.Take<float>(size_t{SketchDirections(dim)} * heads);
   if (!bounded_) return;
   inputs->metric = queries_.Take<float>(dim);
   inputs->x = queries_.Take<float>(size_t{heads} * dim);
   inputs->norm = queries_.Take<double>(size_t{4} * heads);
-}
-
-void Wave::FillAll(ThreadPool* pool) {
-  pool->ParallelFor(
-      static_cast<uint32_t>(groups_.size()), [&](uint32_t i, uint32_t) { Fill(i); },
-      kGroupsPerThread);
 }
 
 // Any thread, one per group.
@@ -130,15 +121,8 @@ void Wave::Fill(uint32_t index) {
     inputs.visible.host[2 * head + 1] = group.Relative(queries.visible_end[head]);
   }
   if (group.has_list()) {
-    std::fill_n(inputs.listed.host, BlocksOf(group), 0);
-    const auto mark = [&](uint32_t position) {
-      inputs.listed.host[(position - base) / kWordTokens] |= uint64_t{1}
-                                                             << (position % kWordTokens);
-    };
-    for (const uint32_t position : group.list) mark(position);
-    for (uint32_t position = group.fresh_begin; position < group.fresh_end; ++position) {
-      mark(position);
-    }
+    std::transform(group.list.begin(), group.list.end(), inputs.list.host,
+                   [base](uint32_t position) { return position - base; });
   }
   if (!Scans(group)) return;
   std::array<const float*, kChoiceHeadsMax> q;
@@ -162,30 +146,23 @@ void Wave::Fill(uint32_t index) {
   }
 }
 
-void Wave::Mark() {
-  to_device_.Upload(context_.stream);
-  Run(MarkWords(choice_, context_.stream), "mark");
+void Wave::Prepare(ThreadPool* pool) {
+  pool->ParallelForBeside([this] { LayChoice(); }, static_cast<uint32_t>(groups_.size()),
+                          [this](uint32_t i, uint32_t) { Fill(i); }, kGroupsPerThread);
 }
 
-// One thread lays the wave out and sends that while the others fill in the queries: without lists
-// Lay needs no other thread, and asks the pool for none. Lists take all of them for both, and are
-// marked from what comes with the queries.
-void Wave::Prepare(ThreadPool* pool) {
-  if (lists_) {
-    Lay(pool);
-    FillAll(pool);
-    queries_.Upload(context_.stream);
-    return Mark();
+// Takes along what the wave is made of, as far as it is there.
+void Wave::Mark(cudaStream_t stream) {
+  ChoiceInputs inputs{.groups = choices_.data()};
+  uint32_t count = 0;
+  for (Arena* arena : {&to_device_, &queries_}) {
+    if (arena->is_in_one_piece()) {
+      inputs.copies[count++] = arena->ToDevice();
+    } else {
+      arena->Upload(stream);
+    }
   }
-  pool->ParallelFor(
-      static_cast<uint32_t>(groups_.size()) + 1,
-      [&](uint32_t i, uint32_t) {
-        if (i > 0) return Fill(i - 1);
-        Lay(pool);
-        Mark();
-      },
-      kGroupsPerThread);
-  queries_.Upload(context_.stream);
+  Run(MarkWords(choice_, inputs, stream), "mark");
 }
 
 void Wave::Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool,
@@ -196,33 +173,34 @@ void Wave::Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
   Check(cudaStreamWaitEvent(stream, forked_, 0), "event");
   Take(shape, std::move(groups));
   Prepare(pool);
+  Mark(stream);
   Fork(stream);
   LaunchScan(stream);
   if (append()) {
     Check(cudaEventRecord(appended_, after), "event");
     Check(cudaStreamWaitEvent(side_, appended_, 0), "event");
   }
+  LayAttentions(pool);
+  attentions_.Upload(side_);
   LaunchFirst();
   LaunchRest(stream, Stage::kAll);
-  to_host_.Download(stream);
 }
 
 void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool) {
   Take(shape, std::move(groups));
-  Lay(pool);
-  FillAll(pool);
+  Prepare(pool);
+  LayAttentions(pool);
 }
 
 void Wave::Upload(cudaStream_t after) {
   Check(cudaEventRecord(forked_, after), "event");
   Check(cudaStreamWaitEvent(context_.stream, forked_, 0), "event");
-  to_device_.Upload(context_.stream);
-  queries_.Upload(context_.stream);
+  for (Arena* arena : {&to_device_, &queries_, &attentions_}) arena->Upload(context_.stream);
 }
 
 void Wave::Launch(cudaStream_t stream, Stage last) {
   launch_count_ = 0;
-  Run(MarkWords(choice_, stream), "mark");
+  Run(MarkWords(choice_, {.groups = choice_.groups}, stream), "mark");
   if (last == Stage::kMark) return;
   Fork(stream);
   LaunchScan(stream);
@@ -271,7 +249,10 @@ void Wave::LaunchRest(cudaStream_t stream, Stage last) {
     Run(cuda::Attend(chosen_, stream), "attend");
     if (anchors_.set_count > 0) Check(cudaStreamWaitEvent(stream, attended_, 0), "event");
   }
+  // As the last kernel it takes along what those before it have come to.
+  if (to_host_.is_in_one_piece()) merge_.results = to_host_.ToHost();
   Run(MergeOutputs(merge_, stream), "merge");
+  if (!to_host_.is_in_one_piece()) to_host_.Download(stream);
 }
 
 void Wave::Wait() { Check(cudaStreamSynchronize(context_.stream), "wave"); }

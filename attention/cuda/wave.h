@@ -3,8 +3,8 @@
 // chosen, add up. Nothing in between waits for the host, and what comes back is outputs and a few
 // numbers per head.
 //
-// Launched and looked at by one thread. While it is built, threads of the pool fill in queries, one
-// group each, and one of them lays out and marks everything else.
+// Launched and looked at by one thread. Threads of the pool fill in queries, one group each, while
+// one lays out what is scanned; what is attended to it lays out while the device scans.
 
 #ifndef KVSERVICE_ATTENTION_CUDA_WAVE_H_
 #define KVSERVICE_ATTENTION_CUDA_WAVE_H_
@@ -139,7 +139,7 @@ class Wave {
     Slot<float> qs, x, qw, metric;
     Slot<double> norm;
     Slot<uint32_t> visible;
-    Slot<uint64_t> listed;               // words
+    Slot<uint32_t> list;                 // counted from the group's first block
     Slot<double> first_out, chosen_out;  // [heads][head_dim], on the device alone
     ScanQueries scan;
     std::vector<AttendJob> first_jobs;
@@ -150,10 +150,10 @@ class Wave {
   uint32_t HeadsOf(const WaveGroup& group) const;
   void TakeInputs(const WaveGroup& group, Inputs* inputs);
   void Take(const LayerShape& shape, std::vector<WaveGroup> groups);
-  void Lay(ThreadPool* pool);
   void Prepare(ThreadPool* pool);
-  void Mark();
-  void FillAll(ThreadPool* pool);
+  void LayChoice();
+  void LayAttentions(ThreadPool* pool);
+  void Mark(cudaStream_t stream);
   void Fill(uint32_t index);
   void SetRanges(const WaveGroup& group, ChoiceGroup* choice) const;
   void SetRules(const WaveGroup& group, ChoiceGroup* choice) const;
@@ -162,6 +162,7 @@ class Wave {
   void TakeScratch(const WaveGroup& group, ChoiceGroup* choice);
   void TakeZeros(ChoiceGroup* choice);
   void TakeResults(uint32_t index);
+  void SetList(uint32_t index);
   void BuildChoices();
   void BuildFirst(ThreadPool* pool);
   void CutFirst(uint32_t index, uint32_t words_per_job);
@@ -187,7 +188,7 @@ class Wave {
   const LayerShape* shape_ = nullptr;
   std::vector<WaveGroup> groups_;
   std::deque<Inputs> inputs_;
-  std::vector<ChoiceGroup> choices_;
+  absl::Span<ChoiceGroup> choices_;  // of to_device_
   bool bounded_ = false;
   bool lists_ = false;  // some group has a list
   bool chooses_ = false;
@@ -196,8 +197,11 @@ class Wave {
   bool ranks_ = false;
   uint32_t head_count_max_ = 0;
   uint32_t launch_count_ = 0;
+  // What is marked and scanned; what is attended to; queries; lists and outputs.
   Arena to_device_{Arena::Sides::kBoth};
+  Arena attentions_{Arena::Sides::kBoth};
   Arena queries_{Arena::Sides::kBoth};
+  Arena on_host_{Arena::Sides::kHost};
   Arena to_host_{Arena::Sides::kBoth};
   Arena scratch_{Arena::Sides::kDevice};
   Slot<ChoiceStats> stats_;

@@ -107,8 +107,10 @@ void Wave::TakeWords(WaveGroup* group, ChoiceGroup* choice) {
   const AttendRow& row = *group->row;
   const bool wants_read = row.selected != nullptr;
   Arena& first = wants_read ? to_host_ : scratch_;
-  const bool keeps = row.plan.lists != nullptr && (row.plan.keeps_selection || group->competes ||
-                                                   !group->anchor_queries.empty());
+  // A list that is read as it is is known.
+  const bool keeps =
+      row.plan.lists != nullptr && !group->listed &&
+      (row.plan.keeps_selection || group->competes || !group->anchor_queries.empty());
   Arena& chosen = wants_read || keeps ? to_host_ : scratch_;
   group->first = first.Take<uint64_t>(blocks);
   group->chosen = chosen.Take<uint64_t>(blocks);
@@ -163,7 +165,7 @@ void Wave::TakeResults(uint32_t index) {
   Inputs& inputs = inputs_[index];
   const uint32_t heads = HeadsOf(group);
   const size_t channels = size_t{heads} * shape_->layout.head_dim;
-  group.out = to_host_.Take<float>(channels);
+  group.out = on_host_.Take<float>(channels);
   group.first_sums = to_host_.Take<HeadSums>(heads);
   inputs.first_out = scratch_.Take<double>(channels);
   group.chosen_sums = {};
@@ -174,6 +176,17 @@ void Wave::TakeResults(uint32_t index) {
   group.dropped = to_host_.Take<DroppedSums>(heads);
 }
 
+void Wave::SetList(uint32_t index) {
+  const WaveGroup& group = groups_[index];
+  if (!group.has_list()) return;
+  ChoiceGroup& choice = choices_[index];
+  choice.listed = scratch_.Take<uint64_t>(choice.block_count).device;
+  choice.list = inputs_[index].list.host;
+  choice.list_count = static_cast<uint32_t>(group.list.size());
+  choice.fresh_begin = group.Relative(group.fresh_begin);
+  choice.fresh_end = group.Relative(group.fresh_end);
+}
+
 void Wave::BuildChoices() {
   const size_t count = groups_.size();
   stats_ = to_host_.Take<ChoiceStats>(count);
@@ -182,8 +195,12 @@ void Wave::BuildChoices() {
   // Of both attentions: a tile may be as small as one head.
   tickets_ = scratch_.Take<uint32_t>(2 * count * head_count_max_);
   choice_ = ChoiceCall();
+  const Slot<ChoiceGroup> choices = to_device_.Take<ChoiceGroup>(count);
+  choices_ = absl::MakeSpan(choices.host, count);
+  choice_.groups = choices.device;
   for (uint32_t i = 0; i < count; ++i) {
     ChoiceGroup& choice = choices_[i];
+    choice = ChoiceGroup();
     SetRanges(groups_[i], &choice);
     SetRules(groups_[i], &choice);
     ShareOut(all_blocks, &choice);
@@ -192,7 +209,7 @@ void Wave::BuildChoices() {
     groups_[i].stats = {stats_.host + i, stats_.device + i};
     choice.stats = stats_.device + i;
     choice.visible = inputs_[i].visible.device;
-    choice.listed = inputs_[i].listed.device;
+    SetList(i);
     choice.first_sums = groups_[i].first_sums.device;
     choice.dropped = groups_[i].dropped.device;
     if (chooses_) TakeScratch(groups_[i], &choice);
@@ -321,9 +338,9 @@ void Wave::BuildFirst(ThreadPool* pool) {
       lists_ ? kGroupsPerThread : count);
   size_t job_count = 0;
   for (uint32_t i = 0; i < count; ++i) job_count += inputs_[i].first_jobs.size();
-  const Slot<AttendJob> jobs = to_device_.Take<AttendJob>(job_count);
+  const Slot<AttendJob> jobs = attentions_.Take<AttendJob>(job_count);
   AttendJob* to = jobs.host;
-  const Slot<AttendSet> sets = to_device_.Take<AttendSet>(count);
+  const Slot<AttendSet> sets = attentions_.Take<AttendSet>(count);
   for (uint32_t i = 0; i < count; ++i) {
     const std::vector<AttendJob>& own_jobs = inputs_[i].first_jobs;
     to = std::copy(own_jobs.begin(), own_jobs.end(), to);
@@ -410,7 +427,7 @@ void Wave::BuildScan() {
 void Wave::BuildChosen() {
   const auto count = static_cast<uint32_t>(groups_.size());
   chosen_ = first_;
-  const Slot<AttendSet> sets = to_device_.Take<AttendSet>(count + 1);
+  const Slot<AttendSet> sets = attentions_.Take<AttendSet>(count + 1);
   for (uint32_t i = 0; i < count; ++i) {
     AttendSet set = SetOf(i, choices_[i].chosen);
     set.out = inputs_[i].chosen_out.device;
@@ -435,7 +452,7 @@ void Wave::BuildChosen() {
 
 void Wave::BuildMerge() {
   const auto count = static_cast<uint32_t>(groups_.size());
-  const Slot<MergeSet> sets = to_device_.Take<MergeSet>(count);
+  const Slot<MergeSet> sets = attentions_.Take<MergeSet>(count);
   for (uint32_t i = 0; i < count; ++i) {
     sets.host[i] = {.first_sums = groups_[i].first_sums.device,
                     .first_out = inputs_[i].first_out.device,
@@ -455,7 +472,7 @@ void Wave::BuildAnchors() {
   const auto verifies = [](const WaveGroup& group) { return group.verifies; };
   const auto count = static_cast<uint32_t>(std::count_if(groups_.begin(), groups_.end(), verifies));
   if (count == 0) return;
-  const Slot<AnchorSet> sets = to_device_.Take<AnchorSet>(count);
+  const Slot<AnchorSet> sets = attentions_.Take<AnchorSet>(count);
   uint32_t index = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     WaveGroup& group = groups_[i];

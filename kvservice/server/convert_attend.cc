@@ -128,6 +128,13 @@ v1::Action ActionToProto(Action action) {
   return v1::ACTION_UNSPECIFIED;
 }
 
+// A column of so many numbers, to be filled in.
+template <typename T>
+T* ColumnOf(google::protobuf::RepeatedField<T>* field, size_t count) {
+  field->Reserve(static_cast<int>(count));
+  return field->AddNAlreadyReserved(static_cast<int>(count));
+}
+
 // Columns that most replies do without are written only if they say something.
 void OutputErrorsToProto(const std::vector<HeadCertificate>& certificates, v1::Certificates* to) {
   if (std::all_of(certificates.begin(), certificates.end(), [](const HeadCertificate& head) {
@@ -135,10 +142,14 @@ void OutputErrorsToProto(const std::vector<HeadCertificate>& certificates, v1::C
       })) {
     return;
   }
+  const size_t count = certificates.size();
+  float* upper = ColumnOf(to->mutable_output_error_upper(), count);
+  float* relative = ColumnOf(to->mutable_output_error_relative_upper(), count);
+  float* norm_lower = ColumnOf(to->mutable_value_norm_lower(), count);
   for (const HeadCertificate& head : certificates) {
-    to->add_output_error_upper(RoundUpToFloat(head.output_error_upper));
-    to->add_output_error_relative_upper(RoundUpToFloat(RelativeOutputError(head)));
-    to->add_value_norm_lower(RoundDownToFloat(head.value_norm_lower));
+    *upper++ = RoundUpToFloat(head.output_error_upper);
+    *relative++ = RoundUpToFloat(RelativeOutputError(head));
+    *norm_lower++ = RoundDownToFloat(head.value_norm_lower);
   }
 }
 
@@ -159,20 +170,17 @@ void SamplesToProto(const std::vector<HeadCertificate>& certificates, v1::Certif
 void CertificatesToProto(const std::vector<HeadCertificate>& certificates, v1::Certificates* to) {
   // A call of many sequences has hundreds: columns are made once, in one go over what is in other
   // threads' caches.
-  const auto column = [count = static_cast<int>(certificates.size())](auto* field) {
-    field->Reserve(count);
-    return field->AddNAlreadyReserved(count);
-  };
-  int* level = column(to->mutable_level());
-  int* action = column(to->mutable_action());
-  bool* met = column(to->mutable_met());
-  float* mass_upper = column(to->mutable_dropped_mass_upper());
-  float* mass_lower = column(to->mutable_dropped_mass_lower());
-  double* kept_lower = column(to->mutable_log_kept_lower());
-  double* kept_upper = column(to->mutable_log_kept_upper());
-  double* dropped_lower = column(to->mutable_log_dropped_lower());
-  double* dropped_upper = column(to->mutable_log_dropped_upper());
-  float* mass_estimate = column(to->mutable_dropped_mass_estimate());
+  const size_t count = certificates.size();
+  int* level = ColumnOf(to->mutable_level(), count);
+  int* action = ColumnOf(to->mutable_action(), count);
+  bool* met = ColumnOf(to->mutable_met(), count);
+  float* mass_upper = ColumnOf(to->mutable_dropped_mass_upper(), count);
+  float* mass_lower = ColumnOf(to->mutable_dropped_mass_lower(), count);
+  double* kept_lower = ColumnOf(to->mutable_log_kept_lower(), count);
+  double* kept_upper = ColumnOf(to->mutable_log_kept_upper(), count);
+  double* dropped_lower = ColumnOf(to->mutable_log_dropped_lower(), count);
+  double* dropped_upper = ColumnOf(to->mutable_log_dropped_upper(), count);
+  float* mass_estimate = ColumnOf(to->mutable_dropped_mass_estimate(), count);
   bool any_failure_probability = false;
   for (const HeadCertificate& head : certificates) {
     *level++ = LevelToProto(head.level);
@@ -203,26 +211,27 @@ void ColumnToProto(const std::vector<Report>& reports, float Report::*member,
                    google::protobuf::RepeatedField<float>* to) {
   const auto says = [member](const Report& report) { return report.*member >= 0.0F; };
   if (std::none_of(reports.begin(), reports.end(), says)) return;
-  for (const Report& report : reports) to->Add(report.*member);
+  float* column = ColumnOf(to, reports.size());
+  for (const Report& report : reports) *column++ = report.*member;
 }
 
 void GroupsToProto(const std::vector<GroupReport>& groups, v1::GroupReports* to) {
-  const int count = static_cast<int>(groups.size());
-  to->mutable_action()->Reserve(count);
-  to->mutable_scanned()->Reserve(count);
-  to->mutable_tokens_read()->Reserve(count);
-  to->mutable_tokens_scanned()->Reserve(count);
-  to->mutable_similarity()->Reserve(count);
-  to->mutable_keys_sampled()->Reserve(count);
-  to->mutable_rows_sampled()->Reserve(count);
+  const size_t count = groups.size();
+  int* action = ColumnOf(to->mutable_action(), count);
+  bool* scanned = ColumnOf(to->mutable_scanned(), count);
+  uint32_t* tokens_read = ColumnOf(to->mutable_tokens_read(), count);
+  uint32_t* tokens_scanned = ColumnOf(to->mutable_tokens_scanned(), count);
+  float* similarity = ColumnOf(to->mutable_similarity(), count);
+  uint32_t* keys_sampled = ColumnOf(to->mutable_keys_sampled(), count);
+  uint32_t* rows_sampled = ColumnOf(to->mutable_rows_sampled(), count);
   for (const GroupReport& group : groups) {
-    to->add_action(ActionToProto(group.action));
-    to->add_scanned(group.scanned);
-    to->add_tokens_read(group.tokens_read);
-    to->add_tokens_scanned(group.tokens_scanned);
-    to->add_similarity(group.similarity);
-    to->add_keys_sampled(group.keys_sampled);
-    to->add_rows_sampled(group.rows_sampled);
+    *action++ = ActionToProto(group.action);
+    *scanned++ = group.scanned;
+    *tokens_read++ = group.tokens_read;
+    *tokens_scanned++ = group.tokens_scanned;
+    *similarity++ = group.similarity;
+    *keys_sampled++ = group.keys_sampled;
+    *rows_sampled++ = group.rows_sampled;
   }
   ColumnToProto(groups, &GroupReport::sharing_estimate, to->mutable_sharing_estimate());
   ColumnToProto(groups, &GroupReport::key_norm_max, to->mutable_key_norm_max());

@@ -6,6 +6,7 @@
 #include <barrier>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <vector>
 
 namespace kvservice {
@@ -39,6 +40,37 @@ TEST(ThreadPool, ThreadIndicesAreExclusive) {
     busy[thread].store(false);
   });
   EXPECT_EQ(clashes.load(), 0U);
+}
+
+TEST(ThreadPool, TheCallersOwnPartIsTheCallers) {
+  for (const uint32_t threads : {1U, 4U}) {
+    ThreadPool pool(threads, /*spin_us=*/1000);
+    for (uint32_t count = 0; count < 2000; ++count) {
+      std::thread::id own;
+      std::atomic<uint32_t> tasks{0};
+      pool.ParallelForBeside([&] { own = std::this_thread::get_id(); }, count % 9,
+                             [&](uint32_t, uint32_t) { ++tasks; });
+      ASSERT_EQ(own, std::this_thread::get_id());
+      ASSERT_EQ(tasks, count % 9);
+    }
+  }
+}
+
+// A thread that is slow, or does not come, holds nobody up.
+TEST(ThreadPool, OthersTakeWhatAThreadLeaves) {
+  constexpr uint32_t kThreads = 4;
+  constexpr uint32_t kTasks = 64;
+  ThreadPool pool(kThreads);
+  std::barrier begin(kThreads);
+  std::atomic<uint32_t> ended{0};
+  pool.ParallelFor(kTasks, [&](uint32_t task, uint32_t) {
+    // Each thread has one.
+    if (task < kThreads) begin.arrive_and_wait();
+    // The first waits until all others have run, the rest of its stripe among them.
+    while (task == 0 && ended < kTasks - 1) std::this_thread::yield();
+    ++ended;
+  });
+  EXPECT_EQ(ended, kTasks);
 }
 
 // Every task waits for all: a call really runs on all threads at once.
