@@ -102,8 +102,8 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "return {std::min(1.0, std::max(DBL_MIN, share * (1.0 + kRelative)))};",
      "return {share > 0.0 ? 1.0 : 0.0};", "adversary_test", ATTACK),
     ("float_up", LOG_MASS,
-     "return std::nextafter(nearest, std::numeric_limits<float>::infinity());", "return nearest;",
-     "log_mass_test", ""),
+     "return std::bit_cast<float>(nearest < 0.0F ? bits - 1 : bits + 1);",
+     "return std::bit_cast<float>(nearest < 0.0F ? bits : bits);", "log_mass_test", ""),
     # ---- Directed rounding of single operations ----
     ("next_up", ROUNDING, "std::bit_cast<uint64_t>(x + 0.0) + 1",
      "std::bit_cast<uint64_t>(x + 0.0)", "rounding_test", ""),
