@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
@@ -37,9 +36,6 @@ constexpr uint32_t kOperationsPerConnection = 400;
 constexpr uint64_t kPoolBytes = 6'000'000;
 // So that the rows which wait there come and go many times: memory rises until they do.
 constexpr uint64_t kDiskBufferBytes = uint64_t{1} << 20;
-// A soak is about what stays. How long calls take is for other campaigns: in an hour others may
-// have the machine for seconds.
-constexpr std::chrono::seconds kDeadline{30};
 constexpr double kGrowthAllowedBytes = 4.0 * (1 << 20);
 
 struct Owned {
@@ -176,7 +172,6 @@ void Worker::Run(const std::atomic<bool>& stop) {
   while (!stop) {
     client::ClientOptions options;
     options.endpoint = endpoint_;
-    options.deadlines.data = kDeadline;
     auto client = client::Client::Connect(options);
     if (!client.ok()) return result.Fail(client.status().ToString());
     client_ = *std::move(client);
