@@ -3,7 +3,7 @@
 // `cuda`. All must agree: same table of cases, stated tolerances, bounds with none.
 //
 // Thread rules: one thread (the engine's executor) calls Append, Seal, Copy and Attend, one at a
-// time; Allocate and NewTokenLists may be called from any thread. A device may use threads of its
+// time; Allocate, AllocateOnHost and NewTokenLists may be called from any thread. A device may use threads of its
 // own inside a call; when a call returns all its work is done, but for what Append and Seal write:
 // the device's other calls find it done, and the sources are not needed any more.
 
@@ -179,6 +179,9 @@ class Device {
   virtual std::string_view name() const = 0;
   // RESOURCE_EXHAUSTED when the memory cannot be had. Contents are zero.
   virtual absl::StatusOr<DeviceMemory> Allocate(size_t bytes) = 0;
+  // Memory of the host that the device reads and writes in place, slower than its own. The same as
+  // Allocate on a device whose memory is the host's.
+  virtual absl::StatusOr<DeviceMemory> AllocateOnHost(size_t bytes) { return Allocate(bytes); }
   // Lists for one sequence and layer: at most `anchors_max` anchors per KV head, the least recently
   // used goes first.
   virtual std::unique_ptr<TokenLists> NewTokenLists(const KvLayout& layout,

@@ -479,7 +479,7 @@ absl::StatusOr<std::unique_ptr<Engine>> NewEngine(const EngineOptions& options,
   }
   const absl::Status quotas = CheckQuotas(options);
   if (!quotas.ok()) return quotas;
-  auto pool = BlockPool::New(device.get(), options.pool_bytes);
+  auto pool = BlockPool::New(device.get(), options.pool_bytes, options.host_pool_bytes);
   if (!pool.ok()) return pool.status();
   const absl::StatusOr<EngineSecrets> secrets = MakeSecrets(options, random);
   if (!secrets.ok()) return secrets.status();

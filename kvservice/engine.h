@@ -81,8 +81,12 @@ struct TensorView {
 };
 
 struct EngineOptions {
-  // Host memory for slices and sketches, reserved at start.
+  // Memory of the device for slices and sketches, reserved at start.
   size_t pool_bytes = size_t{4} << 30;
+  // Memory of the host for slices that the device has no room for and reads in place, reserved
+  // (pinned) at start. Sketches stay on the device.
+  size_t host_pool_bytes = 0;
+  size_t memory_bytes() const { return pool_bytes + host_pool_bytes; }
   uint32_t sequences_max = 4096;
   uint32_t sequences_per_tenant_max = 4096;
   // Of tenants by name, and of all others, which reserves nothing. What all reserve together fits
@@ -302,8 +306,14 @@ inline constexpr size_t kEvictionCauseCount = 3;
 using EvictionTotals = std::array<uint64_t, kEvictionCauseCount>;  // By cause.
 
 struct EngineStats {
+  // Of the device's memory and the host's together, then of the host's.
   size_t pool_bytes = 0;
   size_t pool_bytes_used = 0;
+  size_t host_pool_bytes = 0;
+  size_t host_pool_bytes_used = 0;
+  // Times that the rows of a block went to the host, and came back.
+  uint64_t blocks_to_host_total = 0;
+  uint64_t blocks_to_device_total = 0;
   uint64_t blocks_used = 0;
   uint32_t sequences = 0;
   uint32_t models = 0;

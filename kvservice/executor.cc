@@ -69,6 +69,7 @@ Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
       pool_(std::move(pool)),
       prefix_index_(options.prefix_tokens_per_tenant_max / kBlockTokens),
       table_(options.sequences_max, options.sequences_per_tenant_max),
+      placement_(pool_.get(), &table_, clock),
       tenants_(&options_, pool_.get(), &table_),
       store_({.options = &options_,
               .clock = clock,
@@ -93,7 +94,12 @@ Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
                      .totals = &totals_,
                      .masses = &masses_,
                      .draw_keys = &draw_keys_,
-                     .auditor = &auditor_}) {}
+                     .auditor = &auditor_}) {
+  if (pool_->host_arena() == nullptr) return;
+  pool_->SetRoomMaker([this](size_t bytes) {
+    if (!attend_batch_.has_begun()) placement_.MakeRoom(bytes);
+  });
+}
 
 std::optional<SequenceId> Executor::MustWait(const AttendCall& call, bool is_again) {
   if (table_.absent_count() == 0) return std::nullopt;
@@ -708,6 +714,7 @@ void Executor::Sweep() {
       table_.Sweep(clock_->SteadyNowNs(), kSweepSequencesMax,
                    [this](SequenceRecord* record) { return store_.Expire(record); });
   receiver_.Sweep();
+  placement_.Step();
   store_.KeepWatermark();
   store_.SweepScrub();
 }
@@ -715,6 +722,12 @@ void Executor::Sweep() {
 void Executor::FillStats(EngineStats* stats) const {
   stats->pool_bytes = pool_->bytes();
   stats->pool_bytes_used = pool_->bytes_used();
+  if (const BlockArena* const host = pool_->host_arena(); host != nullptr) {
+    stats->host_pool_bytes = host->bytes();
+    stats->host_pool_bytes_used = host->bytes_used();
+  }
+  stats->blocks_to_host_total = pool_->moved_total(RowPlace::kHost);
+  stats->blocks_to_device_total = pool_->moved_total(RowPlace::kDevice);
   stats->blocks_used = pool_->blocks_used();
   stats->sequences = table_.count();
   stats->tenants = tenants_.count();

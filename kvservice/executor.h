@@ -29,6 +29,7 @@
 #include "kvservice/model_registry.h"
 #include "kvservice/prefix_chain.h"
 #include "kvservice/random.h"
+#include "kvservice/row_placement.h"
 #include "kvservice/sequence_store.h"
 #include "kvservice/sequence_table.h"
 #include "kvservice/table_learner.h"
@@ -211,6 +212,7 @@ class Executor {
   const std::unique_ptr<BlockPool> pool_;
   PrefixIndex prefix_index_;
   SequenceTable table_;
+  RowPlacement placement_;
   Tenants tenants_;
   SequenceStore store_;
   TransferReceiver receiver_;

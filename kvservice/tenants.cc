@@ -28,10 +28,10 @@ absl::Status QuotasFull() {
 absl::Status CheckQuotas(const EngineOptions& options) {
   if (options.tenant_quotas.size() > kTenantQuotasMax) return QuotasFull();
   absl::Status status =
-      CheckQuota("", options.quota_default, options.pool_bytes, options.pool_bytes);
+      CheckQuota("", options.quota_default, options.memory_bytes(), options.memory_bytes());
   uint64_t reserved = 0;
   for (const auto& [tenant, quota] : options.tenant_quotas) {
-    if (status.ok()) status = CheckQuota("", quota, reserved, options.pool_bytes);
+    if (status.ok()) status = CheckQuota("", quota, reserved, options.memory_bytes());
     reserved += quota.pool_bytes_reserved;
   }
   return status;

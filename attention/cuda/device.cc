@@ -74,6 +74,8 @@ void ReleaseMemory(std::byte* data, size_t /*bytes*/) {
   cudaFree(data);
 }
 
+void ReleaseHostMemory(std::byte* data, size_t /*bytes*/) { cudaFreeHost(data); }
+
 class CudaDevice : public Device {
  public:
   CudaDevice(uint32_t thread_count, uint32_t spin_us, uint32_t multiprocessors);
@@ -81,6 +83,7 @@ class CudaDevice : public Device {
 
   std::string_view name() const override { return "cuda"; }
   absl::StatusOr<DeviceMemory> Allocate(size_t bytes) override;
+  absl::StatusOr<DeviceMemory> AllocateOnHost(size_t bytes) override;
   std::unique_ptr<TokenLists> NewTokenLists(const KvLayout& layout, uint32_t anchors_max) override {
     return std::make_unique<HostLists>(layout, anchors_max);
   }
@@ -234,6 +237,21 @@ absl::StatusOr<DeviceMemory> CudaDevice::Allocate(size_t bytes) {
   Check(cudaMemset(data, 0, least), "cudaMemset");
   Check(cudaStreamSynchronize(nullptr), "cudaMemset");
   return DeviceMemory(static_cast<std::byte*>(data), least, ReleaseMemory);
+}
+
+// Pinned, so that the device has it under the address that the host has.
+absl::StatusOr<DeviceMemory> CudaDevice::AllocateOnHost(size_t bytes) {
+  void* data = nullptr;
+  const size_t least = std::max<size_t>(bytes, 1);
+  if (const cudaError_t code = cudaHostAlloc(&data, least, cudaHostAllocPortable);
+      code != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return absl::ResourceExhaustedError(
+        absl::StrCat("cannot pin ", bytes, " bytes of the host's memory: ",
+                     cudaGetErrorString(code)));
+  }
+  std::memset(data, 0, least);
+  return DeviceMemory(static_cast<std::byte*>(data), least, ReleaseHostMemory);
 }
 
 void CudaDevice::Copy(absl::Span<const MemoryCopy> copies) {

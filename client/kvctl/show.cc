@@ -231,6 +231,8 @@ Json ToJson(const v1::GetServerInfoResponse& info) {
 Json ToJson(const v1::GetStatsResponse& stats) {
   return {{"pool_bytes", stats.pool_bytes()},
           {"pool_used_bytes", stats.pool_used_bytes()},
+          {"host_pool_bytes", stats.host_pool_bytes()},
+          {"host_pool_used_bytes", stats.host_pool_used_bytes()},
           {"block_count", stats.block_count()},
           {"sequence_count", stats.sequence_count()},
           {"model_count", stats.model_count()},
@@ -374,6 +376,8 @@ std::string ToTable(const v1::GetStatsResponse& stats) {
   std::vector<Row> rows = {
       {"pool used", BytesText(stats.pool_used_bytes()) + " of " + BytesText(stats.pool_bytes()) +
                         " (" + ShareText(stats.pool_used_bytes(), stats.pool_bytes()) + ")"},
+      {"of the host's memory", BytesText(stats.host_pool_used_bytes()) + " of " +
+                                   BytesText(stats.host_pool_bytes())},
       {"blocks", std::to_string(stats.block_count())},
       {"sequences", std::to_string(stats.sequence_count())},
       {"models", std::to_string(stats.model_count())},

@@ -12,8 +12,8 @@ BlockOwner BlockOwners::NumberOf(std::string_view tenant) {
   return number;
 }
 
-void BlockOwners::Take(size_t offset, size_t bytes, BlockOwner owner,
-                       absl::FunctionRef<void(size_t offset, size_t bytes)> clear) {
+void LastOwners::Take(size_t offset, size_t bytes, BlockOwner owner,
+                      absl::FunctionRef<void(size_t offset, size_t bytes)> clear) {
   const size_t end = offset + bytes;
   auto next = ranges_.lower_bound(offset);
   if (next != ranges_.begin() && std::prev(next)->second.end > offset) --next;

@@ -1,5 +1,6 @@
-// Whose bytes lie where in the arena, free ranges included: a block that changes hands is cleared
-// of what its last tenant left, and nothing is cleared that need not be. One thread.
+// Tenants as the pool numbers them, and whose bytes lie where in an arena, free ranges included: a
+// block that changes hands is cleared of what its last tenant left, and nothing is cleared that need
+// not be. One thread.
 
 #ifndef KVSERVICE_KVSERVICE_CACHE_BLOCK_OWNERS_H_
 #define KVSERVICE_KVSERVICE_CACHE_BLOCK_OWNERS_H_
@@ -34,6 +35,14 @@ class BlockOwners {
       if (!visit(next->first, next->second)) return;
     }
   }
+
+ private:
+  std::map<std::string, BlockOwner, std::less<>> numbers_;
+};
+
+// Who had each range of one arena last.
+class LastOwners {
+ public:
   // From now on the range is the owner's. `clear` is called for each part of it where another's
   // bytes lie.
   void Take(size_t offset, size_t bytes, BlockOwner owner,
@@ -45,7 +54,6 @@ class BlockOwners {
     BlockOwner owner = 0;
   };
 
-  std::map<std::string, BlockOwner, std::less<>> numbers_;
   // Disjoint ranges by their begin, as they were taken last; never taken = zero since start.
   std::map<size_t, Range> ranges_;
 };

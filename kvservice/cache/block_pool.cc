@@ -2,33 +2,31 @@
 
 #include <algorithm>
 #include <cassert>
+#include <vector>
 
 namespace kvservice {
-namespace {
-
-// Slices and sketches are 64-byte aligned.
-constexpr size_t kLineBytes = 64;
-// Cleared at a time: stays in the cache of a CPU.
-constexpr size_t kZeroBytes = size_t{256} << 10;
-
-}  // namespace
 
 struct BlockRef::Block {
-  BlockPool* pool;
-  std::byte* data;
-  size_t bytes;
-  BlockOwner owner;
-  uint32_t reference_count;
+  BlockPool* pool = nullptr;
+  std::byte* rows = nullptr;
+  std::byte* sketches = nullptr;
+  BlockBytes bytes;
+  RowPlace place = RowPlace::kDevice;
+  BlockOwner owner = 0;
+  uint32_t reference_count = 0;
 };
 
 BlockRef::~BlockRef() {
   if (block_ == nullptr || --block_->reference_count > 0) return;
   const std::unique_ptr<Block> last(block_);
-  last->pool->Release(static_cast<size_t>(last->data - last->pool->memory_.data()), last->bytes,
-                      last->owner);
+  last->pool->Release(*last);
 }
 
-BlockRef::BlockRef(Block* block) : block_(block), data_(block->data) {}
+std::byte* BlockRef::rows() const { return block_->rows; }
+
+std::byte* BlockRef::sketches() const { return block_->sketches; }
+
+RowPlace BlockRef::place() const { return block_->place; }
 
 bool BlockRef::shared() const { return block_->reference_count > 1; }
 
@@ -37,68 +35,96 @@ BlockRef BlockRef::Share() const {
   return BlockRef(block_);
 }
 
-absl::StatusOr<std::unique_ptr<BlockPool>> BlockPool::New(Device* device, size_t bytes) {
-  auto memory = device->Allocate(bytes);
+absl::StatusOr<std::unique_ptr<BlockPool>> BlockPool::New(Device* device, size_t device_bytes,
+                                                          size_t host_bytes) {
+  auto memory = device->Allocate(device_bytes);
   if (!memory.ok()) return memory.status();
-  return std::unique_ptr<BlockPool>(new BlockPool(device, *std::move(memory)));
-}
-
-BlockPool::BlockPool(Device* device, DeviceMemory memory)
-    : device_(device),
-      memory_(std::move(memory)),
-      usable_bytes_(memory_.bytes() / kLineBytes * kLineBytes) {
-  if (usable_bytes_ > 0) AddFree(0, usable_bytes_);
+  std::unique_ptr<BlockPool> pool(new BlockPool(device, *std::move(memory)));
+  if (host_bytes == 0) return pool;
+  auto host_memory = device->AllocateOnHost(host_bytes);
+  if (!host_memory.ok()) return host_memory.status();
+  pool->host_arena_.emplace(device, *std::move(host_memory));
+  return pool;
 }
 
 BlockPool::~BlockPool() { assert(blocks_used() == 0); }
 
-// Through the device: the memory may be its own.
-void BlockPool::Clear(size_t offset, size_t bytes) {
-  if (zeros_.empty()) zeros_.resize(kZeroBytes);
-  clears_.clear();
-  for (size_t done = 0; done < bytes; done += kZeroBytes) {
-    clears_.push_back({.from = zeros_.data(),
-                       .to = memory_.data() + offset + done,
-                       .bytes = std::min(kZeroBytes, bytes - done)});
-  }
-  device_->Copy(clears_);
+template <typename Take>
+std::byte* BlockPool::TakeOrMakeRoom(size_t bytes, Take take) {
+  std::byte* const taken = take();
+  if (taken != nullptr || make_room_ == nullptr) return taken;
+  make_room_(bytes);
+  return take();
 }
 
-BlockRef BlockPool::Allocate(size_t bytes, BlockOwner owner) {
-  assert(bytes > 0);
-  bytes = (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
-  if (accounts_.BeyondMax(owner, bytes) > 0) {
+// The device first: what is new is what is read next.
+BlockRef BlockPool::TakePieces(const BlockBytes& bytes, BlockOwner owner) {
+  BlockRef::Block block = {.pool = this, .bytes = bytes, .owner = owner, .reference_count = 1};
+  if (!host_arena_.has_value()) {
+    block.rows = device_arena_.Take(bytes.total(), owner);
+    if (block.rows == nullptr) return BlockRef();
+    block.sketches = block.rows + BlockArena::Rounded(bytes.rows);
+    return BlockRef(std::make_unique<BlockRef::Block>(block).release());
+  }
+  // Sketches before rows, which have somewhere else to be.
+  if (bytes.sketches > 0) {
+    block.sketches = TakeOrMakeRoom(
+        bytes.sketches, [&] { return device_arena_.TakeAtEnd(bytes.sketches, owner); });
+    if (block.sketches == nullptr) return BlockRef();
+  }
+  block.rows =
+      TakeOrMakeRoom(bytes.rows, [&] { return device_arena_.Take(bytes.rows, owner); });
+  if (block.rows == nullptr) {
+    block.place = RowPlace::kHost;
+    block.rows = host_arena_->Take(bytes.rows, owner);
+  }
+  if (block.rows == nullptr) {
+    if (block.sketches != nullptr) device_arena_.Return(block.sketches, bytes.sketches);
+    return BlockRef();
+  }
+  return BlockRef(std::make_unique<BlockRef::Block>(block).release());
+}
+
+BlockRef BlockPool::Allocate(const BlockBytes& bytes, BlockOwner owner) {
+  const size_t total = bytes.total();
+  assert(bytes.rows > 0);
+  if (accounts_.BeyondMax(owner, total) > 0) {
     why_not_ = NoBlock::kOwnerMax;
     return BlockRef();
   }
   why_not_ = NoBlock::kPoolFull;
   const size_t held = accounts_.HeldFromOwner(owner);
-  if (held > 0 && bytes_free() < held + bytes) return BlockRef();
-  const auto fit = free_by_bytes_.lower_bound({bytes, 0});
-  if (fit == free_by_bytes_.end()) return BlockRef();
-  const auto [range_bytes, offset] = *fit;
-  RemoveFree(free_by_offset_.find(offset));
-  if (range_bytes > bytes) AddFree(offset + bytes, range_bytes - bytes);
-  owners_.Take(offset, bytes, owner, [this](size_t begin, size_t count) { Clear(begin, count); });
-  accounts_.Take(owner, bytes);
-  bytes_used_.fetch_add(bytes, std::memory_order_relaxed);
+  if (held > 0 && bytes_free() < held + total) return BlockRef();
+  BlockRef block = TakePieces(bytes, owner);
+  if (!block) return block;
+  accounts_.Take(owner, total);
   blocks_used_.fetch_add(1, std::memory_order_relaxed);
-  auto block = std::make_unique<BlockRef::Block>(BlockRef::Block{.pool = this,
-                                                                 .data = memory_.data() + offset,
-                                                                 .bytes = bytes,
-                                                                 .owner = owner,
-                                                                 .reference_count = 1});
-  return BlockRef(block.release());
+  return block;
 }
 
-void BlockPool::AddFree(size_t offset, size_t bytes) {
-  free_by_offset_.emplace(offset, bytes);
-  free_by_bytes_.emplace(bytes, offset);
-}
-
-void BlockPool::RemoveFree(std::map<size_t, size_t>::iterator range) {
-  free_by_bytes_.erase({range->second, range->first});
-  free_by_offset_.erase(range);
+size_t BlockPool::Move(absl::Span<const BlockRef* const> blocks, RowPlace to) {
+  if (to == RowPlace::kHost && !host_arena_) return 0;
+  std::vector<MemoryCopy> copies;
+  size_t count = 0;
+  for (; count < blocks.size(); ++count) {
+    BlockRef::Block* const block = blocks[count]->block_;
+    if (block->place == to) continue;
+    std::byte* const rows = ArenaOf(to)->Take(block->bytes.rows, block->owner);
+    if (rows == nullptr) break;
+    copies.push_back({.from = block->rows, .to = rows, .bytes = block->bytes.rows});
+    // Where it was is released once it has been read.
+    block->rows = rows;
+    block->place = to;
+  }
+  if (copies.empty()) return count;
+  device_->Copy(copies);
+  const RowPlace from = to == RowPlace::kHost ? RowPlace::kDevice : RowPlace::kHost;
+  for (const MemoryCopy& copy : copies) {
+    ArenaOf(from)->Return(const_cast<std::byte*>(copy.from), copy.bytes);
+  }
+  ++moves_;
+  (to == RowPlace::kHost ? to_host_ : to_device_) += copies.size();
+  return count;
 }
 
 size_t BlockPool::Shortage(size_t bytes, BlockOwner owner) const {
@@ -106,25 +132,12 @@ size_t BlockPool::Shortage(size_t bytes, BlockOwner owner) const {
   return std::max(bytes, wanted > bytes_free() ? wanted - bytes_free() : 0);
 }
 
-void BlockPool::Release(size_t offset, size_t bytes, BlockOwner owner) {
-  accounts_.Return(owner, bytes);
-  bytes_used_.fetch_sub(bytes, std::memory_order_relaxed);
+void BlockPool::Release(const BlockRef::Block& block) {
+  accounts_.Return(block.owner, block.bytes.total());
   blocks_used_.fetch_sub(1, std::memory_order_relaxed);
-  auto next = free_by_offset_.lower_bound(offset);
-  if (next != free_by_offset_.end() && next->first == offset + bytes) {
-    bytes += next->second;
-    const auto merged = next++;
-    RemoveFree(merged);
-  }
-  if (next != free_by_offset_.begin()) {
-    const auto previous = std::prev(next);
-    if (previous->first + previous->second == offset) {
-      offset = previous->first;
-      bytes += previous->second;
-      RemoveFree(previous);
-    }
-  }
-  AddFree(offset, bytes);
+  if (!host_arena_.has_value()) return device_arena_.Return(block.rows, block.bytes.total());
+  ArenaOf(block.place)->Return(block.rows, block.bytes.rows);
+  if (block.sketches != nullptr) device_arena_.Return(block.sketches, block.bytes.sketches);
 }
 
 }  // namespace kvservice

@@ -98,7 +98,7 @@ bool Sequence::EqualsStored(uint32_t layer, uint32_t position, uint32_t count, c
 bool Sequence::Reserve(uint32_t block_count) {
   const size_t old_count = blocks_.size();
   while (blocks_.size() < block_count) {
-    BlockRef block = pool_->Allocate(shape_->block_bytes(), owner_);
+    BlockRef block = pool_->Allocate(shape_->block(), owner_);
     if (!block) {
       blocks_.erase(blocks_.begin() + static_cast<ptrdiff_t>(old_count), blocks_.end());
       return false;
@@ -135,9 +135,56 @@ void Sequence::SealFull(uint32_t layer, uint32_t old_length, PendingWrites* writ
 
 SealSlice Sequence::SealOf(uint32_t layer, uint32_t block) const {
   return {.slice = Slice(layer, block),
-          .sketch = blocks_[block].data() + shape_->SketchOffset(layer),
+          .sketch = Sketch(layer, block),
           .block_index = block,
           .tables = shape_->TablesOf(layer)};
+}
+
+uint32_t Sequence::MovableEnd() const {
+  const uint32_t full_count = length_min() / kBlockTokens;
+  return full_count > kHostBegin + kRecentBlocks ? full_count - kRecentBlocks : kHostBegin;
+}
+
+size_t Sequence::movable_bytes() const {
+  return (std::max(MovableEnd(), host_end_) - host_end_) * shape_->block().rows;
+}
+
+// Of these blocks, ascending towards the host and descending towards the device. Returns how many
+// are there now before the first that found no room.
+uint32_t Sequence::Move(uint32_t first, uint32_t end, RowPlace to) {
+  std::vector<const BlockRef*> moved;
+  for (uint32_t block = first; block < end; ++block) moved.push_back(&blocks_[block]);
+  if (to == RowPlace::kDevice) std::reverse(moved.begin(), moved.end());
+  return static_cast<uint32_t>(pool_->Move(moved, to));
+}
+
+bool Sequence::MoveToHost(size_t bytes) {
+  const size_t row_bytes = shape_->block().rows;
+  const size_t wanted = std::min((bytes + row_bytes - 1) / row_bytes, movable_bytes() / row_bytes);
+  const uint32_t count = Move(host_end_, host_end_ + static_cast<uint32_t>(wanted), RowPlace::kHost);
+  host_end_ += count;
+  return count > 0;
+}
+
+bool Sequence::MoveAllToHost() {
+  all_moved_ = true;
+  return Move(0, block_count(), RowPlace::kHost) > 0;
+}
+
+bool Sequence::MoveToDevice(size_t bytes) {
+  // What every step reads comes first.
+  const bool all_moved = std::exchange(all_moved_, false);
+  if (all_moved) {
+    Move(host_end_, block_count(), RowPlace::kDevice);
+    Move(0, std::min(kHostBegin, block_count()), RowPlace::kDevice);
+  }
+  const size_t row_bytes = shape_->block().rows;
+  const size_t wanted =
+      std::min<size_t>((bytes + row_bytes - 1) / row_bytes, host_end_ - kHostBegin);
+  const uint32_t count =
+      Move(host_end_ - static_cast<uint32_t>(wanted), host_end_, RowPlace::kDevice);
+  host_end_ -= count;
+  return all_moved || count > 0;
 }
 
 void Sequence::ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::byte* rows) const {
@@ -155,6 +202,10 @@ KvView Sequence::View(uint32_t layer, uint32_t length, ViewArrays* arrays) const
 KvView Sequence::View(uint32_t layer, uint32_t length) {
   Layer& state = layers_[layer];
   const uint32_t sealed_count = length / kBlockTokens;
+  if (std::exchange(state.moves, pool_->moves()) != pool_->moves()) {
+    state.shown_sealed = 0;
+    state.revision = 0;
+  }
   Show(layer, length, std::min(state.shown_sealed, sealed_count), &state.view);
   state.shown_sealed = sealed_count;
   // Never the same again in this process, whatever happens to the arrays' addresses.
@@ -174,17 +225,14 @@ void Sequence::Show(uint32_t layer, uint32_t length, uint32_t first_block,
   const uint32_t sealed_count = length / kBlockTokens;
   arrays->slices.resize(block_count);
   arrays->sketches.resize(block_count);
-  const size_t slice_offset = shape_->SliceOffset(layer);
-  const size_t sketch_offset = shape_->SketchOffset(layer);
   for (uint32_t block = first_block; block < block_count; ++block) {
-    const std::byte* data = blocks_[block].data();
-    arrays->slices[block] = data + slice_offset;
-    arrays->sketches[block] = block < sealed_count ? data + sketch_offset : nullptr;
+    arrays->slices[block] = Slice(layer, block);
+    arrays->sketches[block] = block < sealed_count ? Sketch(layer, block) : nullptr;
   }
 }
 
 BlockRef Sequence::CopyBlock(const BlockRef& block, uint32_t token_count) const {
-  BlockRef copy = pool_->Allocate(shape_->block_bytes(), owner_);
+  BlockRef copy = pool_->Allocate(shape_->block(), owner_);
   if (!copy) return copy;
   const KvLayout& layout = shape_->layout;
   const size_t bytes = static_cast<size_t>(token_count) * layout.row_bytes();
@@ -193,7 +241,7 @@ BlockRef Sequence::CopyBlock(const BlockRef& block, uint32_t token_count) const 
   for (uint32_t layer = 0; layer < shape_->layer_count; ++layer) {
     for (uint32_t head = 0; head < layout.kv_head_count; ++head) {
       const size_t offset = shape_->SliceOffset(layer) + layout.RowOffset(head, 0);
-      copies.push_back({block.data() + offset, copy.data() + offset, bytes});
+      copies.push_back({block.rows() + offset, copy.rows() + offset, bytes});
     }
   }
   device_->Copy(copies);
@@ -218,8 +266,7 @@ void Sequence::CopySlice(uint32_t layer, uint32_t block, uint32_t token_count, s
     copies.push_back({at, rows + offset, bytes});
   });
   if (token_count == kBlockTokens) {
-    copies.push_back(
-        {blocks_[block].data() + shape_->SketchOffset(layer), sketch, shape_->sketch_bytes});
+    copies.push_back({Sketch(layer, block), sketch, shape_->sketch_bytes});
   }
   device_->Copy(copies);
 }
@@ -238,8 +285,7 @@ void Sequence::PasteSlice(uint32_t layer, uint32_t block, uint32_t token_count,
     copies.push_back({rows + offset, at, bytes});
   });
   if (token_count == kBlockTokens) {
-    copies.push_back(
-        {sketch, blocks_[block].data() + shape_->SketchOffset(layer), shape_->sketch_bytes});
+    copies.push_back({sketch, Sketch(layer, block), shape_->sketch_bytes});
   }
   device_->Copy(copies);
 }
@@ -267,6 +313,8 @@ std::unique_ptr<Sequence> Sequence::Fork(uint32_t length) const {
   auto child = std::make_unique<Sequence>(shape_, pool_, device_, owner_);
   const uint32_t full_count = length / kBlockTokens;
   child->blocks_.reserve(BlockCount(length));
+  child->host_end_ = std::clamp(full_count, kHostBegin, host_end_);
+  child->all_moved_ = all_moved_;
   for (uint32_t block = 0; block < full_count; ++block) {
     child->blocks_.push_back(blocks_[block].Share());
   }
@@ -300,6 +348,7 @@ bool Sequence::Truncate(uint32_t length) {
     blocks_[block_count - 1] = std::move(copy);
   }
   blocks_.erase(blocks_.begin() + block_count, blocks_.end());
+  host_end_ = std::clamp(length / kBlockTokens, kHostBegin, host_end_);
   for (uint32_t i = 0; i < shape_->layer_count; ++i) {
     Layer& layer = layers_[i];
     layer.length = std::min(layer.length, length);

@@ -31,7 +31,7 @@ namespace kvservice {
 
 // What all sequences of one model share: where layers lie in a block.
 //
-//     block = [layer] slices, then [layer] sketch slices
+//     rows = [layer] slices, sketches = [layer] sketch slices
 struct CacheShape {
   CacheShape(const KvLayout& layout_in, uint32_t layer_count_in,
              absl::Span<const SketchTable> tables_in)
@@ -48,11 +48,12 @@ struct CacheShape {
   size_t slice_bytes;
   size_t sketch_bytes;
 
-  size_t block_bytes() const { return layer_count * (slice_bytes + sketch_bytes); }
-  size_t SliceOffset(uint32_t layer) const { return layer * slice_bytes; }
-  size_t SketchOffset(uint32_t layer) const {
-    return layer_count * slice_bytes + layer * sketch_bytes;
+  BlockBytes block() const {
+    return {.rows = layer_count * slice_bytes, .sketches = layer_count * sketch_bytes};
   }
+  size_t block_bytes() const { return block().total(); }
+  size_t SliceOffset(uint32_t layer) const { return layer * slice_bytes; }
+  size_t SketchOffset(uint32_t layer) const { return layer * sketch_bytes; }
   absl::Span<const SketchTable> TablesOf(uint32_t layer) const {
     return tables.subspan(static_cast<size_t>(layer) * layout.kv_head_count, layout.kv_head_count);
   }
@@ -120,6 +121,20 @@ class Sequence {
   // The same in arrays of the sequence's own, which grow by what is new: a step of decoding does
   // not visit all blocks. Valid until the sequence changes or shows the layer again.
   KvView View(uint32_t layer, uint32_t length);
+  // Moves rows to the host, oldest first, or back to the device, newest first, until about `bytes`
+  // were moved; false if nothing could be. The first block and the newest, which every step reads,
+  // stay on the device, unless MoveAllToHost is called. As BlockPool::Move: nobody may be using any
+  // sequence.
+  bool MoveToHost(size_t bytes);
+  bool MoveAllToHost();
+  bool MoveToDevice(size_t bytes);
+  // What they would find, as far as this sequence has moved rows itself.
+  size_t movable_bytes() const;
+  bool has_more_to_move() const { return !all_moved_ && !blocks_.empty(); }
+  size_t host_bytes() const {
+    return (host_end_ - kHostBegin + (all_moved_ ? 1 : 0)) * shape_->block().rows;
+  }
+
   // Copies the 64 rows of one KV head of a full block to the host's `rows`, layout.row_bytes()
   // each.
   void ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::byte* rows) const;
@@ -174,10 +189,22 @@ class Sequence {
     ViewArrays view;
     uint32_t shown_sealed = 0;
     uint64_t revision = 0;  // of the view; 0 = none yet
+    // The pool's moves that the view knows of.
+    uint64_t moves = 0;
   };
+  // Blocks before it hold the sinks.
+  static constexpr uint32_t kHostBegin = 1;
+  // Newest blocks that are full and stay: what is around the local window.
+  static constexpr uint32_t kRecentBlocks = 2;
+  // Past the last full block that may be on the host.
+  uint32_t MovableEnd() const;
+  uint32_t Move(uint32_t first, uint32_t end, RowPlace to);
 
   std::byte* Slice(uint32_t layer, uint32_t block) const {
-    return blocks_[block].data() + shape_->SliceOffset(layer);
+    return blocks_[block].rows() + shape_->SliceOffset(layer);
+  }
+  std::byte* Sketch(uint32_t layer, uint32_t block) const {
+    return blocks_[block].sketches() + shape_->SketchOffset(layer);
   }
   bool EqualsStored(uint32_t layer, uint32_t position, uint32_t count, const std::byte* k,
                     const std::byte* v) const;
@@ -199,6 +226,10 @@ class Sequence {
   const BlockOwner owner_;
 
   std::vector<BlockRef> blocks_;
+  // [kHostBegin, host_end_) are on the host, unless a sequence that shares them has moved them.
+  uint32_t host_end_ = kHostBegin;
+  // So are the others that there were at the latest MoveAllToHost.
+  bool all_moved_ = false;
   std::vector<Layer> layers_;
   size_t list_bytes_ = 0;
 };

@@ -218,6 +218,8 @@ class AdminService final : public RpcService {
     v1::GetStatsResponse* const response = call->response();
     response->set_pool_bytes(stats.pool_bytes);
     response->set_pool_used_bytes(stats.pool_bytes_used);
+    response->set_host_pool_bytes(stats.host_pool_bytes);
+    response->set_host_pool_used_bytes(stats.host_pool_bytes_used);
     response->set_block_count(stats.blocks_used);
     response->set_sequence_count(stats.sequences);
     response->set_model_count(stats.models);

@@ -215,6 +215,10 @@ void AddEngineFlags(CLI::App* app, Config* config) {
            &config->device_options.thread_count, 0, kThreadsMax);
   AddBytes(app, "--pool-bytes", "Memory for keys, values and sketches, reserved at start",
            &engine->pool_bytes);
+  AddBytes(app, "--host-pool-bytes",
+           "Memory of the host, pinned at start, for keys and values that the GPU has no room for "
+           "and reads in place; their sketches stay in --pool-bytes",
+           &engine->host_pool_bytes);
   AddCount(app, "--sequences-max", "Sequences at a time", &engine->sequences_max);
   AddCount(app, "--sequences-per-tenant-max", "Sequences of one tenant at a time",
            &engine->sequences_per_tenant_max);

@@ -269,8 +269,9 @@ int Serve(const Config& config, Reloader* reloader, spdlog::logger* logger) {
     return server.status().code() == absl::StatusCode::kInvalidArgument ? kExitConfig : 1;
   }
   const SignalThread signals(server->get(), reloader, logger);
-  logger->info("kvservice {} on device {}, pool {} MiB", Version(), (*engine)->device_name(),
-               config.server.engine.pool_bytes >> 20);
+  logger->info("kvservice {} on device {}, pool {} MiB, host pool {} MiB", Version(),
+               (*engine)->device_name(), config.server.engine.pool_bytes >> 20,
+               config.server.engine.host_pool_bytes >> 20);
   if (!Announce(**server, config.ready_file)) {
     logger->critical("cannot write {}", config.ready_file);
     return 1;

@@ -169,8 +169,18 @@ void AddEngine(const MetricsSource& source, const EngineStats& stats, Families* 
   const auto gauge = [families](const char* name, const char* help, auto value) {
     families->Gauge(name, help, static_cast<double>(value));
   };
-  gauge("kvservice_pool_bytes", "Memory for keys, values and sketches.", stats.pool_bytes);
+  gauge("kvservice_pool_bytes", "Memory for keys, values and sketches, the host's included.",
+        stats.pool_bytes);
   gauge("kvservice_pool_used_bytes", "What of it blocks occupy.", stats.pool_bytes_used);
+  gauge("kvservice_host_pool_bytes", "The host's part, for keys and values.",
+        stats.host_pool_bytes);
+  gauge("kvservice_host_pool_used_bytes", "What of the host's part blocks occupy.",
+        stats.host_pool_bytes_used);
+  constexpr char kMovedHelp[] = "Blocks whose keys and values were moved to the host or back.";
+  families->Counter("kvservice_blocks_moved_total", kMovedHelp, stats.blocks_to_host_total,
+                    {{"to", "host"}});
+  families->Counter("kvservice_blocks_moved_total", kMovedHelp, stats.blocks_to_device_total,
+                    {{"to", "device"}});
   gauge("kvservice_pool_reserved_bytes", "What of it tenants have reserved.",
         stats.pool_bytes_reserved);
   gauge("kvservice_pool_held_bytes", "What is free and kept for them.", stats.pool_bytes_held);

@@ -256,6 +256,7 @@ absl::StatusOr<AdminFacts> ServerOnEngine::Facts() {
                   {"lanes_max", options_.lanes_max},
                   {"lane_bytes_max", options_.lane_bytes_max},
                   {"pool_bytes", options_.engine.pool_bytes},
+                  {"host_pool_bytes", options_.engine.host_pool_bytes},
                   {"sequences_max", options_.engine.sequences_max},
                   {"sequences_per_tenant_max", options_.engine.sequences_per_tenant_max},
                   {"models_max", options_.engine.models_max},

@@ -133,6 +133,8 @@ std::string RoomTable(const MetricFamilies& now) {
   const Figure sequences = SumOf(now, "kvservice_sequences");
   const Figure on_disk = SumOf(now, "kvservice_disk_sequences");
   of("Memory", "kvservice_pool_used_bytes", "kvservice_pool_bytes", Bytes);
+  of("Memory: the host's part", "kvservice_host_pool_used_bytes", "kvservice_host_pool_bytes",
+     Bytes);
   alone("Blocks in memory", SumOf(now, "kvservice_blocks_used"), Whole);
   alone("Sequences in memory", Difference(sequences, on_disk), Whole);
   of("Disk: rows of sequences", "kvservice_disk_used_bytes", "kvservice_disk_max_bytes", Bytes);

@@ -31,6 +31,9 @@ struct BenchOptions {
   std::vector<std::string> cases = {};
   // Sizes of the planted data of decode_e2e, as "sequences x tokens"; empty: its own.
   std::vector<std::string> sizes = {};
+  // The server has room for sketches on the device; keys and values are in the host's memory.
+  bool host_rows = false;
+  uint32_t list_tokens = 2048;  // of decode_e2e: fixed budgets on planted data
   uint32_t step_count = 41;  // of decode_e2e, on planted data
   // Files of requests that eviction replays (tests/bench/eviction_load.h).
   std::vector<std::string> request_traces = {};

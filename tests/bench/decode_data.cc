@@ -28,13 +28,13 @@ LayerOptions PlantedOptions(uint32_t tokens) {
 
 class PlantedData : public DecodeData {
  public:
-  PlantedData(uint32_t batch, uint32_t prompt_tokens, uint32_t step_count)
+  PlantedData(uint32_t batch, uint32_t prompt_tokens, uint32_t step_count, uint32_t list_tokens)
       : made_(std::min(prompt_tokens, kMadeTokensMax)), source_(PlantedOptions(made_), Scale(128)) {
     layout_ = PlantedOptions(made_).layout;
     batch_ = batch;
     prompt_tokens_ = prompt_tokens;
     step_count_ = step_count;
-    list_tokens_ = 2048;
+    list_tokens_ = list_tokens;
     name_ = absl::StrCat("B", batch, "_L", prompt_tokens);
     model_ = {.name = "planted",
               .layer_count = 1,
@@ -150,8 +150,8 @@ class TraceData : public DecodeData {
 }  // namespace
 
 std::unique_ptr<DecodeData> MakePlantedData(uint32_t batch, uint32_t prompt_tokens,
-                                            uint32_t step_count) {
-  return std::make_unique<PlantedData>(batch, prompt_tokens, step_count);
+                                            uint32_t step_count, uint32_t list_tokens) {
+  return std::make_unique<PlantedData>(batch, prompt_tokens, step_count, list_tokens);
 }
 
 absl::StatusOr<std::unique_ptr<DecodeData>> MakeTraceData(const std::string& path, uint32_t batch,

@@ -57,7 +57,7 @@ class DecodeData {
 // One layer, 32 query heads and 8 KV heads of 128 channels, bf16, whose queries find .97 of their
 // mass on two tokens of a hundred (layer_data.h).
 std::unique_ptr<DecodeData> MakePlantedData(uint32_t batch, uint32_t prompt_tokens,
-                                            uint32_t step_count);
+                                            uint32_t step_count, uint32_t list_tokens = 2048);
 
 // All layers of a real model, as tests/eval/trace.py recorded them: the last judged tokens are the
 // steps. The sequences of a batch are alike, each in memory of its own. Sketch tables come from the

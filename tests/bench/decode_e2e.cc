@@ -30,6 +30,7 @@
 #include "absl/strings/strip.h"
 #include "absl/types/span.h"
 #include "attention/device.h"
+#include "attention/sketch.h"
 #include "client/client.h"
 #include "tests/bench/decode_data.h"
 #include "tests/bench/server_process.h"
@@ -498,9 +499,21 @@ absl::Status RunData(const BenchOptions& options, Device* device, DecodeData* da
   const uint64_t own_blocks = BlockCount(data->step_count() + 2 * kBlockTokens);
   const uint64_t slices = uint64_t{data->batch()} * data->layer_count() *
                           (BlockCount(data->prompt_tokens()) + cases.size() * own_blocks);
-  const auto server = ServerProcess::Start(
-      {"--device=" + options.device, absl::StrCat("--threads=", options.thread_count),
-       absl::StrCat("--pool-bytes=", slices * data->layout().slice_bytes() * 5 / 4)});
+  std::vector<std::string> flags = {"--device=" + options.device,
+                                    absl::StrCat("--threads=", options.thread_count)};
+  const uint64_t row_bytes = slices * data->layout().slice_bytes();
+  if (options.host_rows) {
+    // What every step reads has room on the device too, and some is kept free there.
+    const uint64_t sketch_bytes =
+        slices * SketchLayout(data->layout().head_dim).slice_bytes(data->layout().kv_head_count);
+    const uint64_t recent_bytes = uint64_t{data->batch()} * (cases.size() + 1) * 6 *
+                                  data->layer_count() * data->layout().slice_bytes();
+    flags.push_back(absl::StrCat("--pool-bytes=", sketch_bytes * 21 / 20 + recent_bytes));
+    flags.push_back(absl::StrCat("--host-pool-bytes=", row_bytes));
+  } else {
+    flags.push_back(absl::StrCat("--pool-bytes=", row_bytes * 5 / 4));
+  }
+  const auto server = ServerProcess::Start(flags);
   if (!server.ok()) return server.status();
   client::ClientOptions client_options{.endpoint = (*server)->endpoint()};
   client_options.deadlines = {.connect = std::chrono::seconds(10),
@@ -569,7 +582,8 @@ absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows) {
     for (const std::string& text : options.sizes) sizes.push_back(*ParseSize(text));
   }
   for (const auto& [batch, prompt_tokens] : sizes) {
-    const auto data = MakePlantedData(batch, prompt_tokens, options.quick ? 2 : options.step_count);
+    const auto data = MakePlantedData(batch, prompt_tokens, options.quick ? 2 : options.step_count,
+                                      options.list_tokens);
     const absl::Status status = run(data.get());
     if (!status.ok()) return status;
   }

@@ -62,6 +62,10 @@ void Parse(CLI::App* app, Arguments* arguments) {
       ->check(CheckSize);
   app->add_option("--steps", arguments->options.step_count, "Steps of each of these (default: 41)")
       ->check(CLI::Range(1, 100'000));
+  app->add_option("--list-tokens", arguments->options.list_tokens,
+                  "Tokens of fixed budgets there (default: 2048)");
+  app->add_flag("--host-rows", arguments->options.host_rows,
+                "decode_e2e: keys and values in the host's memory, sketches on the device");
   app->add_flag("--quick", arguments->options.quick, "Small sizes: checks results, not speed");
   app->add_option("--grpc-echo", arguments->grpc_echo)->group("");  // see grpc_echo.h
   app->add_flag("--list", arguments->list, "List the workloads");

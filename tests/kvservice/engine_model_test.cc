@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "kvservice/cache/sequence.h"
 #include "kvservice/error.h"
 #include "tests/kvservice/engine_client.h"
 
@@ -21,7 +22,6 @@ namespace {
 
 constexpr uint32_t kLayers = 2;
 constexpr uint32_t kOperations = 2500;
-constexpr uint32_t kLengthMax = 260;
 constexpr uint64_t kLeaseMs = 1000;
 
 struct ModelSequence {
@@ -42,12 +42,23 @@ struct BySequenceId {
   bool operator()(const SequenceId& a, const SequenceId& b) const { return a.bytes < b.bytes; }
 };
 
-EngineOptions Options() {
+// Of one history.
+struct HistoryOptions {
+  uint64_t seed = 0;
+  // Blocks whose rows have to be on the host.
+  uint32_t host_blocks = 0;
+  uint32_t length_max = 260;
+};
+
+EngineOptions OptionsOf(const HistoryOptions& history) {
   EngineOptions options = TestEngine::SmallOptions();
-  options.pool_bytes = 40 * BlockBytes(SmallModel(kLayers));
+  const ModelSpec model = SmallModel(kLayers);
+  const CacheShape shape(model.layout, model.layer_count, {});
+  options.host_pool_bytes = history.host_blocks * shape.block().rows;
+  options.pool_bytes = 40 * BlockBytes(model) - options.host_pool_bytes;
   options.lease_default_ms = kLeaseMs;
   options.sequences_max = 24;
-  options.sequence_tokens_max = kLengthMax;
+  options.sequence_tokens_max = history.length_max;
   // Lists are dropped now and then.
   options.list_bytes_per_sequence_max = 40000;
   return options;
@@ -55,7 +66,8 @@ EngineOptions Options() {
 
 class History {
  public:
-  explicit History(uint64_t seed) : random_(seed) {}
+  explicit History(const HistoryOptions& options) : options_(options), random_(options.seed) {}
+  EngineStats Stats() { return engine_.get()->Stats(); }
 
   void Run() {
     for (uint32_t i = 0; i < kOperations && !::testing::Test::HasFatalFailure(); ++i) {
@@ -171,9 +183,9 @@ class History {
   }
 
   // What storing `words` at `position` must lead to.
-  static std::string Judge(const Words& stored, uint32_t position, const Words& words) {
+  std::string Judge(const Words& stored, uint32_t position, const Words& words) const {
     if (position > stored.size()) return "POSITION_GAP";
-    if (position + words.size() > kLengthMax) return "SEQUENCE_TOO_LONG";
+    if (position + words.size() > options_.length_max) return "SEQUENCE_TOO_LONG";
     for (size_t i = 0; i < words.size() && position + i < stored.size(); ++i) {
       if (stored[position + i] != words[i]) return "APPEND_CONFLICT";
     }
@@ -362,7 +374,8 @@ class History {
         model_, [this](const Entry& entry) { return entry.second.lease_end_ms <= now_ms_; });
   }
 
-  TestEngine engine_{Options(), kLayers};
+  const HistoryOptions options_;
+  TestEngine engine_{OptionsOf(options_), kLayers};
   std::mt19937_64 random_;
   std::map<SequenceId, ModelSequence, BySequenceId> model_;
   uint64_t now_ms_ = 0;
@@ -376,8 +389,19 @@ class EngineModelTest : public ::testing::TestWithParam<uint64_t> {};
 
 TEST_P(EngineModelTest, HoldsWhatTheModelHolds) {
   SCOPED_TRACE("seed " + std::to_string(GetParam()));
-  History history(GetParam());
+  History history({.seed = GetParam()});
   history.Run();
+  history.Finish();
+}
+
+// The same with most rows on the host, at times: nobody can tell.
+TEST_P(EngineModelTest, HoldsItWhereverItIs) {
+  SCOPED_TRACE("seed " + std::to_string(GetParam()));
+  History history({.seed = GetParam(), .host_blocks = 33, .length_max = 640});
+  history.Run();
+  const EngineStats stats = history.Stats();
+  EXPECT_GT(stats.blocks_to_host_total, 50U);
+  EXPECT_GT(stats.blocks_to_device_total, 10U);
   history.Finish();
 }
 

@@ -21,8 +21,9 @@ constexpr BlockOwner kOwner = 0;
 
 class SequenceTest : public ::testing::Test {
  protected:
-  void Start(size_t block_count) {
-    pool_ = *BlockPool::New(device_.get(), block_count * shape_.block_bytes());
+  void Start(size_t block_count, size_t host_block_count = 0) {
+    pool_ = *BlockPool::New(device_.get(), block_count * shape_.block_bytes(),
+                            host_block_count * shape_.block().rows);
   }
   std::unique_ptr<Sequence> New() {
     return std::make_unique<Sequence>(&shape_, pool_.get(), device_.get(), kOwner);
@@ -178,7 +179,7 @@ TEST_F(SequenceTest, AViewCutsTheSliceItEndsIn) {
 
 // A sequence's own arrays show what arrays made anew show, whatever happened in between.
 TEST_F(SequenceTest, AViewOfItsOwnKeepsUp) {
-  Start(64);
+  Start(64, 64);
   auto sequence = New();
   std::mt19937 random(7);
   ViewArrays arrays;
@@ -201,11 +202,18 @@ TEST_F(SequenceTest, AViewOfItsOwnKeepsUp) {
       }
     }
   };
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 120; ++round) {
     const uint32_t length = sequence->length_max();
-    switch (random() % 4) {
+    switch (random() % 6) {
       case 0:
         ASSERT_TRUE(sequence->Truncate(static_cast<uint32_t>(random() % (length + 1))));
+        break;
+      case 4:
+        if (random() % 3 == 0) sequence->MoveAllToHost();
+        sequence->MoveToHost(random() % (8 * shape_.block().rows));
+        break;
+      case 5:
+        sequence->MoveToDevice(random() % (8 * shape_.block().rows));
         break;
       case 1: {
         auto fork = sequence->Fork(length);
@@ -219,10 +227,13 @@ TEST_F(SequenceTest, AViewOfItsOwnKeepsUp) {
         AppendAll(sequence.get(), length, Counting(length, 1 + random() % 200));
     }
     expect_views(sequence.get());
+    ExpectWords(*sequence, Counting(0, sequence->length_max()));
     if (sequence->length_max() > 1500) {
       ASSERT_TRUE(sequence->Truncate(100));
     }
   }
+  EXPECT_GT(pool_->moved_total(RowPlace::kHost), 10U);
+  EXPECT_GT(pool_->moved_total(RowPlace::kDevice), 10U);
 }
 
 // The device hears of the rows of several sequences once, and nobody reads before it has.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kvservice/cache/sequence.h"
 #include "kvservice/error.h"
 #include "selector/policy.h"
 #include "tests/stress/sequence_model.h"
@@ -157,7 +158,14 @@ class Machine {
 
 StoredEngine::Options EngineOf(const ModelLimits& limits, uint64_t seed) {
   StoredEngine::Options stored;
-  stored.engine.pool_bytes = limits.pool_blocks * BlockBytes(SmallModel(kModelLayers));
+  const ModelSpec model = SmallModel(kModelLayers);
+  stored.engine.pool_bytes = limits.pool_blocks * BlockBytes(model);
+  // One engine in three has most rows on the host; a device that is in pieces may need one more.
+  if (seed % 3 == 0) {
+    const CacheShape shape(model.layout, model.layer_count, {});
+    stored.engine.host_pool_bytes = (limits.pool_blocks - 3) * shape.block().rows;
+    stored.engine.pool_bytes -= (limits.pool_blocks - 4) * shape.block().rows;
+  }
   stored.engine.sequences_max = limits.sequences_max;
   stored.engine.sequences_per_tenant_max = limits.sequences_per_tenant_max;
   stored.engine.sequence_tokens_max = limits.sequence_tokens_max;
