@@ -6,6 +6,7 @@ import threading
 import grpc
 import numpy as np
 import pytest
+from numpy.lib.array_utils import byte_bounds
 
 from kvservice import Client, KvServiceError, LaneOptions, Row, Sequence, make_policy
 from kvservice.lane import Lane, LanePath
@@ -198,11 +199,16 @@ def test_buffers_are_read_and_written_in_place(server, unary, filled):
         with client.step_buffers(2, *heads) as buffers:
             assert buffers.q.__array_interface__["data"][0] % 64 == 0
             assert (buffers.k.shape, buffers.k.dtype) == ((2, *heads[1:]), np.uint16)
+            shared = buffers.shared_memory
+            assert shared.__array_interface__["data"][0] % 4096 == 0
             for seed in (1, 2):
                 buffers.q[:] = queries(2, seed)
                 reply = attend(client, filled, buffers.q, buffers=buffers)
                 assert reply.transport == "lane"
                 assert not reply.out.flags.owndata and reply.out.base is not None
+                for array in (buffers.q, buffers.k, buffers.v, reply.out, reply.lse):
+                    assert byte_bounds(shared)[0] <= byte_bounds(array)[0]
+                    assert byte_bounds(array)[1] <= byte_bounds(shared)[1]
                 assert_equal(reply, attend(unary, filled, queries(2, seed)))
             np.testing.assert_array_equal(buffers.q, queries(2, 2))
             # The only slot is theirs.
@@ -211,6 +217,7 @@ def test_buffers_are_read_and_written_in_place(server, unary, filled):
     with pytest.raises(ValueError, match="dtype"):
         unary.step_buffers(1, *heads, q_dtype="int8")
     with unary.step_buffers(2, *heads) as buffers:
+        assert buffers.shared_memory is None
         buffers.q[:] = queries(2)
         reply = attend(unary, filled, buffers.q, buffers=buffers)
         assert_equal(reply, attend(unary, filled, queries(2)))

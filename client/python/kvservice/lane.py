@@ -137,6 +137,11 @@ class Lane:
         """False once it broke, and in a child process, to which its slots do not belong."""
         return not self._is_broken and self._process == os.getpid()
 
+    @property
+    def shared_bytes(self) -> np.ndarray:
+        """All bytes of the memory."""
+        return self._memory.bytes
+
     def close(self) -> None:
         """Ends the connection; memory that arrays still show stays theirs."""
         self._is_broken = True
@@ -367,10 +372,9 @@ class Lane:
         in_place: bool,
     ) -> LaneReply:
         words = self._slots[index].words
-        rows = sum(max(1, row.query_count) for row in request.rows)
-        heads, head_dim = request.q.shape[1:]
-        out = self._output(words, response.out, "out", (rows, heads, head_dim), in_place)
-        lse = self._output(words, response.lse, "lse", (rows, heads), in_place)
+        shape = tuple(request.q.shape)
+        out = self._output(words, response.out, "out", shape, in_place)
+        lse = self._output(words, response.lse, "lse", shape[:2], in_place)
         return LaneReply(response, out, lse)
 
     def _output(

@@ -124,21 +124,24 @@ class AttendResult:
 
 
 class _RowResult(AttendResult):
-    """A row whose arrays are made when they are asked for: most callers want few of them."""
+    """A row whose parts are made when they are asked for: most callers want few of them."""
 
     _row: attention_pb2.AttendRowResult
 
     def __init__(
         self, row: attention_pb2.AttendRowResult, out: Any, lse: Any, replay_name: str
     ) -> None:
-        vars(self).update(
-            out=out,
-            lse=lse,
-            selector=Selector(row.selector),
-            attended_tokens=row.attended_tokens,
-            replay_name=replay_name,
-            _row=row,
-        )
+        parts = self.__dict__
+        parts["out"], parts["lse"] = out, lse
+        parts["replay_name"], parts["_row"] = replay_name, row
+
+    @cached_property
+    def selector(self) -> Selector:
+        return Selector(self._row.selector)
+
+    @cached_property
+    def attended_tokens(self) -> int:
+        return self._row.attended_tokens
 
     @cached_property
     def certificates(self) -> Certificates:

@@ -77,6 +77,12 @@ class StepBuffers:
             self.reserved.lane.return_slot(self.reserved)
         self.reserved = None
 
+    @property
+    def shared_memory(self) -> np.ndarray | None:
+        """All bytes of the shared memory that q, k and v, and outputs that stay, are in: what to
+        register with a GPU's driver, so that it copies there by itself. None without a lane."""
+        return None if self.reserved is None else self.reserved.lane.shared_bytes
+
     def is_in(self, lane: Lane) -> bool:
         """Whether the arrays are in this lane's memory."""
         return self.reserved is not None and self.reserved.lane is lane
