@@ -50,8 +50,10 @@ def describe_server(admin_endpoint: str) -> str:
 class OwnServer:
     """Runs a server for as long as the `with` block lasts."""
 
-    def __init__(self) -> None:
+    def __init__(self, *flags: str, pool_bytes: int = _POOL_BYTES) -> None:
+        """`flags` are more of the program's own."""
         self._program = find_program()
+        self._flags = [*flags, f"--pool-bytes={pool_bytes}"]
         self._folder = tempfile.TemporaryDirectory(prefix="kvservice-")
         self._log_path = Path(self._folder.name) / "server.log"
         self._ready_path = Path(self._folder.name) / "ready"
@@ -65,7 +67,7 @@ class OwnServer:
             f"--listen={self.endpoint}",
             f"--admin-listen={self.admin_endpoint}",
             f"--ready-file={self._ready_path}",
-            f"--pool-bytes={_POOL_BYTES}",
+            *self._flags,
         ]
         with self._log_path.open("wb") as log:
             # A session of its own, so that Ctrl-C reaches the demo first and the server by SIGTERM.
