@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from decode_machine import host_tensor
-from decode_model import Decoder, exact_attention, part_of_steps
+from decode_model import SHIFT_TOKENS, Decoder, exact_attention, part_of_steps
 from kvservice import Client, KvServiceError, LaneOptions, Row, Sequence
 from kvservice.v1 import model_pb2, types_pb2
 
@@ -75,7 +75,7 @@ class DenseLoop:
     def __init__(self, machine, weights, planted, steps, plan):
         self._machine, self._plan = machine, plan
         self._shape = weights.shape
-        self._stream, self._pool = machine.new_stream(), machine.new_pool()
+        self._stream = machine.new_stream()
         self._decoder = Decoder(weights, steps, plan.batch)
         self._length = plan.prompt_tokens + plan.warm + plan.steps // 2
         self._position = torch.zeros_like(self._decoder.step)
@@ -117,7 +117,8 @@ class DenseLoop:
 
     def _seconds(self, function):
         """Of a step, the mean over the measured ones."""
-        run = self._machine.capture(function, self._stream, self._pool)
+        # A pool cannot be used again when its last graph is gone.
+        run = self._machine.capture(function, self._stream, self._machine.new_pool())
         with self._machine.on(self._stream):
             self._decoder.reset()
             for step in range(self._plan.warm + self._plan.steps):
@@ -185,7 +186,7 @@ def fill(endpoint, model, planted, plan, limit):
             sequence, first = client.sequence(model), 0
             while first < plan.prompt_tokens:
                 limit.check()
-                place = int(planted.places(b, first, 1))
+                place = (first + b * SHIFT_TOKENS) % len(k)
                 count = min(FILL_TOKENS, plan.prompt_tokens - first, len(k) - place)
                 rows = (np.broadcast_to(made[place : place + count],
                                         (plan.layers, count, *made.shape[1:])) for made in (k, v))
