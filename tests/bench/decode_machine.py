@@ -6,6 +6,7 @@ import platform
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend
 
 
 def host_tensor(array):
@@ -28,7 +29,7 @@ class CpuMachine:
     """Everything happens at once and in order."""
 
     device = "cpu"
-    backends = {"math": torch.nn.attention.SDPBackend.MATH}
+    backends = {"math": SDPBackend.MATH}
 
     def describe(self):
         return f"{processor()}; no GPU; torch {torch.__version__}"
@@ -63,17 +64,18 @@ class CudaMachine:
 
     device = "cuda"
     backends = {
-        "cudnn": torch.nn.attention.SDPBackend.CUDNN_ATTENTION,
-        "flash": torch.nn.attention.SDPBackend.FLASH_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
     }
 
-    def __init__(self):
+    def __init__(self, *, has_graphs):
+        self._has_graphs = has_graphs
         self._pinned = {}
 
     def describe(self):
         return (
             f"{torch.cuda.get_device_name()}; {processor()}; torch {torch.__version__}, "
-            f"cuDNN {torch.backends.cudnn.version()}"
+            f"cuDNN {torch.backends.cudnn.version()}{'' if self._has_graphs else '; no CUDA graphs'}"
         )
 
     def new_stream(self):
@@ -91,6 +93,8 @@ class CudaMachine:
         with torch.cuda.stream(stream):
             function()  # libraries allocate at their first call, which a graph cannot hold
             stream.synchronize()
+            if not self._has_graphs:
+                return function
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=pool)
             try:
@@ -120,6 +124,6 @@ class CudaMachine:
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
 
 
-def machine_named(device):
+def machine_named(device, *, has_graphs=True):
     """The machine of --device."""
-    return CudaMachine() if device == "cuda" else CpuMachine()
+    return CudaMachine(has_graphs=has_graphs) if device == "cuda" else CpuMachine()

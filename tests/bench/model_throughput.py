@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import pathlib
+import sys
 import time
 
 import torch
@@ -164,7 +165,8 @@ def run_served(machine, cell, weights, planted, steps, arguments, limit):
     policies = make_policies(arguments)
     ways = split_batch(plan.batch)
     pool = decode_loops.pool_bytes(shape, plan, len(policies) * len(ways))
-    lane = LaneOptions(calls_max=4, call_bytes_max=decode_loops.CALL_BYTES_MAX)
+    lane = LaneOptions(calls_max=4, call_bytes_max=decode_loops.CALL_BYTES_MAX,
+                       spin_s=arguments.spin_us and arguments.spin_us * 1e-6)
     with OwnServer(f"--device={machine.device}", pool_bytes=pool) as server, Client(
         server.endpoint, transport="lane", lane=lane
     ) as client:
@@ -218,6 +220,8 @@ def parse_arguments(words):
     parser.add_argument("--kv-gib", type=float, default=8.0, help="caches of a cell, at most")
     parser.add_argument("--cell-seconds", type=float, default=60.0, help="at most")
     parser.add_argument("--seconds", type=float, default=300.0, help="of all cells, at most")
+    parser.add_argument("--spin-us", type=float, help="of LaneOptions; default: the client's own")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", help="where to write OUT.txt and OUT.json")
     return parser.parse_args(words)
 
@@ -225,7 +229,7 @@ def parse_arguments(words):
 def main(words=None):
     """Returns the number of cells that failed or found no time."""
     arguments = parse_arguments(words)
-    machine = machine_named(arguments.device)
+    machine = machine_named(arguments.device, has_graphs=not arguments.eager)
     results = Results(machine, arguments)
     end, failed, weights = Limit(arguments.seconds), 0, {}
     for text in arguments.cells.split(","):
@@ -245,4 +249,6 @@ def main(words=None):
 
 
 if __name__ == "__main__":
+    # A half whose kernels are done does not wait for the other one's thread for milliseconds.
+    sys.setswitchinterval(1e-4)
     raise SystemExit(main())

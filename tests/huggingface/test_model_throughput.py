@@ -13,6 +13,7 @@ BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
 import decode_loops  # noqa: E402
+import decode_machine  # noqa: E402
 import model_throughput  # noqa: E402
 from decode_loops import CheckFailedError, Plan, Times  # noqa: E402
 from decode_model import SHAPES, Planted, exact_attention, part_of_steps  # noqa: E402
@@ -36,6 +37,15 @@ def test_every_row_of_a_cell(tmp_path):
     assert shares["server: certified 0.05"] < 0.6
     text = out.with_suffix(".txt").read_text()
     assert text.count("\n") > len(rows)
+
+
+def test_memory_that_cannot_be_registered_is_reached_by_a_detour(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode_machine.CpuMachine, "pin", lambda machine, array: False)
+    out = tmp_path / "out"
+    cells = ["--cells=tiny:2x256", "--policies=dense", f"--out={out}"]
+    assert model_throughput.main([*SIZES, *cells]) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert rows[-1]["attention"] == "server: dense, halves, by a detour"
 
 
 def test_a_cell_that_fails_leaves_the_others(tmp_path):
