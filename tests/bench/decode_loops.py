@@ -277,9 +277,9 @@ class Part:
         plan, buffers = self._plan, self._buffers
         sequences = [Sequence(self._client, handle).fork() for handle in handles[self.rows]]
         times = Times(plan)
-        self._decoder.reset()
         begin.wait(BARRIER_S)
         with self._machine.on(self._stream):
+            self._decoder.reset()
             for step in range(plan.all_steps):
                 limit.check()
                 rows = [Row(sequence, plan.prompt_tokens + step) for sequence in sequences]

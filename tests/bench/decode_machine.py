@@ -75,7 +75,7 @@ class CudaMachine:
     def describe(self):
         return (
             f"{torch.cuda.get_device_name()}; {processor()}; torch {torch.__version__}, "
-            f"cuDNN {torch.backends.cudnn.version()}{'' if self._has_graphs else '; no CUDA graphs'}"
+            f"cuDNN {torch.backends.cudnn.version()}" + ("" if self._has_graphs else "; no graphs")
         )
 
     def new_stream(self):
@@ -109,16 +109,16 @@ class CudaMachine:
 
     def pin(self, array):
         """Whether copies from and to this memory need no detour: it is registered with the driver,
-        until the process ends. Harmless to repeat."""
+        and kept, until the process ends. Harmless to repeat."""
         address = array.__array_interface__["data"][0]
         if address not in self._pinned:
             code = torch.cuda.cudart().cudaHostRegister(address, array.nbytes, 0)
-            self._pinned[address] = int(code) == 0
-            if not self._pinned[address]:
+            self._pinned[address] = array, int(code) == 0
+            if int(code) != 0:
                 # Or the next kernel would be blamed for it.
                 with contextlib.suppress(RuntimeError):
                     torch.zeros(1, device="cuda").add_(1)
-        return self._pinned[address]
+        return self._pinned[address][1]
 
     def pinned_like(self, tensor):
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
