@@ -50,23 +50,22 @@ COLUMNS = (
 
 
 def make_policies(arguments):
-    """Policies of the server's rows by name, with the limit that they promise."""
+    """Policies of the server's rows: names, messages, and the limits that they promise."""
     below = {"dense_below_tokens": arguments.dense_below}
-    made = {
-        "dense": ("dense", make_policy("dense"), None),
-        "certified": (
-            f"certified {MASS_LIMIT}",
-            make_policy("certified", max_dropped_mass=MASS_LIMIT, guarantee="deterministic",
-                        failure_probability=1e-6, **below),
-            MASS_LIMIT,
-        ),
-        "cpe": (
-            f"cpe {arguments.list_tokens}",
-            make_policy("cpe", top_k_tokens=arguments.list_tokens, **below),
-            None,
-        ),
-    }
-    return [made[name] for name in arguments.policies.split(",")]
+    made = []
+    for text in arguments.policies.split(","):
+        kind, _, number = text.partition(":")
+        if kind == "dense":
+            made.append((kind, make_policy(kind), None))
+        elif kind == "certified":
+            limit = float(number or MASS_LIMIT)
+            policy = make_policy(kind, max_dropped_mass=limit, guarantee="deterministic",
+                                 failure_probability=1e-6, **below)
+            made.append((f"{kind} {limit}", policy, limit))
+        else:
+            tokens = int(number or arguments.list_tokens)
+            made.append((f"{kind} {tokens}", make_policy(kind, top_k_tokens=tokens, **below), None))
+    return made
 
 
 class Results:
@@ -212,8 +211,9 @@ def parse_arguments(words):
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--cells", default=CELLS, help="MODEL:BATCHxTOKENS, separated by commas")
-    parser.add_argument("--policies", default=POLICIES)
-    parser.add_argument("--list-tokens", type=int, default=2048, help="of cpe")
+    parser.add_argument("--policies", default=POLICIES,
+                        help="dense, certified[:LIMIT], SELECTOR[:TOKENS], separated by commas")
+    parser.add_argument("--list-tokens", type=int, default=2048, help="where a policy names none")
     parser.add_argument("--dense-below", type=int, default=2048, help="dense_below_tokens")
     parser.add_argument("--warm", type=int, default=4, help="steps before those measured")
     parser.add_argument("--steps", type=int, default=16)

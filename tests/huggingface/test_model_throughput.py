@@ -62,6 +62,14 @@ def test_a_run_out_of_time_says_so(tmp_path):
     assert "tiny:1x128: stopped, TimeoutError" in out.with_suffix(".txt").read_text()
 
 
+def test_policies_are_named_with_their_numbers():
+    arguments = model_throughput.parse_arguments(["--policies=certified:0.1,cpe:512,scan,dense"])
+    made = {name: rest for name, *rest in model_throughput.make_policies(arguments)}
+    assert list(made) == ["certified 0.1", "cpe 512", "scan 2048", "dense"]
+    assert made["certified 0.1"][1] == 0.1
+    assert made["cpe 512"][0].budget.top_k_tokens == 512
+
+
 def test_planted_queries_find_most_of_their_mass_on_two_tokens_of_a_hundred():
     planted = Planted(TINY, 2000, "cpu")
     logits = planted.queries(1)[0, 0].float() @ planted.keys[:, 0].float().T * TINY.scale
