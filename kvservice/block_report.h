@@ -40,6 +40,8 @@ struct BlockSlice {
 struct BlockReport {
   uint32_t first_token = 0;
   bool is_shared = false;
+  // Its keys and values are in the host's memory (EngineOptions::host_pool_bytes).
+  bool is_on_host = false;
   size_t bytes = 0;
   // Of the layers that have tokens of the block, in their order.
   std::vector<BlockSlice> slices;

@@ -152,6 +152,7 @@ absl::Status CheckBlock(const SequenceRecord& record, const BlockAsk& ask) {
 BlockReport DescribeBlock(const SequenceRecord& record, const BlockAsk& ask, Device* device) {
   BlockReport report{.first_token = ask.block * kBlockTokens,
                      .is_shared = record.cache->is_shared(ask.block),
+                     .is_on_host = record.cache->is_on_host(ask.block),
                      .bytes = record.tables->shape.block_bytes(),
                      .slices = {}};
   const uint32_t begin = ask.layer.value_or(0);

@@ -96,8 +96,8 @@ Executor::Executor(const EngineOptions& options, const EngineSecrets& secrets,
                      .draw_keys = &draw_keys_,
                      .auditor = &auditor_}) {
   if (pool_->host_arena() == nullptr) return;
-  pool_->SetRoomMaker([this](size_t bytes) {
-    if (!attend_batch_.has_begun()) placement_.MakeRoom(bytes);
+  pool_->SetRoomMaker([this](size_t bytes, BlockPool::RoomFor what) {
+    if (!attend_batch_.has_begun()) placement_.MakeRoom(bytes, what);
   });
 }
 

@@ -1,6 +1,7 @@
 // Which rows are in the device's memory, and which on the host: the device keeps some room for what
 // is new. Rows of idle sequences go first, then those of whoever has the most there, oldest first;
-// if that does not do, sequences go whole, the least recently used first. They come back when there
+// if that does not do, idle sequences go whole, and for sketches, which cannot be elsewhere, any.
+// What every step of a busy sequence reads comes back as soon as there is room, the rest when there
 // is room to spare.
 //
 // Nothing here changes an answer: rows are read wherever they are. Executor thread, while no call
@@ -24,28 +25,28 @@ class RowPlacement {
   RowPlacement(BlockPool* pool, const SequenceTable* table, Clock* clock)
       : pool_(pool), table_(table), clock_(clock) {}
 
-  // A piece of what keeps the device's free share between its marks. Bounds what it adds to the
-  // latency of the call behind it.
+  // A piece of what is to be done. Bounds what it adds to the latency of the call behind it.
   void Step();
   // Moves rows to the host so that the device has `bytes` more, or what can be had.
-  void MakeRoom(size_t bytes);
+  void MakeRoom(size_t bytes, BlockPool::RoomFor what);
 
  private:
   bool is_enabled() const { return pool_->host_arena() != nullptr; }
   size_t bytes_free() const { return pool_->device_arena().bytes_free(); }
   size_t Share(double share) const;
+  bool IsIdle(const SequenceRecord& record) const;
   // False when nothing could be moved.
-  bool FreeUntil(size_t bytes);
+  bool FreeUntil(size_t bytes, BlockPool::RoomFor what);
+  bool BringBack();
   SequenceRecord* WhoseRowsGo() const;
-  SequenceRecord* WhoGoesWhole() const;
-  SequenceRecord* WhoseRowsComeBack() const;
+  SequenceRecord* WhoGoesWhole(BlockPool::RoomFor what) const;
 
   BlockPool* const pool_;
   const SequenceTable* const table_;
   Clock* const clock_;
   // Below the low mark, until the high one is reached.
   bool frees_ = false;
-  // Nothing could be moved: not to be tried again before.
+  // There was nothing to do: not to be looked for before.
   uint64_t next_ns_ = 0;
 };
 

@@ -93,8 +93,8 @@ __device__ inline void SumParts(const ChoiceGroup& group, bool everything) {
 #pragma unroll 1
     for (int offset = kWarp / 2; offset > 0; offset /= 2) sums.Add(FromLane(sums, offset));
     if (lane != 0) continue;
-    // Nothing is left but what is hidden, of which there are no sums then: the host looks itself.
-    if (everything) sums = LaneSums();
+    // Nothing is left but what is hidden, of which there are no sums of its own.
+    if (everything && group.stats->chosen < group.stats->middle) sums = LaneSums();
     group.dropped[head] = {.weight = sums.weight,
                            .lower = sums.lower,
                            .estimate = sums.estimate,

@@ -246,9 +246,8 @@ absl::StatusOr<DeviceMemory> CudaDevice::AllocateOnHost(size_t bytes) {
   if (const cudaError_t code = cudaHostAlloc(&data, least, cudaHostAllocPortable);
       code != cudaSuccess) {
     static_cast<void>(cudaGetLastError());
-    return absl::ResourceExhaustedError(
-        absl::StrCat("cannot pin ", bytes, " bytes of the host's memory: ",
-                     cudaGetErrorString(code)));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "cannot pin ", bytes, " bytes of the host's memory: ", cudaGetErrorString(code)));
   }
   std::memset(data, 0, least);
   return DeviceMemory(static_cast<std::byte*>(data), least, ReleaseHostMemory);

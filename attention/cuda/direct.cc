@@ -61,7 +61,10 @@ class Answerer {
   // False if the host has to decide.
   bool Answer() {
     // Sums of what is hidden go with those of the choice.
-    if (everything_ && !group_.reads_all && hidden_ > 0) return false;
+    if (everything_ && !group_.reads_all && hidden_ > 0 &&
+        row_.plan.prove != Guarantee::kNone && stats_.chosen < stats_.middle) {
+      return false;
+    }
     // What competed for a list is not known then.
     if (everything_ && group_.competes) return false;
     if (!Prove()) return false;
@@ -81,11 +84,13 @@ class Answerer {
     evidence.kept_upper = kept_.upper[head];
     // Lists come without a proof, and all heads of their one query token see the same tokens.
     if (group_.has_list() && stats_.listed < stats_.middle + hidden_) return evidence;
+    // Nobody has looked at what is hidden where there is nothing to prove.
+    const bool hides_unseen = prove == Guarantee::kNone && hidden_ > 0;
     const bool drops = chooses_ && group_.dropped.host[head].seen > 0;
-    if (!drops) {
+    if (!drops && !hides_unseen) {
       evidence.level = Level::kExact;
       evidence.log_dropped_estimate = kLogZero;
-    } else {
+    } else if (drops) {
       const DroppedSums& dropped = group_.dropped.host[head];
       const MaskSums sums{.weight = {dropped.weight, dropped.reference},
                           .lower = {dropped.lower, dropped.reference},

@@ -376,8 +376,8 @@ std::string ToTable(const v1::GetStatsResponse& stats) {
   std::vector<Row> rows = {
       {"pool used", BytesText(stats.pool_used_bytes()) + " of " + BytesText(stats.pool_bytes()) +
                         " (" + ShareText(stats.pool_used_bytes(), stats.pool_bytes()) + ")"},
-      {"of the host's memory", BytesText(stats.host_pool_used_bytes()) + " of " +
-                                   BytesText(stats.host_pool_bytes())},
+      {"of the host's memory",
+       BytesText(stats.host_pool_used_bytes()) + " of " + BytesText(stats.host_pool_bytes())},
       {"blocks", std::to_string(stats.block_count())},
       {"sequences", std::to_string(stats.sequence_count())},
       {"models", std::to_string(stats.model_count())},

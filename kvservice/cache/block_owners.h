@@ -1,6 +1,6 @@
 // Tenants as the pool numbers them, and whose bytes lie where in an arena, free ranges included: a
-// block that changes hands is cleared of what its last tenant left, and nothing is cleared that need
-// not be. One thread.
+// block that changes hands is cleared of what its last tenant left, and nothing is cleared that
+// need not be. One thread.
 
 #ifndef KVSERVICE_KVSERVICE_CACHE_BLOCK_OWNERS_H_
 #define KVSERVICE_KVSERVICE_CACHE_BLOCK_OWNERS_H_

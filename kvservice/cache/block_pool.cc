@@ -50,10 +50,10 @@ absl::StatusOr<std::unique_ptr<BlockPool>> BlockPool::New(Device* device, size_t
 BlockPool::~BlockPool() { assert(blocks_used() == 0); }
 
 template <typename Take>
-std::byte* BlockPool::TakeOrMakeRoom(size_t bytes, Take take) {
+std::byte* BlockPool::TakeOrMakeRoom(size_t bytes, RoomFor what, Take take) {
   std::byte* const taken = take();
   if (taken != nullptr || make_room_ == nullptr) return taken;
-  make_room_(bytes);
+  make_room_(bytes, what);
   return take();
 }
 
@@ -68,12 +68,12 @@ BlockRef BlockPool::TakePieces(const BlockBytes& bytes, BlockOwner owner) {
   }
   // Sketches before rows, which have somewhere else to be.
   if (bytes.sketches > 0) {
-    block.sketches = TakeOrMakeRoom(
-        bytes.sketches, [&] { return device_arena_.TakeAtEnd(bytes.sketches, owner); });
+    block.sketches = TakeOrMakeRoom(bytes.sketches, RoomFor::kSketches,
+                                    [&] { return device_arena_.TakeAtEnd(bytes.sketches, owner); });
     if (block.sketches == nullptr) return BlockRef();
   }
-  block.rows =
-      TakeOrMakeRoom(bytes.rows, [&] { return device_arena_.Take(bytes.rows, owner); });
+  block.rows = TakeOrMakeRoom(bytes.rows, RoomFor::kRows,
+                              [&] { return device_arena_.Take(bytes.rows, owner); });
   if (block.rows == nullptr) {
     block.place = RowPlace::kHost;
     block.rows = host_arena_->Take(bytes.rows, owner);

@@ -1,12 +1,12 @@
 // The memory that all sequences share, handed out in blocks: an arena of the device's memory and,
 // if there is to be more than the device has, one of the host's that the device reads in place.
 //
-// A block has rows (the slices of all layers), on the device or on the host, and sketches, always on
-// the device, because every scan reads them whole. Without memory of the host it is one piece: with
-// one model there is no fragmentation at all, with several a large block may find no range although
-// the sum of the free ones would do. With it rows and sketches are two pieces, rows can be moved
-// while nobody reads them, and the last block of an arena may not find its place. Accounting is
-// exact: what is not free is held by some BlockRef.
+// A block has rows (the slices of all layers), on the device or on the host, and sketches, always
+// on the device, because every scan reads them whole. Without memory of the host it is one piece:
+// with one model there is no fragmentation at all, with several a large block may find no range
+// although the sum of the free ones would do. With it rows and sketches are two pieces, rows can be
+// moved while nobody reads them, and the last block of an arena may not find its place. Accounting
+// is exact: what is not free is held by some BlockRef.
 //
 // Every block has an owner, a tenant, and counts once for it, wherever its rows are and however
 // many of its sequences share it. Nobody gets a block beyond its maximum, or out of what others
@@ -105,9 +105,11 @@ class BlockPool {
   // is free may all be too short.
   size_t Shortage(size_t bytes, BlockOwner owner) const;
 
-  // Called by Allocate when the device has no range of so many bytes: moves rows to the host so
-  // that it may have. It may be called whenever Allocate is.
-  void SetRoomMaker(absl::AnyInvocable<void(size_t bytes)> make_room) {
+  // Called by Allocate when the device has no range of so many bytes, for rows or for what cannot
+  // be elsewhere: moves rows to the host so that it may have. It may be called whenever Allocate
+  // is.
+  enum class RoomFor : uint8_t { kRows, kSketches };
+  void SetRoomMaker(absl::AnyInvocable<void(size_t bytes, RoomFor what)> make_room) {
     make_room_ = std::move(make_room);
   }
   // Moves the rows of these blocks as far as there is room, in this order; those that are there
@@ -137,9 +139,10 @@ class BlockPool {
 
  private:
   friend class BlockRef;
-  BlockPool(Device* device, DeviceMemory memory) : device_(device), device_arena_(device, std::move(memory)) {}
+  BlockPool(Device* device, DeviceMemory memory)
+      : device_(device), device_arena_(device, std::move(memory)) {}
   template <typename Take>
-  std::byte* TakeOrMakeRoom(size_t bytes, Take take);
+  std::byte* TakeOrMakeRoom(size_t bytes, RoomFor what, Take take);
   BlockRef TakePieces(const BlockBytes& bytes, BlockOwner owner);
   BlockArena* ArenaOf(RowPlace place) {
     return place == RowPlace::kHost ? &*host_arena_ : &device_arena_;
@@ -157,7 +160,7 @@ class BlockPool {
   BlockOwners owners_;
   OwnerAccounts accounts_;
   NoBlock why_not_ = NoBlock::kPoolFull;
-  absl::AnyInvocable<void(size_t bytes)> make_room_;
+  absl::AnyInvocable<void(size_t bytes, RoomFor what)> make_room_;
   uint64_t moves_ = 0;
   uint64_t to_host_ = 0;
   uint64_t to_device_ = 0;

@@ -142,11 +142,7 @@ SealSlice Sequence::SealOf(uint32_t layer, uint32_t block) const {
 
 uint32_t Sequence::MovableEnd() const {
   const uint32_t full_count = length_min() / kBlockTokens;
-  return full_count > kHostBegin + kRecentBlocks ? full_count - kRecentBlocks : kHostBegin;
-}
-
-size_t Sequence::movable_bytes() const {
-  return (std::max(MovableEnd(), host_end_) - host_end_) * shape_->block().rows;
+  return std::max(host_end_, full_count - std::min(full_count, kRecentBlocks));
 }
 
 // Of these blocks, ascending towards the host and descending towards the device. Returns how many
@@ -161,30 +157,41 @@ uint32_t Sequence::Move(uint32_t first, uint32_t end, RowPlace to) {
 bool Sequence::MoveToHost(size_t bytes) {
   const size_t row_bytes = shape_->block().rows;
   const size_t wanted = std::min((bytes + row_bytes - 1) / row_bytes, movable_bytes() / row_bytes);
-  const uint32_t count = Move(host_end_, host_end_ + static_cast<uint32_t>(wanted), RowPlace::kHost);
+  const uint32_t count =
+      Move(host_end_, host_end_ + static_cast<uint32_t>(wanted), RowPlace::kHost);
   host_end_ += count;
   return count > 0;
 }
 
-bool Sequence::MoveAllToHost() {
-  all_moved_ = true;
-  return Move(0, block_count(), RowPlace::kHost) > 0;
-}
-
 bool Sequence::MoveToDevice(size_t bytes) {
-  // What every step reads comes first.
-  const bool all_moved = std::exchange(all_moved_, false);
-  if (all_moved) {
-    Move(host_end_, block_count(), RowPlace::kDevice);
-    Move(0, std::min(kHostBegin, block_count()), RowPlace::kDevice);
-  }
   const size_t row_bytes = shape_->block().rows;
   const size_t wanted =
       std::min<size_t>((bytes + row_bytes - 1) / row_bytes, host_end_ - kHostBegin);
   const uint32_t count =
       Move(host_end_ - static_cast<uint32_t>(wanted), host_end_, RowPlace::kDevice);
   host_end_ -= count;
-  return all_moved || count > 0;
+  return count > 0;
+}
+
+bool Sequence::MoveAllToHost() {
+  const bool has_moved = Move(0, block_count(), RowPlace::kHost) > 0;
+  if (has_moved) host_end_ = MovableEnd();
+  return has_moved;
+}
+
+bool Sequence::MoveStepRowsToDevice() {
+  const uint32_t end = block_count();
+  bool has_moved = Move(std::min(MovableEnd(), end), end, RowPlace::kDevice) > 0;
+  has_moved = Move(0, std::min(kHostBegin, end), RowPlace::kDevice) > 0 || has_moved;
+  return has_moved;
+}
+
+bool Sequence::HasStepRowsOn(RowPlace place) const {
+  for (uint32_t block = 0; block < block_count(); ++block) {
+    if (block == kHostBegin) block = std::max(block, MovableEnd());
+    if (block < block_count() && blocks_[block].place() == place) return true;
+  }
+  return false;
 }
 
 void Sequence::ReadRows(uint32_t layer, uint32_t block, uint32_t kv_head, std::byte* rows) const {
@@ -314,7 +321,6 @@ std::unique_ptr<Sequence> Sequence::Fork(uint32_t length) const {
   const uint32_t full_count = length / kBlockTokens;
   child->blocks_.reserve(BlockCount(length));
   child->host_end_ = std::clamp(full_count, kHostBegin, host_end_);
-  child->all_moved_ = all_moved_;
   for (uint32_t block = 0; block < full_count; ++block) {
     child->blocks_.push_back(blocks_[block].Share());
   }

@@ -102,6 +102,7 @@ class Sequence {
   BlockOwner owner() const { return owner_; }
   // Another sequence has the block too.
   bool is_shared(uint32_t block) const { return blocks_[block].shared(); }
+  bool is_on_host(uint32_t block) const { return blocks_[block].place() == RowPlace::kHost; }
   // Blocks, shared ones counted in full, and lists.
   size_t bytes() const;
 
@@ -121,19 +122,20 @@ class Sequence {
   // The same in arrays of the sequence's own, which grow by what is new: a step of decoding does
   // not visit all blocks. Valid until the sequence changes or shows the layer again.
   KvView View(uint32_t layer, uint32_t length);
-  // Moves rows to the host, oldest first, or back to the device, newest first, until about `bytes`
-  // were moved; false if nothing could be. The first block and the newest, which every step reads,
-  // stay on the device, unless MoveAllToHost is called. As BlockPool::Move: nobody may be using any
-  // sequence.
+  // Moves rows of full blocks to the host, oldest first, or back to the device, newest first, until
+  // about `bytes` were moved; false if nothing could be. The first block and the newest, which
+  // every step reads, stay on the device. As BlockPool::Move: nobody may be using any sequence.
   bool MoveToHost(size_t bytes);
-  bool MoveAllToHost();
   bool MoveToDevice(size_t bytes);
-  // What they would find, as far as this sequence has moved rows itself.
-  size_t movable_bytes() const;
-  bool has_more_to_move() const { return !all_moved_ && !blocks_.empty(); }
-  size_t host_bytes() const {
-    return (host_end_ - kHostBegin + (all_moved_ ? 1 : 0)) * shape_->block().rows;
-  }
+  // What they would find. A block whose rows found no place on the device when it was made counts
+  // as one that is there.
+  size_t movable_bytes() const { return (MovableEnd() - host_end_) * shape_->block().rows; }
+  size_t host_bytes() const { return (host_end_ - kHostBegin) * shape_->block().rows; }
+  // Moves all, and those back that every step reads.
+  bool MoveAllToHost();
+  bool MoveStepRowsToDevice();
+  // Some of what every step reads is there.
+  bool HasStepRowsOn(RowPlace place) const;
 
   // Copies the 64 rows of one KV head of a full block to the host's `rows`, layout.row_bytes()
   // each.
@@ -196,7 +198,7 @@ class Sequence {
   static constexpr uint32_t kHostBegin = 1;
   // Newest blocks that are full and stay: what is around the local window.
   static constexpr uint32_t kRecentBlocks = 2;
-  // Past the last full block that may be on the host.
+  // Past the last full block that a step need not read.
   uint32_t MovableEnd() const;
   uint32_t Move(uint32_t first, uint32_t end, RowPlace to);
 
@@ -228,8 +230,6 @@ class Sequence {
   std::vector<BlockRef> blocks_;
   // [kHostBegin, host_end_) are on the host, unless a sequence that shares them has moved them.
   uint32_t host_end_ = kHostBegin;
-  // So are the others that there were at the latest MoveAllToHost.
-  bool all_moved_ = false;
   std::vector<Layer> layers_;
   size_t list_bytes_ = 0;
 };

@@ -115,7 +115,7 @@ void BlockToProto(const BlockReport& report, v1::DescribeBlockResponse* response
     sealed = sealed && from.token_count == kBlockTokens;
     on_disk = on_disk && from.is_on_disk;
   }
-  response->add_tiers("memory");
+  response->add_tiers(report.is_on_host ? "host" : "memory");
   if (on_disk) response->add_tiers("disk");
   response->set_sealed(sealed);
   response->set_first_token(report.first_token);

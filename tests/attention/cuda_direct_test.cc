@@ -10,6 +10,7 @@
 #include <iterator>
 #include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "attention/cuda/device.h"
@@ -75,6 +76,37 @@ TEST_F(CudaDirect, SimplePlansTakeIt) {
         const uint64_t by_mass = Count([&] { RunPlan(kv, plan); });
         EXPECT_TRUE(hidden > 0 || by_mass == 2U) << by_mass;
       }
+    }
+  }
+}
+
+// So much is planned that everything visible is read, and something is hidden: what hides it has
+// its bound from the same sums, or asks for none.
+TEST_F(CudaDirect, EverythingBesideWhatIsHiddenTakesIt) {
+  auto cpu = NewDevice("cpu", {});
+  ASSERT_TRUE(cpu.ok());
+  CaseOptions options;
+  options.length = 3000;
+  const KvCase kv(device_.get(), options);
+  const KvCase same(cpu->get(), options);
+  Plan plan = BasePlan(Source::kScan, options.length, 64);
+  plan.visible_begin = 400;
+  for (const auto& [prove, top_k] : {std::pair(Guarantee::kNone, 2400U),
+                                     {Guarantee::kNone, 3000U},
+                                     {Guarantee::kDeterministic, 3000U}}) {
+    SCOPED_TRACE(top_k);
+    plan.prove = prove;
+    plan.keep.top_k = top_k;
+    std::unique_ptr<Call> call;
+    EXPECT_EQ(Count([&] { call = RunPlan(kv, plan); }), 2U);
+    const std::unique_ptr<Call> other = RunPlan(same, plan);
+    EXPECT_EQ(call->selected, other->selected);
+    for (uint32_t head = 0; head < 2; ++head) {
+      EXPECT_EQ(call->groups[head].tokens_read, other->groups[head].tokens_read);
+      EXPECT_EQ(call->groups[head].action, other->groups[head].action);
+    }
+    for (size_t i = 0; i < call->certificates.size(); ++i) {
+      EXPECT_EQ(call->certificates[i].level, other->certificates[i].level);
     }
   }
 }

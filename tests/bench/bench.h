@@ -34,7 +34,7 @@ struct BenchOptions {
   // The server has room for sketches on the device; keys and values are in the host's memory.
   bool host_rows = false;
   uint32_t list_tokens = 2048;  // of decode_e2e: fixed budgets on planted data
-  uint32_t step_count = 41;  // of decode_e2e, on planted data
+  uint32_t step_count = 41;     // of decode_e2e, on planted data
   // Files of requests that eviction replays (tests/bench/eviction_load.h).
   std::vector<std::string> request_traces = {};
 };

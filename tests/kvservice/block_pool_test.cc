@@ -184,14 +184,14 @@ class TwoArenasTest : public BlockPoolTest {
 
   // Room for so many rows on the device, and for the sketches of all.
   void Start(size_t device_rows, size_t host_rows) {
-    pool_ = *BlockPool::New(
-        device_.get(), (device_rows + host_rows) * kBytes.sketches + device_rows * kBytes.rows,
-        host_rows * kBytes.rows);
+    pool_ = *BlockPool::New(device_.get(),
+                            (device_rows + host_rows) * kBytes.sketches + device_rows * kBytes.rows,
+                            host_rows * kBytes.rows);
   }
   size_t CountOn(RowPlace place) const {
-    return static_cast<size_t>(std::count_if(
-        blocks_.begin(), blocks_.end(),
-        [&](const BlockRef& block) { return block.place() == place; }));
+    return static_cast<size_t>(
+        std::count_if(blocks_.begin(), blocks_.end(),
+                      [&](const BlockRef& block) { return block.place() == place; }));
   }
   static std::vector<const BlockRef*> Pointers(absl::Span<const BlockRef> blocks) {
     std::vector<const BlockRef*> pointers;
@@ -254,9 +254,9 @@ TEST_F(TwoArenasTest, WhoeverSharesABlockFindsItWhereItIs) {
 TEST_F(TwoArenasTest, WhoMakesRoomIsAsked) {
   Start(2, 8);
   size_t asked = 0;
-  pool_->SetRoomMaker([&](size_t bytes) {
+  pool_->SetRoomMaker([&](size_t bytes, BlockPool::RoomFor what) {
     ++asked;
-    EXPECT_TRUE(bytes == kBytes.rows || bytes == kBytes.sketches);
+    EXPECT_EQ(bytes, what == BlockPool::RoomFor::kRows ? kBytes.rows : kBytes.sketches);
     pool_->Move(Pointers(blocks_), RowPlace::kHost);
   });
   while (BlockRef block = pool_->Allocate(kBytes)) blocks_.push_back(std::move(block));

@@ -1,11 +1,14 @@
-// What an engine says about one block.
+// What an engine says about one block, and where it puts the rows of which.
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <future>
+#include <string>
+#include <vector>
 
 #include "attention/float16.h"
+#include "kvservice/cache/sequence.h"
 #include "tests/kvservice/engine_client.h"
 
 namespace kvservice::testing {
@@ -14,6 +17,15 @@ namespace {
 // Two blocks and a part of a third.
 constexpr uint32_t kTokens = 150;
 
+absl::StatusOr<BlockReport> Describe(TestEngine* engine, const Handle& handle,
+                                     const BlockAsk& ask) {
+  std::promise<absl::StatusOr<BlockReport>> answer;
+  engine->get()->DescribeBlock(
+      kTenant, handle.id, ask,
+      [&answer](absl::StatusOr<BlockReport> report) { answer.set_value(std::move(report)); });
+  return answer.get_future().get();
+}
+
 class DescribeBlockTest : public ::testing::Test {
  protected:
   DescribeBlockTest() : handle_(engine_.NewSequence()) {
@@ -21,11 +33,7 @@ class DescribeBlockTest : public ::testing::Test {
   }
 
   absl::StatusOr<BlockReport> Describe(const Handle& handle, const BlockAsk& ask) {
-    std::promise<absl::StatusOr<BlockReport>> answer;
-    engine_.get()->DescribeBlock(
-        kTenant, handle.id, ask,
-        [&answer](absl::StatusOr<BlockReport> report) { answer.set_value(std::move(report)); });
-    return answer.get_future().get();
+    return testing::Describe(&engine_, handle, ask);
   }
 
   // Largest and mean norm of the words' keys or values in a layer.
@@ -129,6 +137,88 @@ TEST_F(DescribeBlockTest, WrongAsks) {
   EXPECT_EQ(ErrorLine(Describe(handle_, {.block = 0, .layer = 2}).status()),
             "INVALID_ARGUMENT LAYER_OUT_OF_RANGE layer");
   EXPECT_EQ(ErrorLine(Describe({}, {.block = 0}).status()), "NOT_FOUND SEQUENCE_NOT_FOUND");
+}
+
+// ---- Where rows are ----
+
+class RowPlacementTest : public ::testing::Test {
+ protected:
+  // The device has room for the sketches of 40 blocks and the rows of ten.
+  static EngineOptions Options() {
+    const ModelSpec model = SmallModel(2);
+    const CacheShape shape(model.layout, model.layer_count, {});
+    EngineOptions options = TestEngine::SmallOptions();
+    options.host_pool_bytes = 30 * shape.block().rows;
+    options.pool_bytes = 40 * shape.block_bytes() - options.host_pool_bytes;
+    return options;
+  }
+  // "h" for each block on the host, "d" for each on the device.
+  std::string Places(const Handle& handle, uint32_t block_count) {
+    std::string places;
+    for (uint32_t block = 0; block < block_count; ++block) {
+      places += Describe(&engine_, handle, {.block = block})->is_on_host ? 'h' : 'd';
+    }
+    return places;
+  }
+  void ExpectRight(const Handle& handle, uint32_t tokens) {
+    AttendStep step(engine_.model(), 1);
+    step.Add(handle, tokens - 1, Counting(tokens - 1, 1)).OnlyRead();
+    ASSERT_TRUE(step.Run(engine_.get()).ok());
+    ExpectDense(step, 0, engine_.model(), Counting(0, tokens), tokens - 1);
+  }
+
+  TestEngine engine_{Options()};
+};
+
+TEST_F(RowPlacementTest, TheOldestLeaveFirstAndWhatEveryStepReadsStays) {
+  const Handle handle = engine_.NewSequence();
+  for (uint32_t block = 0; block < 24; ++block) {
+    engine_.Fill(handle, block * kBlockTokens, Counting(block * kBlockTokens, kBlockTokens));
+  }
+  const std::string places = Places(handle, 24);
+  EXPECT_EQ(places.find("dh"), 0U) << places;
+  EXPECT_EQ(places.find('d', 1), places.rfind('h') + 1) << places;
+  EXPECT_EQ(places.substr(22), "dd") << places;
+  EXPECT_GT(engine_.get()->Stats().blocks_to_host_total, 3U);
+  EXPECT_GT(engine_.get()->Stats().host_pool_bytes_used, 0U);
+  ExpectRight(handle, 24 * kBlockTokens);
+}
+
+TEST_F(RowPlacementTest, RowsOfIdleSequencesLeaveFirst) {
+  const Handle idle = engine_.NewSequence();
+  engine_.Fill(idle, 0, Counting(0, 9 * kBlockTokens));
+  engine_.clock.AdvanceMs(2000);
+  const Handle busy = engine_.NewSequence();
+  engine_.Fill(busy, 0, Counting(0, 9 * kBlockTokens));
+  EXPECT_EQ(Places(busy, 9), "ddddddddd");
+  EXPECT_EQ(Places(idle, 9).substr(0, 2), "dh");
+  ExpectRight(idle, 9 * kBlockTokens);
+  ExpectRight(busy, 9 * kBlockTokens);
+}
+
+TEST_F(RowPlacementTest, TheyComeBackWhenThereIsRoom) {
+  const Handle handle = engine_.NewSequence();
+  engine_.Fill(handle, 0, Counting(0, 9 * kBlockTokens));
+  const Handle other = engine_.NewSequence();
+  engine_.Fill(other, 0, Counting(0, 9 * kBlockTokens));
+  EXPECT_NE(Places(handle, 9) + Places(other, 9), std::string(18, 'd'));
+  ASSERT_TRUE(engine_.Drop(other).ok());
+  for (int i = 0; i < 20 && Places(handle, 9) != std::string(9, 'd'); ++i) {
+    engine_.clock.AdvanceMs(200);
+    ExpectRight(handle, 9 * kBlockTokens);
+  }
+  EXPECT_EQ(Places(handle, 9), std::string(9, 'd'));
+  EXPECT_GT(engine_.get()->Stats().blocks_to_device_total, 0U);
+}
+
+TEST_F(RowPlacementTest, ManyShortSequencesFillTheHostToo) {
+  std::vector<Handle> handles;
+  for (int i = 0; i < 18; ++i) {
+    handles.push_back(engine_.NewSequence());
+    engine_.Fill(handles.back(), 0, Counting(0, 2 * kBlockTokens));
+  }
+  EXPECT_EQ(engine_.get()->Stats().blocks_used, 36U);
+  for (const Handle& handle : handles) ExpectRight(handle, 2 * kBlockTokens);
 }
 
 }  // namespace
