@@ -61,12 +61,17 @@ class Answerer {
   // False if the host has to decide.
   bool Answer() {
     // Sums of what is hidden go with those of the choice.
-    if (everything_ && !group_.reads_all && hidden_ > 0 &&
-        row_.plan.prove != Guarantee::kNone && stats_.chosen < stats_.middle) {
+    if (everything_ && !group_.reads_all && hidden_ > 0 && row_.plan.prove != Guarantee::kNone &&
+        stats_.chosen < stats_.middle) {
       return false;
     }
     // What competed for a list is not known then.
     if (everything_ && group_.competes) return false;
+    // Then everything should have been read.
+    const double visible = static_cast<double>(stats_.always) + stats_.middle;
+    const double planned = static_cast<double>(stats_.always) + stats_.listed;
+    const double share = static_cast<double>(row_.plan.dense_share);
+    if (group_.listed && planned > share * visible) return false;
     if (!Prove()) return false;
     Write();
     Remember();
@@ -144,7 +149,7 @@ class Answerer {
   void Write() {
     const uint32_t dim = shape_.layout.head_dim;
     Action action = everything_ && hidden_ == 0 ? Action::kDense : Action::kSelected;
-    if (anchor_.anchor >= 0) action = Action::kReused;
+    if (anchor_.anchor >= 0 && action != Action::kDense) action = Action::kReused;
     for (uint32_t head = 0; head < head_count(); ++head) {
       const size_t index = OutputIndex(shape_.layout, group_.kv_head, head);
       row_.certificates[index] = certificates_[head];
@@ -364,14 +369,15 @@ void Direct::Ask(const LayerShape& shape, absl::Span<AttendRow> rows,
     group.list = PartOf(plan.given.subspan(first, plan.given_offsets[kv_head + 1] - first), begin,
                         local_begin);
   }
-  // Whether the set is so large that everything is read instead depends on what sketches mark; the
-  // host knows, where it is near.
-  const double visible = static_cast<double>(row.view.length) - begin;  // at least
+  // Whether so much is planned that everything is read instead depends on what sketches mark, too:
+  // at least so much, of at most so much. Where that does not tell, what comes back does.
   const double planned =
       static_cast<double>(group.listed_count()) + plan.sink_end + (row.view.length - local_begin);
-  if (planned > 0.5 * static_cast<double>(plan.dense_share) * visible) return;
-  group.listed = true;
-  asked->kind = Kind::kSettled;
+  const double visible = static_cast<double>(row.view.length) - begin + plan.sink_end;
+  group.reads_all = planned > static_cast<double>(plan.dense_share) * visible;
+  group.listed = !group.reads_all;
+  const bool settled = group.listed || !HasHidden(shape, row);
+  asked->kind = settled ? Kind::kSettled : Kind::kChoosing;
 }
 
 // Groups of one kind in waves, none with too many weights.

@@ -199,6 +199,53 @@ TEST_F(CudaDirect, ListsTakeIt) {
   }
 }
 
+// Of a list that is most of what is visible everything is read, with and without something hidden.
+TEST_F(CudaDirect, LargeListsTakeIt) {
+  auto cpu = NewDevice("cpu", {});
+  ASSERT_TRUE(cpu.ok());
+  CaseOptions options;
+  options.length = 3000;
+  const KvCase kv(device_.get(), options);
+  const KvCase same(cpu->get(), options);
+  for (const uint32_t top_k : {1000U, 1700U, 2100U, 2280U, 2300U, 2320U, 2400U, 2800U}) {
+    for (const uint32_t hidden : {0U, 400U}) {
+      SCOPED_TRACE(::testing::Message() << top_k << " of 3000 tokens, hidden up to " << hidden);
+      const auto others = (*cpu)->NewTokenLists(options.layout, 4);
+      Plan other_plan = BasePlan(Source::kReuse, options.length, 64);
+      other_plan.keep.top_k = top_k;
+      other_plan.min_cosine = -1.0F;
+      other_plan.lists = others.get();
+      other_plan.dense_share = 1.0F;
+      RunPlan(same, other_plan);
+      // The same list, whose making may round otherwise on a GPU.
+      const auto lists = others->Copy();
+      other_plan.dense_share = 0.8F;
+      other_plan.visible_begin = hidden;
+      Plan plan = other_plan;
+      plan.lists = lists.get();
+      std::unique_ptr<Call> call;
+      const uint64_t direct = Count([&] { call = RunPlan(kv, plan); });
+      const std::unique_ptr<Call> other = RunPlan(same, other_plan);
+      EXPECT_EQ(call->selected, other->selected);
+      for (uint32_t head = 0; head < 2; ++head) {
+        EXPECT_EQ(call->groups[head].action, other->groups[head].action);
+        EXPECT_EQ(call->groups[head].scanned, other->groups[head].scanned);
+        EXPECT_EQ(call->groups[head].tokens_read, other->groups[head].tokens_read);
+        EXPECT_EQ(call->groups[head].tokens_scanned, other->groups[head].tokens_scanned);
+        const float norm = other->groups[head].key_norm_max;
+        EXPECT_NEAR(call->groups[head].key_norm_max, norm, 1e-5F * norm);
+      }
+      for (size_t i = 0; i < call->certificates.size(); ++i) {
+        EXPECT_EQ(call->certificates[i].level, other->certificates[i].level);
+      }
+      // What sketches mark may tip the scales; not far from them.
+      if (top_k < 2000 || top_k > 2380) {
+        EXPECT_EQ(direct, 2U);
+      }
+    }
+  }
+}
+
 // A list that is missing is made by a scan, and then reused as it is.
 TEST_F(CudaDirect, AnchorsTakeIt) {
   auto cpu = NewDevice("cpu", {});

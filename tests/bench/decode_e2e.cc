@@ -8,9 +8,9 @@
 //
 // Times are those of one call (one layer of one step) as the caller sees it, of "_halves" those of
 // two calls for half of the batch each, both under way at the same time: the median over steps of
-// the mean over layers. Cases take turns. Sizes are such that keys and values do not stay in the
-// CPU's caches from one call to the next (134 MB and more), but for the smallest, whose calls show
-// what the way there and back costs.
+// the mean over layers. Cases and the baseline take turns, each first at times. Sizes are such that
+// keys and values do not stay in the CPU's caches from one call to the next (134 MB and more), but
+// for the smallest, whose calls show what the way there and back costs.
 //
 // Checks before measuring, at the prompt's last token: dense outputs against the local ones (the
 // row's error is the normalised squared error), and for every certificate that the mass which local
@@ -388,22 +388,25 @@ class Loop {
       const auto layer = static_cast<uint32_t>(i % data_->layer_count());
       queries_.push_back(data_->Queries(layer, position));
     }
-    double seconds = 0.0;
-    for (uint32_t layer = 0; layer < data_->layer_count(); ++layer) {
-      absl::Status status;
-      seconds += Seconds([&] { status = local_->Run(layer, queries_[layer]); });
-      if (!status.ok()) return status;
-    }
-    local_seconds.push_back(seconds / data_->layer_count());
-    size_t first = 0;
-    for (Case& measured : *cases) {
-      first += data_->layer_count();
-      const auto queries = absl::MakeConstSpan(queries_).subspan(first, data_->layer_count());
-      const absl::Status status = Take(position, queries, &measured);
+    // Whoever comes first after local attention finds the server's threads asleep, and local
+    // attention its own: another one every step.
+    const size_t count = cases->size() + 1;
+    for (size_t turn = 0; turn < count; ++turn) {
+      const size_t which = (steps_taken_ + turn) % count;
+      const auto queries =
+          absl::MakeConstSpan(queries_).subspan(which * data_->layer_count(), data_->layer_count());
+      if (which == 0) {
+        const absl::Status status = TakeLocal(queries);
+        if (!status.ok()) return status;
+        continue;
+      }
+      Case* const measured = &(*cases)[which - 1];
+      const absl::Status status = Take(position, queries, measured);
       if (!status.ok()) {
-        return absl::Status(status.code(), absl::StrCat(measured.name, ": ", status.message()));
+        return absl::Status(status.code(), absl::StrCat(measured->name, ": ", status.message()));
       }
     }
+    ++steps_taken_;
     return absl::OkStatus();
   }
 
@@ -411,6 +414,16 @@ class Loop {
 
  private:
   // queries: [layer_count][batch][query_head_count][head_dim]
+  absl::Status TakeLocal(absl::Span<const std::vector<float>> queries) {
+    double seconds = 0.0;
+    for (uint32_t layer = 0; layer < data_->layer_count(); ++layer) {
+      absl::Status status;
+      seconds += Seconds([&] { status = local_->Run(layer, queries[layer]); });
+      if (!status.ok()) return status;
+    }
+    local_seconds.push_back(seconds / data_->layer_count());
+    return absl::OkStatus();
+  }
   absl::Status Take(uint32_t position, absl::Span<const std::vector<float>> queries,
                     Case* measured) {
     double step_seconds = 0.0;
@@ -444,6 +457,7 @@ class Loop {
   DecodeData* const data_;
   RemoteDecode* const remote_;
   LocalDense* const local_;
+  size_t steps_taken_ = 0;
   std::vector<std::vector<float>> queries_;  // of a step: [1 + cases][layer_count], local first
 };
 
