@@ -8,9 +8,11 @@
 //
 // Times are those of one call (one layer of one step) as the caller sees it, of "_halves" those of
 // two calls for half of the batch each, both under way at the same time: the median over steps of
-// the mean over layers. Cases and the baseline take turns, each first at times. Sizes are such that
-// keys and values do not stay in the CPU's caches from one call to the next (134 MB and more), but
-// for the smallest, whose calls show what the way there and back costs.
+// the mean over layers. Cases and the baseline come in another order every step. On a GPU that is
+// not quite fair to the baseline: two processes take turns there, and it pays for the change every
+// time (100 us); tests/bench/torch_sdpa.py alone on the same GPU is the one to compare with. Sizes
+// are such that keys and values do not stay in the CPU's caches from one call to the next (134 MB
+// and more), but for the smallest, whose calls show what the way there and back costs.
 //
 // Checks before measuring, at the prompt's last token: dense outputs against the local ones (the
 // row's error is the normalised squared error), and for every certificate that the mass which local
@@ -22,6 +24,8 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -388,11 +392,12 @@ class Loop {
       const auto layer = static_cast<uint32_t>(i % data_->layer_count());
       queries_.push_back(data_->Queries(layer, position));
     }
-    // Whoever comes first after local attention finds the server's threads asleep, and local
-    // attention its own: another one every step.
-    const size_t count = cases->size() + 1;
-    for (size_t turn = 0; turn < count; ++turn) {
-      const size_t which = (steps_taken_ + turn) % count;
+    // Whoever comes first after local attention finds the server's threads asleep and, on a GPU,
+    // pays for its change of processes: another one every step.
+    order_.resize(cases->size() + 1);
+    std::iota(order_.begin(), order_.end(), size_t{0});
+    std::shuffle(order_.begin(), order_.end(), random_);
+    for (const size_t which : order_) {
       const auto queries =
           absl::MakeConstSpan(queries_).subspan(which * data_->layer_count(), data_->layer_count());
       if (which == 0) {
@@ -406,7 +411,6 @@ class Loop {
         return absl::Status(status.code(), absl::StrCat(measured->name, ": ", status.message()));
       }
     }
-    ++steps_taken_;
     return absl::OkStatus();
   }
 
@@ -457,7 +461,8 @@ class Loop {
   DecodeData* const data_;
   RemoteDecode* const remote_;
   LocalDense* const local_;
-  size_t steps_taken_ = 0;
+  std::mt19937_64 random_{1};
+  std::vector<size_t> order_;                // 0 = local attention, then the cases
   std::vector<std::vector<float>> queries_;  // of a step: [1 + cases][layer_count], local first
 };
 
