@@ -56,21 +56,6 @@ bool CellsHold(const KvLayout& layout, uint64_t exact, const SketchPage& page,
   return true;
 }
 
-bool TokenHolds(const SketchLayout& at, const SketchPage& page, const PageNumbers& numbers,
-                uint32_t token) {
-  const Residual residual = MeasureResidual(at.dim, numbers, token, page.codes);
-  if (!residual.within_cells) return false;
-  if (!RadiusHolds(page.rmax, page.r[token], residual.norm)) return false;
-  if (!RadiusHolds(page.vmax, page.vn[token], numbers.v_norm[token])) return false;
-  for (uint32_t j = 0; j < at.direction_count; ++j) {
-    if (!ProjectionHolds(page.ps[j], page.pj[j * kBlockTokens + token], residual.projection[j],
-                         numbers.projection_scale[j])) {
-      return false;
-    }
-  }
-  return true;
-}
-
 bool NormsAreNumbers(const SketchLayout& at, const SketchPage& page) {
   bool valid = std::isfinite(page.rmax) && std::isfinite(page.vmax) && page.hn >= 0.0F;
   for (uint32_t j = 0; j < at.direction_count; ++j) {
@@ -98,7 +83,8 @@ bool VerifySketchPage(const KvLayout& layout, const std::byte* rows, const Sketc
   ReadCells(layout.head_dim, decoded, table, &numbers);
   for (uint32_t token = 0; token < kBlockTokens; ++token) {
     if (IsExact(decoded.exact, token)) continue;
-    if (!TokenHolds(at, decoded, numbers, token)) return false;
+    const Residual residual = MeasureResidual(at.dim, numbers, token, decoded.codes);
+    if (!TokenHolds(at, decoded, numbers, residual, token)) return false;
   }
   return true;
 }

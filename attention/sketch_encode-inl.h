@@ -138,8 +138,9 @@ inline uint16_t Float16RoundUp(double x) {
   return bits;
 }
 
-// Fills lo and step from the tokens not in `exact`; false if a step overflows.
-inline bool ChooseCells(const KvLayout& layout, uint64_t exact, const PageNumbers& numbers,
+// Fills lo and step from the tokens not in `exact`. A step that overflows is an infinity:
+// residuals, and with them rmax, are infinite then, and WriteRadii refuses them.
+inline void ChooseCells(const KvLayout& layout, uint64_t exact, const PageNumbers& numbers,
                         float* lo, uint16_t* step) {
   const uint32_t head_dim = layout.head_dim;
   alignas(64) std::array<float, kHeadDimMax> low;
@@ -158,9 +159,7 @@ inline bool ChooseCells(const KvLayout& layout, uint64_t exact, const PageNumber
     const double range = static_cast<double>(high[c]) - static_cast<double>(low[c]);
     lo[c] = low[c];
     step[c] = Float16RoundUp(std::max(range / 16.0 * (1.0 + 0x1p-11), kStepMin));
-    if (!std::isfinite(FloatFromFloat16(step[c]))) return false;
   }
-  return true;
 }
 
 // Takes lo and step from the page's bytes, so that all that follows is about what is stored.
@@ -268,6 +267,22 @@ inline bool ProjectionHolds(float step, int8_t code, double projection, double p
          static_cast<double>(step) / 2.0 * kProjectionMargin;
 }
 
+// All that bounds use of one token, as the page has it: nothing else is believed of whatever made
+// the page. `residual` is what the page's codes miss.
+inline bool TokenHolds(const SketchLayout& at, const SketchPage& page, const PageNumbers& numbers,
+                       const Residual& residual, uint32_t token) {
+  if (!residual.within_cells) return false;
+  if (!RadiusHolds(page.rmax, page.r[token], residual.norm)) return false;
+  if (!RadiusHolds(page.vmax, page.vn[token], numbers.v_norm[token])) return false;
+  for (uint32_t j = 0; j < at.direction_count; ++j) {
+    if (!ProjectionHolds(page.ps[j], page.pj[j * kBlockTokens + token], residual.projection[j],
+                         numbers.projection_scale[j])) {
+      return false;
+    }
+  }
+  return true;
+}
+
 inline void WriteAllExact(const SketchLayout& at, std::byte* page) {
   std::memset(page, 0, at.page_bytes);
   std::memcpy(page + at.exact, &kAllTokens, sizeof(kAllTokens));
@@ -300,6 +315,7 @@ inline bool WriteRadii(const SketchLayout& at, uint64_t exact, const PageNumbers
   std::memcpy(page + at.norms, &norms[0], sizeof(float));
   std::memcpy(page + at.norms + 8, &norms[1], sizeof(float));
 
+  const SketchPage stored(at, page);
   auto* r = reinterpret_cast<uint8_t*>(page + at.r);
   auto* vn = reinterpret_cast<uint8_t*>(page + at.vn);
   auto* pj = reinterpret_cast<int8_t*>(page + at.pj);
@@ -307,15 +323,12 @@ inline bool WriteRadii(const SketchLayout& at, uint64_t exact, const PageNumbers
     if (IsExact(exact, token)) continue;
     r[token] = RadiusCode(norms[0], residuals[token].norm);
     vn[token] = RadiusCode(norms[1], numbers.v_norm[token]);
-    if (!RadiusHolds(norms[0], r[token], residuals[token].norm)) return false;
-    if (!RadiusHolds(norms[1], vn[token], numbers.v_norm[token])) return false;
     for (uint32_t j = 0; j < at.direction_count; ++j) {
       const double projection = residuals[token].projection[j];
       const double code = ps[j] > 0.0F ? std::rint(projection / static_cast<double>(ps[j])) : 0.0;
-      int8_t& stored = pj[j * kBlockTokens + token];
-      stored = static_cast<int8_t>(std::clamp(code, -127.0, 127.0));
-      if (!ProjectionHolds(ps[j], stored, projection, numbers.projection_scale[j])) return false;
+      pj[j * kBlockTokens + token] = static_cast<int8_t>(std::clamp(code, -127.0, 127.0));
     }
+    if (!TokenHolds(at, stored, numbers, residuals[token], token)) return false;
   }
   return true;
 }
@@ -337,28 +350,23 @@ inline void EncodePage(const KvLayout& layout, const std::byte* rows, uint32_t b
   const uint64_t exact = block_index == 0 ? (uint64_t{1} << kSketchSinks) - 1 : 0;
   PageNumbers numbers;
   std::memset(page, 0, at.page_bytes);
-  if (!LoadRows(layout, rows, &numbers) ||
-      !ChooseCells(layout, exact, numbers, reinterpret_cast<float*>(page + at.lo),
-                   reinterpret_cast<uint16_t*>(page + at.step))) {
-    WriteAllExact(at, page);
-    return;
-  }
+  if (!LoadRows(layout, rows, &numbers)) return WriteAllExact(at, page);
+  ChooseCells(layout, exact, numbers, reinterpret_cast<float*>(page + at.lo),
+              reinterpret_cast<uint16_t*>(page + at.step));
   std::memcpy(page + at.exact, &exact, sizeof(exact));
   std::memcpy(page + at.version, &kSketchVersion, sizeof(kSketchVersion));
   ReadCells(head_dim, SketchPage(at, page), table, &numbers);
 
   std::array<Residual, kBlockTokens> residuals;
-  bool valid = true;
   for (uint32_t token = 0; token < kBlockTokens; ++token) {
     if (IsExact(exact, token)) continue;
     auto* codes = reinterpret_cast<uint8_t*>(page);
     WriteCodes(head_dim, numbers, token, codes);
     residuals[token] = MeasureResidual(head_dim, numbers, token, codes);
-    valid &= residuals[token].within_cells;
   }
   const float hn = HalfCellNorm(head_dim, numbers, table);
   std::memcpy(page + at.norms + 4, &hn, sizeof(hn));
-  if (!valid || !WriteRadii(at, exact, numbers, residuals, page)) WriteAllExact(at, page);
+  if (!WriteRadii(at, exact, numbers, residuals, page)) WriteAllExact(at, page);
 }
 
 }  // namespace encoding

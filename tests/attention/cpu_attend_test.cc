@@ -191,6 +191,59 @@ TEST(CpuAttend, BoundsHoldForHostileKeys) {
   }
 }
 
+// One key whose logit is rounded the same way at every addition: after the products of the channels
+// that begin the lanes' sums, each of the others is just below half of what a sum is rounded to, so
+// that one after the other is lost.
+void CheckKeyThatLosesProducts(float sign) {
+  constexpr uint32_t kDim = 256;
+  constexpr uint32_t kFirst = 32;  // two per lane, where there are most
+  LayerShape shape;
+  shape.layout = {
+      .query_head_count = 1, .kv_head_count = 1, .head_dim = kDim, .dtype = DType::kFloat32};
+  shape.scale = 1.0F;
+  std::vector<std::byte> memory(shape.layout.slice_bytes() + 64);
+  std::byte* slice = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  HeadQueries heads;
+  heads.head_count = 1;
+  long double logit = 0.0L;
+  double squares = 0.0;
+  for (uint32_t c = 0; c < kDim; ++c) {
+    const float k = c < kFirst ? 8.0F : 0x1p-9F;
+    // 80 twice is 160, beside which 2^-17 is half of the last place.
+    const float q = c < kFirst ? 10.0F : sign * 0.98F * 0x1p-8F;
+    StoreElement(DType::kFloat32, k, slice + shape.layout.RowOffset(0, 0), c);
+    heads.qs.push_back(q);
+    logit += static_cast<long double>(q) * static_cast<long double>(k);
+    squares += static_cast<double>(q) * static_cast<double>(q);
+  }
+  heads.norm.push_back(std::sqrt(squares) * (1.0 + 1e-6));
+  heads.visible_begin.push_back(0);
+  heads.visible_end.push_back(1);
+  const std::vector<const std::byte*> slices = {slice};
+  const std::vector<const std::byte*> sketches = {nullptr};
+  const KvView view{.slices = slices, .sketches = sketches, .length = 1};
+  const TokenMask tokens = {1};
+  AttendTask task;
+  task.shape = &shape;
+  task.view = &view;
+  task.queries = &heads;
+  task.tokens = tokens;
+  task.bound_masses = true;
+  AttendScratch scratch;
+  Partial partial;
+  OnEveryTarget([&] {
+    AttendTokens(task, &scratch, &partial);
+    EXPECT_LE(partial.lower[0].value, logit);
+    EXPECT_GE(partial.upper[0].value, logit);
+    EXPECT_LT(partial.upper[0].value - partial.lower[0].value, 0.05) << "bounds say something";
+  });
+}
+
+TEST(CpuAttend, BoundsHoldWhereEveryRoundingGoesOneWay) {
+  CheckKeyThatLosesProducts(1.0F);
+  CheckKeyThatLosesProducts(-1.0F);
+}
+
 // The parts of a set merge into the whole, in output and bounds.
 TEST(CpuAttend, PartsMerge) {
   const auto device = NewDeviceOrDie("reference");

@@ -205,6 +205,14 @@ TEST(CpuScan, IntervalsHoldTheLogitsOfHostilePages) {
   }
 }
 
+using Bytes = std::unique_ptr<std::byte[], decltype(&std::free)>;
+
+Bytes NewAligned(size_t bytes) {
+  auto* data = static_cast<std::byte*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  std::fill_n(data, bytes, std::byte{0});
+  return {data, &std::free};
+}
+
 // Offset in cells at which the rounding of a logit is some hundredths of its interval.
 constexpr uint32_t kFarAway = 60'000;
 
@@ -255,14 +263,6 @@ class HostileSlice {
   KvView View() const { return {.slices = slices_, .sketches = sketches_, .length = kBlockTokens}; }
 
  private:
-  using Bytes = std::unique_ptr<std::byte[], decltype(&std::free)>;
-
-  static Bytes NewAligned(size_t bytes) {
-    auto* data = static_cast<std::byte*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    std::fill_n(data, bytes, std::byte{0});
-    return Bytes(data, &std::free);
-  }
-
   void MakeQueries(Attains attains) {
     const uint32_t head_dim = shape_.layout.head_dim;
     for (size_t i = 0; i < size_t{5} * head_dim; ++i) {
@@ -348,6 +348,67 @@ TEST(CpuScan, IntervalsHoldWhereTheyAreAttained) {
     EXPECT_LT(closest, left) << "these keys are no longer hostile: " << static_cast<int>(attains);
   }
 }
+
+// A slice whose logits are all `logit` but for little, and whose rounding goes one way. In sixteen
+// channels, which begin the sums of every target's lanes, cells lie 2^16 steps from zero and keys
+// where upper ends are attained. The products of the other 240 are each just below half of what a
+// sum of the first is rounded to: one after the other is lost, and the sum comes out too small.
+class OneWaySlice {
+ public:
+  explicit OneWaySlice(float logit) : sketch_layout_(kDim) {
+    shape_.layout = {
+        .query_head_count = 1, .kv_head_count = 1, .head_dim = kDim, .dtype = DType::kFloat32};
+    shape_.scale = 1.0F;
+    const float product = logit / kFarChannels;
+    // Centres of cells of the other channels: keys of 1, steps of 2^-14.
+    constexpr float kNear = 1.0F + 0x1p-11F;
+    const float lost = 0.49F * (std::nextafter(product, INFINITY) - product);
+    slice_ = NewAligned(shape_.layout.slice_bytes());
+    sketch_ = NewAligned(sketch_layout_.slice_bytes(1));
+    for (uint32_t c = 0; c < kDim; ++c) {
+      queries_.push_back(c < kFarChannels ? -product / kFar : lost / kNear);
+      for (uint32_t token = 0; token < kBlockTokens; ++token) {
+        // One key at the other end gives the cells their length of 1.
+        const float far = token == 9 ? 16.0F - 0x1p-7F : 0.0F;
+        StoreElement(DType::kFloat32, c < kFarChannels ? far - kFar - 8.0F : 1.0F,
+                     slice_.get() + shape_.layout.RowOffset(0, token), c);
+      }
+    }
+    EncodeSketchPage(shape_.layout, slice_.get(), 1, tables_[0], sketch_.get());
+    EXPECT_EQ(SketchPage(sketch_layout_, sketch_.get()).step[0], Float16FromFloat(1.0F));
+    slices_ = {slice_.get()};
+    sketches_ = {sketch_.get()};
+  }
+
+  // On every target the upper ends hold, and say something.
+  void Check() const {
+    const KvView view{.slices = slices_, .sketches = sketches_, .length = kBlockTokens};
+    Scan scan(shape_, view, tables_, 0, queries_, /*bounded=*/true);
+    OnEveryTarget([&] {
+      scan.Run();
+      EXPECT_EQ(CheckIntervals(scan), kBlockTokens);
+    });
+  }
+
+ private:
+  static constexpr uint32_t kDim = 256;
+  static constexpr uint32_t kFarChannels = 16;
+  static constexpr float kFar = 0x1p16F;
+
+  const SketchLayout sketch_layout_;
+  LayerShape shape_;
+  const std::vector<SketchTable> tables_ = {IdentitySketchTable(kDim)};
+  std::vector<float> queries_;
+  Bytes slice_{nullptr, &std::free};
+  Bytes sketch_{nullptr, &std::free};
+  std::vector<const std::byte*> slices_, sketches_;
+};
+
+TEST(CpuScan, IntervalsHoldWhereEveryRoundingGoesOneWay) { OneWaySlice(0x1p18F).Check(); }
+
+// Beside 1 an exponential that is within half a unit in the last place says nothing of a logit of
+// 2^-24: its own error is all that the bound has to cover.
+TEST(CpuScan, IntervalsHoldWhereTheExponentialRounds) { OneWaySlice(0.9F * 0x1p-24F).Check(); }
 
 // The kernel adds little to the formula's own width: the rounding of factors to 16 bits above, and
 // below, that all tokens of a page take the widest interval of the page.

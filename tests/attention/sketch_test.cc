@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -58,6 +59,88 @@ TEST(RadiusScale, FollowsTheFormulaRoundedUp) {
   }
 }
 
+// lo + (code + .5) step of one channel of one token.
+long double CentreOfCell(const SketchPage& page, uint32_t head_dim, uint32_t token, uint32_t c) {
+  const uint8_t pair = page.codes[CodeOffset(token, c % (head_dim / 2))];
+  const int code = c < head_dim / 2 ? pair & 15 : pair >> 4;
+  const long double step = FloatFromFloat16(page.step[c]);
+  return static_cast<long double>(page.lo[c]) + (code + 0.5L) * step;
+}
+
+// The inequalities of sketch.h in long double, with nothing of the encoder's own.
+class Inequalities {
+ public:
+  Inequalities(const KvLayout& layout, const std::byte* rows, const SketchTable& table,
+               const std::byte* bytes)
+      : layout_(layout), rows_(rows), table_(table), page_(SketchLayout(layout.head_dim), bytes) {}
+
+  void Expect() const {
+    if (page_.exact == kAllTokens) return;
+    for (uint32_t c = 0; c < layout_.head_dim; ++c) ExpectChannel(c);
+    for (uint32_t token = 0; token < kBlockTokens; ++token) {
+      if (!IsExact(token)) ExpectToken(token);
+    }
+  }
+
+ private:
+  bool IsExact(uint32_t token) const { return ((page_.exact >> token) & 1) != 0; }
+  // Of the token's key, and behind it of its value.
+  long double Number(uint32_t token, uint32_t index) const {
+    return LoadElement(layout_.dtype, rows_ + token * layout_.row_bytes(), index);
+  }
+
+  void ExpectChannel(uint32_t c) const {
+    long double low = std::numeric_limits<long double>::infinity();
+    long double high = -low;
+    for (uint32_t token = 0; token < kBlockTokens; ++token) {
+      if (IsExact(token)) continue;
+      low = std::min(low, Number(token, c));
+      high = std::max(high, Number(token, c));
+    }
+    const long double step = FloatFromFloat16(page_.step[c]);
+    EXPECT_EQ(static_cast<long double>(page_.lo[c]), low) << "channel " << c;
+    EXPECT_GE(16.0L * step, high - low) << "channel " << c;
+    EXPECT_GE(step, 0x1p-14L) << "channel " << c;
+  }
+
+  void ExpectToken(uint32_t token) const {
+    const uint32_t d = layout_.head_dim;
+    long double squares = 0.0L;
+    long double v_squares = 0.0L;
+    std::array<long double, 4> along{};
+    for (uint32_t c = 0; c < d; ++c) {
+      const long double e = Number(token, c) - CentreOfCell(page_, d, token, c);
+      const long double step = FloatFromFloat16(page_.step[c]);
+      EXPECT_LE(std::fabs(e), step / 2.0L * (1.0L + 0x1p-12L)) << token << " channel " << c;
+      const long double scaled = static_cast<long double>(table_.metric[c]) * e;
+      squares += scaled * scaled;
+      v_squares += Number(token, d + c) * Number(token, d + c);
+      for (uint32_t j = 0; j < SketchDirections(d); ++j) {
+        along[j] += static_cast<long double>(table_.weights[j * d + c]) * e;
+      }
+    }
+    ExpectNorm(std::sqrt(squares), page_.rmax, page_.r[token], token);
+    ExpectNorm(std::sqrt(v_squares), page_.vmax, page_.vn[token], token);
+    for (uint32_t j = 0; j < SketchDirections(d); ++j) {
+      const long double step = page_.ps[j];
+      const long double miss = std::fabs(along[j] - step * page_.pj[j * kBlockTokens + token]);
+      EXPECT_LE(miss, step / 2.0L * (1.0L + 0x1p-13L)) << token << " direction " << j;
+    }
+  }
+
+  static void ExpectNorm(long double norm, float largest, uint8_t code, uint32_t token) {
+    EXPECT_GE(static_cast<long double>(largest), norm) << token;
+    EXPECT_GE(static_cast<long double>(largest) * static_cast<long double>(kRadiusScale[code]),
+              norm)
+        << token;
+  }
+
+  const KvLayout& layout_;
+  const std::byte* const rows_;
+  const SketchTable& table_;
+  const SketchPage page_;
+};
+
 using Parameters = std::tuple<DType, uint32_t, Keys>;
 
 class SketchOfKeys : public ::testing::TestWithParam<Parameters> {
@@ -89,6 +172,7 @@ TEST_P(SketchOfKeys, EveryStoredInequalityHolds) {
       Page page(at);
       EncodeSketchPage(layout(), Rows(block), block, table(), page.data);
       EXPECT_TRUE(VerifySketchPage(layout(), Rows(block), table(), page.data));
+      Inequalities(layout(), Rows(block), table(), page.data).Expect();
       const SketchPage decoded(at, page.data);
       EXPECT_EQ(decoded.exact & 0xff, block == 0 ? 0xffU : decoded.exact & 0xff);
       const Keys keys = std::get<2>(GetParam());
@@ -107,14 +191,6 @@ TEST_P(SketchOfKeys, EveryStoredInequalityHolds) {
   }
 }
 
-// lo + (code + .5) step of one channel of one token.
-double CentreOfCell(const SketchPage& page, uint32_t head_dim, uint32_t token, uint32_t c) {
-  const uint8_t pair = page.codes[CodeOffset(token, c % (head_dim / 2))];
-  const int code = c < head_dim / 2 ? pair & 15 : pair >> 4;
-  const double step = FloatFromFloat16(page.step[c]);
-  return static_cast<double>(page.lo[c]) + (code + 0.5) * step;
-}
-
 // What the cells of one token miss.
 std::vector<double> ResidualOf(const KvCase& kv, const SketchPage& page, uint32_t block,
                                uint32_t token) {
@@ -123,7 +199,7 @@ std::vector<double> ResidualOf(const KvCase& kv, const SketchPage& page, uint32_
   for (uint32_t c = 0; c < d; ++c) {
     const double k =
         LoadElement(kv.options().layout.dtype, kv.Row(0, block * kBlockTokens + token), c);
-    e[c] = k - CentreOfCell(page, d, token, c);
+    e[c] = static_cast<double>(k - CentreOfCell(page, d, token, c));
   }
   return e;
 }
@@ -308,6 +384,76 @@ TEST(SketchEncode, WhatCannotBeSketchedIsExact) {
   Rows level;
   for (uint32_t token = 0; token < kBlockTokens; ++token) level.K(token, 7, 3e38F);
   EXPECT_EQ(level.ExactMask(1), 0U) << "large but constant";
+  // A page with a number that is not finite has no image, be the number a sink's.
+  for (const float bad : {inf, std::numeric_limits<float>::quiet_NaN()}) {
+    Rows sink;
+    sink.K(3, 5, bad);
+    EXPECT_EQ(sink.ExactMask(0), kAllTokens);
+    Rows sink_value;
+    sink_value.V(3, 5, bad);
+    EXPECT_EQ(sink_value.ExactMask(0), kAllTokens);
+  }
+}
+
+// Encodes rows as no first slice and looks at what is stored; returns the page's bytes.
+Page EncodeAndLook(const Rows& rows, const SketchTable& table) {
+  Page page(SketchLayout(64));
+  EncodeSketchPage(Rows::kLayout, rows.bytes.data(), 1, table, page.data);
+  EXPECT_EQ(SketchPage(SketchLayout(64), page.data).exact, 0U);
+  Inequalities(Rows::kLayout, rows.bytes.data(), table, page.data).Expect();
+  return page;
+}
+
+// The range of a channel, with the margin that steps have, lies so little above the middle between
+// two steps that as a float it lies on it, and rounds to even: down.
+TEST(SketchEncode, StepsReachTheLargestKey) {
+  Rows rows;
+  for (uint32_t token = 0; token < kBlockTokens; ++token) rows.K(token, 7, 1.0F);
+  rows.K(20, 7, 16.0F);
+  rows.K(21, 7, -0x1p-22F);
+  EncodeAndLook(rows, IdentitySketchTable(64));
+}
+
+// A residual so little longer than a radius that only a margin tells: its radius is the next one.
+TEST(SketchEncode, RadiiCoverWhatIsBarelyLonger) {
+  // Two channels matter: in 5 cells have a length of about one, in 6 of 2^-14, the least.
+  Rows rows;
+  for (uint32_t token = 0; token < kBlockTokens; ++token) {
+    for (uint32_t c = 0; c < 64; ++c) rows.K(token, c, 0.0F);
+  }
+  rows.K(21, 5, 15.9F);
+  const SketchTable table = IdentitySketchTable(64);
+  const Page first = EncodeAndLook(rows, table);
+  const SketchPage cells(SketchLayout(64), first.data);
+  const long double radius = static_cast<long double>(cells.rmax) * kRadiusScale[1];
+  const long double norm = radius * (1.0L + 0.5e-9L);
+  const long double half = FloatFromFloat16(cells.step[5]) / 2.0L;
+  // The other channels' residuals are -2^-15 each.
+  const auto coarse = static_cast<float>(half - std::sqrt(norm * norm - 63.0L * 0x1p-30L));
+  const float k = std::nextafter(coarse, 0.0F);
+  const long double rest = (half - k) * (half - k) + 62.0L * 0x1p-30L;
+  const auto fine = static_cast<float>(0x1p-15L - std::sqrt(norm * norm - rest));
+  rows.K(20, 5, k);
+  rows.K(20, 6, fine);
+  const long double e = 0x1p-15L - static_cast<long double>(fine);
+  const long double reached = std::sqrt(rest + e * e);
+  ASSERT_GT(reached, radius);
+  ASSERT_LT(reached, radius * (1.0L + 1e-9L)) << "no longer hostile";
+  const Page page = EncodeAndLook(rows, table);
+  EXPECT_EQ(SketchPage(SketchLayout(64), page.data).rmax, cells.rmax);
+}
+
+// The rounding of a projection is bounded in steps, so a page whose residuals have nothing along
+// the direction needs a step all the same.
+TEST(SketchEncode, WhatHasNothingAlongADirectionHasAnImage) {
+  Rows rows;
+  for (uint32_t token = 0; token < kBlockTokens; ++token) {
+    for (uint32_t c = 0; c < 64; ++c) rows.K(token, c, 1.0F);
+  }
+  SketchTable table = IdentitySketchTable(64);
+  for (uint32_t c = 0; c < 64; ++c) table.directions[c] = c % 2 == 0 ? 0.125F : -0.125F;
+  ASSERT_TRUE(NormalizeSketchTable(64, &table).ok());
+  EncodeAndLook(rows, table);
 }
 
 // Bytes that break an inequality are noticed: the scrub relies on it.
@@ -352,6 +498,43 @@ TEST(SketchVerify, NoticesBrokenInequalities) {
   expect_noticed("vmax", [&](std::byte* p) { set_float(p + at.norms + 8, decoded.vmax * 0.99F); });
   expect_noticed("ps", [&](std::byte* p) { set_float(p + at.ps, get_float(p + at.ps) * 0.98F); });
   expect_noticed("version", [&](std::byte* p) { p[at.version] = std::byte{2}; });
+}
+
+// A radius may be wider than it has to be, and A counts on every channel's own cell: the code of
+// the next cell is noticed where nothing else is wrong, and it had better be.
+TEST(SketchVerify, NoticesTheCodeOfAnotherCell) {
+  const Rows rows;
+  const SketchLayout at(64);
+  const SketchTable table = IdentitySketchTable(64);
+  Page page = EncodeAndLook(rows, table);
+  const float wide = 1.25F * SketchPage(at, page.data).rmax;
+  std::memcpy(page.data + at.norms, &wide, sizeof(wide));
+  ASSERT_TRUE(VerifySketchPage(Rows::kLayout, rows.bytes.data(), table, page.data));
+  // All of the query in the channel of the code: most of its interval is A.
+  std::vector<float> q(64, 0.0F);
+  q[3] = 1.0F;
+  const auto query = MakeQueryTerms<double>(64, 1.0F, q.data(), table);
+  int covered = 0;
+  double furthest = 0.0;
+  for (uint32_t token = 0; token < kBlockTokens; ++token) {
+    page.data[CodeOffset(token, 3)] ^= std::byte{0x01};
+    EXPECT_FALSE(VerifySketchPage(Rows::kLayout, rows.bytes.data(), table, page.data)) << token;
+    const SketchPage decoded(at, page.data);
+    long double squares = 0.0L;
+    for (uint32_t c = 0; c < 64; ++c) {
+      const long double e = rows.Key(token, c) - CentreOfCell(decoded, 64, token, c);
+      squares += e * e;
+    }
+    if (std::sqrt(squares) < static_cast<long double>(wide * kRadiusScale[decoded.r[token]])) {
+      ++covered;
+      const auto terms = MakePageTerms(at, decoded, table, query);
+      const double miss = std::fabs(rows.Key(token, 3) - EstimateLogit(at, decoded, token, terms));
+      furthest = std::max(furthest, miss / LogitError(decoded, token, terms));
+    }
+    page.data[CodeOffset(token, 3)] ^= std::byte{0x01};
+  }
+  EXPECT_GT(covered, 0) << "no longer hostile";
+  EXPECT_GT(furthest, 1.0) << "intervals would hold all the same";
 }
 
 // The rounding of a projection counts in full: queries that meet a token's residual along p and its
@@ -406,7 +589,8 @@ TEST(SketchScan, MarginsCoverWhatAProjectionMayMiss) {
   std::vector<double> projections(kBlockTokens);
   for (uint32_t token = 0; token < kBlockTokens; ++token) {
     for (uint32_t c = 0; c < 64; ++c) {
-      projections[token] += (rows.Key(token, c) - CentreOfCell(page, 64, token, c)) * 0.125;
+      projections[token] +=
+          static_cast<double>(rows.Key(token, c) - CentreOfCell(page, 64, token, c)) * 0.125;
     }
   }
   const auto widest =
