@@ -3,9 +3,9 @@
 // `cuda`. All must agree: same table of cases, stated tolerances, bounds with none.
 //
 // Thread rules: one thread (the engine's executor) calls Append, Seal, Copy and Attend, one at a
-// time; Allocate, AllocateOnHost and NewTokenLists may be called from any thread. A device may use threads of its
-// own inside a call; when a call returns all its work is done, but for what Append and Seal write:
-// the device's other calls find it done, and the sources are not needed any more.
+// time; Allocate, AllocateOnHost and NewTokenLists may be called from any thread. A device may use
+// threads of its own inside a call; when a call returns all its work is done, but for what Append
+// and Seal write: the device's other calls find it done, and the sources are not needed any more.
 
 #ifndef KVSERVICE_ATTENTION_DEVICE_H_
 #define KVSERVICE_ATTENTION_DEVICE_H_
@@ -177,6 +177,9 @@ class Device {
   virtual ~Device() = default;
   // "reference", "cpu", "cuda".
   virtual std::string_view name() const = 0;
+  // Tokens of a sequence below which certified attention (mass .05) is no faster here than dense,
+  // as measured; 0 = nothing was found.
+  virtual uint32_t certified_from_tokens() const { return 0; }
   // RESOURCE_EXHAUSTED when the memory cannot be had. Contents are zero.
   virtual absl::StatusOr<DeviceMemory> Allocate(size_t bytes) = 0;
   // Memory of the host that the device reads and writes in place, slower than its own. The same as

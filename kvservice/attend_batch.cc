@@ -319,19 +319,20 @@ void AttendBatch::SeedRow(const Row& row, const AttendRow& planned) {
   parts_.totals->anchor_seed_scans += scan_count;
 }
 
-StepContext AttendBatch::Context(const Row& row) {
+StepContext AttendBatch::Context(const Row& row) const {
   const AttendCallRow& asked = row.call->rows[row.index];
   const Model& model = *row.record->model;
   return {.layer = row.call->layer,
           .layer_count = model.spec.layer_count,
           .attended_length = asked.position + asked.query_count,
           .query_count = asked.query_count,
+          .certified_from_tokens = parts_.device->certified_from_tokens(),
           .sliding_window = model.layers[row.call->layer].sliding_window,
           .given = asked.given,
           .given_offsets = asked.given_offsets};
 }
 
-PlannedStep AttendBatch::Plan(const Row& row) {
+PlannedStep AttendBatch::Plan(const Row& row) const {
   StepContext context = Context(row);
   Sequence* cache = row.record->cache.get();
   const uint32_t length = context.attended_length;

@@ -107,8 +107,8 @@ class AttendBatch {
   void FinishBatch(Flight* flight);
   static const LayerShape& ShapeOf(const Flight& flight);
   Flight* FlightOf(uint64_t number) { return &flights_[number % flights_.size()]; }
-  static StepContext Context(const Row& row);
-  static PlannedStep Plan(const Row& row);
+  StepContext Context(const Row& row) const;
+  PlannedStep Plan(const Row& row) const;
   void PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) const;
   void SeedRow(const Row& row, const AttendRow& planned);
   void KeepRow(const Row& row, const AttendRow& done);

@@ -16,7 +16,7 @@
 namespace kvservice {
 
 enum class SelectorKind : uint8_t {
-  kAuto,       // Dense below dense_below_tokens, certified above.
+  kAuto,       // Dense below dense_below_tokens, or where it is no slower; certified above.
   kDense,      // Every token.
   kGiven,      // The caller's own positions.
   kCis,        // Time axis: reuse the list of the most similar earlier query.

@@ -119,7 +119,9 @@ SelectorKind ResolveSelector(const Policy& policy, const StepContext& context) {
       ruling != nullptr ? ruling->selector.value_or(policy.selector) : policy.selector;
   if (selector == SelectorKind::kGiven) return selector;
   if (context.attended_length < policy.dense_below_tokens) return SelectorKind::kDense;
-  return selector == SelectorKind::kAuto ? SelectorKind::kCertified : selector;
+  if (selector != SelectorKind::kAuto) return selector;
+  const bool gains = context.attended_length >= context.certified_from_tokens;
+  return gains ? SelectorKind::kCertified : SelectorKind::kDense;
 }
 
 bool UsesLists(SelectorKind selector) {

@@ -24,6 +24,8 @@ struct StepContext {
   // Tokens the row attends to, its own query tokens included.
   uint32_t attended_length = 0;
   uint32_t query_count = 1;
+  // Device::certified_from_tokens.
+  uint32_t certified_from_tokens = 0;
   // The layer's sliding window, 0 = none. Windowed layers are dense over their window.
   uint32_t sliding_window = 0;
   // Lists of this layer (nullptr = nothing is remembered: CIS then scans), and of the nearest

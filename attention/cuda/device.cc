@@ -43,6 +43,8 @@ constexpr size_t kWaveGroupsMax = 4096;
 constexpr uint32_t kCallsMax = 2;
 // The host's share of a call is small: more threads spend more on meeting than they take over.
 constexpr uint32_t kThreadsMax = 8;
+// Eight sequences gain from 16k to 32k tokens on, one from 64k to 128k (H200, docs/kernels.md).
+constexpr uint32_t kCertifiedFromTokens = 32768;
 // What is appended is read by the kernel where the host has it, if it is little: decoding.
 constexpr size_t kReadInPlaceBytesMax = size_t{256} << 10;
 
@@ -82,6 +84,7 @@ class CudaDevice : public Device {
   ~CudaDevice() override;
 
   std::string_view name() const override { return "cuda"; }
+  uint32_t certified_from_tokens() const override { return kCertifiedFromTokens; }
   absl::StatusOr<DeviceMemory> Allocate(size_t bytes) override;
   absl::StatusOr<DeviceMemory> AllocateOnHost(size_t bytes) override;
   std::unique_ptr<TokenLists> NewTokenLists(const KvLayout& layout, uint32_t anchors_max) override {

@@ -108,6 +108,16 @@ TEST(ResolveSelectorTest, AutoLengthWindowsAndOverrides) {
   EXPECT_EQ(ResolveSelector(policy, Step(3, 4096)), SelectorKind::kCertified);
   EXPECT_EQ(ResolveSelector(policy, Step(1, 100)), SelectorKind::kDense);
 
+  // Where certified attention gains from more tokens on, others still do as they are told.
+  StepContext gaining = Step(3, 8191);
+  gaining.certified_from_tokens = 8192;
+  EXPECT_EQ(ResolveSelector(policy, gaining), SelectorKind::kDense);
+  gaining.attended_length = 8192;
+  EXPECT_EQ(ResolveSelector(policy, gaining), SelectorKind::kCertified);
+  gaining = Step(1, 4096);
+  gaining.certified_from_tokens = 8192;
+  EXPECT_EQ(ResolveSelector(policy, gaining), SelectorKind::kCpe);
+
   StepContext windowed = Step(3, 4096);
   windowed.sliding_window = 512;
   EXPECT_EQ(ResolveSelector(policy, windowed), SelectorKind::kDense);
