@@ -47,6 +47,22 @@ class CudaDirect : public ::testing::Test {
   std::unique_ptr<Device> device_;
 };
 
+// The same was read, and said about it.
+void ExpectSameReading(const Call& call, const Call& other) {
+  EXPECT_EQ(call.selected, other.selected);
+  for (uint32_t head = 0; head < 2; ++head) {
+    EXPECT_EQ(call.groups[head].action, other.groups[head].action);
+    EXPECT_EQ(call.groups[head].scanned, other.groups[head].scanned);
+    EXPECT_EQ(call.groups[head].tokens_read, other.groups[head].tokens_read);
+    EXPECT_EQ(call.groups[head].tokens_scanned, other.groups[head].tokens_scanned);
+    const float norm = other.groups[head].key_norm_max;
+    EXPECT_NEAR(call.groups[head].key_norm_max, norm, 1e-5F * std::abs(norm));
+  }
+  for (size_t i = 0; i < call.certificates.size(); ++i) {
+    EXPECT_EQ(call.certificates[i].level, other.certificates[i].level);
+  }
+}
+
 TEST_F(CudaDirect, SimplePlansTakeIt) {
   for (const Keys keys : {Keys::kNormal, Keys::kWideLogits, Keys::kIdentical, Keys::kNotFinite}) {
     CaseOptions options;
@@ -99,15 +115,7 @@ TEST_F(CudaDirect, EverythingBesideWhatIsHiddenTakesIt) {
     plan.keep.top_k = top_k;
     std::unique_ptr<Call> call;
     EXPECT_EQ(Count([&] { call = RunPlan(kv, plan); }), 2U);
-    const std::unique_ptr<Call> other = RunPlan(same, plan);
-    EXPECT_EQ(call->selected, other->selected);
-    for (uint32_t head = 0; head < 2; ++head) {
-      EXPECT_EQ(call->groups[head].tokens_read, other->groups[head].tokens_read);
-      EXPECT_EQ(call->groups[head].action, other->groups[head].action);
-    }
-    for (size_t i = 0; i < call->certificates.size(); ++i) {
-      EXPECT_EQ(call->certificates[i].level, other->certificates[i].level);
-    }
+    ExpectSameReading(*call, *RunPlan(same, plan));
   }
 }
 
@@ -176,16 +184,6 @@ TEST_F(CudaDirect, ListsTakeIt) {
   options.length = 3000;
   const KvCase kv(device_.get(), options);
   const KvCase same(cpu->get(), options);
-  const auto expect_same = [&](const Call& call, const Call& other) {
-    EXPECT_EQ(call.selected, other.selected);
-    for (uint32_t head = 0; head < 2; ++head) {
-      EXPECT_EQ(call.groups[head].action, other.groups[head].action);
-      EXPECT_EQ(call.groups[head].tokens_read, other.groups[head].tokens_read);
-      EXPECT_EQ(call.groups[head].tokens_scanned, other.groups[head].tokens_scanned);
-      EXPECT_EQ(call.groups[head].similarity, other.groups[head].similarity);
-      EXPECT_EQ(call.groups[head].key_norm_max, other.groups[head].key_norm_max);
-    }
-  };
   const std::vector<uint32_t> given = {3, 70, 71, 500, 1999, 2500, 10, 2990};
   const std::vector<uint32_t> offsets = {0, 6, 8};
   Plan plan = BasePlan(Source::kGiven, options.length, 64);
@@ -195,7 +193,7 @@ TEST_F(CudaDirect, ListsTakeIt) {
     plan.visible_begin = hidden;
     std::unique_ptr<Call> call;
     EXPECT_EQ(Count([&] { call = RunPlan(kv, plan); }), 2U);
-    expect_same(*call, *RunPlan(same, plan));
+    ExpectSameReading(*call, *RunPlan(same, plan));
   }
 }
 
@@ -225,19 +223,7 @@ TEST_F(CudaDirect, LargeListsTakeIt) {
       plan.lists = lists.get();
       std::unique_ptr<Call> call;
       const uint64_t direct = Count([&] { call = RunPlan(kv, plan); });
-      const std::unique_ptr<Call> other = RunPlan(same, other_plan);
-      EXPECT_EQ(call->selected, other->selected);
-      for (uint32_t head = 0; head < 2; ++head) {
-        EXPECT_EQ(call->groups[head].action, other->groups[head].action);
-        EXPECT_EQ(call->groups[head].scanned, other->groups[head].scanned);
-        EXPECT_EQ(call->groups[head].tokens_read, other->groups[head].tokens_read);
-        EXPECT_EQ(call->groups[head].tokens_scanned, other->groups[head].tokens_scanned);
-        const float norm = other->groups[head].key_norm_max;
-        EXPECT_NEAR(call->groups[head].key_norm_max, norm, 1e-5F * norm);
-      }
-      for (size_t i = 0; i < call->certificates.size(); ++i) {
-        EXPECT_EQ(call->certificates[i].level, other->certificates[i].level);
-      }
+      ExpectSameReading(*call, *RunPlan(same, other_plan));
       // What sketches mark may tip the scales; not far from them.
       if (top_k < 2000 || top_k > 2380) {
         EXPECT_EQ(direct, 2U);
