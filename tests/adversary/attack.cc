@@ -19,16 +19,18 @@ namespace {
 constexpr uint32_t kCallsMin = 4;
 constexpr uint32_t kCallsMore = 5;
 // One case in so many is climbed.
-constexpr uint32_t kClimbEvery = 12;
+constexpr uint32_t kClimbEvery = 16;
+// Plans that every case of a climb is judged by.
+constexpr uint32_t kClimbPlans = 4;
 // Caches of one call, and callers of one cache; more callers only where there are more rows.
 constexpr uint32_t kCachesMax = 16;
 constexpr uint32_t kCallersMax = 8;
 
-std::string Reproduce(const std::string& device, uint64_t seed, float sampled,
+std::string Reproduce(const std::string& device, uint64_t seed, double sampled,
                       const LayerCase& layer_case) {
   const KvLayout& layout = layer_case.shape.layout;
   return absl::StrCat("kvadversary --device=", device, " --case-seed=", seed,
-                      sampled < 1.0F ? absl::StrCat(" --sampled=", sampled) : "", " [",
+                      sampled < 1.0 ? absl::StrCat(" --sampled=", sampled) : "", " [",
                       Name(layer_case.traits), ", ", Name(layout.dtype), ", ", layout.head_dim,
                       "d ", layout.query_head_count, "q/", layout.kv_head_count, "kv, ",
                       layer_case.length, " tokens, ");
@@ -139,7 +141,7 @@ std::vector<Caller> MakeCallers(const std::vector<StoredCases>& stored, uint32_t
 }
 
 std::vector<Question> Ask(const std::vector<Caller>& callers, const std::vector<LayerCase>& cases,
-                          float sampled, Chance* chance) {
+                          double sampled, Chance* chance) {
   std::vector<Question> questions;
   questions.reserve(callers.size());
   for (const Caller& caller : callers) {
@@ -240,23 +242,28 @@ void Attacker::RandomCalls(uint64_t seed, Chance* chance, Tally* tally) {
 }
 
 std::vector<double> Attacker::Scores(const Target& target, uint64_t seed,
-                                     absl::Span<const LayerCase> cases, const Plan& plan,
-                                     Chance* chance, Tally* tally) {
+                                     absl::Span<const LayerCase> cases,
+                                     absl::Span<const Plan> plans, Chance* chance, Tally* tally) {
   const StoredCases stored = StoredCase::StoreAll(target.arena.get(), cases);
   std::vector<std::unique_ptr<DeviceCall>> rows;
   for (const std::unique_ptr<StoredCase>& one : stored) {
-    rows.push_back(std::make_unique<DeviceCall>(*one, 0, plan, MakeDrawKey(chance)));
+    for (const Plan& plan : plans) {
+      rows.push_back(std::make_unique<DeviceCall>(*one, 0, plan, MakeDrawKey(chance)));
+    }
   }
   DeviceCall::RunAll(rows);
   ++tally->calls;
   tally->caches += cases.size();
   std::vector<double> scores;
-  for (const std::unique_ptr<DeviceCall>& row : rows) {
-    const std::vector<WidenedHead> widened = WidenAll(row->stored);
-    const LayerCase& layer_case = row->stored.layer_case();
-    scores.push_back(JudgeDeviceCall(*row, MakeTruths(layer_case, 0, widened), widened,
-                                     Reproduce(target.name, seed, 1.0F, layer_case) + "climb]",
-                                     tally));
+  for (size_t i = 0; i < cases.size(); ++i) {
+    KnownCache known(*stored[i]);
+    const std::string reproduce = Reproduce(target.name, seed, 1.0, cases[i]) + "climb]";
+    double& least = scores.emplace_back(std::numeric_limits<double>::quiet_NaN());
+    for (size_t j = 0; j < plans.size(); ++j) {
+      const DeviceCall& row = *rows[i * plans.size() + j];
+      least =
+          std::fmin(least, JudgeDeviceCall(row, known.Truths(0), known.widened, reproduce, tally));
+    }
   }
   return scores;
 }
@@ -266,17 +273,19 @@ void Attacker::Climb(uint64_t seed, Chance* chance, Tally* tally) {
   const Target& target = targets_[chance->Below(static_cast<uint32_t>(targets_.size()))];
   LayerCase best = GenerateCase(seed, {.products_max = kClimbProducts, .length_max = 300});
   best.queries.resize(1);
-  Plan plan;
-  plan.source = Source::kScan;
-  plan.local_begin = best.length - 1;
-  plan.keep.top_k = chance->Below(8);
-  plan.prove = Guarantee::kDeterministic;
-  plan.max_output_error = 0.1F;
-  double least = Scores(target, seed, {&best, 1}, plan, chance, tally)[0];
+  std::vector<Plan> plans(kClimbPlans);
+  for (Plan& plan : plans) {
+    plan.source = Source::kScan;
+    plan.local_begin = best.length - 1;
+    plan.keep.top_k = chance->Below(8);
+    plan.prove = Guarantee::kDeterministic;
+    plan.max_output_error = 0.1F;
+  }
+  double least = Scores(target, seed, {&best, 1}, plans, chance, tally)[0];
   for (uint32_t step = 0; step < options_.climb_steps; ++step) {
     std::vector<LayerCase> next(options_.climb_width, best);
     for (LayerCase& one : next) Mutate(chance, &one);
-    const std::vector<double> scores = Scores(target, seed, next, plan, chance, tally);
+    const std::vector<double> scores = Scores(target, seed, next, plans, chance, tally);
     for (size_t i = 0; i < next.size(); ++i) {
       // Also when there was nothing to compare before.
       if (!(scores[i] < least) && !(std::isnan(least) && !std::isnan(scores[i]))) continue;

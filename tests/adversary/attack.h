@@ -31,7 +31,7 @@ struct AttackOptions {
   CaseLimits limits;
   // Of plans that would ask for CONFIDENCE: the others ask for DETERMINISTIC. Every sample costs a
   // GPU a round trip.
-  float sampled = 1.0F;
+  double sampled = 1.0;
   // Of a call: as many as a server may batch.
   uint32_t rows_max = 256;
   // Steps of a climb, and cases that are tried in each.
@@ -57,9 +57,9 @@ class Attacker {
   explicit Attacker(const AttackOptions& options) : options_(options) {}
   void RandomCalls(uint64_t seed, Chance* chance, Tally* tally);
   void Climb(uint64_t seed, Chance* chance, Tally* tally);
-  // The scores of cases under a plan: least slack of their bounds.
+  // The scores of cases under some plans: least slack of their bounds.
   static std::vector<double> Scores(const Target& target, uint64_t seed,
-                                    absl::Span<const LayerCase> cases, const Plan& plan,
+                                    absl::Span<const LayerCase> cases, absl::Span<const Plan> plans,
                                     Chance* chance, Tally* tally);
 
   AttackOptions options_;

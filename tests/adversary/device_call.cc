@@ -191,7 +191,7 @@ PlanMaker::PlanMaker(const StoredCase& stored, Chance* chance)
   }
 }
 
-Plan PlanMaker::Next(Chance* chance, float sampled) {
+Plan PlanMaker::Next(Chance* chance, double sampled) {
   const uint32_t length = case_.length;
   Plan plan;
   // Scans are what can go wrong.
@@ -220,10 +220,10 @@ Plan PlanMaker::Next(Chance* chance, float sampled) {
   return plan;
 }
 
-void PlanMaker::SetLimits(Chance* chance, float sampled, Plan* plan) {
+void PlanMaker::SetLimits(Chance* chance, double sampled, Plan* plan) {
   constexpr std::array<float, 6> kErrors = {2.0F, 0.5F, 0.1F, 0.05F, 0.02F, 1e-3F};
   const uint32_t guarantee = chance->Below(16);
-  const bool may_sample = chance->Uniform() < sampled;
+  const bool may_sample = static_cast<double>(chance->Uniform()) < sampled;
   plan->prove = guarantee == 0                 ? Guarantee::kNone
                 : guarantee == 1               ? Guarantee::kExact
                 : guarantee < 9 || !may_sample ? Guarantee::kDeterministic

@@ -106,12 +106,12 @@ class PlanMaker {
   PlanMaker(const StoredCase& stored, Chance* chance);
   // The next of a row of calls; lists live from one to the next. Of plans that would ask for
   // CONFIDENCE, all but about a `sampled` share ask for DETERMINISTIC.
-  Plan Next(Chance* chance, float sampled = 1.0F);
+  Plan Next(Chance* chance, double sampled = 1.0);
   // The same plan for the same case on another device: with that device's lists.
   static Plan WithListsOf(const Plan& plan, const PlanMaker& from, const PlanMaker& to);
 
  private:
-  static void SetLimits(Chance* chance, float sampled, Plan* plan);
+  static void SetLimits(Chance* chance, double sampled, Plan* plan);
 
   const LayerCase& case_;
   std::unique_ptr<TokenLists> lists_, frozen_;

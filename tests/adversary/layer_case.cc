@@ -302,8 +302,18 @@ uint32_t ChooseLength(const CaseLimits& limits, Chance* chance) {
   }
 }
 
-uint32_t ChooseQueryCount(uint32_t affordable, uint32_t length, Chance* chance) {
-  const uint32_t most = std::clamp(affordable, 1U, std::min(kQueryTokensMax, length));
+// Heads of all query tokens that a case of its length may have.
+uint32_t HeadsMax(const CaseLimits& limits, uint32_t length, uint32_t head_dim) {
+  const uint64_t products = uint64_t{length} * head_dim;
+  return static_cast<uint32_t>(
+      std::clamp<uint64_t>(limits.products_max / products, 1, 3 * kGroupMax));
+}
+
+uint32_t ChooseQueryCount(const CaseLimits& limits, const LayerCase& of, Chance* chance) {
+  const KvLayout& layout = of.shape.layout;
+  const uint32_t affordable =
+      HeadsMax(limits, of.length, layout.head_dim) / layout.query_head_count;
+  const uint32_t most = std::clamp(affordable, 1U, std::min(kQueryTokensMax, of.length));
   return chance->OneIn(3) ? 1 + chance->Below(most) : 1;
 }
 
@@ -311,16 +321,14 @@ void ChooseFrame(const CaseLimits& limits, Chance* chance, LayerCase* to) {
   constexpr uint32_t kDims[] = {64, 80, 96, 128, 256};
   const uint32_t dim = kDims[chance->Below(std::size(kDims))];
   to->length = ChooseLength(limits, chance);
-  const uint64_t products = uint64_t{to->length} * dim;
-  const auto heads_max =
-      static_cast<uint32_t>(std::clamp<uint64_t>(limits.products_max / products, 1, 3 * kGroupMax));
+  const uint32_t heads_max = HeadsMax(limits, to->length, dim);
   const uint32_t kv_heads = 1 + (heads_max > 1 ? chance->Below(2) : 0);
   const uint32_t group = 1 + chance->Below(std::clamp(heads_max / kv_heads, 1U, kGroupMax));
-  to->query_count = ChooseQueryCount(heads_max / (kv_heads * group), to->length, chance);
   to->shape.layout = {.query_head_count = kv_heads * group,
                       .kv_head_count = kv_heads,
                       .head_dim = dim,
                       .dtype = static_cast<DType>(chance->Below(3))};
+  to->query_count = ChooseQueryCount(limits, *to, chance);
   to->shape.scale = 1.0F / std::sqrt(static_cast<float>(dim));
   if (chance->OneIn(5)) to->shape.scale *= std::exp(chance->Normal());
   if (chance->OneIn(4)) to->shape.sliding_window = 1 + chance->Below(to->length + 50);
@@ -422,7 +430,7 @@ LayerCase GenerateLike(uint64_t seed, const CaseLimits& limits, const LayerShape
   const auto length_max =
       static_cast<uint32_t>(std::max<uint64_t>(1, limits.products_max / products));
   result.length = std::min(ChooseLength(limits, &chance), length_max);
-  result.query_count = ChooseQueryCount(length_max / result.length, result.length, &chance);
+  result.query_count = ChooseQueryCount(limits, result, &chance);
   result.traits = ChooseTraits(&chance);
   Generator(&result, &chance).Run();
   return result;

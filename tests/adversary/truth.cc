@@ -1,7 +1,6 @@
 #include "tests/adversary/truth.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cassert>
 #include <cmath>
@@ -61,14 +60,14 @@ void WidenRow(uint32_t dim, uint32_t token, const std::byte* bytes, WidenedHead*
   }
   float* const v = &head->v[size_t{token} * dim];
   for (uint32_t c = 0; c < dim; ++c) v[c] = LoadElement(kDType, bytes, size_t{dim} + c);
-  // Four sums that need not wait for each other.
-  std::array<long double, 4> squares{};
-  for (uint32_t c = 0; c < dim; c += 4) {
-    for (uint32_t i = 0; i < 4; ++i) {
-      squares[i] += static_cast<long double>(v[c + i]) * static_cast<long double>(v[c + i]);
-    }
+  const LaneSums squares = SquaresOf(dim, v);
+  long double sum = 0.0L;
+  for (const double square : squares.high) sum += static_cast<long double>(square);
+  // Nothing is lost of what is not finite, or NaN is.
+  if (std::isfinite(sum)) {
+    for (const double lost : squares.low) sum += static_cast<long double>(lost);
   }
-  head->v_norm[token] = std::sqrt((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  head->v_norm[token] = std::sqrt(sum);
 }
 
 }  // namespace

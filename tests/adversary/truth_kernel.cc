@@ -74,6 +74,19 @@ void ExactDotsTarget(uint32_t dim, const float* q, const float* k, uint32_t grou
   }
 }
 
+LaneSums SquaresTarget(uint32_t count, const float* x) {
+  PairSums sums;
+  for (uint32_t at = 0; at < count; at += kTruthLanes) {
+    for (uint32_t i = 0; i < kParts; ++i) {
+      const Doubles numbers = LoadFloats(x + at + i * kWidth);
+      sums.Add(i, hn::Mul(numbers, numbers), hn::Zero(DoubleTag()));
+    }
+  }
+  LaneSums result;
+  sums.Store(result.high.data(), result.low.data());
+  return result;
+}
+
 void SumSidesTarget(uint32_t count, const double* in, const SplitNumbers& numbers, LaneSums* inside,
                     LaneSums* outside) {
   const DoubleTag d;
@@ -135,12 +148,17 @@ HWY_AFTER_NAMESPACE();
 namespace kvservice::adversary {
 
 HWY_EXPORT(ExactDotsTarget);
+HWY_EXPORT(SquaresTarget);
 HWY_EXPORT(SumSidesTarget);
 HWY_EXPORT(WeightedRowsTarget);
 
 void ExactDots(uint32_t dim, const float* q, const float* k, uint32_t group_count, double* high,
                double* low, double* size) {
   HWY_DYNAMIC_DISPATCH(ExactDotsTarget)(dim, q, k, group_count, high, low, size);
+}
+
+LaneSums SquaresOf(uint32_t count, const float* x) {
+  return HWY_DYNAMIC_DISPATCH(SquaresTarget)(count, x);
 }
 
 void SumSides(uint32_t count, const double* in, const SplitNumbers& numbers, LaneSums* inside,

@@ -44,6 +44,9 @@ struct LaneSums {
   std::array<double, kTruthLanes> error{};
 };
 
+// Of the squares, which are exact, of count <= 256 numbers, a multiple of eight.
+LaneSums SquaresOf(uint32_t count, const float* x);
+
 // Sums of those numbers where `in` is 1 and of those where it is 0. [count], a multiple of eight.
 void SumSides(uint32_t count, const double* in, const SplitNumbers& numbers, LaneSums* inside,
               LaneSums* outside);
