@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -21,8 +22,11 @@
 #include "tests/adversary/instruction_set.h"
 #include "tests/adversary/judge.h"
 #include "tests/adversary/layer_case.h"
+#include "tests/adversary/mutate.h"
+#include "tests/adversary/shares.h"
 #include "tests/adversary/tally.h"
 #include "tests/adversary/truth.h"
+#include "tests/adversary/truth_kernel.h"
 
 namespace kvservice::adversary {
 namespace {
@@ -223,6 +227,99 @@ TEST_F(JudgeTest, CountsSampledStatementsAsMisses) {
   // What was attended is never sampled.
   sampled.log_kept_lower = {WrongLower(masses_.log_kept)};
   EXPECT_FALSE(Judge(sampled).findings.empty());
+}
+
+// ---- Sums of the truth ----
+
+// Lanes are the same for every instruction set, and so is every bit of what they add up.
+TEST(TruthKernelTest, AddsUpTheSameOnEveryInstructionSet) {
+  constexpr uint32_t kDim = 80;
+  constexpr uint32_t kTokens = 24;
+  Chance chance(17);
+  std::vector<float> q(kDim);
+  std::vector<float> k(size_t{kTokens} * kDim);
+  for (float& x : q) x = std::exp(10.0F * chance.Normal());
+  for (float& x : k) x = std::exp(10.0F * chance.Normal()) * chance.Normal();
+  std::vector<double> weights(3 * kTokens);
+  std::vector<double> in(kTokens);
+  for (double& x : weights) x = static_cast<double>(chance.Uniform());
+  for (double& x : in) x = chance.OneIn(2) ? 1.0 : 0.0;
+  const SplitNumbers parts = {weights.data(), &weights[kTokens], &weights[2 * kTokens]};
+  const std::vector<uint32_t> tokens = {0, 3, 4, 17};
+  std::vector<std::vector<double>> results;
+  for (const std::string& set : InstructionSets()) {
+    ASSERT_TRUE(UseInstructionSet(set));
+    std::vector<double>& result = results.emplace_back(3 * kTokens + 2 * kDim);
+    ExactDots(kDim, q.data(), k.data(), kTokens / kTruthLanes, result.data(), &result[kTokens],
+              &result[2 * kTokens]);
+    WeightedRows(kDim, k.data(), tokens, parts, &result[3 * kTokens], &result[3 * kTokens + kDim]);
+    LaneSums inside;
+    LaneSums outside;
+    SumSides(kTokens, in.data(), parts, &inside, &outside);
+    for (const LaneSums& sums : {inside, outside}) {
+      result.insert(result.end(), sums.high.begin(), sums.high.end());
+      result.insert(result.end(), sums.low.begin(), sums.low.end());
+      result.insert(result.end(), sums.error.begin(), sums.error.end());
+    }
+    EXPECT_EQ(result, results[0]) << set;
+  }
+  ASSERT_TRUE(UseInstructionSet(""));
+}
+
+// 2^60 + 1 - 2^60 in every token: what rounds away is in the other part.
+TEST(TruthKernelTest, LosesNothing) {
+  constexpr uint32_t kDim = 64;
+  std::vector<float> q(kDim, 0.0F);
+  q[0] = q[20] = 0x1p30F;
+  q[10] = 1.0F;
+  std::vector<float> k(size_t{kTruthLanes} * kDim, 0.0F);
+  for (uint32_t token = 0; token < kTruthLanes; ++token) {
+    k[GroupedIndex(kDim, token, 0)] = 0x1p30F;
+    k[GroupedIndex(kDim, token, 10)] = 1.0F + static_cast<float>(token);
+    k[GroupedIndex(kDim, token, 20)] = -0x1p30F;
+  }
+  std::array<double, kTruthLanes> high, low, size;
+  ExactDots(kDim, q.data(), k.data(), 1, high.data(), low.data(), size.data());
+  for (uint32_t token = 0; token < kTruthLanes; ++token) {
+    EXPECT_EQ(high[token] + low[token], 1.0 + token);
+    EXPECT_EQ(size[token], 0x1p61);
+  }
+}
+
+// Logits 0, -2000, -2000 and -9000: less than any double, and known as well as anything.
+TEST(HeadTruthTest, KnowsMassesBelowAnyDouble) {
+  LayerShape shape;
+  shape.layout = {
+      .query_head_count = 1, .kv_head_count = 1, .head_dim = 64, .dtype = DType::kFloat32};
+  const std::vector<float> logits = {0.0F, -2000.0F, -2000.0F, -9000.0F};
+  std::vector<float> row(size_t{2} * 64);
+  const WidenedHead head =
+      Widen(shape.layout, static_cast<uint32_t>(logits.size()), [&](uint32_t token) {
+        row[0] = logits[token];
+        row[64] = static_cast<float>(token);
+        return reinterpret_cast<const std::byte*>(row.data());
+      });
+  std::vector<float> q(64, 0.0F);
+  q[0] = 1.0F;
+  const HeadTruth truth(shape, head, q.data(), 0, static_cast<uint32_t>(logits.size()));
+  const auto expect_near = [](const Interval& interval, long double value) {
+    EXPECT_LE(interval.low, value);
+    EXPECT_GE(interval.high, value);
+    // Logits of 9000 are known to 2^-49.
+    EXPECT_LE(interval.high - interval.low, std::fabs(value) * 0x1p-45L);
+  };
+  const MassTruth most = truth.Masses(std::vector<uint32_t>{0});
+  EXPECT_LE(most.log_kept.low, 0.0L);
+  EXPECT_GE(most.log_kept.high, 0.0L);
+  expect_near(most.log_dropped, -2000.0L + std::log(2.0L));
+  expect_near(most.share, std::exp(-2000.0L) * 2.0L);
+  const MassTruth least = truth.Masses(std::vector<uint32_t>{1, 2});
+  expect_near(least.log_kept, -2000.0L + std::log(2.0L));
+  EXPECT_GT(least.share.low, 0.999L);
+  EXPECT_EQ(least.share.high, 1.0L);
+  // Their output is that of each of them, 1 and 2, and the dense one that of token 0.
+  expect_near(truth.SelectionError(std::vector<uint32_t>{1, 2}), 1.5L);
+  expect_near(truth.SelectionError(std::vector<uint32_t>{3}), 3.0L);
 }
 
 // ---- Misses -------------------------------------------------------------------------------------
@@ -431,6 +528,8 @@ TEST_P(AttackTest, FindsNothing) {
   AttackOptions options;
   options.devices = {GetParam()};
   options.limits.products_max = 1 << 18;
+  // Many shapes in few certificates.
+  options.rows_max = 8;
   auto attacker = Attacker::New(options);
   ASSERT_TRUE(attacker.ok());
   Tally tally;
@@ -466,6 +565,51 @@ TEST(CoverageTest, SampledStatementsKeepTheirProbability) {
   ASSERT_TRUE(MeasureCoverage(options, &tally).ok());
   EXPECT_TRUE(tally.sound()) << Summary(tally);
   EXPECT_GT(tally.levels[static_cast<size_t>(Level::kConfidence)], 0U);
+}
+
+// Everything but how long it takes.
+TEST(RunUntilTest, DoesNotDependOnThreads) {
+  const auto run = [](uint32_t thread_count) {
+    AttackOptions options;
+    options.limits.products_max = 1 << 14;
+    options.rows_max = 4;
+    options.climb_steps = 2;
+    std::vector<std::unique_ptr<Attacker>> attackers;
+    for (uint32_t i = 0; i < thread_count; ++i) {
+      attackers.push_back(Attacker::New(options).value());
+    }
+    Tally tally;
+    RunUntil(
+        {.certificates = 1000, .thread_count = thread_count, .round = 3},
+        [&](uint64_t index, uint32_t thread, Tally* counts) {
+          attackers[thread]->RunCase(SeedOf(3, index), counts);
+        },
+        &tally);
+    return tally;
+  };
+  const Tally alone = run(1);
+  const Tally together = run(3);
+  EXPECT_TRUE(alone.sound()) << Summary(alone);
+  EXPECT_GE(alone.certificates, 1000U);
+  EXPECT_EQ(Summary(alone), Summary(together));
+  // Every certificate is of one kind along every axis.
+  for (size_t axis = 0; axis < kAxes; ++axis) {
+    uint64_t sum = 0;
+    for (size_t kind = 0; kind < Shares::kKindsMax; ++kind) {
+      sum += alone.shares.Of(static_cast<Axis>(axis), kind);
+      EXPECT_EQ(alone.shares.Of(static_cast<Axis>(axis), kind),
+                together.shares.Of(static_cast<Axis>(axis), kind));
+    }
+    EXPECT_EQ(sum, alone.certificates) << Name(static_cast<Axis>(axis));
+  }
+}
+
+TEST(RunUntilTest, EndsWhenTimeIsUp) {
+  Tally tally;
+  RunUntil(
+      {.certificates = 1, .seconds = 0.0},
+      [](uint64_t, uint32_t, Tally* counts) { ++counts->certificates; }, &tally);
+  EXPECT_EQ(tally.certificates, 0U);
 }
 
 TEST(MutateTest, KeepsNumbersFinite) {

@@ -1,15 +1,17 @@
 #include "tests/adversary/attack.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "attention/float16.h"
 #include "tests/adversary/judge.h"
+#include "tests/adversary/mutate.h"
 
 namespace kvservice::adversary {
 namespace {
@@ -18,13 +20,20 @@ constexpr uint32_t kCallsMin = 4;
 constexpr uint32_t kCallsMore = 5;
 // One case in so many is climbed.
 constexpr uint32_t kClimbEvery = 16;
+// Plans that every case of a climb is judged by.
+constexpr uint32_t kClimbPlans = 4;
+// Caches of one call, and callers of one cache; more callers only where there are more rows.
+constexpr uint32_t kCachesMax = 16;
+constexpr uint32_t kCallersMax = 8;
 
-std::string Reproduce(const std::string& device, const LayerCase& layer_case, uint32_t call) {
+std::string Reproduce(const std::string& device, uint64_t seed, double sampled,
+                      const LayerCase& layer_case) {
   const KvLayout& layout = layer_case.shape.layout;
-  return absl::StrCat("kvadversary --device=", device, " --case-seed=", layer_case.seed, " [",
+  return absl::StrCat("kvadversary --device=", device, " --case-seed=", seed,
+                      sampled < 1.0 ? absl::StrCat(" --sampled=", sampled) : "", " [",
                       Name(layer_case.traits), ", ", Name(layout.dtype), ", ", layout.head_dim,
                       "d ", layout.query_head_count, "q/", layout.kv_head_count, "kv, ",
-                      layer_case.length, " tokens, call ", call, "]");
+                      layer_case.length, " tokens, ");
 }
 
 std::vector<WidenedHead> WidenAll(const StoredCase& stored) {
@@ -52,150 +61,100 @@ bool HoldsWhatWasAppended(const StoredCase& stored) {
   return true;
 }
 
-// The neighbour of a stored number; finite ones stay finite.
-void Nudge(DType dtype, bool up, std::byte* data, size_t index) {
-  const auto nudge = [&](auto bits, auto exponent_mask) {
-    std::memcpy(&bits, data + index * sizeof(bits), sizeof(bits));
-    const auto moved = static_cast<decltype(bits)>(up ? bits + 1 : bits - 1);
-    if ((moved & exponent_mask) == exponent_mask) return;
-    std::memcpy(data + index * sizeof(bits), &moved, sizeof(moved));
-  };
-  if (dtype == DType::kFloat32) return nudge(uint32_t{0}, uint32_t{0x7f800000});
-  if (dtype == DType::kFloat16) return nudge(uint16_t{0}, uint16_t{0x7c00});
-  nudge(uint16_t{0}, uint16_t{0x7f80});
-}
-
-// One case that is being changed.
-class Mutation {
- public:
-  Mutation(Chance* chance, LayerCase* to)
-      : chance_(*chance), case_(*to), layout_(to->shape.layout), dim_(layout_.head_dim) {}
-
-  void Apply() {
-    switch (chance_.Below(10)) {
-      case 0:
-        return ScaleChannel();
-      case 1:
-        return SwapTokens();
-      case 2:
-        return ChangeQuery();
-      case 3:
-        return FlipChannelOfPage();
-      case 4:
-        return MakeNeedle();
-      case 5:
-        return CopyToPage();
-      case 6:
-        return ScaleValue();
-      case 7:
-        return ScaleQueries();
-      default:
-        return NudgeSome();
-    }
-  }
-
- private:
-  uint32_t Token() { return chance_.Below(case_.length); }
-  uint32_t KvHead() { return chance_.Below(layout_.kv_head_count); }
-  float Factor() { return std::exp2(static_cast<float>(chance_.Below(9)) - 4.0F); }
-  float Load(const std::vector<std::byte>& from, size_t index) const {
-    return LoadElement(layout_.dtype, from.data(), index);
-  }
-  // Numbers that the cache's type cannot hold are left as they were.
-  void Store(float x, size_t index, std::vector<std::byte>* to) const {
-    const float before = LoadElement(layout_.dtype, to->data(), index);
-    StoreElement(layout_.dtype, x, to->data(), index);
-    if (std::isfinite(LoadElement(layout_.dtype, to->data(), index))) return;
-    StoreElement(layout_.dtype, before, to->data(), index);
-  }
-
-  void ScaleChannel() {
-    const uint32_t c = chance_.Below(dim_);
-    const uint32_t kv_head = KvHead();
-    const float factor = Factor();
-    for (uint32_t token = 0; token < case_.length; ++token) {
-      const size_t at = case_.ElementIndex(kv_head, token) + c;
-      Store(factor * Load(case_.k, at), at, &case_.k);
-    }
-  }
-
-  void SwapTokens() {
-    const uint32_t kv_head = KvHead();
-    const size_t a = case_.ElementIndex(kv_head, Token()) * ElementBytes(layout_.dtype);
-    const size_t b = case_.ElementIndex(kv_head, Token()) * ElementBytes(layout_.dtype);
-    if (a == b) return;
-    std::vector<std::byte>& bytes = chance_.OneIn(3) ? case_.v : case_.k;
-    std::swap_ranges(&bytes[a], &bytes[a] + layout_.vector_bytes(), &bytes[b]);
-  }
-
-  void ChangeQuery() {
-    float& q = case_.queries[0][chance_.Bits() % case_.queries[0].size()];
-    q *= chance_.OneIn(2) ? -1.0F : Factor();
-    if (!std::isfinite(q)) q = 1.0F;
-  }
-
-  void FlipChannelOfPage() {
-    const uint32_t c = chance_.Below(dim_);
-    const uint32_t kv_head = KvHead();
-    const uint32_t begin = Token() / kBlockTokens * kBlockTokens;
-    for (uint32_t t = begin; t < std::min(case_.length, begin + kBlockTokens); ++t) {
-      const size_t at = case_.ElementIndex(kv_head, t) + c;
-      Store(-Load(case_.k, at), at, &case_.k);
-    }
-  }
-
-  void MakeNeedle() {
-    const uint32_t kv_head = KvHead();
-    const size_t at = case_.ElementIndex(kv_head, Token());
-    const float* q = &case_.queries[0][size_t{kv_head} * layout_.group_size() * dim_];
-    const float factor = Factor();
-    for (uint32_t c = 0; c < dim_; ++c) {
-      Store(Load(case_.k, at + c) + factor * q[c], at + c, &case_.k);
-    }
-  }
-
-  void CopyToPage() {
-    const uint32_t kv_head = KvHead();
-    const uint32_t from = Token();
-    const uint32_t begin = from / kBlockTokens * kBlockTokens;
-    const size_t element = ElementBytes(layout_.dtype);
-    for (uint32_t t = begin; t < std::min(case_.length, begin + kBlockTokens); ++t) {
-      if (t == from) continue;
-      std::memcpy(&case_.k[case_.ElementIndex(kv_head, t) * element],
-                  &case_.k[case_.ElementIndex(kv_head, from) * element], layout_.vector_bytes());
-    }
-  }
-
-  void ScaleValue() {
-    const size_t at = case_.ElementIndex(KvHead(), Token());
-    const float factor = chance_.OneIn(2) ? -1.0F : Factor();
-    for (uint32_t c = 0; c < dim_; ++c) Store(factor * Load(case_.v, at + c), at + c, &case_.v);
-  }
-
-  void ScaleQueries() {
-    const float factor = chance_.OneIn(2) ? 0.5F : 2.0F;
-    for (float& q : case_.queries[0]) {
-      if (std::isfinite(factor * q)) q *= factor;
-    }
-  }
-
-  void NudgeSome() {
-    const size_t count = size_t{case_.length} * layout_.kv_head_count * dim_;
-    const bool up = chance_.OneIn(2);
-    for (uint32_t i = 1 + chance_.Below(32); i > 0; --i) {
-      Nudge(layout_.dtype, up, case_.k.data(), chance_.Bits() % count);
-    }
-  }
-
-  Chance& chance_;
-  LayerCase& case_;
-  const KvLayout& layout_;
-  const uint32_t dim_;
+struct BatchSize {
+  uint32_t cache_count = 1;
+  uint32_t callers_per_cache = 1;
 };
 
-}  // namespace
+// One batch in eight is small, and a few are as large as they may be.
+BatchSize ChooseSize(uint32_t rows_max, Chance* chance) {
+  const uint32_t kind = chance->Below(32);
+  const uint32_t wanted = kind < 4    ? 1 + chance->Below(8)
+                          : kind == 4 ? 129 + chance->Below(128)
+                                      : 16 + chance->Below(33);
+  const uint32_t rows = std::min(rows_max, wanted);
+  const uint32_t callers = std::min(rows, 1 + chance->Below(kCallersMax));
+  const uint32_t caches = std::min(kCachesMax, rows / callers);
+  return {.cache_count = caches, .callers_per_cache = rows / caches};
+}
 
-void Mutate(Chance* chance, LayerCase* layer_case) { Mutation(chance, layer_case).Apply(); }
+std::vector<LayerCase> GenerateBatch(uint64_t seed, const CaseLimits& limits, uint32_t count) {
+  std::vector<LayerCase> cases;
+  cases.reserve(count);
+  cases.push_back(GenerateCase(seed, limits));
+  while (cases.size() < count) {
+    cases.push_back(GenerateLike(SeedOf(seed, cases.size()), limits, cases[0].shape));
+  }
+  return cases;
+}
+
+// A cache as a device has stored it, and what is true about it; truths are made when first needed.
+struct KnownCache {
+  explicit KnownCache(const StoredCase& stored)
+      : layer_case(&stored.layer_case()),
+        widened(WidenAll(stored)),
+        truths(stored.layer_case().queries.size()) {}
+
+  const std::vector<HeadTruth>& Truths(uint32_t query_set) {
+    if (truths[query_set].empty()) truths[query_set] = MakeTruths(*layer_case, query_set, widened);
+    return truths[query_set];
+  }
+
+  const LayerCase* layer_case;
+  std::vector<WidenedHead> widened;
+  // [query set][head]
+  std::vector<std::vector<HeadTruth>> truths;
+};
+
+// One row of every call.
+struct Caller {
+  uint32_t cache = 0;
+  // [target]: with lists in its memory.
+  std::vector<std::unique_ptr<PlanMaker>> makers;
+};
+
+// What a caller asks in one call.
+struct Question {
+  uint32_t query_set = 0;
+  Plan plan;
+  std::array<std::byte, kDrawKeyBytes> key;
+};
+
+using StoredCases = std::vector<std::unique_ptr<StoredCase>>;
+
+// stored: [target][cache]
+std::vector<Caller> MakeCallers(const std::vector<StoredCases>& stored, uint32_t per_cache,
+                                Chance* chance) {
+  std::vector<Caller> callers;
+  for (uint32_t i = 0; i < per_cache; ++i) {
+    for (uint32_t cache = 0; cache < stored[0].size(); ++cache) {
+      Caller& caller = callers.emplace_back();
+      caller.cache = cache;
+      const uint64_t seed = chance->Bits();
+      for (const StoredCases& of_target : stored) {
+        Chance maker_chance(seed);
+        caller.makers.push_back(std::make_unique<PlanMaker>(*of_target[cache], &maker_chance));
+      }
+    }
+  }
+  return callers;
+}
+
+std::vector<Question> Ask(const std::vector<Caller>& callers, const std::vector<LayerCase>& cases,
+                          double sampled, Chance* chance) {
+  std::vector<Question> questions;
+  questions.reserve(callers.size());
+  for (const Caller& caller : callers) {
+    const size_t sets = cases[caller.cache].queries.size();
+    Question& question = questions.emplace_back();
+    question.query_set = chance->Below(static_cast<uint32_t>(sets));
+    question.plan = caller.makers[0]->Next(chance, sampled);
+    question.key = MakeDrawKey(chance);
+  }
+  return questions;
+}
+
+}  // namespace
 
 double JudgeDeviceCall(const DeviceCall& call, const std::vector<HeadTruth>& truths,
                        const std::vector<WidenedHead>& widened, const std::string& reproduce,
@@ -234,49 +193,79 @@ absl::StatusOr<std::unique_ptr<Attacker>> Attacker::New(const AttackOptions& opt
 
 void Attacker::RunCase(uint64_t seed, Tally* tally) {
   Chance chance(~seed);
-  ++tally->cases;
   if (chance.OneIn(kClimbEvery)) return Climb(seed, &chance, tally);
   RandomCalls(seed, &chance, tally);
 }
 
 void Attacker::RandomCalls(uint64_t seed, Chance* chance, Tally* tally) {
-  const LayerCase layer_case = GenerateCase(seed, options_.limits);
-  std::vector<std::unique_ptr<StoredCase>> stored;
-  std::vector<std::unique_ptr<PlanMaker>> makers;
-  const uint64_t maker_seed = chance->Bits();
+  const BatchSize size = ChooseSize(options_.rows_max, chance);
+  const std::vector<LayerCase> cases = GenerateBatch(seed, options_.limits, size.cache_count);
+  tally->caches += cases.size();
+  std::vector<StoredCases> stored;
   for (const Target& target : targets_) {
-    stored.push_back(std::make_unique<StoredCase>(target.arena.get(), layer_case));
-    Chance maker_chance(maker_seed);
-    makers.push_back(std::make_unique<PlanMaker>(*stored.back(), &maker_chance));
-    if (HoldsWhatWasAppended(*stored.back())) continue;
-    ++tally->violations;
-    tally->AddFailure(Reproduce(target.name, layer_case, 0) + ": stores other bytes");
+    stored.push_back(StoredCase::StoreAll(target.arena.get(), cases));
+    for (const std::unique_ptr<StoredCase>& one : stored.back()) {
+      if (HoldsWhatWasAppended(*one)) continue;
+      ++tally->violations;
+      tally->AddFailure(Reproduce(target.name, seed, options_.sampled, one->layer_case()) +
+                        "stores other bytes]");
+    }
   }
-  const std::vector<WidenedHead> widened = WidenAll(*stored[0]);
-  std::vector<std::vector<HeadTruth>> truths(layer_case.queries.size());
+  std::vector<KnownCache> known;
+  known.reserve(cases.size());
+  for (const std::unique_ptr<StoredCase>& one : stored[0]) known.emplace_back(*one);
+  const std::vector<Caller> callers = MakeCallers(stored, size.callers_per_cache, chance);
   const uint32_t calls = kCallsMin + chance->Below(kCallsMore);
   for (uint32_t i = 0; i < calls; ++i) {
-    const uint32_t set = chance->Below(static_cast<uint32_t>(layer_case.queries.size()));
-    if (truths[set].empty()) truths[set] = MakeTruths(layer_case, set, widened);
-    const Plan plan = makers[0]->Next(chance);
-    const auto key = MakeDrawKey(chance);
+    const std::vector<Question> questions = Ask(callers, cases, options_.sampled, chance);
     for (size_t t = 0; t < targets_.size(); ++t) {
-      DeviceCall call(*stored[t], set, PlanMaker::WithListsOf(plan, *makers[0], *makers[t]), key);
-      call.Run();
-      JudgeDeviceCall(call, truths[set], widened, Reproduce(targets_[t].name, layer_case, i),
-                      tally);
+      std::vector<std::unique_ptr<DeviceCall>> rows;
+      for (size_t r = 0; r < callers.size(); ++r) {
+        const Caller& caller = callers[r];
+        const Plan plan =
+            PlanMaker::WithListsOf(questions[r].plan, *caller.makers[0], *caller.makers[t]);
+        rows.push_back(std::make_unique<DeviceCall>(
+            *stored[t][caller.cache], questions[r].query_set, plan, questions[r].key));
+      }
+      DeviceCall::RunAll(rows);
+      ++tally->calls;
+      for (size_t r = 0; r < callers.size(); ++r) {
+        KnownCache& cache = known[callers[r].cache];
+        const std::string reproduce =
+            absl::StrCat(Reproduce(targets_[t].name, seed, options_.sampled, *cache.layer_case),
+                         "call ", i, " row ", r, "]");
+        JudgeDeviceCall(*rows[r], cache.Truths(questions[r].query_set), cache.widened, reproduce,
+                        tally);
+      }
     }
   }
 }
 
-double Attacker::Score(const Target& target, const LayerCase& layer_case, const Plan& plan,
-                       Chance* chance, Tally* tally) {
-  const StoredCase stored(target.arena.get(), layer_case);
-  const std::vector<WidenedHead> widened = WidenAll(stored);
-  DeviceCall call(stored, 0, plan, MakeDrawKey(chance));
-  call.Run();
-  return JudgeDeviceCall(call, MakeTruths(layer_case, 0, widened), widened,
-                         Reproduce(target.name, layer_case, 0) + " climb", tally);
+std::vector<double> Attacker::Scores(const Target& target, uint64_t seed,
+                                     absl::Span<const LayerCase> cases,
+                                     absl::Span<const Plan> plans, Chance* chance, Tally* tally) {
+  const StoredCases stored = StoredCase::StoreAll(target.arena.get(), cases);
+  std::vector<std::unique_ptr<DeviceCall>> rows;
+  for (const std::unique_ptr<StoredCase>& one : stored) {
+    for (const Plan& plan : plans) {
+      rows.push_back(std::make_unique<DeviceCall>(*one, 0, plan, MakeDrawKey(chance)));
+    }
+  }
+  DeviceCall::RunAll(rows);
+  ++tally->calls;
+  tally->caches += cases.size();
+  std::vector<double> scores;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    KnownCache known(*stored[i]);
+    const std::string reproduce = Reproduce(target.name, seed, 1.0, cases[i]) + "climb]";
+    double& least = scores.emplace_back(std::numeric_limits<double>::quiet_NaN());
+    for (size_t j = 0; j < plans.size(); ++j) {
+      const DeviceCall& row = *rows[i * plans.size() + j];
+      least =
+          std::fmin(least, JudgeDeviceCall(row, known.Truths(0), known.widened, reproduce, tally));
+    }
+  }
+  return scores;
 }
 
 void Attacker::Climb(uint64_t seed, Chance* chance, Tally* tally) {
@@ -284,43 +273,55 @@ void Attacker::Climb(uint64_t seed, Chance* chance, Tally* tally) {
   const Target& target = targets_[chance->Below(static_cast<uint32_t>(targets_.size()))];
   LayerCase best = GenerateCase(seed, {.products_max = kClimbProducts, .length_max = 300});
   best.queries.resize(1);
-  Plan plan;
-  plan.source = Source::kScan;
-  plan.local_begin = best.length - 1;
-  plan.keep.top_k = chance->Below(8);
-  plan.prove = Guarantee::kDeterministic;
-  plan.max_output_error = 0.1F;
-  double least = Score(target, best, plan, chance, tally);
+  std::vector<Plan> plans(kClimbPlans);
+  for (Plan& plan : plans) {
+    plan.source = Source::kScan;
+    plan.local_begin = best.length - 1;
+    plan.keep.top_k = chance->Below(8);
+    plan.prove = Guarantee::kDeterministic;
+    plan.max_output_error = 0.1F;
+  }
+  double least = Scores(target, seed, {&best, 1}, plans, chance, tally)[0];
   for (uint32_t step = 0; step < options_.climb_steps; ++step) {
-    LayerCase next = best;
-    Mutate(chance, &next);
-    const double score = Score(target, next, plan, chance, tally);
-    // Also when there was nothing to compare before.
-    if (!(score < least) && !(std::isnan(least) && !std::isnan(score))) continue;
-    least = score;
-    best = std::move(next);
+    std::vector<LayerCase> next(options_.climb_width, best);
+    for (LayerCase& one : next) Mutate(chance, &one);
+    const std::vector<double> scores = Scores(target, seed, next, plans, chance, tally);
+    for (size_t i = 0; i < next.size(); ++i) {
+      // Also when there was nothing to compare before.
+      if (!(scores[i] < least) && !(std::isnan(least) && !std::isnan(scores[i]))) continue;
+      least = scores[i];
+      best = std::move(next[i]);
+    }
   }
   ++tally->climbs;
   if (!std::isnan(least)) tally->climb_least = std::min(tally->climb_least, least);
 }
 
-void RunUntil(uint64_t certificates, uint32_t thread_count, uint64_t round,
+void RunUntil(const RunLimits& limits,
               const std::function<void(uint64_t index, uint32_t thread, Tally* tally)>& work,
               Tally* tally) {
-  std::vector<Tally> tallies(thread_count);
+  const auto began = std::chrono::steady_clock::now();
+  const auto time_is_up = [&] {
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - began;
+    return passed.count() >= limits.seconds;
+  };
+  std::vector<Tally> tallies(limits.thread_count);
   uint64_t done = 0;
-  for (uint64_t first = 0; done < certificates; first += round) {
+  uint64_t count = limits.round;
+  for (uint64_t first = 0; done < limits.certificates && !time_is_up();) {
     std::atomic<uint64_t> next = first;
     const auto run = [&](uint32_t thread) {
-      for (;;) {
+      while (!time_is_up()) {
         const uint64_t index = next.fetch_add(1);
-        if (index >= first + round) return;
+        if (index >= first + count) return;
         work(index, thread, &tallies[thread]);
       }
     };
     std::vector<std::thread> threads;
-    threads.reserve(thread_count);
-    for (uint32_t thread = 1; thread < thread_count; ++thread) threads.emplace_back(run, thread);
+    threads.reserve(limits.thread_count);
+    for (uint32_t thread = 1; thread < limits.thread_count; ++thread) {
+      threads.emplace_back(run, thread);
+    }
     run(0);
     for (std::thread& thread : threads) thread.join();
     const uint64_t before = done;
@@ -328,6 +329,12 @@ void RunUntil(uint64_t certificates, uint32_t thread_count, uint64_t round,
     for (const Tally& one : tallies) done += one.certificates;
     // Nothing answers: there is nothing to wait for.
     if (done == before) break;
+    first += count;
+    // What is likely to be missing, less a little: threads wait for each other after every round.
+    const double missing = static_cast<double>(limits.certificates) - static_cast<double>(done);
+    const double rounds = 0.95 * missing / static_cast<double>(done) * static_cast<double>(first) /
+                          static_cast<double>(limits.round);
+    count = limits.round * static_cast<uint64_t>(std::max(1.0, rounds));
   }
   for (const Tally& one : tallies) tally->Add(one);
 }

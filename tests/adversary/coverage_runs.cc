@@ -240,9 +240,12 @@ absl::Status MeasureCoverage(const CoverageOptions& options, Tally* tally) {
     const absl::Status status = MakeWorker(options, populations, &worker);
     if (!status.ok()) return status;
   }
-  tally->cases += populations.size();
+  tally->caches += populations.size();
   RunUntil(
-      options.certificates, options.thread_count, options.round_calls,
+      {.certificates = options.certificates,
+       .seconds = options.seconds,
+       .thread_count = options.thread_count,
+       .round = options.round_calls},
       [&](uint64_t index, uint32_t thread, Tally* counts) {
         const size_t device = index % options.devices.size();
         const uint64_t rest = index / options.devices.size();
@@ -251,6 +254,7 @@ absl::Status MeasureCoverage(const CoverageOptions& options, Tally* tally) {
         Chance chance(SeedOf(~options.seed, index));
         DeviceCall call(one.stored, 0, plan, MakeDrawKey(&chance));
         call.Run();
+        ++counts->calls;
         JudgeDeviceCall(
             call, one.truths, one.widened,
             absl::StrCat("kvadversary --coverage --seed=", options.seed, " [",

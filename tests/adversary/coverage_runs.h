@@ -5,6 +5,7 @@
 #define KVSERVICE_TESTS_ADVERSARY_COVERAGE_RUNS_H_
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,8 @@ struct CoverageOptions {
   std::vector<std::string> devices = {"cpu"};
   // To judge in all: shared by populations, failure probabilities and plans.
   uint64_t certificates = 200'000;
+  // Nothing is begun after that.
+  double seconds = std::numeric_limits<double>::infinity();
   uint64_t seed = 1;
   uint32_t thread_count = 1;
   // Calls between looks at how many certificates there are: what is run does not depend on the

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "attention/sketch.h"
 
@@ -33,14 +34,30 @@ std::byte* Arena::Take(size_t bytes) {
   return at;
 }
 
-StoredCase::StoredCase(Arena* arena, const LayerCase& layer_case)
+void Arena::ReadBack() {
+  copy_.resize(used_);
+  const MemoryCopy read{memory_.data(), copy_.data(), copy_.size()};
+  device_->Copy({&read, 1});
+}
+
+size_t StoredCase::BytesOf(const LayerCase& layer_case) {
+  const KvLayout& layout = layer_case.shape.layout;
+  const size_t sketch_bytes = SketchLayout(layout.head_dim).slice_bytes(layout.kv_head_count);
+  return BlockCount(layer_case.length) * (Aligned(layout.slice_bytes()) + Aligned(sketch_bytes));
+}
+
+Arena* StoredCase::Emptied(Arena* arena, absl::Span<const LayerCase> cases) {
+  size_t bytes = 0;
+  for (const LayerCase& one : cases) bytes += BytesOf(one);
+  arena->Reset(bytes);
+  return arena;
+}
+
+StoredCase::StoredCase(Arena* arena, const LayerCase& layer_case, InArena /*taken*/)
     : case_(layer_case), arena_(*arena) {
   const KvLayout& layout = case_.shape.layout;
   const size_t sketch_bytes = SketchLayout(layout.head_dim).slice_bytes(layout.kv_head_count);
-  const uint32_t blocks = BlockCount(case_.length);
-  copy_.resize(blocks * (Aligned(layout.slice_bytes()) + Aligned(sketch_bytes)));
-  arena_.Reset(copy_.size());
-  for (uint32_t block = 0; block < blocks; ++block) {
+  for (uint32_t block = 0; block < BlockCount(case_.length); ++block) {
     slices_.push_back(arena_.Take(layout.slice_bytes()));
     sketches_.push_back(arena_.Take(sketch_bytes));
     const bool full = (block + 1) * kBlockTokens <= case_.length;
@@ -50,13 +67,41 @@ StoredCase::StoredCase(Arena* arena, const LayerCase& layer_case)
   view_.slices = view_slices_;
   view_.sketches = view_sketches_;
   view_.length = case_.length;
-  Store();
 }
 
-void StoredCase::Store() {
+StoredCase::StoredCase(Arena* arena, const LayerCase& layer_case)
+    : StoredCase(Emptied(arena, {&layer_case, 1}), layer_case, InArena()) {
+  StoredCase* const all[] = {this};
+  StoreTogether(arena, all);
+}
+
+std::vector<std::unique_ptr<StoredCase>> StoredCase::StoreAll(Arena* arena,
+                                                              absl::Span<const LayerCase> cases) {
+  Emptied(arena, cases);
+  std::vector<std::unique_ptr<StoredCase>> stored;
+  std::vector<StoredCase*> all;
+  for (const LayerCase& one : cases) {
+    stored.push_back(std::unique_ptr<StoredCase>(new StoredCase(arena, one, InArena())));
+    all.push_back(stored.back().get());
+  }
+  StoreTogether(arena, all);
+  return stored;
+}
+
+void StoredCase::StoreTogether(Arena* arena, absl::Span<StoredCase* const> all) {
+  const KvLayout& layout = all.front()->case_.shape.layout;
+  std::vector<AppendSlice> appends;
+  std::vector<SealSlice> seals;
+  for (const StoredCase* one : all) one->AddParts(&appends, &seals);
+  arena->device()->Append(layout, appends);
+  arena->device()->Seal(layout, seals);
+  arena->ReadBack();
+  for (StoredCase* one : all) one->ReadExact();
+}
+
+void StoredCase::AddParts(std::vector<AppendSlice>* appends, std::vector<SealSlice>* seals) const {
   const KvLayout& layout = case_.shape.layout;
   const size_t token_bytes = size_t{layout.kv_head_count} * layout.vector_bytes();
-  std::vector<SealSlice> seals;
   for (uint32_t block = 0; block < slices_.size(); ++block) {
     const uint32_t begin = block * kBlockTokens;
     const uint32_t count = std::min(kBlockTokens, case_.length - begin);
@@ -64,30 +109,27 @@ void StoredCase::Store() {
     const uint32_t part = count / 3;
     const size_t at = begin * token_bytes;
     const size_t rest = at + part * token_bytes;
-    const AppendSlice appends[] = {
-        {slices_[block], 0, part, &case_.k[at], &case_.v[at]},
-        {slices_[block], part, count - part, &case_.k[rest], &case_.v[rest]}};
-    device()->Append(layout, appends);
+    appends->push_back({slices_[block], 0, part, &case_.k[at], &case_.v[at]});
+    appends->push_back({slices_[block], part, count - part, &case_.k[rest], &case_.v[rest]});
     if (count == kBlockTokens) {
-      seals.push_back({slices_[block], sketches_[block], block, case_.tables});
+      seals->push_back({slices_[block], sketches_[block], block, case_.tables});
     }
   }
-  device()->Seal(layout, seals);
-  // The slices and sketches lie side by side.
-  const MemoryCopy read{slices_[0], copy_.data(), copy_.size()};
-  device()->Copy({&read, 1});
 }
 
-const std::byte* StoredCase::CopyOf(const std::byte* stored) const {
-  return copy_.data() + (stored - slices_[0]);
-}
-
-bool StoredCase::IsExact(uint32_t kv_head, uint32_t token) const {
-  const std::byte* sketch = view_sketches_[token / kBlockTokens];
-  if (sketch == nullptr) return true;
+void StoredCase::ReadExact() {
   const SketchLayout layout(case_.shape.layout.head_dim);
-  const SketchPage page(layout, CopyOf(sketch) + kv_head * layout.page_bytes);
-  return ((page.exact >> (token % kBlockTokens)) & 1) != 0;
+  exact_.clear();
+  for (const std::byte* sketch : view_sketches_) {
+    for (uint32_t kv_head = 0; kv_head < case_.shape.layout.kv_head_count; ++kv_head) {
+      if (sketch == nullptr) {
+        exact_.push_back(~uint64_t{0});
+        continue;
+      }
+      const std::byte* const page = arena_.CopyOf(sketch) + kv_head * layout.page_bytes;
+      exact_.push_back(SketchPage(layout, page).exact);
+    }
+  }
 }
 
 WidenedHead StoredCase::Widened(uint32_t kv_head) const {
@@ -126,6 +168,15 @@ void DeviceCall::Run() {
   stored.device()->Attend(stored.layer_case().shape, absl::MakeSpan(&row, 1));
 }
 
+void DeviceCall::RunAll(absl::Span<const std::unique_ptr<DeviceCall>> calls) {
+  const StoredCase& first = calls.front()->stored;
+  std::vector<AttendRow> rows;
+  rows.reserve(calls.size());
+  for (const std::unique_ptr<DeviceCall>& call : calls) rows.push_back(call->row);
+  first.device()->Attend(first.layer_case().shape, absl::MakeSpan(rows));
+  for (size_t i = 0; i < rows.size(); ++i) calls[i]->row.status = std::move(rows[i].status);
+}
+
 PlanMaker::PlanMaker(const StoredCase& stored, Chance* chance)
     : case_(stored.layer_case()),
       lists_(stored.device()->NewTokenLists(case_.shape.layout, chance->Below(3))),
@@ -140,7 +191,7 @@ PlanMaker::PlanMaker(const StoredCase& stored, Chance* chance)
   }
 }
 
-Plan PlanMaker::Next(Chance* chance) {
+Plan PlanMaker::Next(Chance* chance, double sampled) {
   const uint32_t length = case_.length;
   Plan plan;
   // Scans are what can go wrong.
@@ -164,18 +215,19 @@ Plan PlanMaker::Next(Chance* chance) {
   plan.given = given_;
   plan.given_offsets = offsets_;
   plan.dense_share = chance->OneIn(2) ? 0.6F : 1.0F;
-  SetLimits(chance, &plan);
+  SetLimits(chance, sampled, &plan);
   if (chance->OneIn(2)) plan.reuse_mass_limit = 0.1F * static_cast<float>(1 + chance->Below(9));
   return plan;
 }
 
-void PlanMaker::SetLimits(Chance* chance, Plan* plan) {
+void PlanMaker::SetLimits(Chance* chance, double sampled, Plan* plan) {
   constexpr std::array<float, 6> kErrors = {2.0F, 0.5F, 0.1F, 0.05F, 0.02F, 1e-3F};
   const uint32_t guarantee = chance->Below(16);
-  plan->prove = guarantee == 0   ? Guarantee::kNone
-                : guarantee == 1 ? Guarantee::kExact
-                : guarantee < 9  ? Guarantee::kDeterministic
-                                 : Guarantee::kConfidence;
+  const bool may_sample = static_cast<double>(chance->Uniform()) < sampled;
+  plan->prove = guarantee == 0                 ? Guarantee::kNone
+                : guarantee == 1               ? Guarantee::kExact
+                : guarantee < 9 || !may_sample ? Guarantee::kDeterministic
+                                               : Guarantee::kConfidence;
   const uint32_t limits = chance->Below(4);
   if (limits == 1 || limits == 3) {
     plan->max_dropped_mass = 0.5F / static_cast<float>(1 + chance->Below(100));

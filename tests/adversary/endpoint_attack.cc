@@ -199,7 +199,7 @@ class ServedAttacker {
 
   void RunCase(uint64_t seed, Tally* tally) {
     Chance chance(~seed);
-    ++tally->cases;
+    ++tally->caches;
     const ServedModel& model = models_[chance.Below(static_cast<uint32_t>(models_.size()))];
     const uint32_t layer = chance.Below(kLayers);
     const LayerCase layer_case = MakeCase(seed, model.shapes[layer]);
@@ -278,6 +278,7 @@ class ServedAttacker {
         query.given = {.positions = given.positions, .offsets = given.offsets};
       }
       const auto reply = sequence.Attend(query);
+      ++tally->calls;
       Judge(layer_case, asked.plan, truths[set], widened, reply, tally);
     }
   }
@@ -338,7 +339,9 @@ absl::Status AttackEndpoint(const EndpointOptions& options, Tally* tally) {
     return absl::OkStatus();
   }
   RunUntil(
-      options.certificates, options.thread_count, kRoundCases,
+      {.certificates = options.certificates,
+       .seconds = options.seconds,
+       .thread_count = options.thread_count},
       [&](uint64_t index, uint32_t thread, Tally* counts) {
         attackers[thread]->RunCase(SeedOf(options.seed, index), counts);
       },

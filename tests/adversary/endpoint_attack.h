@@ -6,6 +6,7 @@
 #define KVSERVICE_TESTS_ADVERSARY_ENDPOINT_ATTACK_H_
 
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "absl/status/status.h"
@@ -16,6 +17,8 @@ namespace kvservice::adversary {
 struct EndpointOptions {
   std::string endpoint;
   uint64_t certificates = 200'000;
+  // Nothing is begun after that.
+  double seconds = std::numeric_limits<double>::infinity();
   uint64_t seed = 1;
   // Not 0: this case alone.
   uint64_t case_seed = 0;

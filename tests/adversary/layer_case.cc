@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "attention/float16.h"
+#include "attention/lanes.h"
 
 namespace kvservice::adversary {
 namespace {
@@ -29,7 +30,9 @@ class Generator {
   void Run() {
     case_.queries.clear();
     case_.queries.push_back(MakeQueries(case_.traits.queries));
-    if (chance_.OneIn(3)) case_.queries.push_back(MoveQueries(case_.queries[0]));
+    const uint32_t more = chance_.Below(3);
+    if (more > 0) case_.queries.push_back(MoveQueries(case_.queries[0]));
+    if (more > 1) case_.queries.push_back(MakeQueries(case_.traits.queries));
     MakeTables();
     keys_ = MakeVectors();
     for (uint32_t kv_head = 0; kv_head < layout_.kv_head_count; ++kv_head) {
@@ -115,9 +118,10 @@ class Generator {
     for (float& x : offset) x = chance_.Normal();
     for (float& x : scale) x = std::exp(0.7F * chance_.Normal() - 0.4F);
     std::vector<float> vectors(size_t{case_.length} * layout_.kv_head_count * dim_);
-    for (size_t i = 0; i < vectors.size(); ++i) {
-      const size_t c = i % dim_;
-      vectors[i] = offset[c] + scale[c] * chance_.Normal();
+    for (size_t first = 0; first < vectors.size(); first += dim_) {
+      for (uint32_t c = 0; c < dim_; ++c) {
+        vectors[first + c] = offset[c] + scale[c] * chance_.Normal();
+      }
     }
     return vectors;
   }
@@ -216,8 +220,7 @@ class Generator {
     uint32_t heaviest = 0;
     float most = -kInfinity;
     for (uint32_t token = 0; token < case_.length; ++token) {
-      float sum = 0.0F;
-      for (uint32_t c = 0; c < dim_; ++c) sum += Query(kv_head)[c] * Key(kv_head, token)[c];
+      const float sum = Dot(Query(kv_head), Key(kv_head, token), dim_);
       if (sum > most) {
         most = sum;
         heaviest = token;
@@ -239,14 +242,25 @@ class Generator {
     }
   }
 
+  // A function for each type, not a branch for each number.
+  template <DType kDType>
+  static void Store(const std::vector<float>& numbers, std::byte* to) {
+    const float largest = Largest(kDType);
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      const float x = numbers[i];
+      StoreElement(kDType, std::isfinite(x) ? std::clamp(x, -largest, largest) : x, to, i);
+    }
+  }
+
   // Finite numbers stay finite in the cache's type.
   std::vector<std::byte> Stored(const std::vector<float>& numbers) const {
     std::vector<std::byte> bytes(numbers.size() * ElementBytes(layout_.dtype));
-    const float largest = Largest(layout_.dtype);
-    for (size_t i = 0; i < numbers.size(); ++i) {
-      const float x = numbers[i];
-      StoreElement(layout_.dtype, std::isfinite(x) ? std::clamp(x, -largest, largest) : x,
-                   bytes.data(), i);
+    if (layout_.dtype == DType::kFloat32) {
+      Store<DType::kFloat32>(numbers, bytes.data());
+    } else if (layout_.dtype == DType::kFloat16) {
+      Store<DType::kFloat16>(numbers, bytes.data());
+    } else {
+      Store<DType::kBfloat16>(numbers, bytes.data());
     }
     return bytes;
   }
@@ -288,22 +302,33 @@ uint32_t ChooseLength(const CaseLimits& limits, Chance* chance) {
   }
 }
 
+// Heads of all query tokens that a case of its length may have.
+uint32_t HeadsMax(const CaseLimits& limits, uint32_t length, uint32_t head_dim) {
+  const uint64_t products = uint64_t{length} * head_dim;
+  return static_cast<uint32_t>(
+      std::clamp<uint64_t>(limits.products_max / products, 1, 3 * kGroupMax));
+}
+
+uint32_t ChooseQueryCount(const CaseLimits& limits, const LayerCase& of, Chance* chance) {
+  const KvLayout& layout = of.shape.layout;
+  const uint32_t affordable =
+      HeadsMax(limits, of.length, layout.head_dim) / layout.query_head_count;
+  const uint32_t most = std::clamp(affordable, 1U, std::min(kQueryTokensMax, of.length));
+  return chance->OneIn(3) ? 1 + chance->Below(most) : 1;
+}
+
 void ChooseFrame(const CaseLimits& limits, Chance* chance, LayerCase* to) {
   constexpr uint32_t kDims[] = {64, 80, 96, 128, 256};
   const uint32_t dim = kDims[chance->Below(std::size(kDims))];
   to->length = ChooseLength(limits, chance);
-  const uint64_t products = uint64_t{to->length} * dim;
-  const auto heads_max =
-      static_cast<uint32_t>(std::clamp<uint64_t>(limits.products_max / products, 1, 3 * kGroupMax));
+  const uint32_t heads_max = HeadsMax(limits, to->length, dim);
   const uint32_t kv_heads = 1 + (heads_max > 1 ? chance->Below(2) : 0);
   const uint32_t group = 1 + chance->Below(std::clamp(heads_max / kv_heads, 1U, kGroupMax));
-  const uint32_t queries_max =
-      std::clamp(heads_max / (kv_heads * group), 1U, std::min(kQueryTokensMax, to->length));
-  to->query_count = chance->OneIn(3) ? 1 + chance->Below(queries_max) : 1;
   to->shape.layout = {.query_head_count = kv_heads * group,
                       .kv_head_count = kv_heads,
                       .head_dim = dim,
                       .dtype = static_cast<DType>(chance->Below(3))};
+  to->query_count = ChooseQueryCount(limits, *to, chance);
   to->shape.scale = 1.0F / std::sqrt(static_cast<float>(dim));
   if (chance->OneIn(5)) to->shape.scale *= std::exp(chance->Normal());
   if (chance->OneIn(4)) to->shape.sliding_window = 1 + chance->Below(to->length + 50);
@@ -322,25 +347,39 @@ CaseTraits ChooseTraits(Chance* chance) {
 
 }  // namespace
 
-std::string Name(const CaseTraits& traits) {
-  constexpr std::array<const char*, kKeyKinds> kKeys = {
+const char* Name(KeyKind kind) {
+  constexpr std::array<const char*, kKeyKinds> kNames = {
       "normal",        "identical",   "constant-pages", "opposing",  "corner",
       "corner-signed", "along-query", "equal",          "subnormal", "wide",
       "needle",        "duplicates",  "one-channel",    "zero",      "not-finite"};
-  constexpr std::array<const char*, kValueKinds> kValues = {
-      "normal",         "equal", "one-huge",  "tiny-where-heavy", "huge-where-light",
-      "opposite-signs", "zero",  "subnormal", "not-finite"};
-  constexpr std::array<const char*, kQueryKinds> kQueries = {
-      "normal", "zero", "huge", "tiny", "one-channel", "alternating"};
-  constexpr std::array<const char*, kTableKinds> kTables = {"identity", "directions", "learnt",
-                                                            "across", "extreme"};
-  return absl::StrCat("keys ", kKeys[static_cast<size_t>(traits.keys)], ", values ",
-                      kValues[static_cast<size_t>(traits.values)], ", queries ",
-                      kQueries[static_cast<size_t>(traits.queries)], ", table ",
-                      kTables[static_cast<size_t>(traits.tables)]);
+  return kNames[static_cast<size_t>(kind)];
 }
 
-std::string Name(DType dtype) {
+const char* Name(ValueKind kind) {
+  constexpr std::array<const char*, kValueKinds> kNames = {
+      "normal",         "equal", "one-huge",  "tiny-where-heavy", "huge-where-light",
+      "opposite-signs", "zero",  "subnormal", "not-finite"};
+  return kNames[static_cast<size_t>(kind)];
+}
+
+const char* Name(QueryKind kind) {
+  constexpr std::array<const char*, kQueryKinds> kNames = {"normal", "zero",        "huge",
+                                                           "tiny",   "one-channel", "alternating"};
+  return kNames[static_cast<size_t>(kind)];
+}
+
+const char* Name(TableKind kind) {
+  constexpr std::array<const char*, kTableKinds> kNames = {"identity", "directions", "learnt",
+                                                           "across", "extreme"};
+  return kNames[static_cast<size_t>(kind)];
+}
+
+std::string Name(const CaseTraits& traits) {
+  return absl::StrCat("keys ", Name(traits.keys), ", values ", Name(traits.values), ", queries ",
+                      Name(traits.queries), ", table ", Name(traits.tables));
+}
+
+const char* Name(DType dtype) {
   return dtype == DType::kFloat32 ? "float32" : dtype == DType::kFloat16 ? "float16" : "bfloat16";
 }
 
@@ -358,13 +397,14 @@ uint64_t Chance::Bits() {
 }
 
 float Chance::Normal() {
-  // Twelve 10-bit numbers from two draws.
-  float sum = 0.0F;
-  for (int i = 0; i < 2; ++i) {
-    const uint64_t bits = Bits();
-    for (int j = 0; j < 6; ++j) sum += static_cast<float>((bits >> (10 * j)) & 1023);
-  }
-  return (sum + 6.0F) / 1024.0F - 6.0F;
+  // Twelve 10-bit numbers from two draws, three and three added up side by side.
+  constexpr uint64_t kEverySecond = 0x3ff003ff003ffU;
+  const uint64_t a = Bits();
+  const uint64_t b = Bits();
+  const uint64_t sums = (a & kEverySecond) + ((a >> 10) & kEverySecond) + (b & kEverySecond) +
+                        ((b >> 10) & kEverySecond);
+  const uint64_t sum = (sums & 0xfffff) + ((sums >> 20) & 0xfffff) + (sums >> 40);
+  return (static_cast<float>(sum) + 6.0F) / 1024.0F - 6.0F;
 }
 
 uint64_t SeedOf(uint64_t base, uint64_t index) {
@@ -376,6 +416,21 @@ LayerCase GenerateCase(uint64_t seed, const CaseLimits& limits) {
   LayerCase result;
   result.seed = seed;
   ChooseFrame(limits, &chance, &result);
+  result.traits = ChooseTraits(&chance);
+  Generator(&result, &chance).Run();
+  return result;
+}
+
+LayerCase GenerateLike(uint64_t seed, const CaseLimits& limits, const LayerShape& shape) {
+  Chance chance(seed);
+  LayerCase result;
+  result.seed = seed;
+  result.shape = shape;
+  const uint64_t products = uint64_t{shape.layout.query_head_count} * shape.layout.head_dim;
+  const auto length_max =
+      static_cast<uint32_t>(std::max<uint64_t>(1, limits.products_max / products));
+  result.length = std::min(ChooseLength(limits, &chance), length_max);
+  result.query_count = ChooseQueryCount(limits, result, &chance);
   result.traits = ChooseTraits(&chance);
   Generator(&result, &chance).Run();
   return result;

@@ -66,8 +66,12 @@ struct CaseTraits {
   QueryKind queries = QueryKind::kNormal;
   TableKind tables = TableKind::kIdentity;
 };
+const char* Name(KeyKind kind);
+const char* Name(ValueKind kind);
+const char* Name(QueryKind kind);
+const char* Name(TableKind kind);
+const char* Name(DType dtype);
 std::string Name(const CaseTraits& traits);
-std::string Name(DType dtype);
 
 struct LayerCase {
   uint64_t seed = 0;
@@ -123,6 +127,8 @@ struct CaseLimits {
 };
 
 LayerCase GenerateCase(uint64_t seed, const CaseLimits& limits);
+// Another of the same shape, so that both may be rows of one call.
+LayerCase GenerateLike(uint64_t seed, const CaseLimits& limits, const LayerShape& shape);
 // A case of given traits and shape (layout, length, query_count are read from `frame`).
 LayerCase GenerateCase(uint64_t seed, const CaseTraits& traits, const LayerCase& frame);
 

@@ -54,8 +54,9 @@ double MissProbability(uint64_t trials, uint64_t misses, double p) {
 }
 
 void Tally::Add(const Tally& other) {
-  cases += other.cases;
+  caches += other.caches;
   calls += other.calls;
+  rows += other.rows;
   certificates += other.certificates;
   violations += other.violations;
   contradictions += other.contradictions;
@@ -73,6 +74,7 @@ void Tally::Add(const Tally& other) {
   output_slack.Add(other.output_slack);
   climb_least = std::min(climb_least, other.climb_least);
   climbs += other.climbs;
+  shares.Add(other.shares);
   for (const std::string& text : other.failures) AddFailure(text);
 }
 
@@ -107,15 +109,16 @@ double Tally::least_miss_probability() const {
 
 std::string Summary(const Tally& tally) {
   std::string text = absl::StrFormat(
-      "%d head-certificates of %d calls on %d cases: %d violations, %d contradictions\n"
+      "%d head-certificates of %d rows in %d calls on %d caches: %d violations, "
+      "%d contradictions\n"
       "  levels: none %d, confidence %d, deterministic %d, exact %d\n"
       "  actions: selected %d, reused %d, grown %d, dense %d, compensated %d\n"
       "  output error bounded %d times; refused rows %d, meaningless heads %d, beyond the judge "
       "%d\n",
-      tally.certificates, tally.calls, tally.cases, tally.violations, tally.contradictions,
-      tally.levels[0], tally.levels[1], tally.levels[2], tally.levels[3], tally.actions[0],
-      tally.actions[1], tally.actions[2], tally.actions[3], tally.actions[4], tally.output_bounds,
-      tally.rows_refused, tally.meaningless, tally.unresolved);
+      tally.certificates, tally.rows, tally.calls, tally.caches, tally.violations,
+      tally.contradictions, tally.levels[0], tally.levels[1], tally.levels[2], tally.levels[3],
+      tally.actions[0], tally.actions[1], tally.actions[2], tally.actions[3], tally.actions[4],
+      tally.output_bounds, tally.rows_refused, tally.meaningless, tally.unresolved);
   for (const auto& [key, counts] : tally.by_population) {
     absl::StrAppendFormat(&text,
                           "  %-22s eta %-5g mass %6d of %8d missed, output %6d of %8d; %d keys "

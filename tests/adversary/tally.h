@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "tests/adversary/shares.h"
+
 namespace kvservice::adversary {
 
 // How far bounds lie above the truth, ln(bound / truth) in nats. Fixed memory, resolution 0.002.
@@ -65,8 +67,10 @@ struct Tally {
   static constexpr size_t kLevels = 4;
   static constexpr size_t kActions = 5;
 
-  uint64_t cases = 0;
+  // Caches that were attacked, calls of devices or servers, and the rows of these.
+  uint64_t caches = 0;
   uint64_t calls = 0;
+  uint64_t rows = 0;
   // Head-certificates judged.
   uint64_t certificates = 0;
   // Statements that always hold and did not.
@@ -92,6 +96,8 @@ struct Tally {
   // Least slack that a climb has reached, and how many there were.
   double climb_least = 1e300;
   uint64_t climbs = 0;
+  // What was attacked, and how.
+  Shares shares;
   // The first few failures, with what reproduces them.
   std::vector<std::string> failures;
 
