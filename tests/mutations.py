@@ -386,10 +386,10 @@ MUTATIONS = [Mutation(*fields) for fields in [
     ("refusals_are_bounded", ACCESS_LOG, "if (refusals_in_second_ >= kRefusalsPerSecondMax) {",
      "if (false) {", "access_test", "AccessLogTest*"),
     # ---- Limits per tenant ----
-    ("tenants_have_a_maximum", POOL, "if (accounts_.BeyondMax(owner, bytes) > 0) {",
+    ("tenants_have_a_maximum", POOL, "if (accounts_.BeyondMax(owner, total) > 0) {",
      "if (false) {", "engine_test", "QuotaTest.*MaximumIsRefused*"),
     ("what_is_reserved_is_kept", POOL,
-     "if (held > 0 && bytes_free() < held + bytes) return BlockRef();", "", "engine_test",
+     "if (held > 0 && bytes_free() < held + total) return BlockRef();", "", "engine_test",
      "QuotaTest.WhatIsReserved*"),
     ("blocks_are_counted_back", ACCOUNTS, "account->bytes -= bytes;", "", "engine_test",
      "QuotaTest.WhatForksShare*"),
