@@ -56,15 +56,15 @@ class Answerer {
         chooses_(wave.chooses()),
         everything_(group.reads_all || stats_.everything != 0),
         hidden_(row_.view.length - group.begin - stats_.always - stats_.middle),
+        unsummed_(everything_ && !group.reads_all && hidden_ > 0 && stats_.chosen < stats_.middle),
         kept_(wave.Kept(group)) {}
 
   // False if the host has to decide.
   bool Answer() {
-    // Sums of what is hidden go with those of the choice.
-    if (everything_ && !group_.reads_all && hidden_ > 0 && row_.plan.prove != Guarantee::kNone &&
-        stats_.chosen < stats_.middle) {
-      return false;
-    }
+    // Without a proof they are not needed, if it is known who sees what is hidden: all heads,
+    // unless the window of a later query token has left it behind.
+    const bool all_see = row_.query_count == 1 || shape_.sliding_window == 0;
+    if (unsummed_ && (row_.plan.prove != Guarantee::kNone || !all_see)) return false;
     // What competed for a list is not known then.
     if (everything_ && group_.competes) return false;
     // Then everything should have been read.
@@ -89,10 +89,8 @@ class Answerer {
     evidence.kept_upper = kept_.upper[head];
     // Lists come without a proof, and all heads of their one query token see the same tokens.
     if (group_.has_list() && stats_.listed < stats_.middle + hidden_) return evidence;
-    // Nobody has looked at what is hidden where there is nothing to prove.
-    const bool hides_unseen = prove == Guarantee::kNone && hidden_ > 0;
     const bool drops = chooses_ && group_.dropped.host[head].seen > 0;
-    if (!drops && !hides_unseen) {
+    if (!drops && !unsummed_) {
       evidence.level = Level::kExact;
       evidence.log_dropped_estimate = kLogZero;
     } else if (drops) {
@@ -266,6 +264,8 @@ class Answerer {
   const bool chooses_;
   const bool everything_;
   const uint32_t hidden_;
+  // Something is hidden beside everything else, and sums of what is dropped were of more than that.
+  const bool unsummed_;
   const Partial kept_;
   std::vector<HeadCertificate> certificates_;
 };

@@ -119,6 +119,35 @@ TEST_F(CudaDirect, EverythingBesideWhatIsHiddenTakesIt) {
   }
 }
 
+// A later query token's window has left what is hidden behind: nothing of its own is dropped.
+TEST_F(CudaDirect, WindowsThatLeaveBehindWhatIsHidden) {
+  auto cpu = NewDevice("cpu", {});
+  ASSERT_TRUE(cpu.ok());
+  CaseOptions options;
+  options.length = 700;
+  options.query_count = 4;
+  const KvCase kv(device_.get(), options);
+  const KvCase same(cpu->get(), options);
+  LayerShape shape = kv.shape();
+  shape.sliding_window = 400;
+  for (const Source source : {Source::kAll, Source::kScan}) {
+    for (const uint32_t top_k : {150U, 300U, 380U}) {
+      SCOPED_TRACE(top_k);
+      Plan plan = BasePlan(source, options.length, 64);
+      plan.keep.top_k = top_k;
+      plan.visible_begin = 299;
+      plan.sink_end = 0;
+      Call call(kv, options.length, 4, kv.queries(), plan);
+      call.Run(device_.get(), shape);
+      Call other(same, options.length, 4, same.queries(), plan);
+      other.Run(cpu->get(), shape);
+      for (size_t i = 0; i < call.certificates.size(); ++i) {
+        EXPECT_EQ(call.certificates[i].level, other.certificates[i].level) << i;
+      }
+    }
+  }
+}
+
 TEST_F(CudaDirect, LimitsThatDoNotHoldAreTheHosts) {
   CaseOptions options;
   options.length = 700;
