@@ -587,6 +587,11 @@ bool Executor::MayBeginAttend(absl::Span<AttendCall* const> calls) const {
 }
 
 void Executor::BeginAttend(absl::Span<AttendCall* const> calls) {
+  if (!attend_batch_.has_begun()) {
+    size_t row_count = 0;
+    for (const AttendCall* call : calls) row_count += call->rows.size();
+    placement_.KeepRoomFor(row_count);
+  }
   attend_batch_.Begin(calls, clock_->SteadyNowNs());
 }
 

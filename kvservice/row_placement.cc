@@ -70,6 +70,12 @@ void RowPlacement::MakeRoom(size_t bytes, BlockPool::RoomFor what) {
   FreeUntil(bytes_free() + std::max(bytes, std::min(kStepBytes, Share(kFreeHigh))), what);
 }
 
+void RowPlacement::KeepRoomFor(size_t block_count) {
+  // Rows have the host; only sketches must find a place.
+  const size_t bytes = block_count * pool_->sketch_bytes_max();
+  if (is_enabled() && bytes_free() < bytes) FreeUntil(bytes, BlockPool::RoomFor::kSketches);
+}
+
 bool RowPlacement::BringBack() {
   const bool has_to_spare = bytes_free() > Share(kFreeToSpare);
   SequenceRecord* needs = nullptr;

@@ -27,6 +27,8 @@ class RowPlacement {
 
   // A piece of what is to be done. Bounds what it adds to the latency of the call behind it.
   void Step();
+  // Before calls of so many rows, each of which may need another block while nothing can be moved.
+  void KeepRoomFor(size_t block_count);
   // Moves rows to the host so that the device has `bytes` more, or what can be had.
   void MakeRoom(size_t bytes, BlockPool::RoomFor what);
 

@@ -385,6 +385,15 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "transport_test", "*Host*:*OneAddress*"),
     ("refusals_are_bounded", ACCESS_LOG, "if (refusals_in_second_ >= kRefusalsPerSecondMax) {",
      "if (false) {", "access_test", "AccessLogTest*"),
+    # ---- Rows on the host ----
+    ("moved_rows_are_shown", "kvservice/cache/sequence.cc",
+     "if (std::exchange(state.moves, pool_->moves()) != pool_->moves()) {", "if (false) {",
+     "sequence_test", "*KeepsUp*"),
+    ("pending_rows_stay", "kvservice/executor.cc",
+     "if (!attend_batch_.has_begun()) placement_.MakeRoom(bytes, what);",
+     "placement_.MakeRoom(bytes, what);", "explain_test", "RowPlacementTest.RowsOfACall*"),
+    ("rows_are_copied_before_they_go", POOL, "  device_->Copy(copies);\n  const RowPlace from",
+     "  const RowPlace from", "block_pool_test", "TwoArenasTest.RowsMove*"),
     # ---- Limits per tenant ----
     ("tenants_have_a_maximum", POOL, "if (accounts_.BeyondMax(owner, total) > 0) {",
      "if (false) {", "engine_test", "QuotaTest.*MaximumIsRefused*"),

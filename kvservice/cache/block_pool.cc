@@ -88,6 +88,7 @@ BlockRef BlockPool::TakePieces(const BlockBytes& bytes, BlockOwner owner) {
 BlockRef BlockPool::Allocate(const BlockBytes& bytes, BlockOwner owner) {
   const size_t total = bytes.total();
   assert(bytes.rows > 0);
+  sketch_bytes_max_ = std::max(sketch_bytes_max_, BlockArena::Rounded(bytes.sketches));
   if (accounts_.BeyondMax(owner, total) > 0) {
     why_not_ = NoBlock::kOwnerMax;
     return BlockRef();

@@ -117,6 +117,8 @@ class BlockPool {
   // pending. What sequences show changes (moves()). Returns how many it looked at: fewer than there
   // are when there was no more room.
   size_t Move(absl::Span<const BlockRef* const> blocks, RowPlace to);
+  // Of one block, of those that were asked for.
+  size_t sketch_bytes_max() const { return sketch_bytes_max_; }
   // Grows whenever rows are moved: addresses that were known before may be old.
   uint64_t moves() const { return moves_; }
   // Blocks that were moved there, since start.
@@ -161,6 +163,7 @@ class BlockPool {
   OwnerAccounts accounts_;
   NoBlock why_not_ = NoBlock::kPoolFull;
   absl::AnyInvocable<void(size_t bytes, RoomFor what)> make_room_;
+  size_t sketch_bytes_max_ = 0;
   uint64_t moves_ = 0;
   uint64_t to_host_ = 0;
   uint64_t to_device_ = 0;

@@ -221,5 +221,34 @@ TEST_F(RowPlacementTest, ManyShortSequencesFillTheHostToo) {
   for (const Handle& handle : handles) ExpectRight(handle, 2 * kBlockTokens);
 }
 
+// A call stores all of its rows before any is read: room that one needs must not move what waits to
+// be written for another.
+TEST_F(RowPlacementTest, RowsOfACallKeepWhatTheyStore) {
+  constexpr uint32_t kSequences = 8;
+  std::vector<Handle> handles;
+  std::vector<uint32_t> lengths;
+  for (uint32_t i = 0; i < kSequences; ++i) {
+    handles.push_back(engine_.NewSequence());
+    lengths.push_back(2 * kBlockTokens + 7 * i);
+    engine_.Fill(handles[i], 0, Counting(0, lengths[i]));
+  }
+  for (int step = 0; step < 100; ++step) {
+    for (uint32_t layer = 0; layer < 2; ++layer) {
+      AttendStep call(engine_.model(), layer);
+      for (uint32_t i = 0; i < kSequences; ++i) {
+        call.Add(handles[i], lengths[i], Counting(lengths[i], 1));
+      }
+      ASSERT_TRUE(call.Run(engine_.get()).ok());
+      for (uint32_t i = 0; i < kSequences; ++i) {
+        ASSERT_TRUE(call.result(i).status.ok()) << call.result(i).status;
+        ExpectDense(call, i, engine_.model(), Counting(0, lengths[i] + 1), lengths[i]);
+      }
+    }
+    for (uint32_t& length : lengths) ++length;
+  }
+  EXPECT_GT(engine_.get()->Stats().host_pool_bytes_used, 0U);
+  for (uint32_t i = 0; i < kSequences; ++i) ExpectRight(handles[i], lengths[i]);
+}
+
 }  // namespace
 }  // namespace kvservice::testing
