@@ -81,7 +81,8 @@ std::vector<std::string> WithEnvironment(const CLI::App& app, int argc, const ch
   return arguments;
 }
 
-// A number with a unit. `target` holds the default, and the value after parsing.
+// A number with a unit, zero only if that is the default. `target` holds the default, and the value
+// after parsing.
 template <typename Number>
 void AddQuantity(CLI::App* app, const std::string& flag, const std::string& help, Number* target,
                  std::optional<uint64_t> (*parse)(std::string_view), std::string (*text)(uint64_t),
@@ -92,14 +93,15 @@ void AddQuantity(CLI::App* app, const std::string& flag, const std::string& help
            *target = static_cast<Number>(*parse(value));
          },
          help)
-      ->check([parse, example](const std::string& value) -> std::string {
-        const std::optional<uint64_t> number = parse(value);
-        if (!number.has_value()) return "'" + value + "' is not like " + example;
-        if (*number == 0 || *number > std::numeric_limits<Number>::max()) {
-          return "'" + value + "' is out of range";
-        }
-        return "";
-      })
+      ->check(
+          [parse, example, may_be_zero = *target == 0](const std::string& value) -> std::string {
+            const std::optional<uint64_t> number = parse(value);
+            if (!number.has_value()) return "'" + value + "' is not like " + example;
+            if ((*number == 0 && !may_be_zero) || *number > std::numeric_limits<Number>::max()) {
+              return "'" + value + "' is out of range";
+            }
+            return "";
+          })
       ->default_str(text(*target))
       ->type_name(type);
 }
