@@ -391,7 +391,7 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "sequence_test", "*KeepsUp*"),
     ("pending_rows_stay", "kvservice/executor.cc",
      "if (!attend_batch_.has_begun()) placement_.MakeRoom(bytes, what);",
-     "placement_.MakeRoom(bytes, what);", "explain_test", "RowPlacementTest.RowsOfACall*"),
+     "placement_.MakeRoom(bytes, what);", "engine_test", "*RowsStayWhereTheyAre*"),
     ("rows_are_copied_before_they_go", POOL, "  device_->Copy(copies);\n  const RowPlace from",
      "  const RowPlace from", "block_pool_test", "TwoArenasTest.RowsMove*"),
     # ---- Limits per tenant ----

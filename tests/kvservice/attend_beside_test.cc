@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "kvservice/cache/sequence.h"
 #include "tests/kvservice/engine_client.h"
 #include "tests/kvservice/fakes.h"
 #include "tests/kvservice/words.h"
@@ -146,6 +147,34 @@ TEST_F(AttendBesideTest, RefusedCallsKeepTheirOrder) {
   EXPECT_FALSE(gap->result(0).status.ok());
   device_->set_works(false);
   ExpectAnswer(Start(b, 0).get(), 0);
+}
+
+// A call that finds the device's memory full while another reads it has its rows on the host: what
+// is read stays where it is.
+TEST_F(AttendBesideTest, RowsStayWhereTheyAreWhileACallReadsThem) {
+  constexpr uint32_t kBlocks = 6;
+  const ModelSpec model = SmallModel(2);
+  const CacheShape shape(model.layout, model.layer_count, {});
+  EngineOptions options = Options();
+  options.pool_bytes = (kBlocks + 1) * shape.block().rows + (kBlocks + 3) * shape.block().sketches;
+  options.host_pool_bytes = 8 * shape.block().rows;
+  auto device = std::make_unique<LateDevice>(*NewDevice("reference", {}));
+  device_ = device.get();
+  engine_ = std::make_unique<TestEngine>(options, 2, std::move(device));
+  const Handle a = engine_->NewSequence();
+  const Handle b = engine_->NewSequence();
+  engine_->Fill(a, 0, Counting(0, kBlocks * kBlockTokens - 1));
+  engine_->Fill(b, 0, Counting(0, kBlockTokens));
+  device_->set_works(true);
+  const auto first = Start(a, kBlocks * kBlockTokens - 1);
+  ASSERT_TRUE(HasBegun(1));
+  const auto second = Start(b, kBlockTokens);
+  ASSERT_TRUE(HasBegun(2));
+  device_->set_works(false);
+  ExpectAnswer(first.get(), kBlocks * kBlockTokens - 1);
+  ExpectAnswer(second.get(), kBlockTokens);
+  EXPECT_EQ(engine_->get()->Stats().host_pool_bytes_used, shape.block().rows);
+  EXPECT_EQ(engine_->get()->Stats().blocks_to_host_total, 0U);
 }
 
 // Threads that decode, fork and drop.
