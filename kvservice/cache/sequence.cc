@@ -173,17 +173,21 @@ bool Sequence::MoveToDevice(size_t bytes) {
   return count > 0;
 }
 
+// Those that are there already count for Move, and do not for these.
 bool Sequence::MoveAllToHost() {
-  const bool has_moved = Move(0, block_count(), RowPlace::kHost) > 0;
-  if (has_moved) host_end_ = MovableEnd();
-  return has_moved;
+  const uint64_t moves = pool_->moves();
+  Move(0, block_count(), RowPlace::kHost);
+  if (pool_->moves() == moves) return false;
+  host_end_ = MovableEnd();
+  return true;
 }
 
 bool Sequence::MoveStepRowsToDevice() {
+  const uint64_t moves = pool_->moves();
   const uint32_t end = block_count();
-  bool has_moved = Move(std::min(MovableEnd(), end), end, RowPlace::kDevice) > 0;
-  has_moved = Move(0, std::min(kHostBegin, end), RowPlace::kDevice) > 0 || has_moved;
-  return has_moved;
+  Move(std::min(MovableEnd(), end), end, RowPlace::kDevice);
+  Move(0, std::min(kHostBegin, end), RowPlace::kDevice);
+  return pool_->moves() != moves;
 }
 
 bool Sequence::HasStepRowsOn(RowPlace place) const {

@@ -4,11 +4,13 @@
 
 #include <cmath>
 #include <future>
+#include <random>
 #include <string>
 #include <vector>
 
 #include "attention/float16.h"
 #include "kvservice/cache/sequence.h"
+#include "kvservice/error.h"
 #include "tests/kvservice/engine_client.h"
 
 namespace kvservice::testing {
@@ -219,6 +221,37 @@ TEST_F(RowPlacementTest, ManyShortSequencesFillTheHostToo) {
   }
   EXPECT_EQ(engine_.get()->Stats().blocks_used, 36U);
   for (const Handle& handle : handles) ExpectRight(handle, 2 * kBlockTokens);
+}
+
+// When neither has room the call is refused, and nobody looks for more forever.
+TEST_F(RowPlacementTest, BothMayBeFull) {
+  std::vector<Handle> handles;
+  std::vector<uint32_t> lengths;
+  std::mt19937 random(5);
+  absl::Status status;
+  for (int i = 0; i < 400 && status.ok(); ++i) {
+    engine_.clock.AdvanceMs(700);
+    // Some that have gone whole grow on the device again.
+    if (handles.empty() || random() % 3 == 0) {
+      handles.push_back(engine_.NewSequence());
+      lengths.push_back(0);
+    }
+    const size_t at = random() % handles.size();
+    const Words words = Counting(lengths[at], kBlockTokens);
+    for (uint32_t layer = 0; layer < 2 && status.ok(); ++layer) {
+      status = engine_.Append(handles[at], layer, lengths[at], words).status();
+    }
+    if (status.ok()) lengths[at] += kBlockTokens;
+  }
+  EXPECT_EQ(DetailsOf(status).reason, "POOL_FULL") << status;
+  EXPECT_GE(engine_.get()->Stats().blocks_used, 36U);
+  for (size_t i = 0; i < handles.size(); ++i) {
+    EXPECT_EQ(
+        DetailsOf(engine_.Append(handles[i], 0, lengths[i], Counting(0, 3 * kBlockTokens)).status())
+            .reason,
+        "POOL_FULL");
+    if (lengths[i] > 0) ExpectRight(handles[i], lengths[i]);
+  }
 }
 
 // A call stores all of its rows before any is read: room that one needs must not move what waits to

@@ -236,6 +236,24 @@ TEST_F(SequenceTest, AViewOfItsOwnKeepsUp) {
   EXPECT_GT(pool_->moved_total(RowPlace::kDevice), 10U);
 }
 
+// Whoever asks until there is enough room must hear that there is no more to be had.
+TEST_F(SequenceTest, MovesSayWhetherAnythingMoved) {
+  Start(3, 2);
+  const auto sequence = New();
+  EXPECT_FALSE(sequence->MoveAllToHost());
+  EXPECT_FALSE(sequence->MoveStepRowsToDevice());
+  AppendAll(sequence.get(), 0, Counting(0, 192));
+  EXPECT_TRUE(sequence->MoveAllToHost());
+  EXPECT_TRUE(sequence->is_on_host(1));
+  EXPECT_FALSE(sequence->is_on_host(2)) << "the host has room for two";
+  EXPECT_TRUE(sequence->HasStepRowsOn(RowPlace::kDevice));
+  EXPECT_FALSE(sequence->MoveAllToHost());
+  EXPECT_TRUE(sequence->MoveStepRowsToDevice());
+  EXPECT_FALSE(sequence->MoveStepRowsToDevice());
+  EXPECT_FALSE(sequence->HasStepRowsOn(RowPlace::kHost));
+  ExpectWords(*sequence, Counting(0, 192));
+}
+
 // The device hears of the rows of several sequences once, and nobody reads before it has.
 TEST_F(SequenceTest, WritesWaitTogether) {
   struct CountingDevice : DeviceWrapper {
