@@ -73,7 +73,10 @@ void RowPlacement::MakeRoom(size_t bytes, BlockPool::RoomFor what) {
 void RowPlacement::KeepRoomFor(size_t block_count) {
   // Rows have the host; only sketches must find a place.
   const size_t bytes = block_count * pool_->sketch_bytes_max();
-  if (is_enabled() && bytes_free() < bytes) FreeUntil(bytes, BlockPool::RoomFor::kSketches);
+  if (!is_enabled() || bytes_free() >= bytes) return;
+  const uint64_t now_ns = clock_->SteadyNowNs();
+  if (now_ns < no_room_until_ns_) return;
+  if (!FreeUntil(bytes, BlockPool::RoomFor::kSketches)) no_room_until_ns_ = now_ns + kLookEveryNs;
 }
 
 bool RowPlacement::BringBack() {

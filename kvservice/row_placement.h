@@ -50,6 +50,8 @@ class RowPlacement {
   bool frees_ = false;
   // There was nothing to do: not to be looked for before.
   uint64_t next_ns_ = 0;
+  // The same of KeepRoomFor, which every call asks.
+  uint64_t no_room_until_ns_ = 0;
 };
 
 }  // namespace kvservice

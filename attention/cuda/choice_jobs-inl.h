@@ -80,8 +80,8 @@ __device__ __forceinline__ bool ReadsEverything(const ChoiceGroup& group, uint32
   return !group.reads_middle && planned > static_cast<double>(group.dense_share) * visible;
 }
 
-// What all parts of a group drop, a warp per head.
-__device__ inline void SumParts(const ChoiceGroup& group, bool everything) {
+// What all parts of a group drop, a warp per head. unsummed: there is no sum of just that.
+__device__ inline void SumParts(const ChoiceGroup& group, bool unsummed) {
   const uint32_t lane = threadIdx.x % kWarp;
   for (uint32_t head = threadIdx.x / kWarp; head < group.head_count; head += kSelectWarps) {
     LaneSums sums;
@@ -93,8 +93,7 @@ __device__ inline void SumParts(const ChoiceGroup& group, bool everything) {
 #pragma unroll 1
     for (int offset = kWarp / 2; offset > 0; offset /= 2) sums.Add(FromLane(sums, offset));
     if (lane != 0) continue;
-    // Nothing is left but what is hidden, of which there are no sums of its own.
-    if (everything && group.stats->chosen < group.stats->middle) sums = LaneSums();
+    if (unsummed) sums = LaneSums();
     group.dropped[head] = {.weight = sums.weight,
                            .lower = sums.lower,
                            .estimate = sums.estimate,
@@ -180,7 +179,9 @@ __device__ inline void CutChosen(const ChoiceCall& call, const ChoiceGroup& grou
   const uint32_t* first_words = memory->first_words;
   const uint32_t chosen = __ldcg(&group.stats->chosen);
   const bool everything = ReadsEverything(group, chosen);
-  SumParts(group, everything);
+  // Nothing is left then but what is hidden, and sums are of what was not chosen, too. By the count
+  // as other CTAs left it, not as this one's cache may have it: the host goes by the same.
+  SumParts(group, everything && chosen < group.stats->middle);
   uint32_t expected = 0;
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < call.group_count; i += kSelectThreads) {
