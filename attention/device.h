@@ -17,6 +17,7 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -207,6 +208,12 @@ class Device {
   virtual void Finish() {}
   // True when Finish would not have to wait for the device. A call has been begun.
   virtual bool IsDone() { return true; }
+
+  // Runs task(i) once for every i < count, on the threads that work inside calls, the caller's
+  // among them, and returns when all have run. What Begin has sent goes on meanwhile.
+  virtual void ParallelFor(uint32_t count, absl::FunctionRef<void(uint32_t)> task) {
+    for (uint32_t i = 0; i < count; ++i) task(i);
+  }
 };
 
 struct DeviceOptions {

@@ -5,7 +5,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "attention/float16.h"
-#include "attention/prefetch.h"
 #include "kvservice/bound_not_met.h"
 #include "kvservice/deferred_exact.h"
 #include "kvservice/engine_errors.h"
@@ -39,6 +38,11 @@ void SizeOutputs(AttendCall* call) {
   call->out.resize(call->out_place.empty() ? floats : 0);
   call->lse.resize(token_count * TokenHeads(*call));
   call->results.resize(call->rows.size());
+  // The caller may have used them for a call before.
+  for (AttendRowResult& result : call->results) {
+    result.selected.clear();
+    result.deferred.clear();
+  }
 }
 
 // Of the call's tokens from this one on.
@@ -90,13 +94,14 @@ void AttendBatch::Begin(absl::Span<AttendCall* const> calls, uint64_t now_ns) {
   flight->calls.statuses.clear();
   flight->waiting.clear();
   flight->batch.clear();
+  flight->copies.Begin(calls);
   for (AttendCall* call : calls) {
     call->call_number = NextCallNumber();
     call->epoch = parts_.draw_keys->epoch();
     call->draw_secret_id = parts_.draw_keys->secret_id();
     call->started_ns = now_ns;
     flight->calls.statuses.push_back(CheckCall(call, now_ns));
-    if (flight->calls.statuses.back().ok()) PrepareRows(call, now_ns, &flight->waiting);
+    if (flight->calls.statuses.back().ok()) PrepareRows(call, now_ns, flight);
   }
   for (const Row& row : flight->waiting) ++row.record->rows_begun;
   if (flight->waiting.empty()) return;
@@ -170,18 +175,24 @@ absl::Status AttendBatch::CheckTensors(const AttendCall& call) const {
   return status;
 }
 
-void AttendBatch::PrepareRows(AttendCall* call, uint64_t now_ns, std::vector<Row>* ready) {
+void AttendBatch::PrepareRows(AttendCall* call, uint64_t now_ns, Flight* flight) {
   SizeOutputs(call);
+  flight->copies.Take(call, parts_.device);
   const bool audited = parts_.auditor->ChooseCall();
   uint64_t first_token = 0;
   for (uint32_t i = 0; i < call->rows.size(); ++i) {
-    Row row{.call = call, .index = i, .record = records_[i], .first_token = first_token};
+    Row row{.call = call,
+            .index = i,
+            .record = records_[i],
+            .first_token = first_token,
+            .is_finite = flight->copies.is_finite(i)};
     absl::Status status = PrepareRow(now_ns, &row);
     if (status.ok()) {
       row.kept = audited || Auditor::IsAsked(*row.record);
-      ready->push_back(row);
+      flight->waiting.push_back(row);
     } else {
       FailRow(call, i, first_token, std::move(status));
+      if (call->row_done != nullptr) call->row_done(i);
     }
     first_token += call->rows[i].query_count;
   }
@@ -223,6 +234,8 @@ absl::Status AttendBatch::CheckRowPolicy(const std::string& field, Row* row) con
 }
 
 absl::Status AttendBatch::CheckRowFinite(const Row& row) const {
+  if (row.is_finite) return absl::OkStatus();
+  // Which element is not.
   const AttendCall& call = *row.call;
   const KvLayout& layout = model_->spec.layout;
   const uint32_t token_count = call.rows[row.index].query_count;
@@ -281,31 +294,46 @@ const LayerShape& AttendBatch::ShapeOf(const Flight& flight) {
 }
 
 void AttendBatch::PlanBatch(Flight* flight) {
-  const size_t count = flight->batch.size();
+  const auto count = static_cast<uint32_t>(flight->batch.size());
   flight->planned.resize(count);
   if (flight->buffers.size() < count) flight->buffers.resize(count);
-  for (size_t i = 0; i < count; ++i) {
-    PlanRow(flight->batch[i], &flight->buffers[i], &flight->planned[i]);
-    SeedRow(flight->batch[i], flight->planned[i]);
-  }
+  flight->steps.clear();
+  // Here, as forks share lists until one of them changes its own.
+  for (const Row& row : flight->batch) flight->steps.push_back(Plan(row));
+  parts_.device->ParallelFor(count, [this, flight](uint32_t i) {
+    PlanRow(flight->batch[i], flight->steps[i], &flight->buffers[i], &flight->planned[i]);
+  });
+  for (uint32_t i = 0; i < count; ++i) SeedRow(flight->batch[i], flight->planned[i]);
 }
 
 void AttendBatch::RememberBatch(const Flight& flight) const {
-  for (size_t i = 0; i < flight.batch.size(); ++i) {
-    RememberQuery(flight.batch[i], flight.planned[i]);
-  }
+  parts_.device->ParallelFor(
+      static_cast<uint32_t>(flight.batch.size()),
+      [this, &flight](uint32_t i) { RememberQuery(flight.batch[i], flight.planned[i]); });
 }
 
 void AttendBatch::FinishBatch(Flight* flight) {
-  for (size_t i = 0; i < flight->batch.size(); ++i) {
-    // The device's threads have written them.
-    if (i + 1 < flight->batch.size()) {
-      const Row& next = flight->batch[i + 1];
-      const auto& certificates = next.call->results[next.index].certificates;
-      Prefetch(certificates.data(), certificates.size() * sizeof(HeadCertificate));
-    }
-    FinishRow(flight->batch[i], flight->planned[i]);
+  const auto count = static_cast<uint32_t>(flight->batch.size());
+  row_stats_.assign(count, AttendStats());
+  std::vector<uint8_t>& is_answered = flight->is_answered;
+  is_answered.resize(count);
+  for (uint32_t i = 0; i < count; ++i) {
+    is_answered[i] = SettleRow(flight->batch[i], flight->planned[i]) ? 1 : 0;
     --flight->batch[i].record->rows_begun;
+  }
+  parts_.device->ParallelFor(count, [&](uint32_t i) {
+    const Row& row = flight->batch[i];
+    if (is_answered[i] != 0) DescribeRow(row, flight->planned[i], &row_stats_[i]);
+    if (row.call->row_done != nullptr) row.call->row_done(row.index);
+  });
+  for (uint32_t i = 0; i < count; ++i) {
+    if (is_answered[i] == 0) continue;
+    const Row& row = flight->batch[i];
+    for (AttendStats* const sums : {&row.record->stats, parts_.totals}) {
+      AddStats(row_stats_[i], sums);
+    }
+    parts_.masses->AddCertified(row.call->results[row.index].selector, row.call->layer,
+                                row_stats_[i]);
   }
 }
 
@@ -349,12 +377,11 @@ PlannedStep AttendBatch::Plan(const Row& row) const {
   return step;
 }
 
-void AttendBatch::PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) const {
+void AttendBatch::PlanRow(const Row& row, const PlannedStep& step, Buffers* buffers,
+                          AttendRow* planned) const {
   AttendCall* call = row.call;
   const AttendCallRow& asked = call->rows[row.index];
-  const Model& model = *row.record->model;
-  const KvLayout& layout = model.spec.layout;
-  const PlannedStep step = Plan(row);
+  const KvLayout& layout = row.record->model->spec.layout;
 
   AttendRowResult& result = call->results[row.index];
   result.attended_length = asked.position + asked.query_count;
@@ -467,7 +494,7 @@ void AttendBatch::FinishAssumed(const LayerShape& shape, const AttendRow& done,
   }
 }
 
-void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
+bool AttendBatch::SettleRow(const Row& row, const AttendRow& done) {
   Sequence* cache = row.record->cache.get();
   if (done.plan.lists != nullptr) {
     cache->ListsUsed(row.call->layer, done.view.length);
@@ -479,30 +506,30 @@ void AttendBatch::FinishRow(const Row& row, const AttendRow& done) {
     const bool not_met = done.status.code() == absl::StatusCode::kFailedPrecondition;
     FailRow(row.call, row.index, row.first_token,
             not_met ? BoundNotMet(row.index, done.plan, result.certificates) : done.status);
-    return;
+    return false;
   }
   result.status = absl::OkStatus();
   float* const outputs = OutputsFrom(row.call, row.first_token);
   if (done.out != outputs) {
     std::copy_n(done.out, done.query_count * TokenFloats(*row.call), outputs);
   }
-  const LayerShape& shape = row.record->model->layers[row.call->layer];
-  FinishAssumed(shape, done, &result);
-  const uint32_t window = shape.sliding_window;
-  const uint32_t seen_by_last = window == 0 ? done.view.length : std::min(window, done.view.length);
-  AttendStats stats;
-  ++stats.attend_rows;
-  for (const GroupReport& group : result.groups) AddGroup(group, seen_by_last, &stats);
-  for (const HeadCertificate& certificate : result.certificates) {
-    AddCertificate(certificate, &stats);
-  }
-  for (AttendStats* const sums : {&row.record->stats, parts_.totals}) AddStats(stats, sums);
-  parts_.masses->AddCertified(result.selector, row.call->layer, stats);
   if (row.kept) KeepRow(row, done);
   const uint32_t deferred = row.policy->deferred_exact_steps;
   if (deferred > 0 && done.plan.mode == Mode::kEnforce) {
     result.deferred = DeferExact(done, row.call->layer, deferred, row.record, parts_.device);
   }
+  return true;
+}
+
+void AttendBatch::DescribeRow(const Row& row, const AttendRow& done, AttendStats* stats) const {
+  AttendRowResult& result = row.call->results[row.index];
+  const LayerShape& shape = row.record->model->layers[row.call->layer];
+  FinishAssumed(shape, done, &result);
+  const uint32_t window = shape.sliding_window;
+  const uint32_t seen_by_last = window == 0 ? done.view.length : std::min(window, done.view.length);
+  ++stats->attend_rows;
+  for (const GroupReport& group : result.groups) AddGroup(group, seen_by_last, stats);
+  for (const HeadCertificate& certificate : result.certificates) AddCertificate(certificate, stats);
 }
 
 }  // namespace kvservice

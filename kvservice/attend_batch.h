@@ -25,6 +25,7 @@
 #include "kvservice/engine.h"
 #include "kvservice/seed_queries.h"
 #include "kvservice/sequence_table.h"
+#include "kvservice/tensor_copies.h"
 #include "selector/selector.h"
 
 namespace kvservice {
@@ -71,6 +72,7 @@ class AttendBatch {
     const Policy* policy = nullptr;
     // Index of the row's first query token in the call's tensors.
     uint64_t first_token = 0;
+    bool is_finite = false;
     // Its answer is kept for audits.
     bool kept = false;
   };
@@ -88,13 +90,16 @@ class AttendBatch {
     // Rows of the batch that is on the device, and those that wait for it.
     std::vector<Row> batch;
     std::vector<Row> waiting;
+    std::vector<PlannedStep> steps;
     std::vector<AttendRow> planned;
     std::vector<Buffers> buffers;
+    TensorCopies copies;
+    std::vector<uint8_t> is_answered;  // [row of the batch]
   };
 
   absl::Status CheckCall(AttendCall* call, uint64_t now_ns);
   absl::Status CheckTensors(const AttendCall& call) const;
-  void PrepareRows(AttendCall* call, uint64_t now_ns, std::vector<Row>* ready);
+  void PrepareRows(AttendCall* call, uint64_t now_ns, Flight* flight);
   absl::Status PrepareRow(uint64_t now_ns, Row* row);
   absl::Status CheckRowPolicy(const std::string& field, Row* row) const;
   absl::Status CheckRowFinite(const Row& row) const;
@@ -109,13 +114,17 @@ class AttendBatch {
   Flight* FlightOf(uint64_t number) { return &flights_[number % flights_.size()]; }
   StepContext Context(const Row& row) const;
   PlannedStep Plan(const Row& row) const;
-  void PlanRow(const Row& row, Buffers* buffers, AttendRow* planned) const;
+  // Any thread, one per row.
+  void PlanRow(const Row& row, const PlannedStep& step, Buffers* buffers, AttendRow* planned) const;
   void SeedRow(const Row& row, const AttendRow& planned);
   void KeepRow(const Row& row, const AttendRow& done);
   void RememberQuery(const Row& row, const AttendRow& planned) const;
   static void FinishAssumed(const LayerShape& shape, const AttendRow& done,
                             AttendRowResult* result);
-  void FinishRow(const Row& row, const AttendRow& done);
+  // What becomes of the device's answer to a row; false if the row failed.
+  bool SettleRow(const Row& row, const AttendRow& done);
+  // What is said about it, to the caller too; any thread, one per row.
+  void DescribeRow(const Row& row, const AttendRow& done, AttendStats* stats) const;
 
   const Parts parts_;
 
@@ -134,6 +143,7 @@ class AttendBatch {
   uint64_t begun_ = 0;
   uint64_t finished_ = 0;
   std::vector<Row> later_;
+  std::vector<AttendStats> row_stats_;  // [row of the batch that is finished]
   SeedScratch seed_scratch_;
 };
 

@@ -78,6 +78,9 @@ struct TensorView {
   std::string_view field;
   // Whoever made it knows already that every element is finite.
   bool is_finite = false;
+  // In memory that others may change at any time: nothing is decided by what is read there but by
+  // a copy of it.
+  bool is_shared = false;
 };
 
 struct EngineOptions {
@@ -291,6 +294,9 @@ struct AttendCall {
   absl::Span<float> out_place;
   std::vector<AttendRowResult> results;
 
+  // If set, called once for every row of a call that runs, when its result is complete and before
+  // `done`: on any of the device's threads, for several rows at a time.
+  absl::AnyInvocable<void(uint32_t row) const> row_done;
   // OK if any row ran or could have run; an error only when nothing ran (bad shapes, unknown layer,
   // overload).
   absl::AnyInvocable<void(absl::Status)> done;

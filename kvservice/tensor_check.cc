@@ -133,10 +133,14 @@ bool CopyFinite(DType dtype, const std::byte* from, size_t bytes, std::byte* to)
   for (size_t begin = 0; begin < bytes; begin += kStepBytes) {
     const size_t step = std::min(kStepBytes, bytes - begin);
     std::memcpy(to + begin, from + begin, step);
-    const size_t count = step / ElementBytes(dtype);
-    is_finite = is_finite && FirstNotFinite(dtype, to + begin, count) == count;
+    is_finite = is_finite && IsFinite(dtype, to + begin, step);
   }
   return is_finite;
+}
+
+bool IsFinite(DType dtype, const std::byte* data, size_t bytes) {
+  const size_t count = bytes / ElementBytes(dtype);
+  return FirstNotFinite(dtype, data, count) == count;
 }
 
 absl::Status CheckFinite(const TensorView& tensor, size_t begin, size_t count) {

@@ -36,6 +36,9 @@ absl::Status CheckTensor(const TensorView& tensor, const TensorExpectation& expe
 // to look at them when they have left the nearest cache. `from` may change meanwhile.
 bool CopyFinite(DType dtype, const std::byte* from, size_t bytes, std::byte* to);
 
+// True if all elements of a known type are finite.
+bool IsFinite(DType dtype, const std::byte* data, size_t bytes);
+
 // INVALID_ARGUMENT / TENSOR_NOT_FINITE, with the index of the first NaN or infinity within the
 // tensor, if there is one among elements [begin, begin + count).
 absl::Status CheckFinite(const TensorView& tensor, size_t begin, size_t count);

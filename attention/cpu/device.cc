@@ -84,6 +84,10 @@ class CpuDevice : public Device {
   void Append(const KvLayout& layout, absl::Span<const AppendSlice> slices) override;
   void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) override;
   void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override;
+  void ParallelFor(uint32_t count, absl::FunctionRef<void(uint32_t)> task) override {
+    pool_.ParallelFor(
+        count, [task](uint32_t i, uint32_t) { task(i); }, kShortTasksPerThread);
+  }
 
  private:
   // What a task reads and where the result goes.

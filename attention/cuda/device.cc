@@ -98,6 +98,10 @@ class CudaDevice : public Device {
   void Begin(const LayerShape& shape, absl::Span<AttendRow> rows) override;
   void Finish() override;
   bool IsDone() override;
+  void ParallelFor(uint32_t count, absl::FunctionRef<void(uint32_t)> task) override {
+    pool_.ParallelFor(
+        count, [task](uint32_t i, uint32_t) { task(i); }, kShortTasksPerThread);
+  }
   uint64_t groups_answered_directly() const;
 
  private:

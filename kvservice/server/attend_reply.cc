@@ -39,7 +39,27 @@ grpc::Slice PayloadSlice(DType dtype, std::vector<float> out) {
   return SliceOf(std::move(narrow));
 }
 
+constexpr uint32_t kRowTag = LengthDelimitedTag(v1::AttendResponse::kResultsFieldNumber);
+
 }  // namespace
+
+size_t RowFieldsBytes(const AttendRun& run) {
+  size_t bytes = 0;
+  for (const std::string& row : run.row_bytes) {
+    bytes += VarintBytes(kRowTag) + VarintBytes(row.size()) + row.size();
+  }
+  return bytes;
+}
+
+uint8_t* WriteRowFields(const AttendRun& run, uint8_t* to) {
+  using google::protobuf::io::CodedOutputStream;
+  for (const std::string& row : run.row_bytes) {
+    to = CodedOutputStream::WriteTagToArray(kRowTag, to);
+    to = CodedOutputStream::WriteVarint64ToArray(row.size(), to);
+    to = CodedOutputStream::WriteRawToArray(row.data(), static_cast<int>(row.size()), to);
+  }
+  return to;
+}
 
 grpc::ByteBuffer SerializeAttendReply(v1::AttendResponse* response, AttendRun* run) {
   // The output's tensor without its payload; both are the last fields of their messages.
@@ -52,7 +72,8 @@ grpc::ByteBuffer SerializeAttendReply(v1::AttendResponse* response, AttendRun* r
   const size_t payload_head_bytes = 1 + VarintBytes(payload.size());
   const size_t tensor_bytes = tensor.ByteSizeLong() + payload_head_bytes + payload.size();
 
-  std::string head;
+  std::string head(RowFieldsBytes(*run), '\0');
+  WriteRowFields(*run, reinterpret_cast<uint8_t*>(head.data()));
   {
     google::protobuf::io::StringOutputStream stream(&head);
     google::protobuf::io::CodedOutputStream coded(&stream);

@@ -10,8 +10,13 @@
 
 namespace kvservice {
 
-// Serializes `response`, whose tensors are still empty, with the tensors of `run` as its last
-// fields: exactly what protobuf would write, but a float32 output is not copied. Takes the output
+// The results of the run's rows as fields of an AttendResponse: how many bytes they are, and those
+// bytes, written to where there is room for them; returns their end.
+size_t RowFieldsBytes(const AttendRun& run);
+uint8_t* WriteRowFields(const AttendRun& run, uint8_t* to);
+
+// Serializes `response`, whose results and tensors are still empty, with the results of `run` as
+// its first fields and its tensors as the last; a float32 output is not copied. Takes the output
 // and lse of the call, changes `response`.
 grpc::ByteBuffer SerializeAttendReply(v1::AttendResponse* response, AttendRun* run);
 

@@ -15,7 +15,12 @@ absl::Status PrepareAttend(const v1::AttendRequest& request, const PolicyRegistr
   if (!output_dtype.ok()) return output_dtype.status();
   run->output_dtype = *output_dtype;
   run->call.tenant = tenant;
-  return AttendFromProto(request, registry, region, &run->policies, &run->call);
+  absl::Status status = AttendFromProto(request, registry, region, &run->policies, &run->call);
+  run->row_bytes.resize(run->call.rows.size());
+  run->call.row_done = [run](uint32_t row) {
+    EncodeRow(run->call.rows[row], run->call.results[row], &run->row_bytes[row]);
+  };
+  return status;
 }
 
 void DescribeAttend(const v1::AttendRequest& request, const AttendRun& run, const CallHost& host,

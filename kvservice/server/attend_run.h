@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "kvservice/engine.h"
@@ -21,6 +22,9 @@ struct AttendRun {
   AttendPolicies policies;
   DType output_dtype = DType::kFloat32;
   AttendCall call;
+  // The bytes of the results, [rows], each made where its row was answered: in one thread they
+  // would be a large part of a call.
+  std::vector<std::string> row_bytes;
   uint64_t arrived_ns = 0;
 };
 
@@ -30,7 +34,7 @@ struct AttendRun {
 absl::Status PrepareAttend(const v1::AttendRequest& request, const PolicyRegistry& registry,
                            const std::string& tenant, RegionCopy* region, AttendRun* run);
 
-// Everything of the reply but the two tensors. Tells the gate the times.
+// Everything of the reply but the rows' results and the two tensors. Tells the gate the times.
 void DescribeAttend(const v1::AttendRequest& request, const AttendRun& run, const CallHost& host,
                     v1::AttendResponse* response);
 

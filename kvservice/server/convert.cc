@@ -88,8 +88,8 @@ absl::Status UnknownDTypeError(const std::string& path, int value) {
 namespace {
 
 // The payload that is a range of a region. The shape has been checked.
-absl::StatusOr<RegionCopy::Copied> RegionPayload(const v1::Tensor& tensor, DType dtype,
-                                                 std::string_view field, RegionCopy* region) {
+absl::StatusOr<RegionCopy::Payload> RegionPayload(const v1::Tensor& tensor, DType dtype,
+                                                  std::string_view field, RegionCopy* region) {
   const std::string path = Path(field, "region");
   if (region == nullptr) {
     return InvalidField(path, "TENSOR_REGION_NOT_SERVED",
@@ -100,7 +100,7 @@ absl::StatusOr<RegionCopy::Copied> RegionPayload(const v1::Tensor& tensor, DType
   }
   const std::optional<size_t> bytes = TensorBytes(dtype, tensor.shape());
   if (!bytes.has_value()) return CheckSize(tensor, dtype, field);
-  return region->Copy(tensor.region(), dtype, *bytes, field);
+  return region->Take(tensor.region(), dtype, *bytes, field);
 }
 
 }  // namespace
@@ -111,13 +111,15 @@ absl::StatusOr<TensorView> TensorFromProto(const v1::Tensor& tensor, std::string
   if (!dtype.has_value()) return UnknownDTypeError(Path(field, "dtype"), tensor.dtype());
   absl::Status status = CheckShape(tensor, field);
   if (status.ok() && tensor.has_region()) {
-    const absl::StatusOr<RegionCopy::Copied> payload = RegionPayload(tensor, *dtype, field, region);
+    const absl::StatusOr<RegionCopy::Payload> payload =
+        RegionPayload(tensor, *dtype, field, region);
     if (!payload.ok()) return payload.status();
     return TensorView{.dtype = *dtype,
                       .shape = tensor.shape(),
                       .bytes = payload->bytes,
                       .field = field,
-                      .is_finite = payload->is_finite};
+                      .is_finite = payload->is_finite,
+                      .is_shared = payload->is_shared};
   }
   if (status.ok()) status = CheckSize(tensor, *dtype, field);
   if (!status.ok()) return status;

@@ -82,9 +82,11 @@ void AuditToProto(const AuditReport& report, v1::AuditResponse* response);
 absl::StatusOr<ExplainAsk> ExplainFromProto(const v1::ExplainRequest& request);
 void ExplainToProto(const ExplainReport& report, v1::ExplainResponse* response);
 
-// Everything but the two tensors.
+// Everything but the rows' results and the two tensors.
 void AttendToProto(const v1::AttendRequest& request, const AttendCall& call,
                    v1::AttendResponse* response);
+// The bytes of an AttendRowResult; `bytes` keeps its memory.
+void EncodeRow(const AttendCallRow& row, const AttendRowResult& result, std::string* bytes);
 
 }  // namespace kvservice
 

@@ -369,9 +369,13 @@ void AttendToProto(const v1::AttendRequest& request, const AttendCall& call,
   response->set_call_number(call.call_number);
   response->set_epoch(call.epoch.data(), call.epoch.size());
   response->set_draw_secret_id(call.draw_secret_id);
-  for (size_t i = 0; i < call.results.size(); ++i) {
-    RowToProto(call.rows[i], call.results[i], response->add_results());
-  }
+}
+
+void EncodeRow(const AttendCallRow& row, const AttendRowResult& result, std::string* bytes) {
+  v1::AttendRowResult message;
+  RowToProto(row, result, &message);
+  bytes->resize(message.ByteSizeLong());
+  message.SerializeWithCachedSizesToArray(reinterpret_cast<uint8_t*>(bytes->data()));
 }
 
 }  // namespace kvservice

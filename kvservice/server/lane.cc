@@ -9,6 +9,7 @@
 
 #include "absl/container/inlined_vector.h"
 #include "kvservice/error.h"
+#include "kvservice/server/attend_reply.h"
 #include "kvservice/server/attend_run.h"
 #include "kvservice/server/convert.h"
 #include "kvservice/server/region_copy.h"
@@ -115,6 +116,8 @@ struct Lane::Slot {
   const std::unique_ptr<char[]> reply_arena = std::make_unique_for_overwrite<char[]>(kArenaBytes);
   std::vector<float> out;
   std::vector<float> lse;
+  std::vector<AttendRowResult> results;
+  std::vector<std::string> row_bytes;
   std::optional<LaneCall> call;
 };
 
@@ -197,6 +200,8 @@ void Lane::Take(const Request& request) {
   slot.call.emplace(absl::MakeSpan(slot.arena.get(), kArenaBytes));
   slot.call->run.call.out = std::move(slot.out);
   slot.call->run.call.lse = std::move(slot.lse);
+  slot.call->run.call.results = std::move(slot.results);
+  slot.call->run.row_bytes = std::move(slot.row_bytes);
   slot.call->method = request.method;
   slot.call->arrived_ns = host_->service.calls.clock->SteadyNowNs();
   host_->service.calls.in_flight->Enter();
@@ -212,11 +217,14 @@ absl::Status Lane::Begin(uint32_t index) {
   }
   absl::Status status = CopyMessage(index);
   if (!status.ok()) return status;
-  slots_[index].region.Clear();
+  RegionCopy* const region = &slots_[index].region;
   switch (slots_[index].call->method) {
     case wire::kLaneAttend:
+      // The engine has more threads to copy with.
+      region->Begin(RegionCopy::Mode::kLeave);
       return BeginAttend(index);
     case wire::kLaneAppend:
+      region->Begin(RegionCopy::Mode::kCopy);
       return BeginAppend(index);
     default:
       return MethodUnknown(slots_[index].call->method);
@@ -302,6 +310,8 @@ void Lane::Reply(uint32_t index, const absl::Status& status) {
   const uint32_t number = slot.number;
   slot.out = std::move(slot.call->run.call.out);
   slot.lse = std::move(slot.call->run.call.lse);
+  slot.results = std::move(slot.call->run.call.results);
+  slot.row_bytes = std::move(slot.call->run.row_bytes);
   slot.call.reset();
   // Before the client can see the answer and use the slot again: a request in a slot that is busy
   // is passed by, and appends of other slots would overtake it.
@@ -334,8 +344,9 @@ absl::Status Lane::WriteAnswer(uint32_t index) {
   lse->mutable_region()->set_length_bytes(places.lse_bytes);
   out->mutable_region()->set_offset_bytes(places.out);
   out->mutable_region()->set_length_bytes(places.out_bytes);
-  const size_t message_bytes = response->ByteSizeLong();
-  const uint64_t bytes = places.message + message_bytes - begin;
+  const size_t head_bytes = response->ByteSizeLong();
+  const size_t rows_bytes = RowFieldsBytes(run);
+  const uint64_t bytes = places.message + head_bytes + rows_bytes - begin;
   if (bytes > memory_.shape().reply_bytes) {
     return ReplyTooLarge(bytes, memory_.shape().reply_bytes);
   }
@@ -345,9 +356,12 @@ absl::Status Lane::WriteAnswer(uint32_t index) {
     StoreOutput(run.output_dtype, run.call.out, memory_.Range(places.out, places.out_bytes).data());
   }
   // Not into the shared memory: what serializing does there is protobuf's business.
-  slot.message.resize(message_bytes);
+  slot.message.resize(head_bytes);
   response->SerializeWithCachedSizesToArray(reinterpret_cast<uint8_t*>(slot.message.data()));
-  WriteMessage(index, 0, places.message, slot.message);
+  const absl::Span<std::byte> message = memory_.Range(places.message, head_bytes + rows_bytes);
+  std::memcpy(message.data(), slot.message.data(), head_bytes);
+  WriteRowFields(run, reinterpret_cast<uint8_t*>(message.data()) + head_bytes);
+  SetReply(index, 0, places.message, message.size());
   return absl::OkStatus();
 }
 
@@ -369,10 +383,14 @@ void Lane::WriteError(uint32_t index, const absl::Status& status) {
 void Lane::WriteMessage(uint32_t index, uint32_t code, uint64_t offset,
                         const std::string& message) {
   std::memcpy(memory_.Range(offset, message.size()).data(), message.data(), message.size());
+  SetReply(index, code, offset, message.size());
+}
+
+void Lane::SetReply(uint32_t index, uint32_t code, uint64_t offset, size_t bytes) {
   wire::SlotHead* const head = memory_.slot(index);
   wire::Store(&head->reply_code, code);
   wire::Store(&head->reply_offset, offset);
-  wire::Store(&head->reply_bytes, static_cast<uint32_t>(message.size()));
+  wire::Store(&head->reply_bytes, static_cast<uint32_t>(bytes));
 }
 
 }  // namespace kvservice

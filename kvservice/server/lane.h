@@ -74,6 +74,7 @@ class Lane final : public std::enable_shared_from_this<Lane> {
   absl::Status WriteAppendAnswer(uint32_t index);
   void WriteError(uint32_t index, const absl::Status& status);
   void WriteMessage(uint32_t index, uint32_t code, uint64_t offset, const std::string& message);
+  void SetReply(uint32_t index, uint32_t code, uint64_t offset, size_t bytes);
 
   const LaneHost* const host_;
   const Caller caller_;

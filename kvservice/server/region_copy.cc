@@ -22,8 +22,8 @@ RegionCopy::RegionCopy(absl::Span<const std::byte> shared, size_t bytes_max)
       bytes_max_(bytes_max),
       copy_(std::make_unique_for_overwrite<std::byte[]>(bytes_max)) {}
 
-absl::StatusOr<RegionCopy::Copied> RegionCopy::Copy(const v1::TensorRegion& range, DType dtype,
-                                                    size_t bytes, std::string_view field) {
+absl::StatusOr<RegionCopy::Payload> RegionCopy::Take(const v1::TensorRegion& range, DType dtype,
+                                                     size_t bytes, std::string_view field) {
   if (!range.region().empty()) {
     return Invalid(field, "region", "TENSOR_REGION_UNKNOWN",
                    "is given, expected none: the memory is the lane's");
@@ -51,9 +51,11 @@ absl::StatusOr<RegionCopy::Copied> RegionCopy::Copy(const v1::TensorRegion& rang
                        " together");
   }
   std::byte* const copy = copy_.get() + used_;
-  const bool is_finite = CopyFinite(dtype, shared_.data() + range.offset_bytes(), bytes, copy);
   used_ = (used_ + bytes + wire::kLaneAlignment - 1) / wire::kLaneAlignment * wire::kLaneAlignment;
-  return Copied{.bytes = {copy, bytes}, .is_finite = is_finite};
+  const absl::Span<const std::byte> from = shared_.subspan(range.offset_bytes(), bytes);
+  if (mode_ == Mode::kLeave) return Payload{.bytes = from, .is_shared = true};
+  const bool is_finite = CopyFinite(dtype, from.data(), bytes, copy);
+  return Payload{.bytes = {copy, bytes}, .is_finite = is_finite};
 }
 
 }  // namespace kvservice

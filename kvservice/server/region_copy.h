@@ -21,25 +21,33 @@ class RegionCopy {
   // `bytes_max` bytes together, each rounded up to 64.
   RegionCopy(absl::Span<const std::byte> shared, size_t bytes_max);
 
+  // Whether ranges are copied, or whoever works on the call does that itself.
+  enum class Mode : uint8_t { kCopy, kLeave };
   // Begins a call: what earlier ones have copied is gone.
-  void Clear() { used_ = 0; }
+  void Begin(Mode mode) {
+    mode_ = mode;
+    used_ = 0;
+  }
 
-  struct Copied {
+  struct Payload {
     absl::Span<const std::byte> bytes;
     bool is_finite = false;
+    // In the memory that may change at any time.
+    bool is_shared = false;
   };
-  // Copies a range whose tensor needs `bytes` bytes. INVALID_ARGUMENT: TENSOR_REGION_UNKNOWN
+  // A range whose tensor needs `bytes` bytes. INVALID_ARGUMENT: TENSOR_REGION_UNKNOWN
   // (field.region.region), TENSOR_SIZE_MISMATCH (field.region.length_bytes),
   // TENSOR_REGION_MISALIGNED and TENSOR_REGION_OUT_OF_RANGE (field.region.offset_bytes),
-  // TENSOR_REGION_TOO_LARGE (field.region.length_bytes). The result is valid until Clear.
-  absl::StatusOr<Copied> Copy(const v1::TensorRegion& range, DType dtype, size_t bytes,
-                              std::string_view field);
+  // TENSOR_REGION_TOO_LARGE (field.region.length_bytes). The result is valid until Begin.
+  absl::StatusOr<Payload> Take(const v1::TensorRegion& range, DType dtype, size_t bytes,
+                               std::string_view field);
 
  private:
   const absl::Span<const std::byte> shared_;
   const size_t bytes_max_;
   // Not initialised: pages that no call has needed take no memory.
   const std::unique_ptr<std::byte[]> copy_;
+  Mode mode_ = Mode::kCopy;
   size_t used_ = 0;
 };
 

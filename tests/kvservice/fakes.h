@@ -73,6 +73,9 @@ class DeviceWrapper : public Device {
   void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override {
     inner_->Attend(shape, rows);
   }
+  void ParallelFor(uint32_t count, absl::FunctionRef<void(uint32_t)> task) override {
+    inner_->ParallelFor(count, task);
+  }
 
  private:
   std::unique_ptr<Device> inner_;

@@ -233,7 +233,8 @@ TEST_F(AttendTest, TheNearestPolicyHolds) {
   EXPECT_EQ(Attend(request).results(0).selector(), v1::SELECTOR_SCAN);
 }
 
-// The reply is built by hand around the output's memory: byte for byte what protobuf would write.
+// The reply is built by hand around the output's memory and of rows that are bytes already: field
+// for field what protobuf would write.
 TEST(AttendReplyTest, BytesAreProtobufs) {
   const std::vector<int64_t> shape = {2, 3, 64};
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBfloat16}) {
@@ -245,15 +246,28 @@ TEST(AttendReplyTest, BytesAreProtobufs) {
     call.lse = {1, 2, 3, 4, 5, 6};
     v1::AttendResponse expected;
     expected.set_step_id(77);
-    expected.add_results()->set_attended_tokens(9);
     v1::AttendResponse head = expected;
+    for (const uint32_t tokens : {9U, 300U}) {
+      expected.add_results()->set_attended_tokens(tokens);
+      run.row_bytes.push_back(expected.results().rbegin()->SerializeAsString());
+    }
     std::vector<std::byte> out(call.out.size() * ElementBytes(dtype));
     for (size_t i = 0; i < call.out.size(); ++i) StoreElement(dtype, call.out[i], out.data(), i);
     *expected.mutable_out() = MakeTensor(dtype, shape, out);
     std::vector<std::byte> lse(call.lse.size() * sizeof(float));
     std::memcpy(lse.data(), call.lse.data(), lse.size());
     *expected.mutable_lse() = MakeTensor(DType::kFloat32, {2, 3}, lse);
-    EXPECT_EQ(TextOf(SerializeAttendReply(&head, &run)), expected.SerializeAsString());
+    const size_t rows_bytes = RowFieldsBytes(run);
+    const std::string bytes = TextOf(SerializeAttendReply(&head, &run));
+    v1::AttendResponse rows;
+    ASSERT_TRUE(rows.ParseFromString(bytes.substr(0, rows_bytes)));
+    EXPECT_EQ(rows.SerializeAsString(), bytes.substr(0, rows_bytes));
+    // Rows come first.
+    v1::AttendResponse rest = expected;
+    rest.clear_results();
+    EXPECT_EQ(bytes.substr(rows_bytes), rest.SerializeAsString());
+    ASSERT_TRUE(rows.ParseFromString(bytes));
+    EXPECT_EQ(rows.SerializeAsString(), expected.SerializeAsString());
   }
 }
 
