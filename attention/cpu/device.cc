@@ -85,8 +85,7 @@ class CpuDevice : public Device {
   void Seal(const KvLayout& layout, absl::Span<const SealSlice> slices) override;
   void Attend(const LayerShape& shape, absl::Span<AttendRow> rows) override;
   void ParallelFor(uint32_t count, absl::FunctionRef<void(uint32_t)> task) override {
-    pool_.ParallelFor(
-        count, [task](uint32_t i, uint32_t) { task(i); }, kShortTasksPerThread);
+    pool_.ParallelFor(count, [task](uint32_t i, uint32_t) { task(i); });
   }
 
  private:

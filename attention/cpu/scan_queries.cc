@@ -34,8 +34,8 @@ HWY_INLINE double Sum(Doubles x) { return hn::GetLane(hn::SumOfLanes(DoubleTag()
 // What the terms of all heads of a group take from its table.
 struct Table {
   uint32_t directions = 0;
-  const float* metric = nullptr;
   const float* w = nullptr;                                   // [directions][head_dim]
+  HWY_ALIGN double inverse[kHeadDimMax];                      // 1 / M: products are cheaper
   HWY_ALIGN double along[kSketchDirectionsMax][kHeadDimMax];  // W / M^2
   double norm[kSketchDirectionsMax];                          // ||W_j||
 };
@@ -43,16 +43,16 @@ struct Table {
 HWY_INLINE void FillTable(uint32_t head_dim, const SketchTable& from, Table* table) {
   const DoubleTag d;
   table->directions = SketchDirections(head_dim);
-  table->metric = from.metric.data();
   table->w = from.weights.data();
   Doubles squares[kSketchDirectionsMax];
   for (Doubles& sum : squares) sum = hn::Zero(d);
   for (size_t c = 0; c < head_dim; c += kLanes) {
-    const Doubles m = Widen(table->metric + c);
-    const Doubles m_squared = hn::Mul(m, m);
+    const Doubles inverse = hn::Div(hn::Set(d, 1.0), Widen(from.metric.data() + c));
+    const Doubles inverse_squared = hn::Mul(inverse, inverse);
+    hn::Store(inverse, d, table->inverse + c);
     for (uint32_t j = 0; j < table->directions; ++j) {
       const Doubles w = Widen(table->w + j * head_dim + c);
-      hn::Store(hn::Div(w, m_squared), d, table->along[j] + c);
+      hn::Store(hn::Mul(w, inverse_squared), d, table->along[j] + c);
       squares[j] = hn::MulAdd(w, w, squares[j]);
     }
   }
@@ -98,7 +98,7 @@ HWY_INLINE void FillHead(uint32_t head_dim, float scale, const float* q, const T
     for (uint32_t j = 0; j < directions; ++j) {
       p = hn::NegMulAdd(along[j], Widen(table.w + j * head_dim + c), p);
     }
-    const Doubles x = hn::Div(hn::Abs(p), Widen(table.metric + c));
+    const Doubles x = hn::Mul(hn::Abs(p), hn::Load(d, table.inverse + c));
     squares = hn::MulAdd(x, x, squares);
     const Doubles up = hn::MulAdd(x, hn::Set(d, 1.0 + 0x1p-22), hn::Set(d, 0x1p-126));
     hn::StoreU(hn::DemoteTo(FloatTag(), up), FloatTag(), to + c);

@@ -19,9 +19,6 @@
 
 namespace kvservice {
 
-// Tasks of a few microseconds that are worth one more thread.
-inline constexpr uint32_t kShortTasksPerThread = 2;
-
 class ThreadPool {
  public:
   // task: index in [0, task_count). thread: index in [0, thread_count()), for scratch memory.

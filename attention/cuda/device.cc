@@ -99,8 +99,7 @@ class CudaDevice : public Device {
   void Finish() override;
   bool IsDone() override;
   void ParallelFor(uint32_t count, absl::FunctionRef<void(uint32_t)> task) override {
-    pool_.ParallelFor(
-        count, [task](uint32_t i, uint32_t) { task(i); }, kShortTasksPerThread);
+    pool_.ParallelFor(count, [task](uint32_t i, uint32_t) { task(i); });
   }
   uint64_t groups_answered_directly() const;
 
@@ -169,6 +168,12 @@ class CudaDevice : public Device {
   };
   std::array<Staging, 2> staging_;
   uint32_t staged_ = 0;  // the one that was used last
+  // Where an Append stages the rows of its slices.
+  struct StagedRows {
+    const AppendSlice* from;
+    Slot<std::byte> k, v;
+  };
+  std::vector<StagedRows> staged_rows_;
   // What Append has staged and nobody has launched: decoding comes with its attention, whose scans
   // need not wait for it. count = 0: nothing.
   struct WaitingAppend {
@@ -300,21 +305,26 @@ void CudaDevice::Append(const KvLayout& layout, absl::Span<const AppendSlice> sl
   for (const AppendSlice& slice : slices) token_count += slice.token_count;
   const bool in_place = 2 * token_count * token_bytes <= kReadInPlaceBytesMax;
   const Slot<cuda::AppendItem> items = staging->Take<cuda::AppendItem>(slices.size());
-  uint32_t count = 0;
+  staged_rows_.clear();
   for (const AppendSlice& slice : slices) {
     assert(slice.first + slice.token_count <= kBlockTokens);
     if (slice.token_count == 0) continue;
     const size_t bytes = slice.token_count * token_bytes;
-    const Slot<std::byte> k = staging->Take<std::byte>(bytes);
-    const Slot<std::byte> v = staging->Take<std::byte>(bytes);
-    std::memcpy(k.host, slice.k, bytes);
-    std::memcpy(v.host, slice.v, bytes);
-    items.host[count++] = {.slice = slice.slice,
-                           .k = in_place ? k.host : k.device,
-                           .v = in_place ? v.host : v.device,
-                           .first = slice.first,
-                           .token_count = slice.token_count};
+    staged_rows_.push_back(
+        {&slice, staging->Take<std::byte>(bytes), staging->Take<std::byte>(bytes)});
   }
+  const auto count = static_cast<uint32_t>(staged_rows_.size());
+  pool_.ParallelFor(count, [&](uint32_t i, uint32_t) {
+    const auto& [from, k, v] = staged_rows_[i];
+    const AppendSlice& slice = *from;
+    std::memcpy(k.host, slice.k, slice.token_count * token_bytes);
+    std::memcpy(v.host, slice.v, slice.token_count * token_bytes);
+    items.host[i] = {.slice = slice.slice,
+                     .k = in_place ? k.host : k.device,
+                     .v = in_place ? v.host : v.device,
+                     .first = slice.first,
+                     .token_count = slice.token_count};
+  });
   if (!in_place) staging->Upload(context_.stream);
   append_ = {.shape = cuda::ShapeOf(layout),
              .items = in_place ? items.host : items.device,

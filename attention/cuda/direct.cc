@@ -47,7 +47,7 @@ bool IsRememberedDense(const LayerShape& shape, const AttendRow& row, uint32_t k
 class Answerer {
  public:
   Answerer(const LayerShape& shape, const Wave& wave, const WaveGroup& group,
-           const ReusableAnchor& anchor)
+           const ReusableAnchor& anchor, AnswerScratch* scratch)
       : shape_(shape),
         anchor_(anchor),
         group_(group),
@@ -57,7 +57,10 @@ class Answerer {
         everything_(group.reads_all || stats_.everything != 0),
         hidden_(row_.view.length - group.begin - stats_.always - stats_.middle),
         unsummed_(everything_ && !group.reads_all && hidden_ > 0 && stats_.chosen < stats_.middle),
-        kept_(wave.Kept(group)) {}
+        kept_(scratch->kept),
+        certificates_(scratch->certificates) {
+    wave.Kept(group, &scratch->kept, &scratch->part);
+  }
 
   // False if the host has to decide.
   bool Answer() {
@@ -266,8 +269,8 @@ class Answerer {
   const uint32_t hidden_;
   // Something is hidden beside everything else, and sums of what is dropped were of more than that.
   const bool unsummed_;
-  const Partial kept_;
-  std::vector<HeadCertificate> certificates_;
+  const Partial& kept_;
+  std::vector<HeadCertificate>& certificates_;
 };
 
 }  // namespace
@@ -400,7 +403,7 @@ void Direct::CutWaves(Kind kind, std::vector<std::vector<Asked*>>* waves) {
 
 void Direct::Send(std::vector<Asked*> asked, absl::FunctionRef<bool()> append, Flight* flight) {
   flight->asked = std::move(asked);
-  std::vector<WaveGroup> groups;
+  std::vector<WaveGroup> groups = flight->wave->TakeGroups();
   groups.reserve(flight->asked.size());
   for (const Asked* each : flight->asked) groups.push_back(each->group);
   flight->wave->Fly(*shape_, std::move(groups), pool_, stream_, append);
@@ -411,11 +414,15 @@ void Direct::Answer(Flight* flight, std::vector<GroupName>* left) {
   const Wave& wave = *flight->wave;
   flight->wave->Wait();
   std::vector<uint8_t> answered(flight->asked.size());
+  scratch_.resize(pool_->thread_count());
+  const uint32_t stride = pool_->thread_count();
   pool_->ParallelFor(
       static_cast<uint32_t>(answered.size()),
-      [&](uint32_t i, uint32_t) {
-        wave.Prefetch(wave.group(i));
-        Answerer answerer(*shape_, wave, wave.group(i), flight->asked[i]->anchor);
+      [&](uint32_t i, uint32_t thread) {
+        // Probably this thread's next.
+        if (i + stride < answered.size()) wave.Prefetch(wave.group(i + stride));
+        Answerer answerer(*shape_, wave, wave.group(i), flight->asked[i]->anchor,
+                          &scratch_[thread]);
         answered[i] = answerer.Answer() ? 1 : 0;
       },
       kGroupsPerThread);

@@ -30,6 +30,12 @@ struct GroupName {
   uint32_t kv_head = 0;
 };
 
+// Memory of a thread that answers groups.
+struct AnswerScratch {
+  Partial kept, part;
+  std::vector<HeadCertificate> certificates;
+};
+
 class Direct {
  public:
   Direct(const Context& context, ThreadPool* pool)
@@ -90,6 +96,7 @@ class Direct {
   // Of several, one works on the device while the host builds or answers the other.
   std::array<Flight, 2> flights_;
   size_t next_flight_ = 0;
+  std::vector<AnswerScratch> scratch_;  // [thread of the pool]
   uint64_t answered_ = 0;
 };
 

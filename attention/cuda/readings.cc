@@ -122,12 +122,10 @@ Partial PartialOf(const LayerShape& shape, const HeadQueries& queries, bool boun
   return part;
 }
 
-Partial MassesOf(const LayerShape& shape, const HeadQueries& queries, bool bounded,
-                 uint32_t chain_tokens, const HeadSums* sums) {
-  Partial part;
-  part.Resize(queries.head_count, 0);
-  SetMasses(shape, queries, bounded, chain_tokens, sums, &part);
-  return part;
+void MassesOf(const LayerShape& shape, const HeadQueries& queries, bool bounded,
+              uint32_t chain_tokens, const HeadSums* sums, Partial* part) {
+  part->Resize(queries.head_count, 0);
+  SetMasses(shape, queries, bounded, chain_tokens, sums, part);
 }
 
 void Readings::Begin(const LayerShape& shape) {

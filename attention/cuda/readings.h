@@ -30,9 +30,9 @@ CacheShape ShapeOf(const KvLayout& layout);
 // [head_count][head_dim] outputs. chain_tokens: tokens of a job, at most.
 Partial PartialOf(const LayerShape& shape, const HeadQueries& queries, bool bounded,
                   uint32_t chain_tokens, const HeadSums* sums, const double* out);
-// The same without outputs, for MergePartials with a head_dim of 0.
-Partial MassesOf(const LayerShape& shape, const HeadQueries& queries, bool bounded,
-                 uint32_t chain_tokens, const HeadSums* sums);
+// The same without outputs, for MergePartials with a head_dim of 0; `part` keeps its memory.
+void MassesOf(const LayerShape& shape, const HeadQueries& queries, bool bounded,
+              uint32_t chain_tokens, const HeadSums* sums, Partial* part);
 
 // Memory of single reads, which several threads may make: the mutex is held during each.
 struct ScoreMemory {

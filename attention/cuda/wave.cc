@@ -13,7 +13,11 @@ namespace kvservice::cuda {
 
 Wave::Wave(const Context& context) : context_(context) {
   Check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "stream");
-  Check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "stream");
+  // What goes beside a scan is short, and what follows waits for both.
+  int least = 0;
+  int greatest = 0;
+  Check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "stream");
+  Check(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, greatest), "stream");
   for (cudaEvent_t* event : {&forked_, &appended_, &attended_}) {
     Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
   }
@@ -101,6 +105,16 @@ void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs) {
   inputs->norm = queries_.Take<double>(size_t{4} * heads);
 }
 
+// The heads of a query token lie side by side.
+void Wave::PrefetchQueries(const WaveGroup& group) const {
+  const uint32_t dim = shape_->layout.head_dim;
+  const uint32_t size = shape_->layout.group_size();
+  for (uint32_t head = 0; head < HeadsOf(group); head += size) {
+    const size_t first = size_t{OutputIndex(shape_->layout, group.kv_head, head)} * dim;
+    kvservice::Prefetch(group.row->q + first, size * dim * sizeof(float));
+  }
+}
+
 // Any thread, one per group.
 void Wave::Fill(uint32_t index) {
   WaveGroup& group = groups_[index];
@@ -108,10 +122,9 @@ void Wave::Fill(uint32_t index) {
   const uint32_t dim = shape_->layout.head_dim;
   const uint32_t heads = HeadsOf(group);
   const HeadQueries& queries = inputs.queries;
-  // The heads of a query token lie side by side.
-  for (uint32_t head = 0; head < heads; head += shape_->layout.group_size()) {
-    const size_t first = size_t{OutputIndex(shape_->layout, group.kv_head, head)} * dim;
-    kvservice::Prefetch(group.row->q + first, shape_->layout.group_size() * dim * sizeof(float));
+  PrefetchToWrite(inputs.qs.host, size_t{heads} * dim * sizeof(float));
+  if (bounded_ && Scans(group)) {
+    PrefetchToWrite(inputs.x.host, size_t{heads} * dim * sizeof(float));
   }
   FillHeadQueries(*shape_, *group.row, group.kv_head, &inputs.queries);
   std::copy_n(queries.qs.begin(), size_t{heads} * dim, inputs.qs.host);
@@ -147,8 +160,14 @@ void Wave::Fill(uint32_t index) {
 }
 
 void Wave::Prepare(ThreadPool* pool) {
-  pool->ParallelForBeside([this] { LayChoice(); }, static_cast<uint32_t>(groups_.size()),
-                          [this](uint32_t i, uint32_t) { Fill(i); }, kGroupsPerThread);
+  const uint32_t stride = pool->thread_count();
+  const auto fill = [this, stride](uint32_t i, uint32_t) {
+    // Probably this thread's next.
+    if (i + stride < groups_.size()) PrefetchQueries(groups_[i + stride]);
+    Fill(i);
+  };
+  pool->ParallelForBeside([this] { LayChoice(); }, static_cast<uint32_t>(groups_.size()), fill,
+                          kGroupsPerThread);
 }
 
 // Takes along what the wave is made of, as far as it is there.
@@ -275,18 +294,20 @@ void Wave::Prefetch(const WaveGroup& group) const {
   kvservice::Prefetch(group.out.host, size_t{heads} * shape_->layout.head_dim * sizeof(float));
 }
 
-Partial Wave::Kept(const WaveGroup& group) const {
+void Wave::Kept(const WaveGroup& group, Partial* kept, Partial* part) const {
   const ChoiceStats& stats = *group.stats.host;
   // No job has more tokens than there are.
   const uint32_t first_tokens = stats.always + (group.reads_all ? stats.middle : 0);
-  Partial kept =
-      MassesOf(*shape_, *group.queries, bounded_,
-               std::min(group.first_job_tokens_max, first_tokens), group.first_sums.host);
-  if (!chooses_) return kept;
-  const Partial chosen =
-      MassesOf(*shape_, *group.queries, bounded_, stats.job_tokens_max, group.chosen_sums.host);
-  MergePartials(/*head_dim=*/0, chosen, &kept);
-  return kept;
+  MassesOf(*shape_, *group.queries, bounded_, std::min(group.first_job_tokens_max, first_tokens),
+           group.first_sums.host, kept);
+  if (!chooses_) return;
+  MassesOf(*shape_, *group.queries, bounded_, stats.job_tokens_max, group.chosen_sums.host, part);
+  MergePartials(/*head_dim=*/0, *part, kept);
+}
+
+std::vector<WaveGroup> Wave::TakeGroups() {
+  groups_.clear();
+  return std::move(groups_);
 }
 
 }  // namespace kvservice::cuda

@@ -127,9 +127,10 @@ class Wave {
   const WaveGroup& group(size_t i) const { return groups_[i]; }
   // Begins to fetch what came back of a group.
   void Prefetch(const WaveGroup& group) const;
-  // Masses of all heads over what was read (`out` is empty: see WaveGroup::out), and whether
-  // something was left to be chosen from.
-  Partial Kept(const WaveGroup& group) const;
+  // Masses of all heads over what was read (`out` is empty: see WaveGroup::out); `part` is memory.
+  void Kept(const WaveGroup& group, Partial* kept, Partial* part) const;
+  // The memory of the last wave's groups, for those of the next.
+  std::vector<WaveGroup> TakeGroups();
   bool chooses() const { return chooses_; }
   uint32_t launch_count() const { return launch_count_; }
 
@@ -154,6 +155,7 @@ class Wave {
   void LayChoice();
   void LayAttentions(ThreadPool* pool);
   void Mark(cudaStream_t stream);
+  void PrefetchQueries(const WaveGroup& group) const;
   void Fill(uint32_t index);
   void SetRanges(const WaveGroup& group, ChoiceGroup* choice) const;
   void SetRules(const WaveGroup& group, ChoiceGroup* choice) const;
