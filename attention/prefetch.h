@@ -16,13 +16,6 @@ inline void Prefetch(const void* data, size_t bytes) {
   for (size_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(lines + at);
 }
 
-// The same for what will be written.
-inline void PrefetchToWrite(const void* data, size_t bytes) {
-  constexpr size_t kLineBytes = 64;
-  const auto* const lines = static_cast<const char*>(data);
-  for (size_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(lines + at, 1);
-}
-
 }  // namespace kvservice
 
 #endif  // KVSERVICE_ATTENTION_PREFETCH_H_

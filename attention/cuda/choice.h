@@ -158,14 +158,28 @@ struct ChoiceCall {
   HeadSums* part_sums = nullptr;
 };
 
+// Queries of a group as the caller sent them, and where they go as attention and scans want them
+// (ScanSet). What is read may be the host's.
+struct alignas(16) QuerySet {
+  const float* q = nullptr;      // [head_count][head_dim]
+  const float* table = nullptr;  // metric and weights of its sketches, [1 + directions][head_dim]
+  float* qs = nullptr;
+  float* qw = nullptr;  // null: nothing is scanned
+  float* x = nullptr;   // null: without bounds, and so is norm
+  double* norm = nullptr;
+  uint32_t head_count = 0;
+};
+
 // What comes to the device with the first kernel.
 struct ChoiceInputs {
   // Those of the call, where MarkWords reads them: they may be on their way to where others do.
   const ChoiceGroup* groups = nullptr;
-  Stretch copies[2] = {};
+  const QuerySet* queries = nullptr;  // [group_count], likewise
+  float scale = 0.0F;                 // of queries
+  Stretch copy;
 };
 
-// Fills words, counts and bounds of value norms of sealed blocks, and copies.
+// Fills words, counts and bounds of value norms of sealed blocks, prepares queries, and copies.
 cudaError_t MarkWords(const ChoiceCall& call, const ChoiceInputs& inputs, cudaStream_t stream);
 // Largest norms of keys, of groups that want them.
 cudaError_t BoundKeys(const ChoiceCall& call, cudaStream_t stream);

@@ -1,6 +1,7 @@
 // Words of what a plan speaks about, and norms of values and keys that no sketch bounds.
 
 #include "attention/cuda/choice_parts-inl.h"
+#include "attention/cuda/choice_queries-inl.h"
 
 namespace kvservice::cuda {
 namespace {
@@ -78,15 +79,20 @@ __device__ __forceinline__ void SpreadList(const ChoiceGroup& group) {
   __syncthreads();
 }
 
-// A CTA per group, a thread per block; those behind them copy.
+// A CTA per group, a thread per block; as many prepare their queries; those behind them copy.
 __global__ void __launch_bounds__(kMarkThreads)
     MarkKernel(const __grid_constant__ ChoiceCall call,
                const __grid_constant__ ChoiceInputs inputs) {
   const uint32_t index = blockIdx.x;
+  if (index >= 2 * call.group_count) {
+    const uint32_t thread = (index - 2 * call.group_count) * kMarkThreads + threadIdx.x;
+    CopyStretch(inputs.copy, thread, (gridDim.x - 2 * call.group_count) * kMarkThreads);
+    return;
+  }
   if (index >= call.group_count) {
-    const uint32_t thread = (index - call.group_count) * kMarkThreads + threadIdx.x;
-    const uint32_t threads = (gridDim.x - call.group_count) * kMarkThreads;
-    for (const Stretch& copy : inputs.copies) CopyStretch(copy, thread, threads);
+    __shared__ QueryMemory query_memory;
+    PrepareQueries(inputs.queries, index - call.group_count, call.shape, inputs.scale,
+                   &query_memory);
     return;
   }
   __shared__ GroupMemory group_memory;
@@ -158,10 +164,9 @@ cudaError_t BoundKeys(const ChoiceCall& call, cudaStream_t stream) {
 }
 
 cudaError_t MarkWords(const ChoiceCall& call, const ChoiceInputs& inputs, cudaStream_t stream) {
-  const uint32_t pieces = inputs.copies[0].count + inputs.copies[1].count;
-  const uint32_t wanted = (pieces + kMarkThreads - 1) / kMarkThreads;
+  const uint32_t wanted = (inputs.copy.count + kMarkThreads - 1) / kMarkThreads;
   const uint32_t copy_ctas = wanted < kCopyCtasMax ? wanted : kCopyCtasMax;
-  MarkKernel<<<call.group_count + copy_ctas, kMarkThreads, 0, stream>>>(call, inputs);
+  MarkKernel<<<2 * call.group_count + copy_ctas, kMarkThreads, 0, stream>>>(call, inputs);
   return cudaGetLastError();
 }
 

@@ -482,13 +482,18 @@ void Direct::Begin(const LayerShape& shape, absl::Span<AttendRow> rows,
   all_.clear();
   covered_ends_.assign(rows.size(), 0);
   bool compares = false;  // what a row asks for takes some work
+  taken_.clear();
   for (uint32_t i = 0; i < rows.size(); ++i) {
     if (!Takes(shape, rows[i])) continue;
     compares |= rows[i].plan.source == Source::kReuse || rows[i].plan.source == Source::kGiven;
     if (rows[i].plan.source == Source::kReuse) covered_ends_[i] = CoveredEnd(rows[i]);
-    for (uint32_t kv_head = 0; kv_head < shape.layout.kv_head_count; ++kv_head) {
+    taken_.push_back(i);
+  }
+  // In this order the groups of a row are mostly one thread's, as the row's other tasks are.
+  for (uint32_t kv_head = 0; kv_head < shape.layout.kv_head_count; ++kv_head) {
+    for (const uint32_t row : taken_) {
       all_.emplace_back();
-      all_.back().name = {i, kv_head};
+      all_.back().name = {row, kv_head};
     }
   }
   const auto count = static_cast<uint32_t>(all_.size());

@@ -91,6 +91,7 @@ class Direct {
   const LayerShape* shape_ = nullptr;
   absl::Span<AttendRow> rows_;
   std::vector<uint32_t> covered_ends_;  // [row], of rows that reuse lists
+  std::vector<uint32_t> taken_;         // rows
   std::vector<Asked> all_;
   std::vector<Asked> again_;
   // Of several, one works on the device while the host builds or answers the other.

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <utility>
 
+#include "attention/cpu/head_queries.h"
 #include "attention/prefetch.h"
 #include "attention/sketch.h"
 
@@ -52,25 +53,28 @@ uint32_t Wave::HeadsOf(const WaveGroup& group) const {
 void Wave::Take(const LayerShape& shape, std::vector<WaveGroup> groups) {
   shape_ = &shape;
   groups_ = std::move(groups);
-  for (Arena* arena : {&to_device_, &attentions_, &queries_, &on_host_, &to_host_}) arena->Reset();
+  for (Arena* arena : {&to_device_, &attentions_, &on_host_, &to_host_}) arena->Reset();
   scratch_.Reset();
   bounded_ = groups_[0].proves();
   lists_ = chooses_ = bounds_values_ = ranks_ = false;
   head_count_max_ = 0;
   while (inputs_.size() < groups_.size()) inputs_.emplace_back();
+  tables_.clear();
+  query_sets_ = to_device_.Take<QuerySet>(groups_.size());
   for (size_t i = 0; i < groups_.size(); ++i) {
     WaveGroup& group = groups_[i];
     group.begin = WindowBegin(shape.sliding_window, group.row->position);
     group.block_begin = group.begin / kBlockTokens;
     assert(group.proves() == bounded_);
     group.queries = &inputs_[i].queries;
+    inputs_[i].queries.head_count = HeadsOf(group);
     head_count_max_ = std::max(head_count_max_, HeadsOf(group));
     lists_ |= group.has_list();
     chooses_ |= !group.settled() || (group.reads_all && group.has_hidden());
     bounds_values_ |= group.proves();
     ranks_ |= !group.settled() && group.top_k() > 0;
   }
-  for (uint32_t i = 0; i < groups_.size(); ++i) TakeInputs(groups_[i], &inputs_[i]);
+  for (uint32_t i = 0; i < groups_.size(); ++i) TakeInputs(i);
 }
 
 // What is marked and scanned.
@@ -90,96 +94,119 @@ void Wave::LayAttentions(ThreadPool* pool) {
   BuildMerge();
 }
 
-void Wave::TakeInputs(const WaveGroup& group, Inputs* inputs) {
-  const uint32_t dim = shape_->layout.head_dim;
-  const uint32_t heads = HeadsOf(group);
-  inputs->qs = queries_.Take<float>(size_t{heads} * dim);
-  inputs->visible = queries_.Take<uint32_t>(size_t{2} * heads);
-  inputs->list = {};
-  if (group.has_list()) inputs->list = on_host_.Take<uint32_t>(group.list.size());
-  if (!Scans(group)) return;
-  inputs->qw = queries_.Take<float>(size_t{SketchDirections(dim)} * heads);
-  if (!bounded_) return;
-  inputs->metric = queries_.Take<float>(dim);
-  inputs->x = queries_.Take<float>(size_t{heads} * dim);
-  inputs->norm = queries_.Take<double>(size_t{4} * heads);
+size_t Wave::TableFloats() const {
+  return size_t{1 + SketchDirections(shape_->layout.head_dim)} * shape_->layout.head_dim;
 }
 
-// The heads of a query token lie side by side.
-void Wave::PrefetchQueries(const WaveGroup& group) const {
-  const uint32_t dim = shape_->layout.head_dim;
-  const uint32_t size = shape_->layout.group_size();
-  for (uint32_t head = 0; head < HeadsOf(group); head += size) {
-    const size_t first = size_t{OutputIndex(shape_->layout, group.kv_head, head)} * dim;
-    kvservice::Prefetch(group.row->q + first, size * dim * sizeof(float));
+// Few rows have tables of their own.
+Slot<float> Wave::TablesOf(const AttendRow& row) {
+  for (const Tables& tables : tables_) {
+    if (tables.from.data() == row.tables.data()) return tables.place;
   }
+  tables_.push_back({row.tables, to_device_.Take<float>(row.tables.size() * TableFloats())});
+  return tables_.back().place;
+}
+
+void Wave::TakeInputs(uint32_t index) {
+  const WaveGroup& group = groups_[index];
+  Inputs* const inputs = &inputs_[index];
+  const uint32_t dim = shape_->layout.head_dim;
+  const uint32_t heads = HeadsOf(group);
+  const size_t floats = size_t{heads} * dim;
+  inputs->q = on_host_.Take<float>(floats);
+  inputs->visible = to_device_.Take<uint32_t>(size_t{2} * heads);
+  inputs->list = {};
+  if (group.has_list()) inputs->list = on_host_.Take<uint32_t>(group.list.size());
+  inputs->qs = scratch_.Take<float>(floats).device;
+  inputs->qw = inputs->x = nullptr;
+  inputs->norm = nullptr;
+  inputs->table = nullptr;
+  const Slot<float> table = Scans(group) ? TablesOf(*group.row) : Slot<float>();
+  const size_t skipped = group.kv_head * TableFloats();
+  QuerySet set;
+  if (Scans(group)) {
+    inputs->table = table.device + skipped;
+    inputs->qw = scratch_.Take<float>(size_t{SketchDirections(dim)} * heads).device;
+    if (bounded_) {
+      inputs->x = scratch_.Take<float>(floats).device;
+      inputs->norm = scratch_.Take<double>(size_t{4} * heads).device;
+    }
+    // Read before it is where others read it.
+    set.table = table.host + skipped;
+  }
+  set.q = inputs->q.host;
+  set.qs = inputs->qs;
+  set.qw = inputs->qw;
+  set.x = inputs->x;
+  set.norm = inputs->norm;
+  set.head_count = heads;
+  query_sets_.host[index] = set;
 }
 
 // Any thread, one per group.
 void Wave::Fill(uint32_t index) {
-  WaveGroup& group = groups_[index];
-  Inputs& inputs = inputs_[index];
-  const uint32_t dim = shape_->layout.head_dim;
-  const uint32_t heads = HeadsOf(group);
-  const HeadQueries& queries = inputs.queries;
-  PrefetchToWrite(inputs.qs.host, size_t{heads} * dim * sizeof(float));
-  if (bounded_ && Scans(group)) {
-    PrefetchToWrite(inputs.x.host, size_t{heads} * dim * sizeof(float));
+  const WaveGroup& group = groups_[index];
+  const Inputs& inputs = inputs_[index];
+  const AttendRow& row = *group.row;
+  const uint32_t group_size = shape_->layout.group_size();
+  const size_t floats = size_t{group_size} * shape_->layout.head_dim;
+  for (uint32_t token = 0; token < row.query_count; ++token) {
+    // The heads of a query token lie side by side.
+    const size_t first = OutputIndex(shape_->layout, group.kv_head, token * group_size);
+    std::copy_n(row.q + first * shape_->layout.head_dim, floats, inputs.q.host + token * floats);
+    const uint32_t position = row.position + token;
+    const uint32_t begin = WindowBegin(shape_->sliding_window, position);
+    for (uint32_t head = token * group_size; head < (token + 1) * group_size; ++head) {
+      inputs.visible.host[2 * head] = group.Relative(begin);
+      inputs.visible.host[2 * head + 1] = group.Relative(position + 1);
+    }
   }
-  FillHeadQueries(*shape_, *group.row, group.kv_head, &inputs.queries);
-  std::copy_n(queries.qs.begin(), size_t{heads} * dim, inputs.qs.host);
+  if (!group.has_list()) return;
   const uint32_t base = group.block_begin * kBlockTokens;
-  for (uint32_t head = 0; head < heads; ++head) {
-    inputs.visible.host[2 * head] = group.Relative(queries.visible_begin[head]);
-    inputs.visible.host[2 * head + 1] = group.Relative(queries.visible_end[head]);
-  }
-  if (group.has_list()) {
-    std::transform(group.list.begin(), group.list.end(), inputs.list.host,
-                   [base](uint32_t position) { return position - base; });
-  }
-  if (!Scans(group)) return;
-  std::array<const float*, kChoiceHeadsMax> q;
-  for (uint32_t head = 0; head < heads; ++head) {
-    q[head] = group.row->q + size_t{OutputIndex(shape_->layout, group.kv_head, head)} * dim;
-  }
-  const SketchTable& table = group.row->tables[group.kv_head];
-  ScanQueries& scan = inputs.scan;
-  PrepareScan(*shape_, absl::MakeConstSpan(q.data(), heads), table, bounded_, &scan);
-  for (uint32_t j = 0; j < SketchDirections(dim); ++j) {
-    std::copy_n(scan.qw[j].begin(), heads, inputs.qw.host + size_t{j} * heads);
-  }
-  if (!bounded_) return;
-  std::copy_n(table.metric.begin(), dim, inputs.metric.host);
-  std::copy_n(scan.x.begin(), size_t{heads} * dim, inputs.x.host);
-  for (uint32_t head = 0; head < heads; ++head) {
-    inputs.norm.host[4 * head] = scan.norm[head];
-    inputs.norm.host[4 * head + 1] = scan.weight[head];
-    inputs.norm.host[4 * head + 2] = scan.used[head];
-    inputs.norm.host[4 * head + 3] = scan.x_norm[head];
+  std::transform(group.list.begin(), group.list.end(), inputs.list.host,
+                 [base](uint32_t position) { return position - base; });
+}
+
+void Wave::FillTables(const Tables& tables) const {
+  float* to = tables.place.host;
+  for (const SketchTable& table : tables.from) {
+    to = std::copy(table.metric.begin(), table.metric.end(), to);
+    to = std::copy(table.weights.begin(), table.weights.end(), to);
   }
 }
 
 void Wave::Prepare(ThreadPool* pool) {
-  const uint32_t stride = pool->thread_count();
-  const auto fill = [this, stride](uint32_t i, uint32_t) {
-    // Probably this thread's next.
-    if (i + stride < groups_.size()) PrefetchQueries(groups_[i + stride]);
-    Fill(i);
+  const auto count = static_cast<uint32_t>(groups_.size());
+  const auto fill = [this, count](uint32_t i, uint32_t) {
+    if (i < count) {
+      Fill(i);
+    } else {
+      FillTables(tables_[i - count]);
+    }
   };
-  pool->ParallelForBeside([this] { LayChoice(); }, static_cast<uint32_t>(groups_.size()), fill,
-                          kGroupsPerThread);
+  pool->ParallelForBeside([this] { LayChoice(); }, count + static_cast<uint32_t>(tables_.size()),
+                          fill, kGroupsPerThread);
+}
+
+// What the bounds of masses want of the queries, while the device works.
+void Wave::FillHostQueries(ThreadPool* pool) {
+  if (!bounded_) return;
+  pool->ParallelFor(
+      static_cast<uint32_t>(groups_.size()),
+      [this](uint32_t i, uint32_t) {
+        FillHeadQueries(*shape_, *groups_[i].row, groups_[i].kv_head, &inputs_[i].queries);
+      },
+      kGroupsPerThread);
 }
 
 // Takes along what the wave is made of, as far as it is there.
 void Wave::Mark(cudaStream_t stream) {
-  ChoiceInputs inputs{.groups = choices_.data()};
-  uint32_t count = 0;
-  for (Arena* arena : {&to_device_, &queries_}) {
-    if (arena->is_in_one_piece()) {
-      inputs.copies[count++] = arena->ToDevice();
-    } else {
-      arena->Upload(stream);
-    }
+  ChoiceInputs inputs{
+      .groups = choices_.data(), .queries = query_sets_.host, .scale = shape_->scale, .copy = {}};
+  if (to_device_.is_in_one_piece()) {
+    inputs.copy = to_device_.ToDevice();
+  } else {
+    to_device_.Upload(stream);
   }
   Run(MarkWords(choice_, inputs, stream), "mark");
 }
@@ -203,23 +230,27 @@ void Wave::Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
   attentions_.Upload(side_);
   LaunchFirst();
   LaunchRest(stream, Stage::kAll);
+  FillHostQueries(pool);
 }
 
 void Wave::Build(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPool* pool) {
   Take(shape, std::move(groups));
   Prepare(pool);
   LayAttentions(pool);
+  FillHostQueries(pool);
 }
 
 void Wave::Upload(cudaStream_t after) {
   Check(cudaEventRecord(forked_, after), "event");
   Check(cudaStreamWaitEvent(context_.stream, forked_, 0), "event");
-  for (Arena* arena : {&to_device_, &queries_, &attentions_}) arena->Upload(context_.stream);
+  for (Arena* arena : {&to_device_, &attentions_}) arena->Upload(context_.stream);
 }
 
 void Wave::Launch(cudaStream_t stream, Stage last) {
   launch_count_ = 0;
-  Run(MarkWords(choice_, {.groups = choice_.groups}, stream), "mark");
+  const ChoiceInputs inputs{
+      .groups = choice_.groups, .queries = query_sets_.device, .scale = shape_->scale, .copy = {}};
+  Run(MarkWords(choice_, inputs, stream), "mark");
   if (last == Stage::kMark) return;
   Fork(stream);
   LaunchScan(stream);

@@ -136,27 +136,39 @@ class Wave {
 
  private:
   struct Inputs {
-    HeadQueries queries;
-    Slot<float> qs, x, qw, metric;
-    Slot<double> norm;
+    HeadQueries queries;  // of the host's bounds: filled while the device works
+    Slot<float> q;        // as they came; the rest of them is made on the device
+    const float* table = nullptr;
+    float* qs = nullptr;
+    float* qw = nullptr;
+    float* x = nullptr;
+    double* norm = nullptr;
     Slot<uint32_t> visible;
     Slot<uint32_t> list;                 // counted from the group's first block
     Slot<double> first_out, chosen_out;  // [heads][head_dim], on the device alone
-    ScanQueries scan;
     std::vector<AttendJob> first_jobs;
+  };
+  // Tables of the sketches of some rows: [kv_head_count][1 + directions][head_dim], metrics and
+  // weights.
+  struct Tables {
+    absl::Span<const SketchTable> from;
+    Slot<float> place;
   };
 
   bool Scans(const WaveGroup& group) const;
   uint32_t BlocksOf(const WaveGroup& group) const;
   uint32_t HeadsOf(const WaveGroup& group) const;
-  void TakeInputs(const WaveGroup& group, Inputs* inputs);
+  size_t TableFloats() const;
+  Slot<float> TablesOf(const AttendRow& row);
+  void TakeInputs(uint32_t index);
   void Take(const LayerShape& shape, std::vector<WaveGroup> groups);
   void Prepare(ThreadPool* pool);
   void LayChoice();
   void LayAttentions(ThreadPool* pool);
   void Mark(cudaStream_t stream);
-  void PrefetchQueries(const WaveGroup& group) const;
   void Fill(uint32_t index);
+  void FillTables(const Tables& tables) const;
+  void FillHostQueries(ThreadPool* pool);
   void SetRanges(const WaveGroup& group, ChoiceGroup* choice) const;
   void SetRules(const WaveGroup& group, ChoiceGroup* choice) const;
   void ShareOut(uint32_t all_blocks, ChoiceGroup* choice) const;
@@ -190,7 +202,9 @@ class Wave {
   const LayerShape* shape_ = nullptr;
   std::vector<WaveGroup> groups_;
   std::deque<Inputs> inputs_;
+  std::vector<Tables> tables_;
   absl::Span<ChoiceGroup> choices_;  // of to_device_
+  Slot<QuerySet> query_sets_;        // [groups]
   bool bounded_ = false;
   bool lists_ = false;  // some group has a list
   bool chooses_ = false;
@@ -199,10 +213,9 @@ class Wave {
   bool ranks_ = false;
   uint32_t head_count_max_ = 0;
   uint32_t launch_count_ = 0;
-  // What is marked and scanned; what is attended to; queries; lists and outputs.
+  // What is marked and scanned; what is attended to; queries, lists and outputs.
   Arena to_device_{Arena::Sides::kBoth};
   Arena attentions_{Arena::Sides::kBoth};
-  Arena queries_{Arena::Sides::kBoth};
   Arena on_host_{Arena::Sides::kHost};
   Arena to_host_{Arena::Sides::kBoth};
   Arena scratch_{Arena::Sides::kDevice};
