@@ -221,7 +221,7 @@ absl::Status Lane::Begin(uint32_t index) {
   switch (slots_[index].call->method) {
     case wire::kLaneAttend:
       // The engine has more threads to copy with.
-      region->Begin(RegionCopy::Mode::kLeave);
+      region->Begin(RegionCopy::Mode::kLeaveLarge);
       return BeginAttend(index);
     case wire::kLaneAppend:
       region->Begin(RegionCopy::Mode::kCopy);

@@ -21,8 +21,10 @@ class RegionCopy {
   // `bytes_max` bytes together, each rounded up to 64.
   RegionCopy(absl::Span<const std::byte> shared, size_t bytes_max);
 
-  // Whether ranges are copied, or whoever works on the call does that itself.
-  enum class Mode : uint8_t { kCopy, kLeave };
+  // Whether ranges are copied, or those of more than kLeftBytesMin left to whoever works on the
+  // call: one thread is as fast as several up to there, and here it has nothing else to do.
+  enum class Mode : uint8_t { kCopy, kLeaveLarge };
+  static constexpr size_t kLeftBytesMin = size_t{256} << 10;
   // Begins a call: what earlier ones have copied is gone.
   void Begin(Mode mode) {
     mode_ = mode;
