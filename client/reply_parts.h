@@ -1,0 +1,103 @@
+// Replies of Attend taken apart with their columns left where they lie in the message: to make
+// protobuf's arrays of them costs more than all that is done with their numbers. Made for what
+// servers write; what has another form, which a message may have, is protobuf's to parse. Inside
+// the library only. Pure functions; any thread.
+
+#ifndef KVSERVICE_CLIENT_REPLY_PARTS_H_
+#define KVSERVICE_CLIENT_REPLY_PARTS_H_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+#include <vector>
+
+#include "kvservice/v1/attention.pb.h"
+
+namespace kvservice::client {
+
+// Of one row: serialized messages, empty if absent.
+struct RowParts {
+  std::string_view groups;        // GroupReports
+  std::string_view certificates;  // Certificates
+};
+
+// The response without groups and certificates of its rows, and these, in the order of the rows;
+// `parts` borrow from `message`. False if it has another form, or does not parse.
+bool SplitReply(std::string_view message, v1::AttendResponse* response,
+                std::vector<RowParts>* parts);
+
+// Repeated numbers, packed, as they lie in a message.
+class Column {
+ public:
+  Column() = default;
+  explicit Column(std::string_view bytes) : bytes_(bytes) {}
+
+  bool empty() const { return bytes_.empty(); }
+  // So many numbers of fixed width. Enumerators and truth values too, which have one byte unless
+  // they are unknown.
+  template <typename T>
+  bool Has(size_t count) const {
+    return bytes_.size() / sizeof(T) == count && bytes_.size() % sizeof(T) == 0;
+  }
+  // One of those.
+  template <typename T>
+  T At(size_t i) const {
+    T value;
+    std::memcpy(&value, bytes_.data() + i * sizeof(T), sizeof(T));
+    return value;
+  }
+  std::string_view bytes() const { return bytes_; }
+
+ private:
+  std::string_view bytes_;
+};
+
+// Takes numbers of a column that have as many bytes as they need, one after the other.
+class VarintReader {
+ public:
+  explicit VarintReader(const Column& column)
+      : at_(column.bytes().data()), end_(at_ + column.bytes().size()) {}
+
+  // 0 where there is none.
+  uint32_t Next() {
+    uint64_t value = 0;
+    is_sound_ = Read(kVarintBytesMax, &value) && is_sound_;
+    return static_cast<uint32_t>(value);
+  }
+  // All have been taken, and there was one each time.
+  bool is_done() const { return is_sound_ && at_ == end_; }
+
+ private:
+  friend class FieldReader;
+  static constexpr unsigned kVarintBytesMax = 10;
+
+  // False where there is none of at most so many bytes.
+  bool Read(unsigned bytes_max, uint64_t* value) {
+    uint64_t result = 0;
+    for (unsigned i = 0; i < bytes_max && at_ != end_; ++i) {
+      const auto byte = static_cast<uint8_t>(*at_++);
+      result |= uint64_t{byte & 0x7FU} << (7 * i);
+      if (byte >= 0x80) continue;
+      *value = result;
+      return true;
+    }
+    return false;
+  }
+
+  const char* at_;
+  const char* end_;
+  bool is_sound_ = true;
+};
+
+// The columns of Certificates or GroupReports, by field number.
+inline constexpr size_t kColumnsMax = 17;
+using Columns = std::array<Column, kColumnsMax>;
+
+// What is unknown is left out. False if it has another form, or does not parse.
+bool ReadColumns(std::string_view message, Columns* columns);
+
+}  // namespace kvservice::client
+
+#endif  // KVSERVICE_CLIENT_REPLY_PARTS_H_
