@@ -150,10 +150,10 @@ bool HaveSize(const Columns& from, size_t count) {
                            C::kLogDroppedLowerFieldNumber, C::kLogDroppedUpperFieldNumber}) {
     if (!from[number].Has<double>(count)) return false;
   }
-  const Column& failure = from[C::kFailureProbabilityFieldNumber];
-  const Column& error = from[C::kOutputErrorUpperFieldNumber];
+  const Column failure = from[C::kFailureProbabilityFieldNumber];
+  const Column error = from[C::kOutputErrorUpperFieldNumber];
   // Not read here, but it must be one.
-  const Column& relative = from[C::kOutputErrorRelativeUpperFieldNumber];
+  const Column relative = from[C::kOutputErrorRelativeUpperFieldNumber];
   if (relative.bytes().size() % sizeof(float) != 0) return false;
   return (failure.empty() || failure.Has<double>(count)) &&
          (error.empty() || error.Has<float>(count)) &&
@@ -174,14 +174,14 @@ bool IsConsistent(const HeadCertificate& head) {
 bool OptionalFromProto(const Columns& from, absl::Span<HeadCertificate> to) {
   using C = v1::Certificates;
   bool sound = true;
-  if (const Column& column = from[C::kFailureProbabilityFieldNumber]; !column.empty()) {
+  if (const Column column = from[C::kFailureProbabilityFieldNumber]; !column.empty()) {
     for (size_t i = 0; i < to.size(); ++i) {
       to[i].failure_probability = column.At<double>(i);
       sound &= (to[i].failure_probability >= 0.0) & (to[i].failure_probability <= 1.0);
     }
   }
-  if (const Column& column = from[C::kOutputErrorUpperFieldNumber]; !column.empty()) {
-    const Column& norms = from[C::kValueNormLowerFieldNumber];
+  if (const Column column = from[C::kOutputErrorUpperFieldNumber]; !column.empty()) {
+    const Column norms = from[C::kValueNormLowerFieldNumber];
     for (size_t i = 0; i < to.size(); ++i) {
       to[i].output_error_upper = static_cast<double>(column.At<float>(i));
       to[i].value_norm_lower = static_cast<double>(norms.At<float>(i));
@@ -193,8 +193,8 @@ bool OptionalFromProto(const Columns& from, absl::Span<HeadCertificate> to) {
 
 // The same of those whose size is seen only when they are read.
 bool SamplesFromProto(const Columns& from, absl::Span<HeadCertificate> to) {
-  const Column& keys_column = from[v1::Certificates::kKeysSampledFieldNumber];
-  const Column& rows_column = from[v1::Certificates::kRowsSampledFieldNumber];
+  const Column keys_column = from[v1::Certificates::kKeysSampledFieldNumber];
+  const Column rows_column = from[v1::Certificates::kRowsSampledFieldNumber];
   if (keys_column.empty() && rows_column.empty()) return true;
   VarintReader keys(keys_column);
   VarintReader rows(rows_column);
@@ -259,7 +259,7 @@ absl::Status CertificatesFromProto(std::string_view message, const RowPlace& pla
   constexpr char kMember[] = "certificates";
   const size_t count = place.token_count * place.head_count;
   Columns from;
-  if (!ReadColumns(message, &from) || !HaveSize(from, count)) {
+  if (!from.Read(message) || !HaveSize(from, count)) {
     return MalformedRow(place, kMember, "are not one per query and head");
   }
   to->certificates.resize(count);
@@ -294,7 +294,7 @@ bool GroupColumnsFromProto(const Columns& from, std::vector<GroupReport>* to) {
       {G::kKeyNormMaxFieldNumber, &GroupReport::key_norm_max},
       {G::kQueryDistanceFieldNumber, &GroupReport::query_distance}};
   for (const auto& [number, member] : kMembers) {
-    const Column& column = from[number];
+    const Column column = from[number];
     if (column.empty()) continue;
     if (!column.Has<float>(to->size())) return false;
     for (size_t i = 0; i < to->size(); ++i) (*to)[i].*member = column.At<float>(i);
@@ -306,7 +306,7 @@ absl::Status GroupsFromProto(std::string_view message, const RowPlace& place, At
   using G = v1::GroupReports;
   constexpr char kMember[] = "groups";
   Columns from;
-  const bool sound = ReadColumns(message, &from);
+  const bool sound = from.Read(message);
   const size_t count = from[G::kActionFieldNumber].bytes().size();
   if (!sound || count == 0 || place.head_count % count != 0 ||
       !from[G::kScannedFieldNumber].Has<uint8_t>(count) ||
@@ -381,35 +381,42 @@ absl::Status DeferredFromProto(const v1::AttendRowResult& from, const RowPlace& 
   return absl::OkStatus();
 }
 
-absl::Status RowFromProto(const v1::AttendRow& row, bool asked_selected,
-                          const v1::AttendRowResult& from, const RowParts& parts,
+absl::Status RowFromParts(const v1::AttendRow& row, bool asked_selected, const RowParts& from,
                           const RowPlace& place, AttendRowResult* to) {
-  const std::optional<Selector> selector = SelectorFromProto(from.selector());
+  const std::optional<Selector> selector = SelectorFromProto(from.selector);
   if (!selector.has_value()) return MalformedRow(place, "selector", "is unknown");
   to->selector = *selector;
-  to->attended_tokens = from.attended_tokens();
+  to->attended_tokens = from.attended_tokens;
   if (uint64_t{to->attended_tokens} != uint64_t{row.position()} + place.token_count) {
     return MalformedRow(place, "attended_tokens", "is not the end of the row");
   }
-  if (from.generation() != row.handle().generation()) {
+  if (from.generation != row.handle().generation()) {
     return MalformedRow(place, "generation", "is not the row's");
   }
-  absl::Status status = CertificatesFromProto(parts.certificates, place, to);
-  if (status.ok()) status = GroupsFromProto(parts.groups, place, to);
-  if (status.ok()) status = SelectedFromProto(from, asked_selected, place, to);
-  if (status.ok()) status = DeferredFromProto(from, place, to);
+  absl::Status status = CertificatesFromProto(from.certificates, place, to);
+  if (status.ok()) status = GroupsFromProto(from.groups, place, to);
+  const v1::AttendRowResult& rest =
+      from.rest != nullptr ? *from.rest : v1::AttendRowResult::default_instance();
+  if (status.ok()) status = SelectedFromProto(rest, asked_selected, place, to);
+  if (status.ok()) status = DeferredFromProto(rest, place, to);
   return status;
 }
 
-absl::Status CheckCall(const v1::AttendRequest& request, const v1::AttendResponse& response) {
+absl::Status CheckCall(const v1::AttendRequest& request, const v1::AttendResponse& response,
+                       size_t result_count) {
   if (response.step_id() != request.step_id()) {
     return MalformedReply("step_id", "is not the request's");
   }
-  if (response.results_size() != request.rows_size()) {
-    return MalformedReply("results", "are " + std::to_string(response.results_size()) +
-                                         ", the rows were " + std::to_string(request.rows_size()));
+  if (result_count != static_cast<size_t>(request.rows_size())) {
+    return MalformedReply("results", "are " + std::to_string(result_count) + ", the rows were " +
+                                         std::to_string(request.rows_size()));
   }
   return absl::OkStatus();
+}
+
+absl::Status FailureFromProto(const v1::AttendRowResult& from) {
+  return MakeError(from.code(), from.message(), from.reason(), from.field(),
+                   {from.metadata().begin(), from.metadata().end()});
 }
 
 // `parts` are those of the response's rows.
@@ -417,7 +424,7 @@ absl::StatusOr<AttendResult> ResultOf(const v1::AttendRequest& request,
                                       const v1::AttendResponse& response,
                                       absl::Span<const RowParts> parts, const ReplyRegion& region,
                                       absl::Span<const std::byte>* out_payload) {
-  const absl::Status checked = CheckCall(request, response);
+  const absl::Status checked = CheckCall(request, response, parts.size());
   if (!checked.ok()) return checked;
   const auto& shape = request.q().shape();
   const auto lse = FloatPayload(response.lse(), {shape[0], shape[1]}, region);
@@ -436,13 +443,12 @@ absl::StatusOr<AttendResult> ResultOf(const v1::AttendRequest& request,
   place.head_count = static_cast<size_t>(request.q().shape(1));
   place.head_dim = static_cast<size_t>(request.q().shape(2));
   for (int i = 0; i < request.rows_size(); ++i, place.token_begin += place.token_count) {
-    const v1::AttendRowResult& from = response.results(i);
+    const RowParts& from = parts[static_cast<size_t>(i)];
     AttendRowResult& to = result.rows[static_cast<size_t>(i)];
     place.index = i;
     place.token_count = request.rows(i).query_count();
-    if (from.code() != 0) {
-      to.status = MakeError(from.code(), from.message(), from.reason(), from.field(),
-                            {from.metadata().begin(), from.metadata().end()});
+    if (from.has_failed()) {
+      to.status = FailureFromProto(*from.rest);
       continue;
     }
     const size_t begin = place.token_begin * place.head_count;
@@ -451,8 +457,8 @@ absl::StatusOr<AttendResult> ResultOf(const v1::AttendRequest& request,
     if (out_payload == nullptr) {
       to.out = FloatsOf(*out, begin * place.head_dim, count * place.head_dim);
     }
-    const absl::Status status = RowFromProto(request.rows(i), request.return_selected(), from,
-                                             parts[static_cast<size_t>(i)], place, &to);
+    const absl::Status status =
+        RowFromParts(request.rows(i), request.return_selected(), from, place, &to);
     if (!status.ok()) return status;
   }
   return result;
@@ -470,7 +476,15 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
   for (const v1::AttendRowResult& row : response.results()) {
     messages.emplace_back(row.groups().SerializeAsString(), row.certificates().SerializeAsString());
   }
-  for (const auto& [groups, certificates] : messages) parts.push_back({groups, certificates});
+  for (size_t i = 0; i < messages.size(); ++i) {
+    const v1::AttendRowResult& row = response.results(static_cast<int>(i));
+    parts.push_back({.attended_tokens = row.attended_tokens(),
+                     .selector = row.selector(),
+                     .generation = row.generation(),
+                     .groups = messages[i].first,
+                     .certificates = messages[i].second,
+                     .rest = &row});
+  }
   return ResultOf(request, response, parts, region, out);
 }
 

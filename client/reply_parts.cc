@@ -18,6 +18,8 @@ struct Field {
   bool is_length_delimited = false;
   // Of such a field, without tag and length.
   std::string_view value;
+  bool is_varint = false;
+  uint64_t varint = 0;
   // With them.
   std::string_view whole;
 };
@@ -48,8 +50,10 @@ class FieldReader {
     field->number = static_cast<uint32_t>(tag) >> kWireTypeBits;
     const uint32_t type = static_cast<uint32_t>(tag) & ((1U << kWireTypeBits) - 1);
     field->is_length_delimited = type == kLengthDelimited;
+    field->is_varint = type == kVarint;
     uint64_t bytes = 0;
-    if (!ReadSize(type, &bytes) || bytes > static_cast<uint64_t>(rest_.end_ - rest_.at_)) {
+    if (!ReadSize(type, &field->varint, &bytes) ||
+        bytes > static_cast<uint64_t>(rest_.end_ - rest_.at_)) {
       return false;
     }
     field->value = {rest_.at_, static_cast<size_t>(bytes)};
@@ -58,13 +62,12 @@ class FieldReader {
     return field->number != 0;
   }
 
-  // Of the value that follows. Numbers that have as many bytes as they need are passed by.
-  bool ReadSize(uint32_t type, uint64_t* bytes) {
-    uint64_t number = 0;
+  // Of the value that follows; that of a varint is read at once.
+  bool ReadSize(uint32_t type, uint64_t* varint, uint64_t* bytes) {
     switch (type) {
       case kVarint:
         *bytes = 0;
-        return rest_.Read(VarintReader::kVarintBytesMax, &number);
+        return rest_.Read(VarintReader::kVarintBytesMax, varint);
       case kEightBytes:
         *bytes = 8;
         return true;
@@ -92,13 +95,20 @@ bool TakePart(const Field& field, std::string_view* part) {
 
 // `rest` is what is left of the row, for protobuf.
 bool SplitRow(std::string_view message, RowParts* parts, std::string* rest) {
+  using R = v1::AttendRowResult;
   FieldReader reader(message);
   Field field;
   while (reader.Next(&field)) {
-    if (field.number == v1::AttendRowResult::kGroupsFieldNumber) {
+    if (field.number == R::kGroupsFieldNumber) {
       if (!TakePart(field, &parts->groups)) return false;
-    } else if (field.number == v1::AttendRowResult::kCertificatesFieldNumber) {
+    } else if (field.number == R::kCertificatesFieldNumber) {
       if (!TakePart(field, &parts->certificates)) return false;
+    } else if (field.is_varint && field.number == R::kAttendedTokensFieldNumber) {
+      parts->attended_tokens = static_cast<uint32_t>(field.varint);
+    } else if (field.is_varint && field.number == R::kSelectorFieldNumber) {
+      parts->selector = static_cast<int>(field.varint);
+    } else if (field.is_varint && field.number == R::kGenerationFieldNumber) {
+      parts->generation = field.varint;
     } else {
       rest->append(field.whole);
     }
@@ -128,21 +138,23 @@ bool SplitReply(std::string_view message, v1::AttendResponse* response,
   for (size_t i = 0; i < rows.size(); ++i) {
     rest.clear();
     if (!SplitRow(rows[i], &(*parts)[i], &rest)) return false;
-    if (!response->add_results()->ParseFromString(rest)) return false;
+    if (rest.empty()) continue;
+    v1::AttendRowResult* const row = response->add_results();
+    if (!row->ParseFromString(rest)) return false;
+    (*parts)[i].rest = row;
   }
   return true;
 }
 
-bool ReadColumns(std::string_view message, Columns* columns) {
-  static_assert(v1::Certificates::kRowsSampledFieldNumber < kColumnsMax &&
-                v1::GroupReports::kQueryDistanceFieldNumber < kColumnsMax);
+bool Columns::Read(std::string_view message) {
+  present_ = 0;
   FieldReader reader(message);
   Field field;
   while (reader.Next(&field)) {
-    if (field.number >= kColumnsMax) continue;
-    Column* const column = &(*columns)[field.number];
-    if (!field.is_length_delimited || !column->empty()) return false;
-    *column = Column(field.value);
+    if (field.number >= kEnd) continue;
+    if (!field.is_length_delimited || !(*this)[field.number].empty()) return false;
+    columns_[field.number] = Column(field.value);
+    present_ |= 1U << field.number;
   }
   return reader.is_done();
 }

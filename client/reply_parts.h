@@ -17,14 +17,22 @@
 
 namespace kvservice::client {
 
-// Of one row: serialized messages, empty if absent.
+// One row's result.
 struct RowParts {
+  uint32_t attended_tokens = 0;
+  int selector = 0;  // v1::Selector
+  uint64_t generation = 0;
+  // Serialized messages, empty if absent.
   std::string_view groups;        // GroupReports
   std::string_view certificates;  // Certificates
+  // Whatever else it says; most rows nothing. Has fields of the above as well, or not.
+  const v1::AttendRowResult* rest = nullptr;
+
+  bool has_failed() const { return rest != nullptr && rest->code() != 0; }
 };
 
-// The response without groups and certificates of its rows, and these, in the order of the rows;
-// `parts` borrow from `message`. False if it has another form, or does not parse.
+// The parts of the rows, in their order, and the response without what those have; `parts` borrow
+// from both. False if it has another form, or does not parse.
 bool SplitReply(std::string_view message, v1::AttendResponse* response,
                 std::vector<RowParts>* parts);
 
@@ -91,12 +99,27 @@ class VarintReader {
   bool is_sound_ = true;
 };
 
-// The columns of Certificates or GroupReports, by field number.
-inline constexpr size_t kColumnsMax = 17;
-using Columns = std::array<Column, kColumnsMax>;
+// The columns of a message of Certificates or GroupReports, by field number. What is unknown is
+// left out.
+class Columns {
+ public:
+  // False if it has another form, or does not parse.
+  bool Read(std::string_view message);
 
-// What is unknown is left out. False if it has another form, or does not parse.
-bool ReadColumns(std::string_view message, Columns* columns);
+  // Empty if it is absent.
+  Column operator[](uint32_t number) const {
+    return (present_ >> number & 1U) != 0 ? columns_[number] : Column();
+  }
+
+ private:
+  static constexpr uint32_t kEnd = 17;
+  static_assert(v1::Certificates::kRowsSampledFieldNumber < kEnd &&
+                v1::GroupReports::kQueryDistanceFieldNumber < kEnd);
+
+  // Bit n stands for columns_[n], the others of which are not set: there are many rows.
+  uint32_t present_ = 0;
+  std::array<Column, kEnd> columns_;
+};
 
 }  // namespace kvservice::client
 
