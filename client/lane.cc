@@ -137,6 +137,9 @@ std::optional<absl::StatusOr<AttendResult>> Lane::EndAttend(uint32_t index,
                                                             const v1::AttendRequest& request,
                                                             StepBuffers* buffers,
                                                             steady_clock::time_point deadline) {
+  AttendResult prepared;
+  // In time that is the server's.
+  if (!IsAnswered(index)) prepared = PrepareResult(request, buffers == nullptr);
   switch (Wait(index, deadline)) {
     case Outcome::kAnswered:
       break;
@@ -148,7 +151,8 @@ std::optional<absl::StatusOr<AttendResult>> Lane::EndAttend(uint32_t index,
       LeaveSlot(index, true);
       return std::nullopt;
   }
-  std::optional<absl::StatusOr<AttendResult>> result = TakeReply(index, request, buffers);
+  std::optional<absl::StatusOr<AttendResult>> result =
+      TakeReply(index, request, std::move(prepared), buffers);
   if (result.has_value() && result->ok()) (*result)->transport = Transport::kLane;
   LeaveSlot(index, false);
   return result;
@@ -318,11 +322,14 @@ void Lane::ReturnAppendSlot(uint32_t index) {
   --append_slots_;
 }
 
+bool Lane::IsAnswered(uint32_t index) const {
+  return wire::Load(memory_.slot(index)->reply_number) == slots_[index].number;
+}
+
 bool Lane::SpinForReply(uint32_t index) const {
-  const uint32_t number = slots_[index].number;
   const steady_clock::time_point end = steady_clock::now() + spin_;
   do {
-    if (wire::Load(memory_.slot(index)->reply_number) == number) return true;
+    if (IsAnswered(index)) return true;
     std::this_thread::yield();
   } while (steady_clock::now() < end);
   return false;
@@ -373,6 +380,7 @@ absl::Status Lane::TakeMessage(uint32_t index, std::string* message) {
 
 std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
                                                             const v1::AttendRequest& request,
+                                                            AttendResult prepared,
                                                             StepBuffers* buffers) {
   std::string& message = slots_[index].message;
   const absl::Status status = TakeMessage(index, &message);
@@ -391,8 +399,8 @@ std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
   const ReplyRegion region = {.offset = begin,
                               .bytes = memory_.Range(begin, memory_.shape().reply_bytes)};
   absl::Span<const std::byte> out;
-  absl::StatusOr<AttendResult> result =
-      ResultFromMessage(request, message, region, &arena, buffers != nullptr ? &out : nullptr);
+  absl::StatusOr<AttendResult> result = ResultFromMessage(
+      request, message, region, &arena, std::move(prepared), buffers != nullptr ? &out : nullptr);
   if (result.ok() && buffers != nullptr) {
     // A slot that is not theirs will be somebody else's soon, and the message is gone even sooner.
     const bool stays = buffers->lane_.get() == this && IsPartOf(out, region.bytes);

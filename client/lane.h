@@ -104,10 +104,12 @@ class Lane {
   bool Ring(uint32_t index);
   Outcome Wait(uint32_t index, std::chrono::steady_clock::time_point deadline);
   bool SpinForReply(uint32_t index) const;
+  bool IsAnswered(uint32_t index) const;
   // The answer's message, or the error.
   absl::Status TakeMessage(uint32_t index, std::string* message);
   std::optional<absl::StatusOr<AttendResult>> TakeReply(uint32_t index,
                                                         const v1::AttendRequest& request,
+                                                        AttendResult prepared,
                                                         StepBuffers* buffers);
 
   const FileDescriptor socket_;

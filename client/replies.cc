@@ -130,10 +130,10 @@ std::optional<absl::Span<const std::byte>> FloatPayload(const v1::Tensor& tensor
   return region.bytes.subspan(offset - region.offset, bytes);
 }
 
-std::vector<float> FloatsOf(absl::Span<const std::byte> payload, size_t begin, size_t count) {
-  std::vector<float> values(count);
-  std::memcpy(values.data(), payload.data() + begin * sizeof(float), count * sizeof(float));
-  return values;
+void CopyFloats(absl::Span<const std::byte> payload, size_t begin, size_t count,
+                std::vector<float>* to) {
+  to->resize(count);
+  std::memcpy(to->data(), payload.data() + begin * sizeof(float), count * sizeof(float));
 }
 
 // Columns that are left out when they say nothing are not needed.
@@ -423,7 +423,8 @@ absl::Status FailureFromProto(const v1::AttendRowResult& from) {
 absl::StatusOr<AttendResult> ResultOf(const v1::AttendRequest& request,
                                       const v1::AttendResponse& response,
                                       absl::Span<const RowParts> parts, const ReplyRegion& region,
-                                      absl::Span<const std::byte>* out_payload) {
+                                      absl::Span<const std::byte>* out_payload,
+                                      AttendResult result) {
   const absl::Status checked = CheckCall(request, response, parts.size());
   if (!checked.ok()) return checked;
   const auto& shape = request.q().shape();
@@ -432,7 +433,6 @@ absl::StatusOr<AttendResult> ResultOf(const v1::AttendRequest& request,
   const auto out = FloatPayload(response.out(), {shape[0], shape[1], shape[2]}, region);
   if (!out.has_value()) return MalformedReply("out", "is not float32 of the shape of q");
   if (out_payload != nullptr) *out_payload = *out;
-  AttendResult result;
   result.call_number = response.call_number();
   result.epoch = response.epoch();
   result.draw_secret_id = response.draw_secret_id();
@@ -448,14 +448,14 @@ absl::StatusOr<AttendResult> ResultOf(const v1::AttendRequest& request,
     place.index = i;
     place.token_count = request.rows(i).query_count();
     if (from.has_failed()) {
-      to.status = FailureFromProto(*from.rest);
+      to = {.status = FailureFromProto(*from.rest)};
       continue;
     }
     const size_t begin = place.token_begin * place.head_count;
     const size_t count = place.token_count * place.head_count;
-    to.lse = FloatsOf(*lse, begin, count);
+    CopyFloats(*lse, begin, count, &to.lse);
     if (out_payload == nullptr) {
-      to.out = FloatsOf(*out, begin * place.head_dim, count * place.head_dim);
+      CopyFloats(*out, begin * place.head_dim, count * place.head_dim, &to.out);
     }
     const absl::Status status =
         RowFromParts(request.rows(i), request.return_selected(), from, place, &to);
@@ -485,17 +485,35 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
                      .certificates = messages[i].second,
                      .rest = &row});
   }
-  return ResultOf(request, response, parts, region, out);
+  return ResultOf(request, response, parts, region, out, {});
+}
+
+AttendResult PrepareResult(const v1::AttendRequest& request, bool with_out) {
+  const auto head_count = static_cast<size_t>(request.q().shape(1));
+  const auto head_dim = static_cast<size_t>(request.q().shape(2));
+  AttendResult result;
+  result.rows.resize(static_cast<size_t>(request.rows_size()));
+  for (size_t i = 0; i < result.rows.size(); ++i) {
+    AttendRowResult& row = result.rows[i];
+    const size_t count = request.rows(static_cast<int>(i)).query_count() * head_count;
+    row.lse.resize(count);
+    if (with_out) row.out.resize(count * head_dim);
+    row.certificates.resize(count);
+    if (request.has_k()) row.groups.reserve(static_cast<size_t>(request.k().shape(1)));
+  }
+  return result;
 }
 
 absl::StatusOr<AttendResult> ResultFromMessage(const v1::AttendRequest& request,
                                                std::string_view message, const ReplyRegion& region,
                                                google::protobuf::Arena* arena,
+                                               AttendResult prepared,
                                                absl::Span<const std::byte>* out) {
   auto* response = google::protobuf::Arena::CreateMessage<v1::AttendResponse>(arena);
   std::vector<RowParts> parts;
   if (SplitReply(message, response, &parts)) {
-    absl::StatusOr<AttendResult> result = ResultOf(request, *response, parts, region, out);
+    absl::StatusOr<AttendResult> result =
+        ResultOf(request, *response, parts, region, out, std::move(prepared));
     if (result.ok()) return result;
   }
   // Whatever is wrong with it, or unusual, is protobuf's to say.

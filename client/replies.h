@@ -32,11 +32,17 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
                                              const ReplyRegion& region = {},
                                              absl::Span<const std::byte>* out = nullptr);
 
-// The same of a serialized response, which is quicker: its columns are read where they lie. The
-// outputs are in the arena's memory unless they are in the region.
+// The memory of a result, which can be had before the reply is there; `with_out` if that has
+// outputs in its rows.
+AttendResult PrepareResult(const v1::AttendRequest& request, bool with_out);
+
+// As ResultFromProto, of a serialized response, which is quicker: its columns are read where they
+// lie. `prepared` is PrepareResult's, or empty. The outputs are in the arena's memory unless they
+// are in the region.
 absl::StatusOr<AttendResult> ResultFromMessage(const v1::AttendRequest& request,
                                                std::string_view message, const ReplyRegion& region,
                                                google::protobuf::Arena* arena,
+                                               AttendResult prepared = {},
                                                absl::Span<const std::byte>* out = nullptr);
 
 // A sequence that exists: its id has 16 bytes and, unless `expected_id` is empty, is that one.

@@ -20,7 +20,13 @@ using client::AttendResult;
 
 absl::StatusOr<AttendResult> FromMessage(const std::string& message) {
   google::protobuf::Arena arena;
-  return client::ResultFromMessage(MadeRequest(), message, {}, &arena);
+  absl::StatusOr<AttendResult> result =
+      client::ResultFromMessage(MadeRequest(), message, {}, &arena);
+  // Whether its memory was there before makes no difference.
+  const absl::StatusOr<AttendResult> prepared = client::ResultFromMessage(
+      MadeRequest(), message, {}, &arena, client::PrepareResult(MadeRequest(), true));
+  EXPECT_EQ(TextOf(prepared), TextOf(result));
+  return result;
 }
 
 std::string Expected(const std::string& message) {
