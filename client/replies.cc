@@ -109,25 +109,34 @@ absl::Status MalformedRow(const RowPlace& place, std::string_view member,
 }
 
 // The payload of a tensor that has to be float32 of this shape.
-std::optional<absl::Span<const std::byte>> FloatPayload(const v1::Tensor& tensor,
+std::optional<absl::Span<const std::byte>> FloatPayload(const TensorParts& tensor,
                                                         std::initializer_list<int64_t> shape,
                                                         const ReplyRegion& region) {
   uint64_t bytes = sizeof(float);
   for (const int64_t extent : shape) bytes *= static_cast<uint64_t>(extent);
-  if (tensor.dtype() != v1::DATA_TYPE_FLOAT32 ||
-      !std::equal(shape.begin(), shape.end(), tensor.shape().begin(), tensor.shape().end())) {
+  if (tensor.dtype != v1::DATA_TYPE_FLOAT32 ||
+      !std::equal(shape.begin(), shape.end(), tensor.shape.begin(), tensor.shape.end())) {
     return std::nullopt;
   }
-  if (!tensor.has_region()) {
-    if (tensor.data().size() != bytes) return std::nullopt;
-    return absl::MakeConstSpan(reinterpret_cast<const std::byte*>(tensor.data().data()), bytes);
+  if (!tensor.has_region) {
+    if (tensor.data.size() != bytes) return std::nullopt;
+    return absl::MakeConstSpan(reinterpret_cast<const std::byte*>(tensor.data.data()), bytes);
   }
-  const uint64_t offset = tensor.region().offset_bytes();
-  if (tensor.region().length_bytes() != bytes || offset < region.offset ||
+  const uint64_t offset = tensor.offset_bytes;
+  if (tensor.length_bytes != bytes || offset < region.offset ||
       !wire::IsRange(offset - region.offset, bytes, region.bytes.size())) {
     return std::nullopt;
   }
   return region.bytes.subspan(offset - region.offset, bytes);
+}
+
+TensorParts PartsOf(const v1::Tensor& tensor) {
+  return {.dtype = tensor.dtype(),
+          .shape = {tensor.shape().begin(), tensor.shape().end()},
+          .data = tensor.data(),
+          .has_region = tensor.has_region(),
+          .offset_bytes = tensor.region().offset_bytes(),
+          .length_bytes = tensor.region().length_bytes()};
 }
 
 void CopyFloats(absl::Span<const std::byte> payload, size_t begin, size_t count,
@@ -402,14 +411,13 @@ absl::Status RowFromParts(const v1::AttendRow& row, bool asked_selected, const R
   return status;
 }
 
-absl::Status CheckCall(const v1::AttendRequest& request, const v1::AttendResponse& response,
-                       size_t result_count) {
-  if (response.step_id() != request.step_id()) {
+absl::Status CheckCall(const v1::AttendRequest& request, const ReplyParts& reply) {
+  if (reply.step_id != request.step_id()) {
     return MalformedReply("step_id", "is not the request's");
   }
-  if (result_count != static_cast<size_t>(request.rows_size())) {
-    return MalformedReply("results", "are " + std::to_string(result_count) + ", the rows were " +
-                                         std::to_string(request.rows_size()));
+  if (reply.rows.size() != static_cast<size_t>(request.rows_size())) {
+    return MalformedReply("results", "are " + std::to_string(reply.rows.size()) +
+                                         ", the rows were " + std::to_string(request.rows_size()));
   }
   return absl::OkStatus();
 }
@@ -419,31 +427,29 @@ absl::Status FailureFromProto(const v1::AttendRowResult& from) {
                    {from.metadata().begin(), from.metadata().end()});
 }
 
-// `parts` are those of the response's rows.
-absl::StatusOr<AttendResult> ResultOf(const v1::AttendRequest& request,
-                                      const v1::AttendResponse& response,
-                                      absl::Span<const RowParts> parts, const ReplyRegion& region,
+absl::StatusOr<AttendResult> ResultOf(const v1::AttendRequest& request, const ReplyParts& reply,
+                                      const ReplyRegion& region,
                                       absl::Span<const std::byte>* out_payload,
                                       AttendResult result) {
-  const absl::Status checked = CheckCall(request, response, parts.size());
+  const absl::Status checked = CheckCall(request, reply);
   if (!checked.ok()) return checked;
   const auto& shape = request.q().shape();
-  const auto lse = FloatPayload(response.lse(), {shape[0], shape[1]}, region);
+  const auto lse = FloatPayload(reply.lse, {shape[0], shape[1]}, region);
   if (!lse.has_value()) return MalformedReply("lse", "is not float32 of the shape of q");
-  const auto out = FloatPayload(response.out(), {shape[0], shape[1], shape[2]}, region);
+  const auto out = FloatPayload(reply.out, {shape[0], shape[1], shape[2]}, region);
   if (!out.has_value()) return MalformedReply("out", "is not float32 of the shape of q");
   if (out_payload != nullptr) *out_payload = *out;
-  result.call_number = response.call_number();
-  result.epoch = response.epoch();
-  result.draw_secret_id = response.draw_secret_id();
-  result.queue_ns = response.queue_ns();
-  result.service_ns = response.service_ns();
+  result.call_number = reply.call_number;
+  result.epoch = std::string(reply.epoch);
+  result.draw_secret_id = reply.draw_secret_id;
+  result.queue_ns = reply.queue_ns;
+  result.service_ns = reply.service_ns;
   result.rows.resize(static_cast<size_t>(request.rows_size()));
   RowPlace place;
   place.head_count = static_cast<size_t>(request.q().shape(1));
   place.head_dim = static_cast<size_t>(request.q().shape(2));
   for (int i = 0; i < request.rows_size(); ++i, place.token_begin += place.token_count) {
-    const RowParts& from = parts[static_cast<size_t>(i)];
+    const RowParts& from = reply.rows[static_cast<size_t>(i)];
     AttendRowResult& to = result.rows[static_cast<size_t>(i)];
     place.index = i;
     place.token_count = request.rows(i).query_count();
@@ -472,20 +478,28 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
                                              absl::Span<const std::byte>* out) {
   // In the form that servers write them in, whichever they came in.
   std::vector<std::pair<std::string, std::string>> messages;
-  std::vector<RowParts> parts;
   for (const v1::AttendRowResult& row : response.results()) {
     messages.emplace_back(row.groups().SerializeAsString(), row.certificates().SerializeAsString());
   }
+  ReplyParts reply = {.step_id = response.step_id(),
+                      .call_number = response.call_number(),
+                      .queue_ns = response.queue_ns(),
+                      .service_ns = response.service_ns(),
+                      .epoch = response.epoch(),
+                      .draw_secret_id = response.draw_secret_id(),
+                      .lse = PartsOf(response.lse()),
+                      .out = PartsOf(response.out()),
+                      .rows = {}};
   for (size_t i = 0; i < messages.size(); ++i) {
     const v1::AttendRowResult& row = response.results(static_cast<int>(i));
-    parts.push_back({.attended_tokens = row.attended_tokens(),
-                     .selector = row.selector(),
-                     .generation = row.generation(),
-                     .groups = messages[i].first,
-                     .certificates = messages[i].second,
-                     .rest = &row});
+    reply.rows.push_back({.attended_tokens = row.attended_tokens(),
+                          .selector = row.selector(),
+                          .generation = row.generation(),
+                          .groups = messages[i].first,
+                          .certificates = messages[i].second,
+                          .rest = &row});
   }
-  return ResultOf(request, response, parts, region, out, {});
+  return ResultOf(request, reply, region, out, {});
 }
 
 AttendResult PrepareResult(const v1::AttendRequest& request, bool with_out) {
@@ -509,15 +523,15 @@ absl::StatusOr<AttendResult> ResultFromMessage(const v1::AttendRequest& request,
                                                google::protobuf::Arena* arena,
                                                AttendResult prepared,
                                                absl::Span<const std::byte>* out) {
-  auto* response = google::protobuf::Arena::CreateMessage<v1::AttendResponse>(arena);
-  std::vector<RowParts> parts;
-  if (SplitReply(message, response, &parts)) {
+  ReplyParts reply;
+  reply.rows.reserve(static_cast<size_t>(request.rows_size()));
+  if (SplitReply(message, arena, &reply)) {
     absl::StatusOr<AttendResult> result =
-        ResultOf(request, *response, parts, region, out, std::move(prepared));
+        ResultOf(request, reply, region, out, std::move(prepared));
     if (result.ok()) return result;
   }
   // Whatever is wrong with it, or unusual, is protobuf's to say.
-  response = google::protobuf::Arena::CreateMessage<v1::AttendResponse>(arena);
+  auto* const response = google::protobuf::Arena::CreateMessage<v1::AttendResponse>(arena);
   if (!response->ParseFromArray(message.data(), static_cast<int>(message.size()))) {
     return MalformedReply("message", "does not parse");
   }

@@ -37,8 +37,8 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
 AttendResult PrepareResult(const v1::AttendRequest& request, bool with_out);
 
 // As ResultFromProto, of a serialized response, which is quicker: its columns are read where they
-// lie. `prepared` is PrepareResult's, or empty. The outputs are in the arena's memory unless they
-// are in the region.
+// lie. `prepared` is PrepareResult's, or empty. The outputs are in the message, the arena's memory
+// or the region.
 absl::StatusOr<AttendResult> ResultFromMessage(const v1::AttendRequest& request,
                                                std::string_view message, const ReplyRegion& region,
                                                google::protobuf::Arena* arena,

@@ -93,6 +93,110 @@ bool TakePart(const Field& field, std::string_view* part) {
   return true;
 }
 
+bool TakeNumber(const Field& field, uint64_t* number) {
+  *number = field.varint;
+  return field.is_varint;
+}
+
+bool SplitRegion(std::string_view message, TensorParts* tensor) {
+  using R = v1::TensorRegion;
+  FieldReader reader(message);
+  Field field;
+  while (reader.Next(&field)) {
+    bool taken = true;
+    switch (field.number) {
+      case R::kOffsetBytesFieldNumber:
+        taken = TakeNumber(field, &tensor->offset_bytes);
+        break;
+      case R::kLengthBytesFieldNumber:
+        taken = TakeNumber(field, &tensor->length_bytes);
+        break;
+      default:
+        break;
+    }
+    if (!taken) return false;
+  }
+  return reader.is_done();
+}
+
+// Several of a field would be merged: once is enough for what servers write.
+bool TakeShape(const Field& field, TensorParts* tensor) {
+  if (!field.is_length_delimited || !tensor->shape.empty()) return false;
+  VarintReader extents{Column(field.value)};
+  while (extents.has_more()) {
+    tensor->shape.push_back(static_cast<int64_t>(extents.Next64()));
+  }
+  return extents.is_done();
+}
+
+bool TakeRegion(const Field& field, TensorParts* tensor) {
+  if (!field.is_length_delimited || tensor->has_region) return false;
+  tensor->has_region = true;
+  return SplitRegion(field.value, tensor);
+}
+
+bool TakeTensorField(const Field& field, TensorParts* tensor) {
+  using T = v1::Tensor;
+  uint64_t number = 0;
+  switch (field.number) {
+    case T::kDtypeFieldNumber:
+      if (!TakeNumber(field, &number)) return false;
+      tensor->dtype = static_cast<int>(number);
+      return true;
+    case T::kShapeFieldNumber:
+      return TakeShape(field, tensor);
+    case T::kDataFieldNumber:
+      tensor->data = field.value;
+      return field.is_length_delimited;
+    case T::kRegionFieldNumber:
+      return TakeRegion(field, tensor);
+    default:
+      return true;
+  }
+}
+
+bool SplitTensor(const Field& tensor_field, TensorParts* tensor) {
+  const bool is_first =
+      tensor->dtype == 0 && tensor->shape.empty() && tensor->data.empty() && !tensor->has_region;
+  if (!tensor_field.is_length_delimited || !is_first) return false;
+  FieldReader reader(tensor_field.value);
+  Field field;
+  while (reader.Next(&field)) {
+    if (!TakeTensorField(field, tensor)) return false;
+  }
+  return reader.is_done();
+}
+
+// Of a response, but for the rows. What is unknown is passed by.
+bool TakeField(const Field& field, ReplyParts* parts) {
+  using R = v1::AttendResponse;
+  switch (field.number) {
+    case R::kStepIdFieldNumber:
+      return TakeNumber(field, &parts->step_id);
+    case R::kCallNumberFieldNumber:
+      return TakeNumber(field, &parts->call_number);
+    case R::kQueueNsFieldNumber:
+      return TakeNumber(field, &parts->queue_ns);
+    case R::kServiceNsFieldNumber:
+      return TakeNumber(field, &parts->service_ns);
+    case R::kEpochFieldNumber:
+      parts->epoch = field.value;
+      return field.is_length_delimited;
+    case R::kDrawSecretIdFieldNumber:
+      if (field.value.size() != sizeof(uint64_t) || field.is_length_delimited) return false;
+      parts->draw_secret_id = Column(field.value).At<uint64_t>(0);
+      return true;
+    case R::kErrorFieldNumber:
+      return false;
+    case R::kLseFieldNumber:
+      return SplitTensor(field, &parts->lse);
+    case R::kOutFieldNumber:
+      return SplitTensor(field, &parts->out);
+    default:
+      return true;
+  }
+}
+
 // `rest` is what is left of the row, for protobuf.
 bool SplitRow(std::string_view message, RowParts* parts, std::string* rest) {
   using R = v1::AttendRowResult;
@@ -118,32 +222,26 @@ bool SplitRow(std::string_view message, RowParts* parts, std::string* rest) {
 
 }  // namespace
 
-bool SplitReply(std::string_view message, v1::AttendResponse* response,
-                std::vector<RowParts>* parts) {
-  std::vector<std::string_view> rows;
+bool SplitReply(std::string_view message, google::protobuf::Arena* arena, ReplyParts* parts) {
   std::string rest;
   FieldReader reader(message);
   Field field;
   while (reader.Next(&field)) {
     if (field.number != v1::AttendResponse::kResultsFieldNumber) {
-      rest.append(field.whole);
-    } else if (field.is_length_delimited) {
-      rows.push_back(field.value);
-    } else {
-      return false;
+      if (!TakeField(field, parts)) return false;
+      continue;
     }
-  }
-  if (!reader.is_done() || !response->ParseFromString(rest)) return false;
-  parts->resize(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) {
+    if (!field.is_length_delimited) return false;
+    RowParts* const row = &parts->rows.emplace_back();
     rest.clear();
-    if (!SplitRow(rows[i], &(*parts)[i], &rest)) return false;
+    if (!SplitRow(field.value, row, &rest)) return false;
     if (rest.empty()) continue;
-    v1::AttendRowResult* const row = response->add_results();
-    if (!row->ParseFromString(rest)) return false;
-    (*parts)[i].rest = row;
+    auto* const message_of_rest =
+        google::protobuf::Arena::CreateMessage<v1::AttendRowResult>(arena);
+    if (!message_of_rest->ParseFromString(rest)) return false;
+    row->rest = message_of_rest;
   }
-  return true;
+  return reader.is_done();
 }
 
 bool Columns::Read(std::string_view message) {

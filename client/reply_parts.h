@@ -1,10 +1,11 @@
-// Replies of Attend taken apart with their columns left where they lie in the message: to make
-// protobuf's arrays of them costs more than all that is done with their numbers. Made for what
-// servers write; what has another form, which a message may have, is protobuf's to parse. Inside
-// the library only. Pure functions; any thread.
+// Replies of Attend taken apart where they lie: to make protobuf's messages of one costs more than
+// all that is done with its numbers. Made for what servers write; what has another form, which a
+// message may have, is protobuf's to parse. Inside the library only. Pure functions; any thread.
 
 #ifndef KVSERVICE_CLIENT_REPLY_PARTS_H_
 #define KVSERVICE_CLIENT_REPLY_PARTS_H_
+
+#include <google/protobuf/arena.h>
 
 #include <array>
 #include <cstddef>
@@ -13,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
 #include "kvservice/v1/attention.pb.h"
 
 namespace kvservice::client {
@@ -31,10 +33,32 @@ struct RowParts {
   bool has_failed() const { return rest != nullptr && rest->code() != 0; }
 };
 
-// The parts of the rows, in their order, and the response without what those have; `parts` borrow
-// from both. False if it has another form, or does not parse.
-bool SplitReply(std::string_view message, v1::AttendResponse* response,
-                std::vector<RowParts>* parts);
+struct TensorParts {
+  int dtype = 0;  // v1::DataType
+  absl::InlinedVector<int64_t, 3> shape;
+  std::string_view data;
+  // Instead of `data`.
+  bool has_region = false;
+  uint64_t offset_bytes = 0;
+  uint64_t length_bytes = 0;
+};
+
+// A response; borrows.
+struct ReplyParts {
+  uint64_t step_id = 0;
+  uint64_t call_number = 0;
+  uint64_t queue_ns = 0;
+  uint64_t service_ns = 0;
+  std::string_view epoch;
+  uint64_t draw_secret_id = 0;
+  TensorParts lse;
+  TensorParts out;
+  std::vector<RowParts> rows;
+};
+
+// `parts` borrow from the message, and from the arena, where the rows' rests are. False if it has
+// another form, or does not parse.
+bool SplitReply(std::string_view message, google::protobuf::Arena* arena, ReplyParts* parts);
 
 // Repeated numbers, packed, as they lie in a message.
 class Column {
@@ -69,11 +93,13 @@ class VarintReader {
       : at_(column.bytes().data()), end_(at_ + column.bytes().size()) {}
 
   // 0 where there is none.
-  uint32_t Next() {
+  uint64_t Next64() {
     uint64_t value = 0;
     is_sound_ = Read(kVarintBytesMax, &value) && is_sound_;
-    return static_cast<uint32_t>(value);
+    return value;
   }
+  uint32_t Next() { return static_cast<uint32_t>(Next64()); }
+  bool has_more() const { return at_ != end_; }
   // All have been taken, and there was one each time.
   bool is_done() const { return is_sound_ && at_ == end_; }
 

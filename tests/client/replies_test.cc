@@ -39,9 +39,9 @@ std::string Expected(const std::string& message) {
 
 // Whether it could be read as it lies.
 bool Splits(const std::string& message) {
-  v1::AttendResponse response;
-  std::vector<client::RowParts> parts;
-  return client::SplitReply(message, &response, &parts);
+  google::protobuf::Arena arena;
+  client::ReplyParts parts;
+  return client::SplitReply(message, &arena, &parts);
 }
 
 void ExpectSame(const std::string& message) {
