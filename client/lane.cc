@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <functional>
 #include <string_view>
 #include <thread>
 #include <utility>
@@ -67,6 +68,12 @@ wire::LaneShape ShapeOf(const LaneOptions& options) {
   return {.slot_count = std::clamp<uint32_t>(options.calls_max, 1, wire::kLaneSlotsMax),
           .request_bytes = bytes,
           .reply_bytes = bytes};
+}
+
+bool IsPartOf(absl::Span<const std::byte> bytes, absl::Span<const std::byte> whole) {
+  const std::less_equal<const std::byte*> is_up_to;
+  return is_up_to(whole.data(), bytes.data()) &&
+         is_up_to(bytes.data() + bytes.size(), whole.data() + whole.size());
 }
 
 absl::Status Introduce(int socket, const wire::LaneShape& shape, int memory) {
@@ -130,6 +137,9 @@ std::optional<absl::StatusOr<AttendResult>> Lane::EndAttend(uint32_t index,
                                                             const v1::AttendRequest& request,
                                                             StepBuffers* buffers,
                                                             steady_clock::time_point deadline) {
+  AttendResult prepared;
+  // In time that is the server's.
+  if (!IsAnswered(index)) prepared = PrepareResult(request, buffers == nullptr);
   switch (Wait(index, deadline)) {
     case Outcome::kAnswered:
       break;
@@ -141,7 +151,8 @@ std::optional<absl::StatusOr<AttendResult>> Lane::EndAttend(uint32_t index,
       LeaveSlot(index, true);
       return std::nullopt;
   }
-  std::optional<absl::StatusOr<AttendResult>> result = TakeReply(index, request, buffers);
+  std::optional<absl::StatusOr<AttendResult>> result =
+      TakeReply(index, request, std::move(prepared), buffers);
   if (result.has_value() && result->ok()) (*result)->transport = Transport::kLane;
   LeaveSlot(index, false);
   return result;
@@ -311,11 +322,14 @@ void Lane::ReturnAppendSlot(uint32_t index) {
   --append_slots_;
 }
 
+bool Lane::IsAnswered(uint32_t index) const {
+  return wire::Load(memory_.slot(index)->reply_number) == slots_[index].number;
+}
+
 bool Lane::SpinForReply(uint32_t index) const {
-  const uint32_t number = slots_[index].number;
   const steady_clock::time_point end = steady_clock::now() + spin_;
   do {
-    if (wire::Load(memory_.slot(index)->reply_number) == number) return true;
+    if (IsAnswered(index)) return true;
     std::this_thread::yield();
   } while (steady_clock::now() < end);
   return false;
@@ -366,8 +380,9 @@ absl::Status Lane::TakeMessage(uint32_t index, std::string* message) {
 
 std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
                                                             const v1::AttendRequest& request,
+                                                            AttendResult prepared,
                                                             StepBuffers* buffers) {
-  std::string message;
+  std::string& message = slots_[index].message;
   const absl::Status status = TakeMessage(index, &message);
   if (!status.ok()) {
     const bool is_for_others = absl::IsUnavailable(status) || ReasonOf(status) == kReplyTooLarge;
@@ -380,17 +395,16 @@ std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
   arena_options.initial_block = block.data();
   arena_options.initial_block_size = block.size();
   google::protobuf::Arena arena(arena_options);
-  auto& response = *google::protobuf::Arena::CreateMessage<v1::AttendResponse>(&arena);
-  if (!response.ParseFromString(message)) return MalformedReply("message", "does not parse");
   const uint64_t begin = memory_.ReplyOffset(index);
   const ReplyRegion region = {.offset = begin,
                               .bytes = memory_.Range(begin, memory_.shape().reply_bytes)};
   absl::Span<const std::byte> out;
-  absl::StatusOr<AttendResult> result =
-      ResultFromProto(request, response, region, buffers != nullptr ? &out : nullptr);
+  absl::StatusOr<AttendResult> result = ResultFromMessage(
+      request, message, region, &arena, std::move(prepared), buffers != nullptr ? &out : nullptr);
   if (result.ok() && buffers != nullptr) {
-    // A slot that is not theirs will be somebody else's soon.
-    buffers->KeepOutputs(out, buffers->lane_.get() == this);
+    // A slot that is not theirs will be somebody else's soon, and the message is gone even sooner.
+    const bool stays = buffers->lane_.get() == this && IsPartOf(out, region.bytes);
+    buffers->KeepOutputs(out, stays);
   }
   return result;
 }

@@ -74,6 +74,8 @@ class Lane {
  private:
   struct Slot {
     uint32_t number = 0;
+    // A private copy of the last answer's message: kept, for its memory.
+    std::string message;
     bool is_taken = false;
     // For StepBuffers, between their calls too.
     bool is_reserved = false;
@@ -102,10 +104,12 @@ class Lane {
   bool Ring(uint32_t index);
   Outcome Wait(uint32_t index, std::chrono::steady_clock::time_point deadline);
   bool SpinForReply(uint32_t index) const;
+  bool IsAnswered(uint32_t index) const;
   // The answer's message, or the error.
   absl::Status TakeMessage(uint32_t index, std::string* message);
   std::optional<absl::StatusOr<AttendResult>> TakeReply(uint32_t index,
                                                         const v1::AttendRequest& request,
+                                                        AttendResult prepared,
                                                         StepBuffers* buffers);
 
   const FileDescriptor socket_;
@@ -115,7 +119,7 @@ class Lane {
   std::atomic<bool> is_broken_{false};
 
   std::mutex mutex_;
-  // Guarded by mutex_, but for the number, which is the taker's.
+  // Guarded by mutex_, but for number and message, which are the taker's.
   std::vector<Slot> slots_;
   uint32_t append_slots_ = 0;
   uint32_t append_order_ = 0;

@@ -4,8 +4,11 @@
 #ifndef KVSERVICE_CLIENT_REPLIES_H_
 #define KVSERVICE_CLIENT_REPLIES_H_
 
+#include <google/protobuf/arena.h>
+
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -28,6 +31,19 @@ absl::StatusOr<AttendResult> ResultFromProto(const v1::AttendRequest& request,
                                              const v1::AttendResponse& response,
                                              const ReplyRegion& region = {},
                                              absl::Span<const std::byte>* out = nullptr);
+
+// The memory of a result, which can be had before the reply is there; `with_out` if that has
+// outputs in its rows.
+AttendResult PrepareResult(const v1::AttendRequest& request, bool with_out);
+
+// As ResultFromProto, of a serialized response, which is quicker: its columns are read where they
+// lie. `prepared` is PrepareResult's, or empty. The outputs are in the message, the arena's memory
+// or the region.
+absl::StatusOr<AttendResult> ResultFromMessage(const v1::AttendRequest& request,
+                                               std::string_view message, const ReplyRegion& region,
+                                               google::protobuf::Arena* arena,
+                                               AttendResult prepared = {},
+                                               absl::Span<const std::byte>* out = nullptr);
 
 // A sequence that exists: its id has 16 bytes and, unless `expected_id` is empty, is that one.
 absl::Status CheckSequence(const v1::Sequence& sequence, const std::string& expected_id);

@@ -71,6 +71,8 @@ absl::StatusOr<AppendCall> AppendFromProto(const v1::AppendRequest& request,
 // What the caller asked `out` to be; FLOAT32 by default. INVALID_ARGUMENT / TENSOR_DTYPE_UNKNOWN.
 absl::StatusOr<DType> OutputDTypeFromProto(const v1::AttendRequest& request);
 
+v1::Level LevelToProto(Level level);
+v1::Action ActionToProto(Action action);
 void CertificatesToProto(const std::vector<HeadCertificate>& certificates, v1::Certificates* to);
 
 // INVALID_ARGUMENT / EPOCH_MALFORMED. The engine checks the result further.
@@ -85,8 +87,10 @@ void ExplainToProto(const ExplainReport& report, v1::ExplainResponse* response);
 // Everything but the rows' results and the two tensors.
 void AttendToProto(const v1::AttendRequest& request, const AttendCall& call,
                    v1::AttendResponse* response);
-// The bytes of an AttendRowResult; `bytes` keeps its memory.
-void EncodeRow(const AttendCallRow& row, const AttendRowResult& result, std::string* bytes);
+void RowToProto(const AttendCallRow& row, const AttendRowResult& from, v1::AttendRowResult* to);
+// The same message as its bytes, several times as fast; they replace what is in `to`, whose memory
+// is used again.
+void EncodeRow(const AttendCallRow& row, const AttendRowResult& from, std::string* to);
 
 }  // namespace kvservice
 

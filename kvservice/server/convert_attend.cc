@@ -96,8 +96,6 @@ absl::StatusOr<DType> OutputDTypeFromProto(const v1::AttendRequest& request) {
   return *dtype;
 }
 
-namespace {
-
 v1::Level LevelToProto(Level level) {
   switch (level) {
     case Level::kNone:
@@ -127,6 +125,8 @@ v1::Action ActionToProto(Action action) {
   }
   return v1::ACTION_UNSPECIFIED;
 }
+
+namespace {
 
 // A column of so many numbers, to be filled in.
 template <typename T>
@@ -253,6 +253,8 @@ void FailureToProto(const absl::Status& status, v1::AttendRowResult* to) {
   for (auto& [key, value] : details.metadata) (*to->mutable_metadata())[key] = std::move(value);
 }
 
+}  // namespace
+
 void RowToProto(const AttendCallRow& row, const AttendRowResult& from, v1::AttendRowResult* to) {
   if (!from.status.ok()) {
     FailureToProto(from.status, to);
@@ -278,8 +280,6 @@ void RowToProto(const AttendCallRow& row, const AttendRowResult& from, v1::Atten
   // An attend leaves the generation alone, and a row of a stale one fails.
   to->set_generation(row.generation);
 }
-
-}  // namespace
 
 absl::StatusOr<AuditAsk> AuditFromProto(const v1::AuditRequest& request) {
   AuditAsk ask{.row_count = request.call_count(), .keep_next = request.keep_next(), .replay = {}};
@@ -369,13 +369,6 @@ void AttendToProto(const v1::AttendRequest& request, const AttendCall& call,
   response->set_call_number(call.call_number);
   response->set_epoch(call.epoch.data(), call.epoch.size());
   response->set_draw_secret_id(call.draw_secret_id);
-}
-
-void EncodeRow(const AttendCallRow& row, const AttendRowResult& result, std::string* bytes) {
-  v1::AttendRowResult message;
-  RowToProto(row, result, &message);
-  bytes->resize(message.ByteSizeLong());
-  message.SerializeWithCachedSizesToArray(reinterpret_cast<uint8_t*>(bytes->data()));
 }
 
 }  // namespace kvservice

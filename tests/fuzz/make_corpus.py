@@ -92,6 +92,54 @@ def certificates():
     return [a + b for a in parts for b in parts[:2]]
 
 
+def columns(message, count, numbers):
+    for name, number in numbers.items():
+        getattr(message, name).extend([number] * count)
+
+
+def replies():
+    """To the request of tests/client/made_reply.h."""
+    heads, kv_heads, dim, generation, position = 4, 2, 2, 300, 1000
+    replies = []
+    for optional in (False, True):
+        for region in (False, True):
+            reply = attention_pb2.AttendResponse(step_id=71, call_number=9, epoch=bytes(16))
+            for row, queries in enumerate([1, 2]):
+                result = reply.results.add(attended_tokens=position + row + queries,
+                                           selector=types_pb2.SELECTOR_SCAN,
+                                           generation=generation + row)
+                columns(result.certificates, queries * heads, dict(
+                    level=2, action=1, met=True, dropped_mass_upper=0.5, dropped_mass_lower=0.25,
+                    log_kept_lower=1, log_kept_upper=2, log_dropped_lower=0, log_dropped_upper=1,
+                    dropped_mass_estimate=-1))
+                columns(result.groups, kv_heads, dict(
+                    action=1, scanned=True, tokens_read=300, tokens_scanned=5, similarity=-2,
+                    keys_sampled=0, rows_sampled=70000))
+                for _ in range(kv_heads):
+                    result.selected.add(positions=[0, 7, 500])
+                if not optional:
+                    continue
+                columns(result.certificates, queries * heads, dict(
+                    failure_probability=1e-9, output_error_upper=1, output_error_relative_upper=1,
+                    value_norm_lower=2, keys_sampled=128, rows_sampled=1))
+                columns(result.groups, kv_heads, dict(
+                    sharing_estimate=0.5, assumed_cis_excess_mass=1, assumed_psaw_dropped_mass=0,
+                    assumed_etf_excess_mass=1, key_norm_max=3, query_distance=1))
+                masses = result.deferred.add(position=1, query_count=1)
+                columns(masses, heads, dict(dropped_mass_upper=0.5, dropped_mass_lower=0.5))
+            reply.results.add(code=5, message="gone", reason="GONE", metadata={"id": "ab"})
+            for tensor, shape in ((reply.lse, [4, heads]), (reply.out, [4, heads, dim])):
+                size = 4 * heads * 4 * (dim if len(shape) == 3 else 1)
+                tensor.dtype = FLOAT32
+                tensor.shape[:] = shape
+                if region:
+                    tensor.region.offset_bytes, tensor.region.length_bytes = 64, size
+                else:
+                    tensor.data = bytes(size)
+            replies.append(reply.SerializeToString())
+    return replies
+
+
 TEXTS = ["4GiB", "512MiB", "65536", "250ms", "24h", "unix:/run/kvservice.sock", "127.0.0.1:50051",
          "[::1]:0", "localhost:65535", "tenant=acme,127.0.0.1:1", "0123456789abcdef" * 2, "2m",
          "18446744073709551615"]
@@ -133,6 +181,7 @@ def main():
     convert += [b"\4" + audit.SerializeToString()]
     write("convert", convert)
 
+    write("reply", replies())
     write("transfer", transfer())
     write("certificate", certificates())
     write("text", [kind + text.encode() for text in TEXTS for kind in (b"\0", b"\1")] +

@@ -19,8 +19,8 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "fuzz"
-TARGETS = ["convert", "lane", "policy", "transfer", "stored", "recovery", "config", "text",
-           "certificate"]
+TARGETS = ["convert", "lane", "reply", "policy", "transfer", "stored", "recovery", "config",
+           "text", "certificate"]
 
 
 def unpack(target):
