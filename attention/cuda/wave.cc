@@ -227,7 +227,7 @@ void Wave::Fly(const LayerShape& shape, std::vector<WaveGroup> groups, ThreadPoo
     Check(cudaStreamWaitEvent(side_, appended_, 0), "event");
   }
   LayAttentions(pool);
-  if (!attentions_in_place()) attentions_.Upload(side_);
+  attentions_.Upload(side_);
   LaunchFirst();
   LaunchRest(stream, Stage::kAll);
   FillHostQueries(pool);

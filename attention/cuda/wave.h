@@ -187,8 +187,6 @@ class Wave {
   void BuildMerge();
   void BuildAnchors();
   AttendSet SetOf(uint32_t index, const uint64_t* words) const;
-  // Attention to lists reads its short description where the host has it, sooner than it is copied.
-  bool attentions_in_place() const { return lists_ && !chooses_; }
 
   void Run(cudaError_t code, const char* what);
   void Fork(cudaStream_t stream);

@@ -356,8 +356,8 @@ void Wave::BuildFirst(ThreadPool* pool) {
     }
     sets.host[i] = set;
   }
-  first_.sets = attentions_in_place() ? sets.host : sets.device;
-  first_.jobs = attentions_in_place() ? jobs.host : jobs.device;
+  first_.sets = sets.device;
+  first_.jobs = jobs.device;
   first_.job_count = static_cast<uint32_t>(job_count);
 }
 
@@ -461,7 +461,7 @@ void Wave::BuildMerge() {
                     .out = groups_[i].out.device,
                     .head_count = HeadsOf(groups_[i])};
   }
-  merge_ = {.sets = attentions_in_place() ? sets.host : sets.device,
+  merge_ = {.sets = sets.device,
             .set_count = count,
             .head_count_max = head_count_max_,
             .head_dim = shape_->layout.head_dim};
