@@ -24,7 +24,7 @@ class RegionCopy {
   // Whether ranges are copied, or those of more than kLeftBytesMin left to whoever works on the
   // call: one thread is as fast as several up to there, and here it has nothing else to do.
   enum class Mode : uint8_t { kCopy, kLeaveLarge };
-  static constexpr size_t kLeftBytesMin = size_t{256} << 10;
+  static constexpr size_t kLeftBytesMin = size_t{64} << 10;
   // Begins a call: what earlier ones have copied is gone.
   void Begin(Mode mode) {
     mode_ = mode;
