@@ -185,16 +185,19 @@ bool OptionalFromProto(const Columns& from, absl::Span<HeadCertificate> to) {
   bool sound = true;
   if (const Column column = from[C::kFailureProbabilityFieldNumber]; !column.empty()) {
     for (size_t i = 0; i < to.size(); ++i) {
-      to[i].failure_probability = column.At<double>(i);
-      sound &= (to[i].failure_probability >= 0.0) & (to[i].failure_probability <= 1.0);
+      const auto probability = column.At<double>(i);
+      to[i].failure_probability = probability;
+      sound &= (probability >= 0.0) & (probability <= 1.0);
     }
   }
   if (const Column column = from[C::kOutputErrorUpperFieldNumber]; !column.empty()) {
     const Column norms = from[C::kValueNormLowerFieldNumber];
     for (size_t i = 0; i < to.size(); ++i) {
-      to[i].output_error_upper = static_cast<double>(column.At<float>(i));
-      to[i].value_norm_lower = static_cast<double>(norms.At<float>(i));
-      sound &= (to[i].output_error_upper >= 0.0) & (to[i].value_norm_lower >= 0.0);
+      const auto error = static_cast<double>(column.At<float>(i));
+      const auto norm = static_cast<double>(norms.At<float>(i));
+      to[i].output_error_upper = error;
+      to[i].value_norm_lower = norm;
+      sound &= (error >= 0.0) & (norm >= 0.0);
     }
   }
   return sound;

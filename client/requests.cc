@@ -144,7 +144,9 @@ absl::Status RowToProto(const AttendRow& from, size_t index, v1::AttendRow* to) 
     return InvalidRequest(RowField(index, "sequence"), "is missing, closed or detached");
   }
   if (from.query_count == 0) return InvalidRequest(RowField(index, "query_count"), "is 0");
-  *to->mutable_handle() = MakeHandle(from.sequence->id(), from.sequence->generation());
+  v1::SequenceHandle* const handle = to->mutable_handle();
+  handle->set_id(from.sequence->id());
+  handle->set_generation(from.sequence->generation());
   to->set_position(from.position);
   to->set_query_count(from.query_count);
   if (from.policy) *to->mutable_policy() = PolicyToProto(*from.policy);
