@@ -70,10 +70,12 @@ wire::LaneShape ShapeOf(const LaneOptions& options) {
           .reply_bytes = bytes};
 }
 
-bool IsPartOf(absl::Span<const std::byte> bytes, absl::Span<const std::byte> whole) {
+// Whether they can be read where they lie for as long as `memory` is there.
+bool AreFloatsIn(absl::Span<const std::byte> memory, absl::Span<const std::byte> bytes) {
   const std::less_equal<const std::byte*> is_up_to;
-  return is_up_to(whole.data(), bytes.data()) &&
-         is_up_to(bytes.data() + bytes.size(), whole.data() + whole.size());
+  return is_up_to(memory.data(), bytes.data()) &&
+         is_up_to(bytes.data() + bytes.size(), memory.data() + memory.size()) &&
+         reinterpret_cast<uintptr_t>(bytes.data()) % alignof(float) == 0;
 }
 
 absl::Status Introduce(int socket, const wire::LaneShape& shape, int memory) {
@@ -403,7 +405,7 @@ std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
       request, message, region, &arena, std::move(prepared), buffers != nullptr ? &out : nullptr);
   if (result.ok() && buffers != nullptr) {
     // A slot that is not theirs will be somebody else's soon, and the message is gone even sooner.
-    const bool stays = buffers->lane_.get() == this && IsPartOf(out, region.bytes);
+    const bool stays = buffers->lane_.get() == this && AreFloatsIn(region.bytes, out);
     buffers->KeepOutputs(out, stays);
   }
   return result;
