@@ -240,6 +240,8 @@ bool SplitReply(std::string_view message, google::protobuf::Arena* arena, ReplyP
         google::protobuf::Arena::CreateMessage<v1::AttendRowResult>(arena);
     if (!message_of_rest->ParseFromString(rest)) return false;
     row->rest = message_of_rest;
+    // Nobody would look at what a row that has failed says beside.
+    if (row->has_failed() && !(row->groups.empty() && row->certificates.empty())) return false;
   }
   return reader.is_done();
 }

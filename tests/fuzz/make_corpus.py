@@ -137,7 +137,11 @@ def replies():
                 else:
                     tensor.data = bytes(size)
             replies.append(reply.SerializeToString())
-    return replies
+    # Found: a row that has failed, with columns that are none.
+    reply.results[2].groups.action.append(1)
+    damaged = reply.SerializeToString()
+    sound = reply.results[2].groups.SerializeToString()
+    return replies + [damaged, damaged.replace(sound, b"\x0f\x01\x01")]
 
 
 TEXTS = ["4GiB", "512MiB", "65536", "250ms", "24h", "unix:/run/kvservice.sock", "127.0.0.1:50051",
