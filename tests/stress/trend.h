@@ -25,10 +25,10 @@ Trend TrendOf(const std::vector<double>& samples);
 // their scatter about the line, with kBatchCount - 2 degrees of freedom, is what tells how well it
 // is known:
 //
-//   noise = 3 sqrt(sum of squared residuals / (kBatchCount - 2) / sum of (i - mean i)^2) kBatchCount
+//   noise = 3 n sqrt(sum of squared residuals / (n - 2) / sum of (i - (n - 1) / 2)^2)
 //
-// for means i = 0 ... kBatchCount - 1. Too few batches would make the error itself uncertain, too
-// many would be shorter than a breath.
+// for the means i = 0 ... n - 1 of n = kBatchCount batches. Too few batches would make the error
+// itself uncertain, too many would be shorter than a breath.
 constexpr int kBatchCount = 20;
 Trend BatchTrendOf(const std::vector<double>& samples);
 
