@@ -28,6 +28,9 @@ constexpr std::chrono::milliseconds kNoWait{0};
 constexpr uint32_t kBackgroundEvery = 64;
 // Batches of Attend calls that run in a row before anything else does, beside each other.
 constexpr uint32_t kBesideMax = 16;
+// How often an Attend waits for sequences beyond twice for each of its rows (until it has left, and
+// until it is back): those that do not fit into memory beside each other push each other out.
+constexpr size_t kWaitsBesideMax = 8;
 
 absl::StatusOr<EngineSecrets> MakeSecrets(const EngineOptions& options, Random* random) {
   EngineSecrets secrets;
@@ -369,15 +372,30 @@ class ThreadedEngine : public Engine {
     }
   }
 
-  // A call that names a sequence on disk waits for it, and the others go on.
-  void ParkAttend(AttendCall* call, const SequenceId& id) {
-    executor_.Park(id, [this, call](absl::Status admission) {
+  // A call that names a sequence on disk waits for it, and the others go on. After too many waits
+  // rows are answered as they are.
+  void ParkAttend(AttendCall* call, const SequenceId& id, size_t waits) {
+    executor_.Park(id, [this, call, waits](absl::Status admission) {
       if (!admission.ok()) return FinishAttend(call, std::move(admission));
-      const std::optional<SequenceId> next = executor_.MustWait(*call, true);
-      if (next.has_value()) return ParkAttend(call, *next);
+      std::optional<SequenceId> next;
+      if (waits < 2 * call->rows.size() + kWaitsBesideMax) next = executor_.MustWait(*call, true);
+      if (next.has_value()) return ParkAttend(call, *next, waits + 1);
       executor_.BeginAttend({&call, 1});
       FinishAttends();
     });
+  }
+
+  // True if there were such calls; they are not in `calls` any more.
+  bool ParkThoseThatWait(std::vector<AttendCall*>* calls, bool is_again) {
+    const auto parks = [this, is_again](AttendCall* call) {
+      const std::optional<SequenceId> id = executor_.MustWait(*call, is_again);
+      if (id.has_value()) ParkAttend(call, *id, 1);
+      return id.has_value();
+    };
+    const auto left = std::remove_if(calls->begin(), calls->end(), parks);
+    const bool has_parked = left != calls->end();
+    calls->erase(left, calls->end());
+    return has_parked;
   }
 
   // Calls that come while others are on the device begin beside them. Whatever else there is to do
@@ -412,12 +430,9 @@ class ThreadedEngine : public Engine {
 
   void BeginAttends(std::vector<AttendCall*>* calls) {
     if (!executor_.MayBeginAttend(*calls)) FinishAttends();
-    const auto parks = [this](AttendCall* call) {
-      const std::optional<SequenceId> id = executor_.MustWait(*call, false);
-      if (id.has_value()) ParkAttend(call, *id);
-      return id.has_value();
-    };
-    calls->erase(std::remove_if(calls->begin(), calls->end(), parks), calls->end());
+    // What comes back for one call may push out what a call before it needs.
+    bool is_again = false;
+    while (ParkThoseThatWait(calls, is_again)) is_again = true;
     if (!calls->empty()) executor_.BeginAttend(*calls);
   }
 

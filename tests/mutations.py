@@ -460,6 +460,10 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "engine_test", "*ASequenceIsNeverInTwoCalls*"),
     ("sweeps_are_not_starved", "kvservice/engine.cc", "begun < kBesideMax && TakeBeside",
      "TakeBeside", "engine_test", "*AStreamOfCallsStarvesNothing*"),
+    # ---- Sequences that push each other out ----
+    ("batches_look_again", "kvservice/engine.cc",
+     "while (ParkThoseThatWait(calls, is_again)) is_again = true;",
+     "ParkThoseThatWait(calls, is_again);", "stored_engine_test", "*HadToLeaveForAnother*"),
     # ---- Looking for damage on disk ----
     ("scrub_compares_checksums", "kvservice/store_scrub.cc",
      "if (expected.has_value() && *expected != slice.checksum) break;", "", "engine_test",

@@ -59,8 +59,9 @@ MEANINGS = {
                        "(medians of the rounds), or one of its calls is refused.",
     "soak": "Seconds of mixed load on a server with a disk tier and little memory: clients come "
             "and go, append, attend, fork, truncate, suspend, resume. A failure: an error, blocks, "
-            "sequences or descriptors that stay, memory that grows by more than 4 MiB and its "
-            "noise over the second half.",
+            "sequences or descriptors that stay, resident memory that grows by more than 4 MiB and "
+            "its noise over the second half, or (rows with heap_growth_kib) a heap that grows by "
+            "more than its noise there.",
     "restart": "GiB of sequences in a store that was closed: the seconds until a new engine has "
                "answered its first Attend. A failure: five or more.",
     "cancel_storm": "Calls of a served engine are cancelled at random moments: unary, Attend and "

@@ -1,6 +1,7 @@
 #include "kvservice/server/metrics_text.h"
 
 #include <dirent.h>
+#include <malloc.h>
 #include <prometheus/metric_family.h>
 #include <prometheus/text_serializer.h>
 #include <sys/resource.h>
@@ -343,6 +344,14 @@ size_t OpenDescriptors() {
   return count < 3 ? 0 : count - 3;
 }
 
+// Pools are mapped by the devices, not allocated; only the reference device allocates its own.
+void AddHeap(Families* families) {
+  const struct mallinfo2 heap = mallinfo2();
+  families->Gauge("kvservice_heap_bytes",
+                  "Memory that the process has allocated and not freed, pools not counted.",
+                  static_cast<double>(heap.uordblks + heap.hblkhd));
+}
+
 // Under the names that all Prometheus clients use.
 void AddProcess(Families* families) {
   rusage usage{};
@@ -379,6 +388,7 @@ MetricFamilies MetricsOf(const MetricsSource& source) {
   AddAttention(stats.attend, &families);
   AddMasses(source.engine->masses().Read(), &families);
   AddAudits(stats.audit, &families);
+  AddHeap(&families);
   AddProcess(&families);
   return families.Take();
 }

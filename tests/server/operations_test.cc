@@ -1,14 +1,10 @@
 // What operators see of a server besides the API: metrics and probes over HTTP, and what a reload
 // changes.
 
-#include <arpa/inet.h>
 #include <gmock/gmock.h>
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 #include <gtest/gtest.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <regex>
@@ -24,6 +20,7 @@
 #include "kvservice/v1/attention.grpc.pb.h"
 #include "kvservice/v1/sequence.grpc.pb.h"
 #include "tests/server/served_engine.h"
+#include "tests/server/web_client.h"
 
 namespace kvservice::testing {
 namespace {
@@ -33,32 +30,10 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 using ::testing::StartsWith;
 
-// Everything that a server answers to these bytes.
-std::string Talk(const Endpoint& endpoint, const std::string& request) {
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_port = htons(endpoint.port);
-  EXPECT_EQ(inet_pton(AF_INET, endpoint.host.c_str(), &address.sin_addr), 1);
-  const FileDescriptor connection(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  EXPECT_EQ(connect(connection.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
-  EXPECT_EQ(write(connection.get(), request.data(), request.size()),
-            static_cast<ssize_t>(request.size()));
-  std::string answer;
-  char buffer[4096];
-  for (ssize_t count = 0; (count = read(connection.get(), buffer, sizeof(buffer))) > 0;) {
-    answer.append(buffer, static_cast<size_t>(count));
-  }
-  return answer;
-}
-
-std::string Get(const Endpoint& endpoint, const std::string& path) {
-  return Talk(endpoint, "GET " + path + " HTTP/1.1\r\nHost: test\r\n\r\n");
-}
-
 // A call is in flight until the transport is done with it, shortly after its client has the answer.
 bool AreInFlight(const Endpoint& web, int count) {
   return Eventually([&] {
-    return Get(web, "/metrics")
+    return GetPage(web, "/metrics")
                .find("\nkvservice_requests_in_flight " + std::to_string(count) + "\n") !=
            std::string::npos;
   });
@@ -112,7 +87,7 @@ TEST_F(OperationsTest, MetricsCountWhatHappened) {
   ASSERT_TRUE(AttendWith(policy).ok());
   // The audit follows when nothing else is to be done.
   ASSERT_TRUE(Eventually([&] { return served_.engine()->Stats().audit.rows_audited == 1; }));
-  const std::string page = Get(Web(), "/metrics");
+  const std::string page = GetPage(Web(), "/metrics");
   EXPECT_THAT(page, StartsWith("HTTP/1.1 200 OK\r\n"));
   EXPECT_THAT(page, HasSubstr("\r\nContent-Type: text/plain; version=0.0.4"));
   constexpr const char* kShapes =
@@ -138,6 +113,7 @@ TEST_F(OperationsTest, MetricsCountWhatHappened) {
            kShapes,
            "\nkvservice_draining 0\n",
            "\nkvservice_disk_max_bytes 0\n",
+           "\nkvservice_heap_bytes ",
            "\nprocess_open_fds ",
        }) {
     EXPECT_NE(page.find(line), std::string::npos) << line;
@@ -174,8 +150,8 @@ TEST_F(OperationsTest, TheStatusPageSaysWhatTheMetricsSay) {
   policy.set_name("nobody knows");
   ASSERT_FALSE(AttendWith(policy).ok());
   ASSERT_TRUE(Eventually([&] { return served_.engine()->Stats().audit.rows_audited == 1; }));
-  const std::string page = Get(Web(), "/status");
-  const std::string scrape = Get(Web(), "/metrics");
+  const std::string page = GetPage(Web(), "/status");
+  const std::string scrape = GetPage(Web(), "/metrics");
   const std::regex number("<data value=\"([^\"]*)\" title=\"(sum\\(kvservice_[^()]*\\))\">");
   size_t compared = 0;
   for (std::sregex_iterator at(page.begin(), page.end(), number), end; at != end; ++at) {
@@ -197,7 +173,7 @@ TEST_F(OperationsTest, PagesAreClosedToEverythingElse) {
        {std::pair{"/", "text/html"}, std::pair{"/status", "text/html"},
         std::pair{"/status.css", "text/css"}, std::pair{"/metrics", "text/plain"}}) {
     EXPECT_THAT(
-        Get(Web(), path),
+        GetPage(Web(), path),
         AllOf(StartsWith("HTTP/1.1 200 "), HasSubstr("\r\nContent-Type: " + std::string(type)),
               HasSubstr("\r\nContent-Security-Policy: default-src 'none'; "),
               HasSubstr("frame-ancestors 'none'"), Not(HasSubstr("unsafe")),
@@ -212,25 +188,25 @@ TEST_F(OperationsTest, ErrorsAreCountedByTheirCode) {
   policy.set_name("nobody knows");
   EXPECT_EQ(AttendWith(policy).error_code(), grpc::StatusCode::NOT_FOUND);
   EXPECT_THAT(
-      Get(Web(), "/metrics"),
+      GetPage(Web(), "/metrics"),
       HasSubstr(
           "\nkvservice_rpc_calls_total{side=\"data\",method=\"Attend\",code=\"NOT_FOUND\"} 1"));
 }
 
 TEST_F(OperationsTest, ProbesAndNothingElse) {
-  EXPECT_THAT(Get(Web(), "/livez"),
+  EXPECT_THAT(GetPage(Web(), "/livez"),
               AllOf(StartsWith("HTTP/1.1 200 "), HasSubstr("\r\n\r\nalive\n")));
-  EXPECT_THAT(Get(Web(), "/readyz"), StartsWith("HTTP/1.1 200 "));
-  EXPECT_THAT(Get(Web(), "/readyz?verbose"), StartsWith("HTTP/1.1 200 "));
+  EXPECT_THAT(GetPage(Web(), "/readyz"), StartsWith("HTTP/1.1 200 "));
+  EXPECT_THAT(GetPage(Web(), "/readyz?verbose"), StartsWith("HTTP/1.1 200 "));
   for (const char* const path : {"/status/", "/metrics/", "/../etc/passwd", "/livez/x"}) {
-    EXPECT_THAT(Get(Web(), path), StartsWith("HTTP/1.1 404 ")) << path;
+    EXPECT_THAT(GetPage(Web(), path), StartsWith("HTTP/1.1 404 ")) << path;
   }
-  EXPECT_THAT(Talk(Web(), "POST /metrics HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"),
+  EXPECT_THAT(AnswerTo(Web(), "POST /metrics HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"),
               StartsWith("HTTP/1.1 405 "));
-  const std::string head = Talk(Web(), "HEAD /livez HTTP/1.1\r\nHost: test\r\n\r\n");
+  const std::string head = AnswerTo(Web(), "HEAD /livez HTTP/1.1\r\nHost: test\r\n\r\n");
   EXPECT_THAT(head, AllOf(HasSubstr("Content-Length: 6"), Not(HasSubstr("alive"))));
   const std::string long_line(100'000, 'x');
-  EXPECT_THAT(Get(Web(), "/" + long_line), StartsWith("HTTP/1.0 400 "));
+  EXPECT_THAT(GetPage(Web(), "/" + long_line), StartsWith("HTTP/1.0 400 "));
 }
 
 // Metrics are there until the last call has ended.
@@ -254,11 +230,11 @@ TEST(OperationsDrainTest, DrainingIsNotReady) {
   });
   EXPECT_TRUE(Eventually([&] { return brake.call_count() > 0; }));
   std::thread drain([&] { served.server()->Drain(60'000); });
-  EXPECT_TRUE(Eventually([&] { return Get(web, "/readyz").starts_with("HTTP/1.1 503 "); }));
-  EXPECT_THAT(Get(web, "/livez"), StartsWith("HTTP/1.1 200 "));
-  EXPECT_THAT(Get(web, "/metrics"), HasSubstr("\nkvservice_draining 1\n"));
+  EXPECT_TRUE(Eventually([&] { return GetPage(web, "/readyz").starts_with("HTTP/1.1 503 "); }));
+  EXPECT_THAT(GetPage(web, "/livez"), StartsWith("HTTP/1.1 200 "));
+  EXPECT_THAT(GetPage(web, "/metrics"), HasSubstr("\nkvservice_draining 1\n"));
   EXPECT_TRUE(AreInFlight(web, 1));
-  EXPECT_THAT(Get(web, "/"), AllOf(StartsWith("HTTP/1.1 200 "), HasSubstr(">not serving<")));
+  EXPECT_THAT(GetPage(web, "/"), AllOf(StartsWith("HTTP/1.1 200 "), HasSubstr(">not serving<")));
   brake.Set(false);
   caller.join();
   drain.join();

@@ -225,6 +225,15 @@ absl::StatusOr<std::unique_ptr<LoadedServer>> LoadedServer::Start(
   return server;
 }
 
+absl::StatusOr<Endpoint> LoadedServer::metrics_endpoint() const {
+  constexpr char kBefore[] = "\nmetrics on ";
+  const std::string& said = program_->output();
+  const size_t found = said.find(kBefore);
+  if (found == std::string::npos) return absl::NotFoundError("the server tells no metrics");
+  const size_t begin = found + std::strlen(kBefore);
+  return ParseEndpoint(said.substr(begin, said.find('\n', begin) - begin));
+}
+
 int LoadedServer::Stop() {
   program_->Signal(SIGTERM);
   return program_->Wait();

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kvservice/server/endpoint.h"
 #include "kvservice/v1/attention.grpc.pb.h"
 #include "tests/server/program.h"
 #include "tests/server/served_engine.h"
@@ -62,6 +63,8 @@ class LoadedServer {
     return "unix:" + folder_.path() + "/" + tenant;
   }
   pid_t pid() const { return program_->pid(); }
+  // Where its metrics are; it must have been started with --metrics-listen.
+  absl::StatusOr<Endpoint> metrics_endpoint() const;
   // Tells it to end and waits; its exit status.
   int Stop();
 

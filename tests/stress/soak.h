@@ -15,8 +15,9 @@ struct SoakOptions {
 };
 
 // A failure: an error that is not a refusal, blocks, sequences or descriptors that stay when all
-// clients have gone, a resident memory that grows over the second half by more than 4 MiB and more
-// than its noise, or a server that does not end well. Seconds are counted.
+// clients have gone, a heap that grows over the second half by more than its noise, a resident
+// memory that does by more than 4 MiB and more than its noise, or a server that does not end well.
+// Seconds are counted.
 CampaignResult RunSoak(const SoakOptions& options);
 
 }  // namespace kvservice::testing

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <future>
 #include <map>
@@ -477,6 +478,56 @@ TEST_F(StoredEngineTest, AnAttendThatFoundThePoolFullSucceedsWhenItComesAgain) {
   EXPECT_EQ(attend(), "RESOURCE_EXHAUSTED POOL_FULL");
   EXPECT_TRUE(Eventually([&] { return attend() == "OK"; }));
   EXPECT_EQ(engine_->Get(idle)->tier, SequenceTier::kDisk);
+}
+
+// Two of three sequences fit; the one that comes back pushes out the one that was used least
+// recently, and that is another one of the batch.
+TEST_F(StoredEngineTest, AnAttendWaitsThoughItsSequenceHadToLeaveForAnotherOfItsBatch) {
+  std::vector<Handle> handles;
+  const std::vector<uint32_t> lengths = {30 * 64, 33 * 64, 20 * 64};  // 64 blocks
+  for (const uint32_t length : lengths) {
+    handles.push_back(engine_->NewSequence());
+    engine_->clock.AdvanceMs(1000);
+    engine_->Fill(handles.back(), 0, Counting(0, length));
+  }
+  // They come together.
+  std::promise<void> is_held;
+  std::promise<void> all_there;
+  engine_->get()->Get(kTenant, handles[2].id, [&](const absl::StatusOr<SequenceInfo>&) {
+    is_held.set_value();
+    all_there.get_future().wait();
+  });
+  is_held.get_future().wait();
+  const EngineStats before = engine_->get()->Stats();
+  EXPECT_EQ(before.sequences_on_disk, 1);
+  std::vector<std::unique_ptr<AttendStep>> steps;
+  for (const uint32_t i : {1U, 0U}) {
+    steps.push_back(std::make_unique<AttendStep>(engine_->model(), 0));
+    steps.back()->Add(handles[i], lengths[i] - 1, {lengths[i] - 1}).OnlyRead();
+    steps.back()->Start(engine_->get());
+  }
+  all_there.set_value();
+  for (const auto& step : steps) {
+    EXPECT_EQ(ErrorLine(step->Wait()), "OK");
+    EXPECT_EQ(ErrorLine(step->result(0).status), "OK");
+  }
+}
+
+// They push each other out, but not for ever.
+TEST_F(StoredEngineTest, ACallOfMoreSequencesThanThePoolHoldsIsAnswered) {
+  constexpr uint32_t kTokens = 40 * 64;
+  AttendStep step(engine_->model(), 0);
+  for (uint32_t i = 0; i < 2; ++i) {
+    const Handle handle = engine_->NewSequence();
+    engine_->clock.AdvanceMs(1000);
+    engine_->Fill(handle, 0, Counting(0, kTokens));
+    step.Add(handle, kTokens - 1, {kTokens - 1});
+  }
+  EXPECT_EQ(ErrorLine(step.OnlyRead().Run(engine_->get())), "OK");
+  std::vector<std::string> rows = {ErrorLine(step.result(0).status),
+                                   ErrorLine(step.result(1).status)};
+  std::sort(rows.begin(), rows.end());
+  EXPECT_EQ(rows, (std::vector<std::string>{"OK", "UNAVAILABLE SEQUENCE_ON_DISK"}));
 }
 
 TEST_F(StoredEngineTest, WithoutRoomOnDiskAFullPoolIsAnErrorAndChangesNothing) {
