@@ -461,6 +461,9 @@ MUTATIONS = [Mutation(*fields) for fields in [
     ("sweeps_are_not_starved", "kvservice/engine.cc", "begun < kBesideMax && TakeBeside",
      "TakeBeside", "engine_test", "*AStreamOfCallsStarvesNothing*"),
     # ---- Sequences that push each other out ----
+    ("shared_tensors_are_copied", "kvservice/tensor_copies.cc",
+     "if (tensors[i] == nullptr || !tensors[i]->is_shared) continue;", "continue;", "engine_test",
+     "EngineTest.SharedTensorsAreReadOnce"),
     ("batches_look_again", "kvservice/engine.cc",
      "while (ParkThoseThatWait(calls, is_again)) is_again = true;",
      "ParkThoseThatWait(calls, is_again);", "stored_engine_test", "*HadToLeaveForAnother*"),

@@ -6,12 +6,16 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <latch>
+#include <limits>
 #include <set>
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "selector/assumed.h"
 #include "tests/kvservice/engine_client.h"
 
@@ -78,6 +82,51 @@ TEST(EngineTest, DecodingEqualsDenseAttention) {
   EXPECT_EQ(info->stats.attend_rows, 40U);
   EXPECT_EQ(info->stats.groups_dense, 80U);
   EXPECT_EQ(info->stats.tokens_read, info->stats.tokens_visible);
+}
+
+// Tensors in memory that somebody writes to while the device works on the call.
+TEST(EngineTest, SharedTensorsAreReadOnce) {
+  AttendStep* step_of_device = nullptr;
+  auto device = Watched();
+  device->set_before([&](const LayerShape&, absl::Span<AttendRow>) {
+    for (std::vector<std::byte>* tensor :
+         {&step_of_device->q, &step_of_device->k, &step_of_device->v}) {
+      std::fill(tensor->begin(), tensor->end(), std::byte{0xFF});
+    }
+  });
+  TestEngine engine(TestEngine::SmallOptions(), 2, std::move(device));
+  const std::array<Handle, 3> handles = {engine.NewSequence(), engine.NewSequence(),
+                                         engine.NewSequence()};
+  const Words words = Counting(5, 73);
+  for (const Handle& handle : handles) {
+    engine.Fill(handle, 0, Words(words.begin(), words.begin() + 70));
+  }
+  for (uint32_t position = 70; position < 73; ++position) {
+    AttendStep step(engine.model(), 0);
+    step_of_device = &step;
+    for (const Handle& handle : handles) step.Add(handle, position, {words[position]});
+    AttendCall* const call = step.Build();
+    call->q.is_shared = call->k->is_shared = call->v->is_shared = true;
+    ASSERT_TRUE(step.Run(engine.get()).ok());
+    ExpectOk(step);
+    for (uint32_t token = 0; token < 3; ++token) {
+      ExpectDense(step, token, engine.model(), words, position);
+    }
+  }
+  // What is not finite is found in the copy, in the row that has it.
+  AttendStep step(engine.model(), 1);
+  step_of_device = &step;
+  for (const Handle& handle : handles) step.Add(handle, 70, {words[70]});
+  AttendCall* const call = step.Build();
+  call->q.is_shared = call->k->is_shared = true;
+  const size_t row_floats = step.q.size() / sizeof(float) / 3;
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::memcpy(step.q.data() + (row_floats + 2) * sizeof(float), &infinity, sizeof(infinity));
+  ASSERT_TRUE(step.Run(engine.get()).ok());
+  EXPECT_TRUE(step.result(0).status.ok());
+  EXPECT_EQ(step.result(1).status.message(),
+            absl::StrCat("q is not finite at element ", row_floats + 2));
+  EXPECT_TRUE(step.result(2).status.ok());
 }
 
 TEST(EngineTest, QueriesOfAnyTypeAndSeveralTokens) {
