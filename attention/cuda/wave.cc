@@ -113,34 +113,24 @@ void Wave::TakeInputs(uint32_t index) {
   const uint32_t dim = shape_->layout.head_dim;
   const uint32_t heads = HeadsOf(group);
   const size_t floats = size_t{heads} * dim;
-  inputs->q = on_host_.Take<float>(floats);
+  inputs->q = on_host_.Take<float>(floats).host;
   inputs->visible = to_device_.Take<uint32_t>(size_t{2} * heads);
   inputs->list = {};
   if (group.has_list()) inputs->list = on_host_.Take<uint32_t>(group.list.size());
-  inputs->qs = scratch_.Take<float>(floats).device;
-  inputs->qw = inputs->x = nullptr;
-  inputs->norm = nullptr;
-  inputs->table = nullptr;
-  const Slot<float> table = Scans(group) ? TablesOf(*group.row) : Slot<float>();
-  const size_t skipped = group.kv_head * TableFloats();
-  QuerySet set;
+  QuerySet* const set = &inputs->set;
+  *set = {.q = inputs->q, .qs = scratch_.Take<float>(floats).device, .head_count = heads};
   if (Scans(group)) {
+    const Slot<float> table = TablesOf(*group.row);
+    const size_t skipped = group.kv_head * TableFloats();
+    set->table = table.host + skipped;
     inputs->table = table.device + skipped;
-    inputs->qw = scratch_.Take<float>(size_t{SketchDirections(dim)} * heads).device;
+    set->qw = scratch_.Take<float>(size_t{SketchDirections(dim)} * heads).device;
     if (bounded_) {
-      inputs->x = scratch_.Take<float>(floats).device;
-      inputs->norm = scratch_.Take<double>(size_t{4} * heads).device;
+      set->x = scratch_.Take<float>(floats).device;
+      set->norm = scratch_.Take<double>(size_t{4} * heads).device;
     }
-    // Read before it is where others read it.
-    set.table = table.host + skipped;
   }
-  set.q = inputs->q.host;
-  set.qs = inputs->qs;
-  set.qw = inputs->qw;
-  set.x = inputs->x;
-  set.norm = inputs->norm;
-  set.head_count = heads;
-  query_sets_.host[index] = set;
+  query_sets_.host[index] = *set;
 }
 
 // Any thread, one per group.
@@ -153,7 +143,7 @@ void Wave::Fill(uint32_t index) {
   for (uint32_t token = 0; token < row.query_count; ++token) {
     // The heads of a query token lie side by side.
     const size_t first = OutputIndex(shape_->layout, group.kv_head, token * group_size);
-    std::copy_n(row.q + first * shape_->layout.head_dim, floats, inputs.q.host + token * floats);
+    std::copy_n(row.q + first * shape_->layout.head_dim, floats, inputs.q + token * floats);
     const uint32_t position = row.position + token;
     const uint32_t begin = WindowBegin(shape_->sliding_window, position);
     for (uint32_t head = token * group_size; head < (token + 1) * group_size; ++head) {

@@ -137,12 +137,10 @@ class Wave {
  private:
   struct Inputs {
     HeadQueries queries;  // of the host's bounds: filled while the device works
-    Slot<float> q;        // as they came; the rest of them is made on the device
+    // As they came, and what the device makes of them; where others than MarkWords read the table.
+    float* q = nullptr;
+    QuerySet set;
     const float* table = nullptr;
-    float* qs = nullptr;
-    float* qw = nullptr;
-    float* x = nullptr;
-    double* norm = nullptr;
     Slot<uint32_t> visible;
     Slot<uint32_t> list;                 // counted from the group's first block
     Slot<double> first_out, chosen_out;  // [heads][head_dim], on the device alone

@@ -239,7 +239,7 @@ AttendSet Wave::SetOf(uint32_t index, const uint64_t* words) const {
   AttendSet set;
   set.slices = choices_[index].slices;
   set.tokens = words;
-  set.qs = inputs_[index].qs;
+  set.qs = inputs_[index].set.qs;
   set.visible = inputs_[index].visible.device;
   set.head_count = choices_[index].head_count;
   set.kv_head = groups_[index].kv_head;
@@ -368,10 +368,10 @@ ScanSet Wave::ScanSetOf(uint32_t index) const {
   set.sketches = choice.sketches;
   set.tokens = choice.to_scan;
   set.metric = inputs.table;
-  set.qs = inputs.qs;
-  set.x = inputs.x;
-  set.qw = inputs.qw;
-  set.norm = inputs.norm;
+  set.qs = inputs.set.qs;
+  set.x = inputs.set.x;
+  set.qw = inputs.set.qw;
+  set.norm = inputs.set.norm;
   set.visible = inputs.visible.device;
   // The choice only reads what is written here.
   set.weights = const_cast<float*>(choice.weights);
@@ -489,7 +489,7 @@ void Wave::BuildAnchors() {
     set.reference = choice.reference;
     set.page_sum = choice.page_sum;
     set.first_sums = choice.first_sums;
-    set.qs = inputs_[i].qs;
+    set.qs = inputs_[i].set.qs;
     set.visible = choice.visible;
     set.kv_head = group.kv_head;
     set.block_count = choice.block_count;
