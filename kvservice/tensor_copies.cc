@@ -49,6 +49,7 @@ void TensorCopies::Take(AttendCall* call, Device* device) {
     used_ += Aligned(tensors[i]->bytes.size());
   }
   finite_.assign(row_count, 1);
+  if (first_tokens_.back() == 0) return;
   device->ParallelFor(row_count, [&](uint32_t row) {
     for (size_t i = 0; i < tensors.size(); ++i) {
       const TensorView* const tensor = tensors[i];

@@ -17,6 +17,8 @@ absl::Status PrepareAttend(const v1::AttendRequest& request, const PolicyRegistr
   run->call.tenant = tenant;
   absl::Status status = AttendFromProto(request, registry, region, &run->policies, &run->call);
   run->row_bytes.resize(run->call.rows.size());
+  // Those of an earlier call must not pass for this one's.
+  for (std::string& row : run->row_bytes) row.clear();
   run->call.row_done = [run](uint32_t row) {
     EncodeRow(run->call.rows[row], run->call.results[row], &run->row_bytes[row]);
   };

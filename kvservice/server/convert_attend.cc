@@ -31,7 +31,12 @@ absl::Status RowFromProto(const v1::AttendRow& from, int index, AttendCallRow* t
 
 absl::Status TensorsFromProto(const v1::AttendRequest& request, RegionCopy* region,
                               AttendCall* call) {
+  // The engine has more threads to copy with. But k and v are copied now: whoever gave the call up
+  // may use its memory again, and torn queries spoil an answer that nobody reads, where torn keys
+  // would be stored.
+  if (region != nullptr) region->LeaveLarge(true);
   absl::StatusOr<TensorView> q = TensorFromProto(request.q(), "q", region);
+  if (region != nullptr) region->LeaveLarge(false);
   if (!q.ok()) return q.status();
   call->q = *q;
   if (request.has_k() != request.has_v()) {

@@ -54,6 +54,8 @@ absl::Status MethodUnknown(uint32_t method) {
 
 // Of a slot, for the messages of a call: those of 8 rows and 32 heads fit.
 constexpr size_t kArenaBytes = size_t{64} << 10;
+// Of a row of a reply; one with lists of positions may have megabytes.
+constexpr size_t kRowBytesKept = size_t{64} << 10;
 
 google::protobuf::ArenaOptions OptionsOf(absl::Span<char> block) {
   google::protobuf::ArenaOptions options;
@@ -217,14 +219,11 @@ absl::Status Lane::Begin(uint32_t index) {
   }
   absl::Status status = CopyMessage(index);
   if (!status.ok()) return status;
-  RegionCopy* const region = &slots_[index].region;
+  slots_[index].region.Begin();
   switch (slots_[index].call->method) {
     case wire::kLaneAttend:
-      // The engine has more threads to copy with.
-      region->Begin(RegionCopy::Mode::kLeaveLarge);
       return BeginAttend(index);
     case wire::kLaneAppend:
-      region->Begin(RegionCopy::Mode::kCopy);
       return BeginAppend(index);
     default:
       return MethodUnknown(slots_[index].call->method);
@@ -312,6 +311,9 @@ void Lane::Reply(uint32_t index, const absl::Status& status) {
   slot.lse = std::move(slot.call->run.call.lse);
   slot.results = std::move(slot.call->run.call.results);
   slot.row_bytes = std::move(slot.call->run.row_bytes);
+  for (std::string& row : slot.row_bytes) {
+    if (row.capacity() > kRowBytesKept) row = std::string();
+  }
   slot.call.reset();
   // Before the client can see the answer and use the slot again: a request in a slot that is busy
   // is passed by, and appends of other slots would overtake it.

@@ -53,8 +53,7 @@ absl::StatusOr<RegionCopy::Payload> RegionCopy::Take(const v1::TensorRegion& ran
   std::byte* const copy = copy_.get() + used_;
   used_ = (used_ + bytes + wire::kLaneAlignment - 1) / wire::kLaneAlignment * wire::kLaneAlignment;
   const absl::Span<const std::byte> from = shared_.subspan(range.offset_bytes(), bytes);
-  if (mode_ == Mode::kLeaveLarge && bytes > kLeftBytesMin)
-    return Payload{.bytes = from, .is_shared = true};
+  if (leaves_large_ && bytes > kLeftBytesMin) return Payload{.bytes = from, .is_shared = true};
   const bool is_finite = CopyFinite(dtype, from.data(), bytes, copy);
   return Payload{.bytes = {copy, bytes}, .is_finite = is_finite};
 }

@@ -21,15 +21,12 @@ class RegionCopy {
   // `bytes_max` bytes together, each rounded up to 64.
   RegionCopy(absl::Span<const std::byte> shared, size_t bytes_max);
 
-  // Whether ranges are copied, or those of more than kLeftBytesMin left to whoever works on the
-  // call: one thread is as fast as several up to there, and here it has nothing else to do.
-  enum class Mode : uint8_t { kCopy, kLeaveLarge };
-  static constexpr size_t kLeftBytesMin = size_t{64} << 10;
   // Begins a call: what earlier ones have copied is gone.
-  void Begin(Mode mode) {
-    mode_ = mode;
-    used_ = 0;
-  }
+  void Begin() { used_ = 0; }
+  // Whether ranges of more than kLeftBytesMin are not copied but left to whoever works on the call:
+  // one thread is as fast as several up to there, and here it has nothing else to do.
+  void LeaveLarge(bool leaves) { leaves_large_ = leaves; }
+  static constexpr size_t kLeftBytesMin = size_t{64} << 10;
 
   struct Payload {
     absl::Span<const std::byte> bytes;
@@ -49,7 +46,7 @@ class RegionCopy {
   const size_t bytes_max_;
   // Not initialised: pages that no call has needed take no memory.
   const std::unique_ptr<std::byte[]> copy_;
-  Mode mode_ = Mode::kCopy;
+  bool leaves_large_ = false;
   size_t used_ = 0;
 };
 

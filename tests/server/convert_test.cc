@@ -5,10 +5,12 @@
 #include <cmath>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kvservice/server/convert.h"
 #include "kvservice/server/convert_policy.h"
 #include "kvservice/server/policy_registry.h"
+#include "kvservice/server/region_copy.h"
 
 namespace kvservice {
 namespace {
@@ -230,6 +232,40 @@ TEST(ConvertModelTest, SketchTablesAreWrittenOnlyWhenTheySaySomething) {
   model.sketch_tables.assign(4, IdentitySketchTable(128));
   ModelToProto(model, true, &wire);
   EXPECT_FALSE(wire.has_sketch_tables());
+}
+
+// Whoever gave a call up may use its memory again before the engine comes to it: what is stored has
+// been copied by then, however large. Queries may be left, if they are large.
+TEST(ConvertAttendTest, KeysAndValuesAreCopiedAtOnce) {
+  for (const int64_t tokens : {1, 300}) {
+    v1::AttendRequest request;
+    request.add_rows()->mutable_handle()->set_id(std::string(16, 'x'));
+    uint64_t offset = 0;
+    for (v1::Tensor* const tensor :
+         {request.mutable_q(), request.mutable_k(), request.mutable_v()}) {
+      tensor->set_dtype(v1::DATA_TYPE_FLOAT32);
+      for (const int64_t extent : {tokens, int64_t{2}, int64_t{64}}) tensor->add_shape(extent);
+      const uint64_t bytes = static_cast<uint64_t>(tokens) * 2 * 64 * sizeof(float);
+      tensor->mutable_region()->set_offset_bytes(offset);
+      tensor->mutable_region()->set_length_bytes(bytes);
+      offset += bytes;
+    }
+    const std::vector<std::byte> shared(offset);
+    const auto is_shared = [&shared](const TensorView& tensor) {
+      return tensor.bytes.data() >= shared.data() &&
+             tensor.bytes.data() < shared.data() + shared.size();
+    };
+    RegionCopy region(shared, shared.size());
+    AttendPolicies policies;
+    AttendCall call;
+    ASSERT_TRUE(AttendFromProto(request, PolicyRegistry(), &region, &policies, &call).ok());
+    EXPECT_EQ(call.q.is_shared, tokens > 1);
+    EXPECT_EQ(is_shared(call.q), tokens > 1);
+    for (const TensorView& tensor : {*call.k, *call.v}) {
+      EXPECT_FALSE(tensor.is_shared);
+      EXPECT_FALSE(is_shared(tensor));
+    }
+  }
 }
 
 TEST(ConvertTest, TotalsCarryTheDistribution) {
