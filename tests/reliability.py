@@ -91,6 +91,8 @@ MEANINGS = {
                  "written again with the same meaning; a bound that is shown still is one.",
     "fuzz_certificate": "The combiner of certificates, given any numbers: sums lie on the side "
                         "that they say, and nothing more is claimed than the parts do.",
+    "fuzz_reply": "Replies of Attend, as a client reads them: what it makes of the columns where "
+                  "they lie is what protobuf makes of the message, or both refuse.",
 }
 
 
