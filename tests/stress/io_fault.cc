@@ -27,7 +27,7 @@ constexpr uint32_t kPoolBlocks = 9;
 constexpr uint32_t kBeyond = 4096;
 // Background threads may leave out an operation now and then: what counts is what each of some runs
 // without a fault does.
-constexpr int kCountingRuns = 4;
+constexpr int kCountingRuns = 8;
 constexpr int kAttemptsMax = 8;
 
 struct Point {
@@ -418,10 +418,11 @@ std::vector<Point> AllPoints(const IoFaultOptions& options, CampaignResult* resu
   for (int run = 0; run < kCountingRuns; ++run) {
     Experiment whole(options, "no fault", result);
     whole.Live();
-    for (const auto& [operation, count] : whole.counts()) {
-      const auto known = counts.find(operation);
-      const uint64_t before = known == counts.end() ? 0 : known->second;
-      counts[operation] = run == 0 ? count : std::min(before, count);
+    const std::map<std::string, uint64_t> seen = whole.counts();
+    if (run == 0) counts = seen;
+    for (auto& [operation, count] : counts) {
+      const auto now = seen.find(operation);
+      count = std::min(count, now == seen.end() ? 0 : now->second);
     }
   }
   std::vector<Point> points;
