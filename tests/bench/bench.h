@@ -25,6 +25,8 @@ struct BenchOptions {
   std::string device = "cpu";
   // Files of tests/eval/trace.py, for the workloads that replay real models.
   std::vector<std::string> traces = {};
+  // Sequences of each of them; empty: decode_e2e's own.
+  std::vector<uint32_t> trace_batches = {};
   // How the calls of decode_e2e travel: some of auto, unary, stream and lane, which take turns.
   std::vector<std::string> transports = {"auto"};
   // Of decode_e2e, by their names without numbers ("certified", "scan"); empty: all.

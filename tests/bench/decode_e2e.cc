@@ -584,9 +584,11 @@ absl::Status RunDecodeE2e(const BenchOptions& options, std::vector<Row>* rows) {
     const absl::Status status = RunData(options, device->get(), data, rows);
     return absl::Status(status.code(), absl::StrCat(data->name(), ": ", status.message()));
   };
+  std::vector<uint32_t> batches = options.trace_batches;
+  if (batches.empty()) batches = {1, 8};
+  if (options.trace_batches.empty() && options.device == "cuda") batches.push_back(32);
   for (const std::string& path : options.traces) {
-    for (const uint32_t batch :
-         options.device == "cuda" ? std::vector<uint32_t>{1, 8, 32} : std::vector<uint32_t>{1, 8}) {
+    for (const uint32_t batch : batches) {
       auto data = MakeTraceData(path, batch, options.quick ? 1 : 63);
       if (!data.ok()) return data.status();
       const absl::Status status = run(data->get());

@@ -44,6 +44,10 @@ void Parse(CLI::App* app, Arguments* arguments) {
   app->add_option("--trace", arguments->options.traces,
                   "Traces of real models (tests/eval/trace.py) that decode_e2e replays")
       ->delimiter(',');
+  app->add_option("--trace-batches", arguments->options.trace_batches,
+                  "Sequences of each of them, all alike (default: 1 8, on a GPU 1 8 32)")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 256));
   app->add_option("--request-trace", arguments->options.request_traces,
                   "Traces of requests (Mooncake's) that eviction replays")
       ->delimiter(',');

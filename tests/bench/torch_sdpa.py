@@ -1,9 +1,12 @@
 """Dense attention of PyTorch (cuDNN and flash) on the cases of cuda_kernels, for comparison.
 
+    torch_sdpa.py [BATCHxTOKENSxQUERYHEADSxKVHEADSxDIM ...]
+
 Times are those of replays of a CUDA graph that holds two calls on different caches, by events.
 """
 
 import statistics
+import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,7 +50,8 @@ def measure(backend, batch, length, q_heads, kv_heads, dim):
 
 def main():
     print(torch.cuda.get_device_name(), torch.__version__, torch.backends.cudnn.version())
-    for case in CASES:
+    named = [tuple(int(number) for number in text.split("x")) for text in sys.argv[1:]]
+    for case in named or CASES:
         batch, length, q_heads, kv_heads, dim = case
         size = 4 * batch * length * kv_heads * dim
         for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION),
