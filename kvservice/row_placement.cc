@@ -55,28 +55,40 @@ SequenceRecord* RowPlacement::WhoGoesWhole(BlockPool::RoomFor what) const {
 
 bool RowPlacement::FreeUntil(size_t bytes, BlockPool::RoomFor what) {
   while (bytes_free() < bytes) {
-    SequenceRecord* record = WhoseRowsGo();
-    const size_t piece = std::min(kPieceBytes, bytes - bytes_free());
-    if (record != nullptr && record->cache->MoveToHost(piece)) continue;
-    record = WhoGoesWhole(what);
-    if (record == nullptr || !record->cache->MoveAllToHost()) return false;
+    if (!FreeSome(std::min(kPieceBytes, bytes - bytes_free()), what)) return false;
   }
   return true;
+}
+
+bool RowPlacement::FreeSome(size_t bytes, BlockPool::RoomFor what) {
+  SequenceRecord* record = WhoseRowsGo();
+  if (record != nullptr && record->cache->MoveToHost(bytes)) return true;
+  record = WhoGoesWhole(what);
+  return record != nullptr && record->cache->MoveAllToHost();
 }
 
 void RowPlacement::MakeRoom(size_t bytes, BlockPool::RoomFor what) {
   if (!is_enabled()) return;
   // What is free may be in pieces.
   FreeUntil(bytes_free() + std::max(bytes, std::min(kStepBytes, Share(kFreeHigh))), what);
+  if (what == BlockPool::RoomFor::kRows) return;
+  while (!pool_->device_arena().Fits(bytes, 1) && FreeSome(std::min(kPieceBytes, bytes), what)) {
+  }
 }
 
 void RowPlacement::KeepRoomFor(size_t block_count) {
-  // Rows have the host; only sketches must find a place.
-  const size_t bytes = block_count * pool_->sketch_bytes_max();
-  if (!is_enabled() || bytes_free() >= bytes) return;
+  // Rows have the host; only sketches must find a place, each in one piece.
+  const size_t bytes = pool_->sketch_bytes_max();
+  const auto has_room = [&] { return pool_->device_arena().Fits(bytes, block_count); };
+  if (!is_enabled() || has_room()) return;
   const uint64_t now_ns = clock_->SteadyNowNs();
   if (now_ns < no_room_until_ns_) return;
-  if (!FreeUntil(bytes, BlockPool::RoomFor::kSketches)) no_room_until_ns_ = now_ns + kLookEveryNs;
+  while (!has_room()) {
+    if (FreeSome(std::min(kPieceBytes, bytes * block_count), BlockPool::RoomFor::kSketches))
+      continue;
+    no_room_until_ns_ = now_ns + kLookEveryNs;
+    return;
+  }
 }
 
 bool RowPlacement::BringBack() {

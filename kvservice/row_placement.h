@@ -39,6 +39,7 @@ class RowPlacement {
   bool IsIdle(const SequenceRecord& record) const;
   // False when nothing could be moved.
   bool FreeUntil(size_t bytes, BlockPool::RoomFor what);
+  bool FreeSome(size_t bytes, BlockPool::RoomFor what);
   bool BringBack();
   SequenceRecord* WhoseRowsGo() const;
   SequenceRecord* WhoGoesWhole(BlockPool::RoomFor what) const;

@@ -394,6 +394,9 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "placement_.MakeRoom(bytes, what);", "engine_test", "*RowsStayWhereTheyAre*"),
     ("rows_are_copied_before_they_go", POOL, "  device_->Copy(copies);\n  const RowPlace from",
      "  const RowPlace from", "block_pool_test", "TwoArenasTest.RowsMove*"),
+    ("sketches_fit_in_one_piece", "kvservice/row_placement.cc",
+     "pool_->device_arena().Fits(bytes, block_count)", "bytes_free() >= bytes * block_count",
+     "power_cut_test", "*WhatOnceWentWrong*"),
     # ---- Limits per tenant ----
     ("tenants_have_a_maximum", POOL, "if (accounts_.BeyondMax(owner, total) > 0) {",
      "if (false) {", "engine_test", "QuotaTest.*MaximumIsRefused*"),

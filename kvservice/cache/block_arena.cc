@@ -82,6 +82,16 @@ void BlockArena::Return(std::byte* data, size_t bytes) {
   AddFree(offset, bytes);
 }
 
+bool BlockArena::Fits(size_t bytes, size_t count) const {
+  bytes = std::max(Rounded(bytes), kLineBytes);
+  size_t found = 0;
+  for (auto range = free_by_bytes_.rbegin(); found < count; ++range) {
+    if (range == free_by_bytes_.rend() || range->first < bytes) return false;
+    found += range->first / bytes;
+  }
+  return true;
+}
+
 void BlockArena::AddFree(size_t offset, size_t bytes) {
   free_by_offset_.emplace(offset, bytes);
   free_by_bytes_.emplace(bytes, offset);

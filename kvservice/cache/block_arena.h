@@ -37,6 +37,8 @@ class BlockArena {
   std::byte* Take(size_t bytes, BlockOwner owner);
   std::byte* TakeAtEnd(size_t bytes, BlockOwner owner);
   void Return(std::byte* data, size_t bytes);
+  // True if so many pieces of so many bytes, rounded, can be taken one after the other.
+  bool Fits(size_t bytes, size_t count) const;
 
   size_t bytes() const { return memory_.bytes(); }
   size_t bytes_used() const { return bytes_used_.load(std::memory_order_relaxed); }

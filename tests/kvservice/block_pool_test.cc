@@ -129,6 +129,29 @@ TEST_F(BlockPoolTest, RandomUseNeverOverlapsAndCountsExactly) {
 }
 
 // Whatever sizes come and go, a tenant finds its own bytes and zeros, nobody else's.
+TEST_F(BlockPoolTest, WhatFitsIsWhatCanBeTaken) {
+  BlockArena arena(device_.get(), *device_->Allocate(10 * 4096));
+  EXPECT_TRUE(arena.Fits(4096, 10));
+  EXPECT_FALSE(arena.Fits(4096, 11));
+  EXPECT_FALSE(arena.Fits(4097, 10));
+  std::vector<std::byte*> pieces(10);
+  for (std::byte*& piece : pieces) piece = arena.Take(4096, 0);
+  EXPECT_TRUE(arena.Fits(1, 0));
+  EXPECT_FALSE(arena.Fits(1, 1));
+  // Ranges of one, two and three pieces.
+  for (const int freed : {0, 2, 3, 5, 6, 7}) arena.Return(pieces[freed], 4096);
+  EXPECT_EQ(arena.bytes_free(), 6U * 4096);
+  for (const auto& [bytes, count] :
+       std::vector<std::pair<size_t, size_t>>{{4096, 6}, {4097, 3}, {3 * 4096, 1}, {2049, 9}}) {
+    EXPECT_TRUE(arena.Fits(bytes, count)) << bytes;
+    EXPECT_FALSE(arena.Fits(bytes, count + 1)) << bytes;
+    std::vector<std::byte*> taken;
+    while (std::byte* piece = arena.Take(bytes, 0)) taken.push_back(piece);
+    EXPECT_EQ(taken.size(), count) << bytes;
+    for (std::byte* piece : taken) arena.Return(piece, bytes);
+  }
+}
+
 TEST_F(BlockPoolTest, ABlockThatChangesHandsIsCleared) {
   constexpr uint64_t kSeed = 20260301;
   SCOPED_TRACE(kSeed);

@@ -28,7 +28,10 @@ constexpr uint32_t kBeyond = 4096;
 // Background threads may leave out an operation now and then: what counts is what each of some runs
 // without a fault does.
 constexpr int kCountingRuns = 8;
-constexpr int kAttemptsMax = 8;
+constexpr int kAttemptsMax = 24;
+// Of all experiments: those whose operation none of so many runs came to, so that it is none that
+// each run does.
+constexpr double kSeldomMax = 0.01;
 
 struct Point {
   std::string operation;
@@ -451,6 +454,7 @@ CampaignResult RunIoFaults(const IoFaultOptions& options) {
     std::shuffle(points.begin(), points.end(), random);
     points.resize(options.faults);
   }
+  std::string seldom;
   for (const Point& point : points) {
     bool fired = false;
     for (int attempt = 0; attempt < kAttemptsMax && !fired; ++attempt) {
@@ -461,9 +465,13 @@ CampaignResult RunIoFaults(const IoFaultOptions& options) {
       experiment.Live();
       fired = experiment.fired();
     }
-    if (fired) ++result.checked["brought_about"];
-    if (!fired) result.Fail(absl::StrCat("no ", point.operation, " ", point.nth));
+    ++result.checked[fired ? "brought_about" : "seldom"];
+    if (!fired) seldom += absl::StrCat(" ", point.operation, " ", point.nth, ";");
     ++result.count;
+  }
+  const auto seldom_max = static_cast<uint64_t>(kSeldomMax * static_cast<double>(points.size()));
+  if (result.checked["seldom"] > seldom_max) {
+    result.Fail(absl::StrCat("no run came to", seldom));
   }
   return result;
 }

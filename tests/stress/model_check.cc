@@ -656,7 +656,43 @@ std::string Tell(const Program& program) {
   return text;
 }
 
+// A device in pieces, none of which the next block's sketches fitted: a call was refused with
+// POOL_FULL though most of the memory was free, and rows could have gone to the host.
+const Program kInPieces = {
+    {Verb::kAttendGiven, 4, 2946905039, 2081798266, 3255102617},
+    {Verb::kResume, 1, 1674221152, 3968289940, 4166902946},
+    {Verb::kAppendDurably, 0, 3196698161, 3130228490, 47285254},
+    {Verb::kSuspend, 1, 3752474643, 1417095308, 3429407818},
+    {Verb::kAppendDurably, 0, 3510680572, 906110870, 765053555},
+    {Verb::kAppend, 4, 3025420861, 310748109, 567059098},
+    {Verb::kAppendDurably, 2, 1301337858, 1577890642, 324467467},
+    {Verb::kResume, 1, 3134800606, 256098991, 1357989851},
+    {Verb::kAppend, 3, 2930073723, 2371817451, 3288739329},
+    {Verb::kDrop, 3, 1038358539, 2107404290, 3357791792},
+    {Verb::kDrop, 2, 537176798, 528115276, 2511090841},
+    {Verb::kTruncate, 4, 131140984, 1082064498, 2025233982},
+    {Verb::kCreate, 5, 571518930, 2920556680, 2858851466},
+    {Verb::kDrop, 0, 2753926180, 1949492742, 2139021369},
+    {Verb::kTruncate, 2, 2270879501, 259554073, 51222102},
+    {Verb::kDrop, 4, 1530131542, 3267673925, 3100847294},
+    {Verb::kAttendGiven, 3, 267259942, 979005853, 2191275578},
+    {Verb::kGet, 0, 2456990827, 2295312500, 188713387},
+    {Verb::kAppend, 0, 3867771491, 3067761911, 59128428},
+    {Verb::kAppendDurably, 2, 747308984, 2101204280, 2458470285},
+    {Verb::kAttend, 5, 3871205356, 3065705143, 2989939523},
+};
+// Many rows are on the host, and nothing need ever leave.
+constexpr uint64_t kInPiecesSeed = 3;
+
 }  // namespace
+
+CampaignResult RunKnownPrograms() {
+  CampaignResult result;
+  const Outcome outcome = RunProgram({}, kInPiecesSeed, kInPieces, &result.checked);
+  result.count += outcome.commands_run;
+  if (!outcome.problem.empty()) result.Fail(outcome.problem);
+  return result;
+}
 
 CampaignResult RunModelCheck(const ModelCheckOptions& options) {
   constexpr uint64_t kFailuresMax = 4;

@@ -20,6 +20,8 @@ struct ModelCheckOptions {
 
 // A failure: an answer that the model would not give. Commands are counted.
 CampaignResult RunModelCheck(const ModelCheckOptions& options);
+// Programs that once went wrong.
+CampaignResult RunKnownPrograms();
 
 }  // namespace kvservice::testing
 

@@ -26,6 +26,12 @@ TEST(ModelCheckTest, AnEngineDoesWhatAPlainModelSays) {
   EXPECT_LT(result.checked["pool_full"], result.count / 50);
 }
 
+TEST(ModelCheckTest, WhatOnceWentWrongDoesNot) {
+  const CampaignResult result = RunKnownPrograms();
+  EXPECT_THAT(result.first_failures, ElementsAre());
+  EXPECT_GT(result.count, 20);
+}
+
 TEST(ModelCheckTest, AMistakeIsFoundAndToldInFewCommands) {
   CampaignResult result = RunModelCheck({.seed = 3, .commands = 1'000, .is_mistaken = true});
   ASSERT_GT(result.failures, 0);
