@@ -159,6 +159,12 @@ PendingAttend Client::AttendAsync(const AttendStep& step) {
   return {core_.get(), step, CheckSequences(step)};
 }
 
+absl::StatusOr<PreparedAttend> Client::PrepareAttend(const AttendStep& step) {
+  const absl::Status status = CheckSequences(step);
+  if (!status.ok()) return status;
+  return PreparedAttend::Prepare(core_.get(), step);
+}
+
 absl::StatusOr<AttendResult> Attend(Core* core, const AttendStep& step) {
   v1::AttendRequest request;
   absl::Status status = StepToProto(step, &request);

@@ -25,6 +25,7 @@
 #include "client/options.h"
 #include "client/pending_attend.h"
 #include "client/policy.h"
+#include "client/prepared_attend.h"
 #include "client/sequence.h"
 #include "client/status.h"
 #include "client/step_buffers.h"
@@ -81,6 +82,11 @@ class Client {
   // slot to spare that the call fits, else by a thread of its own. The rows, and what they and the
   // tensors point to, are borrowed until the answer has been waited for or given up.
   PendingAttend AttendAsync(const AttendStep& step);
+  // Puts the call into shared memory for somebody else to ring. step.buffers have its tensors,
+  // whose contents nobody looks at before; INVALID_ARGUMENT as Attend, and for tensors that are not
+  // theirs. FAILED_PRECONDITION / LANE_UNAVAILABLE when the buffers are not in the lane that is
+  // open now (make new ones), have a call that is not over, or have no room for this one.
+  absl::StatusOr<PreparedAttend> PrepareAttend(const AttendStep& step);
 
  private:
   absl::Status CheckSequences(const AttendStep& step) const;

@@ -38,6 +38,10 @@ constexpr char kReplyTooLarge[] = "REPLY_TOO_LARGE";
 constexpr size_t kReplyArenaBytes = size_t{64} << 10;
 // Between attempts to open a lane that broke.
 constexpr milliseconds kReopenPause{1'000};
+// Between looks whether a call was rung: whoever rings wakes nobody.
+constexpr std::chrono::microseconds kRingNap{50};
+// An offset that no message has.
+constexpr uint64_t kNowhere = UINT64_MAX;
 
 absl::Status Unavailable(const std::string& problem) {
   return MakeError(static_cast<int>(absl::StatusCode::kFailedPrecondition),
@@ -60,11 +64,29 @@ FileDescriptor ConnectTo(const std::string& path, milliseconds deadline) {
   return connection;
 }
 
-uint64_t AlignUp(uint64_t offset, uint64_t unit) { return (offset + unit - 1) / unit * unit; }
+absl::Status Unanswered(absl::StatusCode code, const std::string& problem) {
+  return MakeError(static_cast<int>(code), problem + "; a prepared call takes no other way",
+                   kLaneBroken);
+}
+
+// Whether the call may be answered by another way.
+bool IsForOthers(const absl::Status& status) {
+  return absl::IsUnavailable(status) || ReasonOf(status) == kReplyTooLarge;
+}
+
+absl::Status CheckInPlace(const TensorView& tensor, absl::Span<const std::byte> place,
+                          const std::string& field) {
+  if (tensor.bytes.data() == place.data() && tensor.bytes.size() == place.size()) {
+    return absl::OkStatus();
+  }
+  return InvalidRequest(field, "is not the buffers', whole, as a prepared call's has to be");
+}
 
 wire::LaneShape ShapeOf(const LaneOptions& options) {
-  const uint64_t bytes =
-      AlignUp(std::max<uint64_t>(options.call_bytes_max, 1), wire::kLanePageBytes);
+  const uint64_t pages =
+      (std::max<uint64_t>(options.call_bytes_max, 1) + wire::kLanePageBytes - 1) /
+      wire::kLanePageBytes;
+  const uint64_t bytes = pages * wire::kLanePageBytes;
   return {.slot_count = std::clamp<uint32_t>(options.calls_max, 1, wire::kLaneSlotsMax),
           .request_bytes = bytes,
           .reply_bytes = bytes};
@@ -130,7 +152,7 @@ std::optional<uint32_t> Lane::BeginAttend(const AttendStep& step, v1::AttendRequ
     return std::nullopt;
   }
   if (Ring(*index)) return index;
-  is_broken_ = true;
+  Break();
   LeaveSlot(*index, true);
   return std::nullopt;
 }
@@ -149,29 +171,134 @@ std::optional<absl::StatusOr<AttendResult>> Lane::EndAttend(uint32_t index,
       LeaveSlot(index, true);
       return absl::DeadlineExceededError("the server did not answer in time");
     case Outcome::kBroken:
-      is_broken_ = true;
+      Break();
       LeaveSlot(index, true);
       return std::nullopt;
   }
-  std::optional<absl::StatusOr<AttendResult>> result =
-      TakeReply(index, request, std::move(prepared), buffers);
-  if (result.has_value() && result->ok()) (*result)->transport = Transport::kLane;
+  absl::StatusOr<AttendResult> result =
+      TakeReply(index, request, std::move(prepared), buffers, nullptr);
   LeaveSlot(index, false);
+  if (IsForOthers(result.status())) return std::nullopt;
   return result;
+}
+
+absl::StatusOr<PreparedSlot> Lane::PrepareAttend(const AttendStep& step,
+                                                 v1::AttendRequest* request) {
+  const StepBuffers& buffers = *step.buffers;
+  if (buffers.lane_.get() != this) return Unavailable("the buffers are not in the open lane");
+  absl::Status status = CheckInPlace(step.q, buffers.q(), "q");
+  if (status.ok() && !step.k.empty()) status = CheckInPlace(step.k, buffers.k(), "k");
+  if (status.ok() && !step.v.empty()) status = CheckInPlace(step.v, buffers.v(), "v");
+  if (!status.ok()) return status;
+  if (!TakeSlot(&buffers).has_value()) return Unavailable("the buffers' slot has a call");
+  const uint32_t index = buffers.slot_;
+  if (!PutRequest(index, step, request)) {
+    LeaveSlot(index, false);
+    return Unavailable("the call is too large for a slot of " +
+                       std::to_string(memory_.shape().request_bytes) + " bytes");
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  // From here on a lane that breaks lets go of it.
+  if (is_broken_) return Unavailable("the lane has just broken");
+  slots_[index].is_prepared = true;
+  const auto floats = [this](uint64_t offset, uint64_t bytes) {
+    return absl::MakeConstSpan(reinterpret_cast<const float*>(memory_.Range(offset, bytes).data()),
+                               bytes / sizeof(float));
+  };
+  const wire::ReplyPlaces places = PlacesOf(index, *request);
+  wire::SlotHead* const head = memory_.slot(index);
+  return PreparedSlot{.index = index,
+                      .doorbell = {.request = &head->request_number,
+                                   .value = slots_[index].number,
+                                   .reply = &head->reply_number},
+                      .lse = floats(places.lse, places.lse_bytes),
+                      .out = floats(places.out, places.out_bytes)};
+}
+
+void Lane::RingPrepared(uint32_t index) {
+  if (!Ring(index)) Break();
+}
+
+absl::StatusOr<AttendResult> Lane::EndPrepared(uint32_t index, const v1::AttendRequest& request,
+                                               StepBuffers* buffers,
+                                               steady_clock::time_point deadline) {
+  AttendResult prepared;
+  if (!IsAnswered(index)) prepared = PrepareResult(request, false);
+  Outcome outcome = WaitForRing(index, deadline);
+  if (outcome == Outcome::kAnswered) outcome = Wait(index, deadline);
+  if (outcome != Outcome::kAnswered) Break();
+  if (outcome == Outcome::kAnswered && !IsReleased(index)) {
+    const wire::ReplyPlaces places = PlacesOf(index, request);
+    absl::StatusOr<AttendResult> result =
+        TakeReply(index, request, std::move(prepared), buffers, &places);
+    LeaveSlot(index, false);
+    return result;
+  }
+  LeaveSlot(index, true);
+  switch (outcome) {
+    case Outcome::kAnswered:
+      break;
+    case Outcome::kTimeOver:
+      return Unanswered(absl::StatusCode::kDeadlineExceeded, "the server did not answer in time");
+    case Outcome::kBroken:
+      return Unanswered(absl::StatusCode::kUnavailable, "the server is gone");
+  }
+  return Unanswered(absl::StatusCode::kUnavailable, "another call has broken the lane");
+}
+
+void Lane::DropPrepared(uint32_t index) {
+  wire::SlotHead* const head = memory_.slot(index);
+  if (wire::Load(head->request_number) != slots_[index].number) {
+    // Should it be rung all the same, it is refused. Its number is not used again.
+    wire::Store(&head->request_offset, kNowhere);
+    LeaveSlot(index, false);
+    return;
+  }
+  const bool is_answered = IsAnswered(index);
+  if (!is_answered && !WakeServer()) Break();
+  LeaveSlot(index, !is_answered);
+}
+
+void Lane::Break() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  is_broken_ = true;
+  std::vector<uint32_t> waiting;
+  for (uint32_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].is_prepared && !slots_[i].is_released && !IsAnswered(i)) waiting.push_back(i);
+  }
+  // First: a stream that is let go of runs on with outputs that nobody has computed, and what it
+  // rings then must not be stored.
+  for (const uint32_t i : waiting) wire::Store(&memory_.slot(i)->request_offset, kNowhere);
+  for (const uint32_t i : waiting) {
+    wire::SlotHead* const head = memory_.slot(i);
+    slots_[i].is_released = true;
+    wire::Store(&head->reply_code, static_cast<uint32_t>(absl::StatusCode::kUnavailable));
+    wire::Store(&head->reply_number, slots_[i].number);
+    wire::Wake(&head->reply_number);
+  }
+}
+
+bool Lane::IsReleased(uint32_t index) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return slots_[index].is_released;
 }
 
 void Lane::Reclaim(uint32_t index) {
   Slot& slot = slots_[index];
   if (!slot.is_abandoned || wire::Load(memory_.slot(index)->reply_number) != slot.number) return;
   slot.is_abandoned = false;
+  slot.is_prepared = false;
   slot.is_taken = slot.is_reserved;
 }
 
 std::optional<uint32_t> Lane::TakeSlot(const StepBuffers* buffers) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  // Then answers may be this client's own.
+  if (is_broken_) return std::nullopt;
   if (buffers != nullptr && buffers->lane_.get() == this) {
     Reclaim(buffers->slot_);
-    if (slots_[buffers->slot_].is_abandoned) return std::nullopt;
+    const Slot& slot = slots_[buffers->slot_];
+    if (slot.is_abandoned || slot.is_prepared) return std::nullopt;
     return buffers->slot_;
   }
   for (uint32_t i = 0; i < slots_.size(); ++i) {
@@ -185,8 +312,10 @@ std::optional<uint32_t> Lane::TakeSlot(const StepBuffers* buffers) {
 
 void Lane::LeaveSlot(uint32_t index, bool abandon) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  slots_[index].is_taken = abandon || slots_[index].is_reserved;
-  slots_[index].is_abandoned = abandon;
+  Slot& slot = slots_[index];
+  slot.is_taken = abandon || slot.is_reserved;
+  slot.is_abandoned = abandon;
+  slot.is_prepared = abandon && slot.is_prepared;
 }
 
 std::optional<uint32_t> Lane::ReserveSlot(size_t tensor_bytes) {
@@ -201,7 +330,7 @@ std::optional<uint32_t> Lane::ReserveSlot(size_t tensor_bytes) {
 void Lane::ReturnSlot(uint32_t index) {
   const std::lock_guard<std::mutex> lock(mutex_);
   slots_[index].is_reserved = false;
-  slots_[index].is_taken = slots_[index].is_abandoned;
+  slots_[index].is_taken = slots_[index].is_abandoned || slots_[index].is_prepared;
 }
 
 bool Lane::PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest* request) {
@@ -217,7 +346,7 @@ bool Lane::PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest*
     if (place != tensor.bytes.data()) std::memmove(place, tensor.bytes.data(), bytes);
     to->mutable_region()->set_offset_bytes(offset);
     to->mutable_region()->set_length_bytes(bytes);
-    offset = AlignUp(offset + bytes, wire::kLaneAlignment);
+    offset = wire::AlignUp(offset + bytes);
     return true;
   };
   // Absent tensors must not come into being by being named.
@@ -229,9 +358,8 @@ bool Lane::PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest*
     // Tensors that this step leaves out are the caller's all the same.
     offset = std::max(offset, begin + buffers->tensor_bytes());
   }
-  const uint64_t heads = uint64_t{step.q.token_count} * step.q.head_count;
-  const uint64_t output_bytes = heads * (step.q.head_dim + 1) * sizeof(float);
   const uint64_t bytes = request->ByteSizeLong();
+  const uint64_t output_bytes = PlacesOf(index, *request).message - memory_.ReplyOffset(index);
   if (!wire::IsRange(offset, bytes, end) || output_bytes > memory_.shape().reply_bytes) {
     return false;
   }
@@ -241,17 +369,29 @@ bool Lane::PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest*
   return true;
 }
 
+wire::ReplyPlaces Lane::PlacesOf(uint32_t index, const v1::AttendRequest& request) const {
+  const auto& shape = request.q().shape();
+  const uint64_t heads = static_cast<uint64_t>(shape[0]) * static_cast<uint64_t>(shape[1]);
+  const uint64_t lse_bytes = heads * sizeof(float);
+  return wire::PlaceReply(memory_.ReplyOffset(index), lse_bytes,
+                          lse_bytes * static_cast<uint64_t>(shape[2]));
+}
+
 void Lane::PutHead(uint32_t index, uint32_t method, uint64_t offset, uint64_t bytes) {
+  ++slots_[index].number;
   wire::SlotHead* const head = memory_.slot(index);
+  wire::Store(&head->client_asleep, uint32_t{0});
   wire::Store(&head->request_method, method);
   wire::Store(&head->request_offset, offset);
   wire::Store(&head->request_bytes, static_cast<uint32_t>(bytes));
 }
 
 bool Lane::Ring(uint32_t index) {
-  wire::SlotHead* const head = memory_.slot(index);
-  wire::Store(&head->client_asleep, uint32_t{0});
-  wire::Store(&head->request_number, ++slots_[index].number);
+  wire::Store(&memory_.slot(index)->request_number, slots_[index].number);
+  return WakeServer();
+}
+
+bool Lane::WakeServer() const {
   if (wire::Load(memory_.head()->server_asleep) == 0) return true;
   const char byte = 0;
   // A full socket holds bytes that the server has not read yet, and will.
@@ -267,7 +407,7 @@ bool Lane::BeginAppend(uint32_t index, const AppendPart& part) {
     DescribeTensor(tensor, tensor.token_count, to);
     to->mutable_region()->set_offset_bytes(offset);
     to->mutable_region()->set_length_bytes(bytes);
-    offset = AlignUp(offset + bytes, wire::kLaneAlignment);
+    offset = wire::AlignUp(offset + bytes);
   };
   put(part.k, request.mutable_k());
   put(part.v, request.mutable_v());
@@ -276,12 +416,15 @@ bool Lane::BeginAppend(uint32_t index, const AppendPart& part) {
   request.SerializeWithCachedSizesToArray(
       reinterpret_cast<uint8_t*>(memory_.Range(offset, bytes).data()));
   PutHead(index, wire::kLaneAppend, offset, bytes);
-  // Together: whoever has the lower number is seen first.
-  const std::lock_guard<std::mutex> lock(mutex_);
-  wire::Store(&memory_.slot(index)->request_order, ++append_order_);
-  if (Ring(index)) return true;
-  is_broken_ = true;
-  return false;
+  bool is_rung = false;
+  {
+    // Together: whoever has the lower number is seen first.
+    const std::lock_guard<std::mutex> lock(mutex_);
+    wire::Store(&memory_.slot(index)->request_order, ++append_order_);
+    is_rung = Ring(index);
+  }
+  if (!is_rung) Break();
+  return is_rung;
 }
 
 absl::StatusOr<v1::AppendResponse> Lane::EndAppend(uint32_t index,
@@ -292,7 +435,7 @@ absl::StatusOr<v1::AppendResponse> Lane::EndAppend(uint32_t index,
     case Outcome::kTimeOver:
       return absl::DeadlineExceededError("the server did not answer in time");
     case Outcome::kBroken:
-      is_broken_ = true;
+      Break();
       return absl::UnavailableError("the server is gone");
   }
   std::string message;
@@ -306,7 +449,7 @@ absl::StatusOr<v1::AppendResponse> Lane::EndAppend(uint32_t index,
 std::vector<uint32_t> Lane::ReserveAppendSlots(uint32_t count) {
   std::vector<uint32_t> indices;
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (uint32_t i = 0; i < slots_.size(); ++i) {
+  for (uint32_t i = 0; i < slots_.size() && !is_broken_; ++i) {
     if (indices.size() == count || append_slots_ + 1 > slots_.size() / 2) break;
     Reclaim(i);
     if (slots_[i].is_taken) continue;
@@ -335,6 +478,32 @@ bool Lane::SpinForReply(uint32_t index) const {
     std::this_thread::yield();
   } while (steady_clock::now() < end);
   return false;
+}
+
+// Words are looked at in the order that the server's last look before it sleeps relies on: once the
+// number is seen, a server that has not said that it sleeps will see it too.
+Lane::Outcome Lane::WaitForRing(uint32_t index, steady_clock::time_point deadline) const {
+  const wire::SlotHead& head = *memory_.slot(index);
+  const uint32_t number = slots_[index].number;
+  steady_clock::time_point now = steady_clock::now();
+  const steady_clock::time_point spin_end = now + spin_;
+  steady_clock::time_point check_at = now + kConnectionCheck;
+  while (wire::Load(head.request_number) != number) {
+    // By a lane that broke.
+    if (IsAnswered(index)) return Outcome::kAnswered;
+    if (now >= deadline) return Outcome::kTimeOver;
+    if (now >= check_at) {
+      if (!IsConnected()) return Outcome::kBroken;
+      check_at = now + kConnectionCheck;
+    }
+    if (now < spin_end) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kRingNap);
+    }
+    now = steady_clock::now();
+  }
+  return WakeServer() ? Outcome::kAnswered : Outcome::kBroken;
 }
 
 Lane::Outcome Lane::Wait(uint32_t index, steady_clock::time_point deadline) {
@@ -369,7 +538,7 @@ absl::Status Lane::TakeMessage(uint32_t index, std::string* message) {
   const uint32_t code = wire::Load(head.reply_code);
   const uint64_t begin = memory_.ReplyOffset(index);
   if (offset < begin || !wire::IsRange(offset, bytes, begin + memory_.shape().reply_bytes)) {
-    is_broken_ = true;
+    Break();
     return MalformedReply("reply_offset", "is not in the slot");
   }
   const absl::Span<const std::byte> range = memory_.Range(offset, bytes);
@@ -380,17 +549,12 @@ absl::Status Lane::TakeMessage(uint32_t index, std::string* message) {
   return StatusFromWire(static_cast<int>(code), error.message(), *message);
 }
 
-std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
-                                                            const v1::AttendRequest& request,
-                                                            AttendResult prepared,
-                                                            StepBuffers* buffers) {
+absl::StatusOr<AttendResult> Lane::TakeReply(uint32_t index, const v1::AttendRequest& request,
+                                             AttendResult prepared, StepBuffers* buffers,
+                                             const wire::ReplyPlaces* places) {
   std::string& message = slots_[index].message;
   const absl::Status status = TakeMessage(index, &message);
-  if (!status.ok()) {
-    const bool is_for_others = absl::IsUnavailable(status) || ReasonOf(status) == kReplyTooLarge;
-    if (is_for_others) return std::nullopt;
-    return status;
-  }
+  if (!status.ok()) return status;
   // That of a few rows needs no other memory.
   alignas(std::max_align_t) std::array<char, kReplyArenaBytes> block;
   google::protobuf::ArenaOptions arena_options;
@@ -399,11 +563,14 @@ std::optional<absl::StatusOr<AttendResult>> Lane::TakeReply(uint32_t index,
   google::protobuf::Arena arena(arena_options);
   const uint64_t begin = memory_.ReplyOffset(index);
   const ReplyRegion region = {.offset = begin,
-                              .bytes = memory_.Range(begin, memory_.shape().reply_bytes)};
+                              .bytes = memory_.Range(begin, memory_.shape().reply_bytes),
+                              .places = places};
   absl::Span<const std::byte> out;
   absl::StatusOr<AttendResult> result = ResultFromMessage(
       request, message, region, &arena, std::move(prepared), buffers != nullptr ? &out : nullptr);
-  if (result.ok() && buffers != nullptr) {
+  if (!result.ok()) return result;
+  result->transport = Transport::kLane;
+  if (buffers != nullptr) {
     // A slot that is not theirs will be somebody else's soon, and the message is gone even sooner.
     const bool stays = buffers->lane_.get() == this && AreFloatsIn(region.bytes, out);
     buffers->KeepOutputs(out, stays);

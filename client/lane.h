@@ -17,6 +17,7 @@
 #include "client/append_part.h"
 #include "client/attend.h"
 #include "client/options.h"
+#include "client/prepared_attend.h"
 #include "client/step_buffers.h"
 #include "kvservice/v1/attention.pb.h"
 #include "wire/file_descriptor.h"
@@ -24,6 +25,15 @@
 #include "wire/shared_memory.h"
 
 namespace kvservice::client {
+
+// An Attend that lies ready in a slot for somebody else to ring.
+struct PreparedSlot {
+  uint32_t index = 0;
+  Doorbell doorbell;
+  // Where the answer will have them: [T][query_head_count] and [T][query_head_count][head_dim].
+  absl::Span<const float> lse;
+  absl::Span<const float> out;
+};
 
 // One open lane. Any thread; each call has a slot of its own, and the calling thread waits.
 class Lane {
@@ -43,6 +53,20 @@ class Lane {
   // Nobody waits for the answer any more, which may still come.
   void AbandonAttend(uint32_t index) { LeaveSlot(index, true); }
 
+  // As BeginAttend in the slot of the step's buffers, which the tensors are in already, but nothing
+  // tells the server: FAILED_PRECONDITION / LANE_UNAVAILABLE if they have no slot here, or one with
+  // a call, or the call is too large for it. Each is ended or dropped once.
+  absl::StatusOr<PreparedSlot> PrepareAttend(const AttendStep& step, v1::AttendRequest* request);
+  // Instead of somebody else.
+  void RingPrepared(uint32_t index);
+  // Waits for whoever rings and then for the answer. UNAVAILABLE or DEADLINE_EXCEEDED, both
+  // LANE_BROKEN, when there is none: then the lane is broken.
+  absl::StatusOr<AttendResult> EndPrepared(uint32_t index, const v1::AttendRequest& request,
+                                           StepBuffers* buffers,
+                                           std::chrono::steady_clock::time_point deadline);
+  // Nobody wants the answer: the call is taken back if it has not been rung.
+  void DropPrepared(uint32_t index);
+
   // One append's message through a slot that was reserved, after the answer to the one before: puts
   // it there and tells the server. Messages are taken in the order of these calls. False when the
   // server is gone.
@@ -61,6 +85,7 @@ class Lane {
   // nothing when none is to spare. Given back once.
   std::optional<uint32_t> ReserveSlot(size_t tensor_bytes);
   void ReturnSlot(uint32_t index);
+  absl::Span<std::byte> memory() const { return mapping_.bytes(); }
   uint64_t request_bytes() const { return memory_.shape().request_bytes; }
   absl::Span<std::byte> RequestMemory(uint32_t index) const {
     return memory_.Range(memory_.RequestOffset(index), memory_.shape().request_bytes);
@@ -81,6 +106,10 @@ class Lane {
     bool is_reserved = false;
     // Its caller's time was over: free once the answer is there.
     bool is_abandoned = false;
+    // Somebody outside may wait for the answer, until it is there.
+    bool is_prepared = false;
+    // The lane broke before that: what says that the answer is there is this client's.
+    bool is_released = false;
   };
   enum class Outcome : uint8_t { kAnswered, kTimeOver, kBroken };
 
@@ -98,19 +127,28 @@ class Lane {
   void Reclaim(uint32_t index);
   void LeaveSlot(uint32_t index, bool abandon);
   bool PutRequest(uint32_t index, const AttendStep& step, v1::AttendRequest* request);
-  // Names the message at `offset` of the memory, of which the server does not know yet.
+  // Names the message at `offset` of the memory, of which the server does not know yet, and takes
+  // the slot's next number for it.
   void PutHead(uint32_t index, uint32_t method, uint64_t offset, uint64_t bytes);
   // Makes it a request. False when the server is gone.
   bool Ring(uint32_t index);
+  // If it sleeps. False when it is gone.
+  bool WakeServer() const;
+  // No more calls go through the lane, and nobody waits outside for those that do.
+  void Break();
+  bool IsReleased(uint32_t index);
+  wire::ReplyPlaces PlacesOf(uint32_t index, const v1::AttendRequest& request) const;
+  // Whether a prepared call was rung; kAnswered when it was, and the server knows.
+  Outcome WaitForRing(uint32_t index, std::chrono::steady_clock::time_point deadline) const;
   Outcome Wait(uint32_t index, std::chrono::steady_clock::time_point deadline);
   bool SpinForReply(uint32_t index) const;
   bool IsAnswered(uint32_t index) const;
   // The answer's message, or the error.
   absl::Status TakeMessage(uint32_t index, std::string* message);
-  std::optional<absl::StatusOr<AttendResult>> TakeReply(uint32_t index,
-                                                        const v1::AttendRequest& request,
-                                                        AttendResult prepared,
-                                                        StepBuffers* buffers);
+  // `places`: where the outputs must be, nullptr = anywhere.
+  absl::StatusOr<AttendResult> TakeReply(uint32_t index, const v1::AttendRequest& request,
+                                         AttendResult prepared, StepBuffers* buffers,
+                                         const wire::ReplyPlaces* places);
 
   const FileDescriptor socket_;
   const wire::SharedMemory mapping_;
@@ -119,7 +157,8 @@ class Lane {
   std::atomic<bool> is_broken_{false};
 
   std::mutex mutex_;
-  // Guarded by mutex_, but for number and message, which are the taker's.
+  // Guarded by mutex_, but for number and message, which are the taker's; a prepared call's number
+  // stays what it is.
   std::vector<Slot> slots_;
   uint32_t append_slots_ = 0;
   uint32_t append_order_ = 0;

@@ -130,6 +130,10 @@ std::optional<absl::Span<const std::byte>> FloatPayload(const TensorParts& tenso
   return region.bytes.subspan(offset - region.offset, bytes);
 }
 
+bool IsAt(const TensorParts& tensor, uint64_t offset) {
+  return tensor.has_region && tensor.offset_bytes == offset;
+}
+
 TensorParts PartsOf(const v1::Tensor& tensor) {
   return {.dtype = tensor.dtype(),
           .shape = {tensor.shape().begin(), tensor.shape().end()},
@@ -441,6 +445,11 @@ absl::StatusOr<AttendResult> ResultOf(const v1::AttendRequest& request, const Re
   if (!lse.has_value()) return MalformedReply("lse", "is not float32 of the shape of q");
   const auto out = FloatPayload(reply.out, {shape[0], shape[1], shape[2]}, region);
   if (!out.has_value()) return MalformedReply("out", "is not float32 of the shape of q");
+  if (region.places != nullptr) {
+    constexpr char kProblem[] = "is not where it was to be";
+    if (!IsAt(reply.lse, region.places->lse)) return MalformedReply("lse", kProblem);
+    if (!IsAt(reply.out, region.places->out)) return MalformedReply("out", kProblem);
+  }
   if (out_payload != nullptr) *out_payload = *out;
   result.call_number = reply.call_number;
   result.epoch = std::string(reply.epoch);

@@ -16,6 +16,7 @@
 #include "client/sequence.h"
 #include "kvservice/v1/attention.pb.h"
 #include "kvservice/v1/sequence.pb.h"
+#include "wire/lane_layout.h"
 
 namespace kvservice::client {
 
@@ -23,6 +24,9 @@ namespace kvservice::client {
 struct ReplyRegion {
   uint64_t offset = 0;
   absl::Span<const std::byte> bytes = {};
+  // Where lse and out must be, for whoever reads them there without the reply; borrowed, nullptr =
+  // anywhere.
+  const wire::ReplyPlaces* places = nullptr;
 };
 
 // Step id, number of rows, sizes of all arrays, sides of all bounds. With `out` the outputs are not

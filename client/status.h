@@ -17,11 +17,13 @@ namespace kvservice::client {
 // Reasons that only this library gives. REQUEST_INVALID: the request contradicts itself and was not
 // sent. REPLY_MALFORMED: the reply does not fit the request and nothing of it was used.
 // SERVER_UNREACHABLE: no connection came about in time. LANE_UNAVAILABLE: Transport::kLane was
-// asked for, and the server is on another host or offers none.
+// asked for, and the server is on another host or offers none; or a prepared call cannot go through
+// the lane. LANE_BROKEN: a prepared call had no answer, and its stream was let go of without one.
 inline constexpr char kRequestInvalid[] = "REQUEST_INVALID";
 inline constexpr char kReplyMalformed[] = "REPLY_MALFORMED";
 inline constexpr char kServerUnreachable[] = "SERVER_UNREACHABLE";
 inline constexpr char kLaneUnavailable[] = "LANE_UNAVAILABLE";
+inline constexpr char kLaneBroken[] = "LANE_BROKEN";
 
 // UPPER_SNAKE and stable across releases: "POSITION_GAP", "GENERATION_MISMATCH". Empty for OK and
 // for errors that no server made, such as a broken connection.

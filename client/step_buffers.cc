@@ -11,10 +11,6 @@
 namespace kvservice::client {
 namespace {
 
-size_t AlignUp(size_t bytes) {
-  return (bytes + wire::kLaneAlignment - 1) / wire::kLaneAlignment * wire::kLaneAlignment;
-}
-
 size_t QueryBytes(const StepShape& shape) {
   return size_t{shape.token_count} * shape.query_head_count * shape.head_dim *
          ElementBytes(shape.q_dtype);
@@ -28,7 +24,7 @@ size_t KeyBytes(const StepShape& shape) {
 }  // namespace
 
 StepBuffers::StepBuffers(const StepShape& shape, std::shared_ptr<Lane> lane) : shape_(shape) {
-  const size_t bytes = AlignUp(QueryBytes(shape)) + 2 * AlignUp(KeyBytes(shape));
+  const size_t bytes = wire::AlignUp(QueryBytes(shape)) + 2 * wire::AlignUp(KeyBytes(shape));
   const std::optional<uint32_t> slot = lane != nullptr ? lane->ReserveSlot(bytes) : std::nullopt;
   if (!slot.has_value()) {
     own_tensors_.resize(bytes);
@@ -48,8 +44,12 @@ StepBuffers::StepBuffers(StepBuffers&& other) noexcept = default;
 
 void StepBuffers::PlaceTensors(absl::Span<std::byte> memory) {
   q_ = memory.first(QueryBytes(shape_));
-  k_ = memory.subspan(AlignUp(q_.size()), KeyBytes(shape_));
-  v_ = memory.subspan(AlignUp(q_.size()) + AlignUp(k_.size()), k_.size());
+  k_ = memory.subspan(wire::AlignUp(q_.size()), KeyBytes(shape_));
+  v_ = memory.subspan(wire::AlignUp(q_.size()) + wire::AlignUp(k_.size()), k_.size());
+}
+
+absl::Span<std::byte> StepBuffers::shared_memory() const {
+  return lane_ != nullptr ? lane_->memory() : absl::Span<std::byte>();
 }
 
 TensorView StepBuffers::q_view() const {

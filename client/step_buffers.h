@@ -54,6 +54,10 @@ class StepBuffers {
   absl::Span<std::byte> q() const { return q_; }
   absl::Span<std::byte> k() const { return k_; }
   absl::Span<std::byte> v() const { return v_; }
+  // All of the memory that q, k and v, and outputs that stay, are in, from the start of a page:
+  // what to register with a GPU's driver, so that it copies there by itself. The same for all
+  // buffers of a lane, and there as long as any of them. Empty where none is shared.
+  absl::Span<std::byte> shared_memory() const;
   TensorView q_view() const;
   TensorView k_view() const;
   TensorView v_view() const;

@@ -48,6 +48,7 @@ POPULATION = "attention/cpu/population.cc"
 REPLY = "kvservice/server/convert_attend.cc"
 KEYS = "kvservice/draw_keys.cc"
 LANE = "kvservice/server/lane.cc"
+CLIENT_LANE = "client/lane.cc"
 REGION = "kvservice/server/region_copy.cc"
 TIER = "kvservice/cache/rocksdb_tier.cc"
 RECORD = "kvservice/cache/slice_record.cc"
@@ -307,6 +308,24 @@ MUTATIONS = [Mutation(*fields) for fields in [
      "if (wire::Load(head->request_number) != number) host_->wake();",
      "static_cast<void>(number);", "lane_test",
      "*RequestsBeforeTheAnswer*"),
+    # ---- Calls that a GPU's stream rings ----
+    ("prepared_calls_wake_the_server", CLIENT_LANE,
+     "return WakeServer() ? Outcome::kAnswered : Outcome::kBroken;", "return Outcome::kAnswered;",
+     "prepared_attend_test", "*AServerThatSleeps*"),
+    ("dropped_calls_wake_the_server", CLIENT_LANE, "if (!is_answered && !WakeServer()) Break();",
+     "", "prepared_attend_test", "*AreRungMayBeGivenUp*"),
+    ("prepared_calls_release_the_stream", CLIENT_LANE,
+     "wire::Store(&head->reply_number, slots_[i].number);", "",
+     "prepared_attend_test", "*LetsStreamsGo*"),
+    ("released_streams_store_nothing", CLIENT_LANE,
+     "for (const uint32_t i : waiting) wire::Store(&memory_.slot(i)->request_offset, kNowhere);",
+     "", "prepared_attend_test", "*TimeThatIsOver*"),
+    ("released_calls_are_not_answered", CLIENT_LANE,
+     "if (outcome == Outcome::kAnswered && !IsReleased(index)) {",
+     "if (outcome == Outcome::kAnswered) {", "prepared_attend_test", "*LetsStreamsGo*"),
+    ("prepared_outputs_have_their_place", "client/replies.cc",
+     "if (!IsAt(reply.out, region.places->out)) return MalformedReply(\"out\", kProblem);", "",
+     "lane_client_test", "*WhereTheLayoutSays*"),
     # ---- Nothing lost, nothing wrong: the disk tier ----
     ("writes_are_synced", TIER, "how.sync = is_synced;", "how.sync = is_synced && false;",
      "power_cut_test", "*NothingAcknowledged*"),

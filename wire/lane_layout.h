@@ -17,6 +17,12 @@
 // tensors are ranges of the reply area, or, with a code other than 0, a Status. Until then the slot
 // belongs to the server.
 //
+// Whoever shares the memory may store request_number once the rest is there, and read the outputs
+// of an Attend where they will be (PlaceReply) once reply_number is equal: a GPU's stream, for
+// which the client has got everything else ready. It cannot wake a server that sleeps; its client
+// does. A client that gives such a call up makes reply_number equal itself, so that nothing waits
+// for ever, and does not use the slot again.
+//
 // Attend (AttendRequest, AttendResponse) is as the unary call; calls of different slots are taken
 // in any order. Append (AppendRequest, AppendResponse) is one message of an Append stream: applied
 // on its own, and its response has the counts of this message and no sequence. Appends that wait
@@ -113,6 +119,31 @@ inline std::optional<uint64_t> LaneBytes(const LaneShape& shape) {
   if (__builtin_mul_overflow(bytes, uint64_t{shape.slot_count}, &bytes)) return std::nullopt;
   if (__builtin_add_overflow(bytes, LaneHeadBytes(shape.slot_count), &bytes)) return std::nullopt;
   return bytes;
+}
+
+inline uint64_t AlignUp(uint64_t offset) {
+  return (offset + kLaneAlignment - 1) / kLaneAlignment * kLaneAlignment;
+}
+
+// Where the parts of an Attend's answer lie, from the start of the memory.
+struct ReplyPlaces {
+  // [T][query_head_count] of float32.
+  uint64_t lse = 0;
+  uint64_t lse_bytes = 0;
+  // [T][query_head_count][head_dim] of the output's type.
+  uint64_t out = 0;
+  uint64_t out_bytes = 0;
+  uint64_t message = 0;
+};
+
+// In every version: lse first in the reply area, which begins at `begin`, out behind it and the
+// message behind that, aligned. So clients know before the answer where outputs will be. A Status
+// lies anywhere, also where outputs would.
+inline ReplyPlaces PlaceReply(uint64_t begin, uint64_t lse_bytes, uint64_t out_bytes) {
+  ReplyPlaces places = {.lse = begin, .lse_bytes = lse_bytes, .out_bytes = out_bytes};
+  places.out = AlignUp(places.lse + lse_bytes);
+  places.message = AlignUp(places.out + out_bytes);
+  return places;
 }
 
 // True when [offset, offset + bytes) lies within `size` bytes, whatever the numbers are.

@@ -21,10 +21,6 @@ namespace {
 
 using google::protobuf::Arena;
 
-uint64_t AlignUp(uint64_t offset) {
-  return (offset + wire::kLaneAlignment - 1) / wire::kLaneAlignment * wire::kLaneAlignment;
-}
-
 // In the order of a client's calls, whose numbers come round.
 bool IsBefore(uint32_t a, uint32_t b) { return static_cast<int32_t>(a - b) < 0; }
 
@@ -64,25 +60,14 @@ google::protobuf::ArenaOptions OptionsOf(absl::Span<char> block) {
   return options;
 }
 
-// Where the parts of an Attend's answer lie; the message is the last.
-struct ReplyPlaces {
-  uint64_t lse = 0;
-  uint64_t lse_bytes = 0;
-  uint64_t out = 0;
-  uint64_t out_bytes = 0;
-  uint64_t message = 0;
-};
-
 // Nothing if the shape of q is not one that the engine takes.
-std::optional<ReplyPlaces> LayOut(uint64_t begin, absl::Span<const int64_t> q_shape, DType dtype) {
+std::optional<wire::ReplyPlaces> LayOut(uint64_t begin, absl::Span<const int64_t> q_shape,
+                                        DType dtype) {
   if (q_shape.size() != 3) return std::nullopt;
   const std::optional<size_t> lse_bytes = TensorBytes(DType::kFloat32, q_shape.first(2));
   const std::optional<size_t> out_bytes = TensorBytes(dtype, q_shape);
   if (!lse_bytes.has_value() || !out_bytes.has_value()) return std::nullopt;
-  ReplyPlaces places{.lse = begin, .lse_bytes = *lse_bytes, .out_bytes = *out_bytes};
-  places.out = AlignUp(places.lse + places.lse_bytes);
-  places.message = AlignUp(places.out + places.out_bytes);
-  return places;
+  return wire::PlaceReply(begin, *lse_bytes, *out_bytes);
 }
 
 // A call in a slot; the messages are of its method. The block is borrowed.
@@ -341,7 +326,7 @@ absl::Status Lane::WriteAnswer(uint32_t index) {
   DescribeOutputs(run, lse, out);
   // The engine has looked at the shape.
   const uint64_t begin = memory_.ReplyOffset(index);
-  const ReplyPlaces places = *LayOut(begin, run.call.q.shape, run.output_dtype);
+  const wire::ReplyPlaces places = *LayOut(begin, run.call.q.shape, run.output_dtype);
   lse->mutable_region()->set_offset_bytes(places.lse);
   lse->mutable_region()->set_length_bytes(places.lse_bytes);
   out->mutable_region()->set_offset_bytes(places.out);

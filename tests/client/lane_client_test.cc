@@ -13,7 +13,7 @@
 
 #include "client/client.h"
 #include "client/status.h"
-#include "tests/server/served_engine.h"
+#include "tests/client/lane_case.h"
 
 namespace kvservice::testing {
 namespace {
@@ -23,48 +23,8 @@ using client::Transport;
 
 constexpr double kOutTolerance = 1e-10;
 
-ServedEngineOptions WithDevice(std::unique_ptr<Device> device, uint32_t lanes_max = 2) {
-  ServedEngineOptions options;
-  options.device = std::move(device);
-  options.server.lanes_max = lanes_max;
-  return options;
-}
-
-class LaneClientTest : public ::testing::Test {
+class LaneClientTest : public LaneCase {
  protected:
-  LaneClientTest() { Serve(); }
-
-  void Serve(uint32_t lanes_max = 2) {
-    served_.reset();
-    served_ = std::make_unique<ServedEngine>(
-        WithDevice(brake_.On(*NewDevice("reference", {})), lanes_max));
-  }
-
-  client::ClientOptions Options() const {
-    client::ClientOptions options;
-    options.endpoint = "unix:" + served_->folder() + "/data";
-    options.deadlines.data = std::chrono::seconds(30);
-    return options;
-  }
-  static std::unique_ptr<Client> Connect(const client::ClientOptions& options) {
-    absl::StatusOr<std::unique_ptr<Client>> connected = Client::Connect(options);
-    EXPECT_TRUE(connected.ok()) << connected.status();
-    return *std::move(connected);
-  }
-
-  // A sequence of the words 0, 1, ... in layer 0.
-  client::Sequence Create(Client* from, uint32_t count) const {
-    absl::StatusOr<client::Sequence> sequence = from->CreateSequence({.model = kModel});
-    EXPECT_TRUE(sequence.ok()) << sequence.status();
-    const Words words = Counting(0, count);
-    const std::vector<std::byte> k = PartBytes(layout(), layout().dtype, Part::kKey, 0, words);
-    const std::vector<std::byte> v = PartBytes(layout(), layout().dtype, Part::kValue, 0, words);
-    client::AppendWriter writer = sequence->Append();
-    EXPECT_TRUE(writer.Write(0, 0, View(k, count), View(v, count)).ok());
-    EXPECT_TRUE(writer.Commit().ok());
-    return *std::move(sequence);
-  }
-
   // A step that reads with the queries of the words from `position` on.
   struct Asked {
     std::vector<std::byte> q;
@@ -91,9 +51,7 @@ class LaneClientTest : public ::testing::Test {
                                   uint32_t position) const {
     if (!result.ok()) return result.status();
     EXPECT_TRUE(result->rows[0].status.ok()) << result->rows[0].status;
-    const LayerShape shape = {
-        .layout = layout(), .scale = served_->model().scale, .inverse_frequencies = {}};
-    const DenseAnswer dense = AttendDensely(shape, 0, Counting(0, position + 1), position);
+    const DenseAnswer dense = Dense(position);
     const auto out = absl::MakeConstSpan(result->rows[0].out).first(dense.out.size());
     EXPECT_LT(NormalizedSquaredError(out, dense.out), kOutTolerance);
     return result->transport;
@@ -102,18 +60,6 @@ class LaneClientTest : public ::testing::Test {
                                    uint32_t position, uint32_t count = 1) const {
     return Judge(from->Attend(Ask(sequence, position, count)->step), position);
   }
-
-  const KvLayout& layout() const { return served_->model().layout; }
-  client::TensorView View(const std::vector<std::byte>& bytes, uint32_t count) const {
-    return {.dtype = client::DType::kBfloat16,
-            .token_count = count,
-            .head_count = layout().kv_head_count,
-            .head_dim = layout().head_dim,
-            .bytes = bytes};
-  }
-
-  Brake brake_;
-  std::unique_ptr<ServedEngine> served_;
 };
 
 TEST_F(LaneClientTest, TheFasterWayIsTakenWhereThereIsOne) {
@@ -333,19 +279,8 @@ TEST_F(LaneClientTest, StepBuffersTakeTensorsAndLeaveOutputsInPlace) {
   options.lane.calls_max = 1;
   const auto client = Connect(options);
   const client::Sequence sequence = Create(client.get(), 20);
-  const client::StepShape shape = {.token_count = 1,
-                                   .query_head_count = layout().query_head_count,
-                                   .kv_head_count = layout().kv_head_count,
-                                   .head_dim = layout().head_dim};
   const auto step = [&](client::StepBuffers* buffers, uint32_t position, bool store) {
-    const auto put = [&](Part part, DType dtype, absl::Span<std::byte> to) {
-      const std::vector<std::byte> bytes = PartBytes(layout(), dtype, part, 0, {position});
-      ASSERT_EQ(bytes.size(), to.size());
-      std::copy(bytes.begin(), bytes.end(), to.begin());
-    };
-    put(Part::kQuery, DType::kFloat32, buffers->q());
-    put(Part::kKey, layout().dtype, buffers->k());
-    put(Part::kValue, layout().dtype, buffers->v());
+    Fill(position, buffers);
     const std::vector<std::byte> k(buffers->k().begin(), buffers->k().end());
     const client::AttendRow row = {.sequence = &sequence, .position = position};
     client::AttendStep made;
@@ -356,15 +291,12 @@ TEST_F(LaneClientTest, StepBuffersTakeTensorsAndLeaveOutputsInPlace) {
     ASSERT_TRUE(result->rows[0].status.ok()) << result->rows[0].status;
     EXPECT_TRUE(result->rows[0].out.empty());
     EXPECT_EQ(result->rows[0].lse.size(), layout().query_head_count);
-    const DenseAnswer dense = AttendDensely(
-        {.layout = layout(), .scale = served_->model().scale, .inverse_frequencies = {}}, 0,
-        Counting(0, position + 1), position);
-    EXPECT_LT(NormalizedSquaredError(buffers->out(), dense.out), kOutTolerance);
+    EXPECT_LT(NormalizedSquaredError(buffers->out(), Dense(position).out), kOutTolerance);
     EXPECT_EQ(k, std::vector<std::byte>(buffers->k().begin(), buffers->k().end()));
   };
   {
-    client::StepBuffers shared = client->NewStepBuffers(shape);
-    client::StepBuffers own = client->NewStepBuffers(shape);
+    client::StepBuffers shared = client->NewStepBuffers(Shape());
+    client::StepBuffers own = client->NewStepBuffers(Shape());
     EXPECT_TRUE(shared.out().empty());
     for (uint32_t position = 20; position < 24; position += 2) {
       step(&shared, position, true);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "client/lane.h"
+#include "client/status.h"
 #include "client/step_buffers.h"
 #include "kvservice/v1/lane.pb.h"
 #include "tests/client/made_reply.h"
@@ -60,14 +61,14 @@ class OneAnswer {
     wire::SlotHead* const head = memory.slot(0);
     while (wire::Load(head->request_number) == 0) std::this_thread::yield();
     const uint64_t begin = memory.ReplyOffset(0);
-    // A tensor that is to be a range: its offset is from the reply's begin so far.
-    if (response.out().has_region()) {
-      v1::TensorRegion* const region = response.mutable_out()->mutable_region();
-      const std::string data = response.out().data();
-      response.mutable_out()->clear_data();
-      region->set_offset_bytes(begin + region->offset_bytes());
-      std::memcpy(memory.Range(region->offset_bytes(), data.size()).data(), data.data(),
-                  data.size());
+    // Tensors that are to be ranges: their offset is from the reply's begin so far.
+    for (v1::Tensor* const tensor : {response.mutable_lse(), response.mutable_out()}) {
+      if (!tensor->has_region()) continue;
+      const uint64_t offset = begin + tensor->region().offset_bytes();
+      const std::string data = tensor->data();
+      tensor->clear_data();
+      tensor->mutable_region()->set_offset_bytes(offset);
+      std::memcpy(memory.Range(offset, data.size()).data(), data.data(), data.size());
     }
     const std::string message = response.SerializeAsString();
     const uint64_t offset = begin + shape.reply_bytes / 2;
@@ -86,32 +87,65 @@ class OneAnswer {
   std::thread thread_;
 };
 
-// The outputs in the buffers after a call that had this answer.
+// A client of its own for one call that has this answer.
+class AnsweredCall {
+ public:
+  explicit AnsweredCall(const v1::AttendResponse& response)
+      : server_(folder_.path() + "/data" + wire::kLaneSuffix, response) {
+    client::ClientOptions options;
+    options.endpoint = "unix:" + folder_.path() + "/data";
+    lane_ = *client::Lane::Open(options);
+    const auto extent = [this](int i) { return static_cast<uint32_t>(request_.q().shape(i)); };
+    buffers_ =
+        std::make_unique<client::StepBuffers>(client::StepShape{.token_count = extent(0),
+                                                                .query_head_count = extent(1),
+                                                                .kv_head_count = kMadeKvHeads,
+                                                                .head_dim = extent(2)},
+                                              lane_);
+    step_.SetBuffers(buffers_.get(), /*store=*/false);
+  }
+
+  // The outputs in the buffers after it.
+  std::vector<float> Outputs() {
+    const std::optional<uint32_t> slot = lane_->BeginAttend(step_, &request_);
+    EXPECT_TRUE(slot.has_value());
+    const auto result = lane_->EndAttend(*slot, request_, buffers_.get(), Deadline());
+    EXPECT_TRUE(result.has_value() && result->ok());
+    const absl::Span<const float> out = buffers_->out();
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(out.data()) % alignof(float), 0U);
+    return {out.begin(), out.end()};
+  }
+  // The field that is wrong with it when it was prepared; else "" and outputs that are where the
+  // client said.
+  std::string PreparedProblem() {
+    const absl::StatusOr<client::PreparedSlot> slot = lane_->PrepareAttend(step_, &request_);
+    EXPECT_TRUE(slot.ok()) << slot.status();
+    lane_->RingPrepared(slot->index);
+    const auto result = lane_->EndPrepared(slot->index, request_, buffers_.get(), Deadline());
+    if (result.ok()) {
+      EXPECT_EQ(buffers_->out(), slot->out);
+      return "";
+    }
+    EXPECT_EQ(client::ReasonOf(result.status()), client::kReplyMalformed);
+    return client::FieldOf(result.status());
+  }
+
+ private:
+  static std::chrono::steady_clock::time_point Deadline() {
+    return std::chrono::steady_clock::now() + std::chrono::minutes(1);
+  }
+
+  const TemporaryFolder folder_;
+  const OneAnswer server_;
+  v1::AttendRequest request_ = MadeRequest();
+  client::AttendStep step_;
+  // Gone before the server, which waits for that.
+  std::shared_ptr<client::Lane> lane_;
+  std::unique_ptr<client::StepBuffers> buffers_;
+};
+
 std::vector<float> OutputsAfter(const v1::AttendResponse& response) {
-  const TemporaryFolder folder;
-  const std::string path = folder.path() + "/data";
-  const OneAnswer server(path + wire::kLaneSuffix, response);
-  client::ClientOptions options;
-  options.endpoint = "unix:" + path;
-  const absl::StatusOr<std::shared_ptr<client::Lane>> opened = client::Lane::Open(options);
-  EXPECT_TRUE(opened.ok()) << opened.status();
-  client::Lane* const lane = opened->get();
-  v1::AttendRequest request = MadeRequest();
-  const auto extent = [&request](int i) { return static_cast<uint32_t>(request.q().shape(i)); };
-  client::StepBuffers buffers({.token_count = extent(0),
-                               .query_head_count = extent(1),
-                               .kv_head_count = kMadeKvHeads,
-                               .head_dim = extent(2)},
-                              *opened);
-  client::AttendStep step;
-  step.SetBuffers(&buffers, /*store=*/false);
-  const std::optional<uint32_t> slot = lane->BeginAttend(step, &request);
-  EXPECT_TRUE(slot.has_value());
-  const auto result = lane->EndAttend(*slot, request, &buffers,
-                                      std::chrono::steady_clock::now() + std::chrono::minutes(1));
-  EXPECT_TRUE(result.has_value() && result->ok());
-  EXPECT_EQ(reinterpret_cast<uintptr_t>(buffers.out().data()) % alignof(float), 0U);
-  return {buffers.out().begin(), buffers.out().end()};
+  return AnsweredCall(response).Outputs();
 }
 
 std::vector<float> Floats(const std::string& bytes) {
@@ -133,6 +167,26 @@ TEST(LaneReplyTest, OutputsMayLieAnywhereInTheArea) {
     region->set_length_bytes(response.out().data().size());
     EXPECT_EQ(OutputsAfter(response), Floats(response.out().data())) << offset;
   }
+}
+
+// Whoever waits for a prepared call reads outputs without its message.
+TEST(LaneReplyTest, OutputsOfPreparedCallsLieWhereTheLayoutSays) {
+  const auto problem = [](std::optional<uint64_t> lse, std::optional<uint64_t> out) {
+    v1::AttendResponse response = MadeResponse();
+    const auto place = [](std::optional<uint64_t> offset, v1::Tensor* tensor) {
+      if (!offset.has_value()) return;
+      tensor->mutable_region()->set_offset_bytes(*offset);
+      tensor->mutable_region()->set_length_bytes(tensor->data().size());
+    };
+    place(lse, response.mutable_lse());
+    place(out, response.mutable_out());
+    return AnsweredCall(response).PreparedProblem();
+  };
+  EXPECT_EQ(problem(0, 64), "");
+  EXPECT_EQ(problem(0, 128), "out");
+  EXPECT_EQ(problem(0, std::nullopt), "out");
+  EXPECT_EQ(problem(256, 64), "lse");
+  EXPECT_EQ(problem(std::nullopt, 64), "lse");
 }
 
 }  // namespace

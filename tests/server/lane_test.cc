@@ -131,6 +131,33 @@ TEST_F(LaneTest, AnswersAreThoseOfUnaryCalls) {
   }
 }
 
+// Clients read them there before they have looked at the answer.
+TEST_F(LaneTest, OutputsLieWhereTheLayoutSays) {
+  const RawLane lane(endpoint());
+  constexpr uint64_t kLseBytes = uint64_t{4} * sizeof(float);
+  for (const auto& [dtype, out_bytes] :
+       {std::pair(v1::DATA_TYPE_FLOAT32, 1024), std::pair(v1::DATA_TYPE_BFLOAT16, 512)}) {
+    v1::AttendRequest request = Request();
+    request.set_output_dtype(dtype);
+    ASSERT_EQ(lane.Call(1, lane.Place(1, request)), "OK");
+    const wire::SlotHead& head = *lane.head(1);
+    const auto message = lane.memory().Range(head.reply_offset, head.reply_bytes);
+    v1::AttendResponse response;
+    ASSERT_TRUE(response.ParseFromArray(message.data(), static_cast<int>(message.size())));
+    const uint64_t begin = lane.memory().ReplyOffset(1);
+    EXPECT_EQ(response.lse().region().offset_bytes(), begin);
+    EXPECT_EQ(response.lse().region().length_bytes(), kLseBytes);
+    EXPECT_EQ(response.out().region().offset_bytes(), begin + 64);
+    EXPECT_EQ(response.out().region().length_bytes(), out_bytes);
+    EXPECT_EQ(head.reply_offset, begin + 64 + out_bytes);
+    const wire::ReplyPlaces places =
+        wire::PlaceReply(begin, kLseBytes, static_cast<uint64_t>(out_bytes));
+    EXPECT_EQ(places.lse, response.lse().region().offset_bytes());
+    EXPECT_EQ(places.out, response.out().region().offset_bytes());
+    EXPECT_EQ(places.message, head.reply_offset);
+  }
+}
+
 // Memory of a slot is used by call after call.
 TEST_F(LaneTest, AnswersHaveNothingOfTheOnesBefore) {
   const RawLane lane(endpoint());

@@ -18,10 +18,6 @@ namespace {
 constexpr uint64_t kMessageOffset = 48 << 10;
 
 // Of tensors within a request area.
-uint64_t AlignUp(uint64_t offset) {
-  return (offset + wire::kLaneAlignment - 1) / wire::kLaneAlignment * wire::kLaneAlignment;
-}
-
 wire::SharedMemory OpenLane(int socket, const wire::LaneShape& shape, uint32_t version) {
   const uint64_t bytes = wire::LaneBytes(shape).value();
   const FileDescriptor file = wire::NewSealedMemory(bytes);
@@ -109,7 +105,7 @@ void RawLane::PlaceTensor(uint32_t slot, v1::Tensor* tensor, uint64_t* offset) c
   tensor->clear_data();
   tensor->mutable_region()->set_offset_bytes(*offset);
   tensor->mutable_region()->set_length_bytes(bytes);
-  *offset = AlignUp(*offset + bytes);
+  *offset = wire::AlignUp(*offset + bytes);
 }
 
 v1::AttendRequest RawLane::Place(uint32_t slot, v1::AttendRequest request) const {
