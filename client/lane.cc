@@ -38,7 +38,7 @@ constexpr char kReplyTooLarge[] = "REPLY_TOO_LARGE";
 constexpr size_t kReplyArenaBytes = size_t{64} << 10;
 // Between attempts to open a lane that broke.
 constexpr milliseconds kReopenPause{1'000};
-// Between looks whether a call was rung: whoever rings wakes nobody.
+// Between looks whether a call was rung.
 constexpr std::chrono::microseconds kRingNap{50};
 // An offset that no message has.
 constexpr uint64_t kNowhere = UINT64_MAX;
@@ -243,7 +243,7 @@ absl::StatusOr<AttendResult> Lane::EndPrepared(uint32_t index, const v1::AttendR
     case Outcome::kBroken:
       return Unanswered(absl::StatusCode::kUnavailable, "the server is gone");
   }
-  return Unanswered(absl::StatusCode::kUnavailable, "another call has broken the lane");
+  return Unanswered(absl::StatusCode::kUnavailable, "the lane broke before the answer");
 }
 
 void Lane::DropPrepared(uint32_t index) {

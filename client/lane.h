@@ -134,11 +134,13 @@ class Lane {
   bool Ring(uint32_t index);
   // If it sleeps. False when it is gone.
   bool WakeServer() const;
-  // No more calls go through the lane, and nobody waits outside for those that do.
+  // No more calls go through the lane, and prepared ones that have no answer get one from here: no
+  // stream waits for ever, and none rings with a message that the server takes. Without mutex_.
   void Break();
   bool IsReleased(uint32_t index);
   wire::ReplyPlaces PlacesOf(uint32_t index, const v1::AttendRequest& request) const;
-  // Whether a prepared call was rung; kAnswered when it was, and the server knows.
+  // Until a prepared call was rung and a server that sleeps has been woken: kAnswered, which is as
+  // much as there can be. Looks now and then, as whoever rings wakes nobody.
   Outcome WaitForRing(uint32_t index, std::chrono::steady_clock::time_point deadline) const;
   Outcome Wait(uint32_t index, std::chrono::steady_clock::time_point deadline);
   bool SpinForReply(uint32_t index) const;

@@ -7,7 +7,7 @@
 //   auto call = client->PrepareAttend(step);
 //   ... launch what writes buffers.q(), k() and v() ...
 //   cuStreamWriteValue32(stream, request, value, CU_STREAM_WRITE_VALUE_DEFAULT);  // of doorbell()
-//   cuStreamWaitValue32(stream, reply, value, CU_STREAM_WAIT_VALUE_EQ);
+//   cuStreamWaitValue32(stream, reply, value, CU_STREAM_WAIT_VALUE_GEQ);
 //   ... launch what reads call->out() ...
 //   auto result = call->Finish();  // later: certificates, and whether it went well
 //
@@ -34,7 +34,9 @@ struct Doorbell {
   // which cuStreamWriteValue32 is by default.
   uint32_t* request = nullptr;
   uint32_t value = 0;
-  // The answer is there once this equals `value`, no sooner: an acquire in the system's scope.
+  // The answer is there once this has reached `value`, as int32_t(*reply - value) >= 0, and no
+  // sooner: an acquire in the system's scope. It may be further by the time that a stream looks: a
+  // lane that breaks counts on for the next call in the slot.
   const uint32_t* reply = nullptr;
 };
 
@@ -63,10 +65,10 @@ class PreparedAttend {
   // the ring as well, and wakes a server that sleeps then, which nobody else does: calls are
   // finished in the order in which they are rung, or a call may wait for one before it that nobody
   // has seen. UNAVAILABLE / LANE_BROKEN when the server is gone, DEADLINE_EXCEEDED / LANE_BROKEN
-  // when there was no answer in time: then the lane is broken, the words of all prepared calls are
-  // stored so that no stream waits for ever, and new buffers are needed. Errors of the server are
-  // as of Attend, but no other way is tried: UNAVAILABLE / DRAINING, RESOURCE_EXHAUSTED /
-  // REPLY_TOO_LARGE.
+  // when there was no answer in time: then the lane is broken, no stream waits any longer in any
+  // prepared call, and new buffers are needed; the old ones keep the lane's memory, and its place
+  // in the server, until they are gone. Errors of the server are as of Attend, but no other way is
+  // tried: UNAVAILABLE / DRAINING, RESOURCE_EXHAUSTED / REPLY_TOO_LARGE.
   absl::StatusOr<AttendResult> Finish();
 
  private:

@@ -17,11 +17,12 @@
 // tensors are ranges of the reply area, or, with a code other than 0, a Status. Until then the slot
 // belongs to the server.
 //
-// Whoever shares the memory may store request_number once the rest is there, and read the outputs
-// of an Attend where they will be (PlaceReply) once reply_number is equal: a GPU's stream, for
-// which the client has got everything else ready. It cannot wake a server that sleeps; its client
-// does. A client that gives such a call up makes reply_number equal itself, so that nothing waits
-// for ever, and does not use the slot again.
+// Another agent of the client's may store request_number, as a release that the whole system sees,
+// once the rest is there, and read the outputs of an Attend where they will be (PlaceReply) once it
+// sees, as an acquire, that reply_number is equal: a GPU's stream, for which the client has got
+// everything else ready. It cannot wake a server that sleeps; the client looks for it. A client
+// that gives such a call up makes reply_number equal itself, so that nothing waits for ever, and
+// does not use the slot again.
 //
 // Attend (AttendRequest, AttendResponse) is as the unary call; calls of different slots are taken
 // in any order. Append (AppendRequest, AppendResponse) is one message of an Append stream: applied
