@@ -178,7 +178,7 @@ std::optional<absl::StatusOr<AttendResult>> Lane::EndAttend(uint32_t index,
   absl::StatusOr<AttendResult> result =
       TakeReply(index, request, std::move(prepared), buffers, nullptr);
   LeaveSlot(index, false);
-  if (IsForOthers(result.status())) return std::nullopt;
+  if (!result.ok() && IsForOthers(result.status())) return std::nullopt;
   return result;
 }
 
