@@ -18,7 +18,10 @@ from kvservice.v1 import model_pb2, types_pb2
 
 FILL_THREADS = 4
 FILL_TOKENS = 1024
-CALL_BYTES_MAX = 4 << 20
+CALL_BYTES_MAX = 1 << 20
+# Of a part whose stream makes its calls by itself: layers that the CPU is ahead of the GPU.
+CALLS_AHEAD = 4
+CALLS_MAX = 12
 BARRIER_S = 30.0
 # Squared error of dense outputs in bf16, normalised; and of a dropped mass, that of two float32
 # logarithms of sums.
@@ -219,17 +222,8 @@ class Part:
         self._buffers.close()
 
     def _share_row(self):
-        """q, k and v lie one behind the other there as here, and are copied as one."""
-        memory, q = self._buffers.shared_memory, self._buffers.q
-        if memory is None:
-            raise CheckFailedError(f"no shared memory: {self._client.lane_error}")
-        first, k, v, begin = (array.__array_interface__["data"][0] for array in
-                              (q, self._buffers.k, self._buffers.v, memory))
-        if (k - first, v - k) != (q.nbytes, self._buffers.k.nbytes):
-            raise CheckFailedError("q, k and v are not side by side")
-        row = memory[first - begin :][: self.steps[0].nbytes].view(np.uint16)
-        self._shared_row = host_tensor(row)
-        self.is_direct = self._machine.pin(memory)
+        self._shared_row = shared_row(self._client, self._buffers, self.steps)
+        self.is_direct = self._machine.pin(self._buffers.shared_memory)
         if not self.is_direct:
             self._row_detour = self._machine.pinned_like(self._decoder.row[0])
             self._out_detour = self._machine.pinned_like(self._decoder.out)
@@ -299,6 +293,138 @@ class Part:
         return times, reply
 
 
+class StreamPart:
+    """The same in one stream that never waits for the CPU: each layer's call is prepared while the
+    GPU is at earlier ones, begun by the stream, and its answer read when it has long come."""
+
+    def __init__(self, machine, weights, steps, client, plan, rows):
+        """As Part. RuntimeError where the memory cannot be registered with the driver."""
+        shape = weights.shape
+        self.rows, self.batch, self.is_direct = rows, len(range(plan.batch)[rows]), True
+        self._machine, self._plan, self._client = machine, plan, client
+        self._stream = machine.new_stream()
+        self.steps = part_of_steps(steps, shape, plan.batch, rows)
+        self._decoder = Decoder(weights, self.steps, self.batch)
+        self._places = [CallPlace(machine, client, shape, self.batch, self.steps)
+                        for _ in range(min(CALLS_AHEAD, plan.layers))]
+        self._capture()
+
+    def close(self):
+        for place in self._places:
+            place.buffers.close()
+
+    def _place(self, layer):
+        return self._places[layer % len(self._places)]
+
+    def _capture(self):
+        """Graphs of what lies between two calls, copies from and to the shared memory included."""
+        decoder, last, pool = self._decoder, self._plan.layers - 1, self._machine.new_pool()
+
+        def before(layer):
+            decoder.before_attention(layer)
+            self._place(layer).row.copy_(decoder.row[0], non_blocking=True)
+
+        def after(layer):
+            decoder.out.copy_(self._place(layer).out, non_blocking=True)
+            decoder.after_attention(layer, decoder.out)
+
+        def first():
+            decoder.begin()
+            before(0)
+
+        def between(layer):
+            after(layer - 1)
+            before(layer)
+
+        def tail():
+            after(last)
+            decoder.end()
+
+        segments = [first, *(lambda n=n: between(n) for n in range(1, last + 1)), tail]
+        *self._segments, self._tail = (
+            self._machine.capture(segment, self._stream, pool) for segment in segments)
+
+    def run(self, handles, policy, begin, limit):
+        """As Part's."""
+        plan = self._plan
+        sequences = [Sequence(self._client, handle).fork() for handle in handles[self.rows]]
+        times, marks = Times(plan), []
+        begin.wait(BARRIER_S)
+        with self._machine.on(self._stream):
+            self._decoder.reset()
+            marks.append(self._machine.mark(self._stream))
+            for step in range(plan.all_steps):
+                limit.check()
+                rows = [Row(sequence, plan.prompt_tokens + step) for sequence in sequences]
+                for layer, segment in enumerate(self._segments):
+                    place = self._place(layer)
+                    place.finish(times)
+                    place.prepare((step, layer), rows, policy)
+                    segment()
+                    marks.append(self._machine.mark(self._stream))
+                    self._machine.attend(place.call, self._stream)
+                    marks.append(self._machine.mark(self._stream))
+                self._tail()
+            for place in self._places:
+                place.finish(times)
+            self._machine.synchronize(self._stream)
+        reply = self._place(plan.layers - 1).reply
+        since = [self._machine.seconds_between(marks[0], mark) for mark in marks[1:]]
+        times.ready.flat, times.done.flat = since[::2], since[1::2]
+        for sequence in sequences:
+            sequence.drop()
+        return times, reply
+
+
+class CallPlace:
+    """Shared memory of one call at a time, and the call."""
+
+    def __init__(self, machine, client, shape, batch, steps):
+        self._client = client
+        self.buffers = client.step_buffers(batch, shape.query_heads, shape.kv_heads,
+                                           shape.head_dim, q_dtype="bfloat16")
+        self.row = shared_row(client, self.buffers, steps)
+        if not machine.pin(self.buffers.shared_memory):
+            raise CheckFailedError("the driver does not register the shared memory")
+        self.call = self.reply = self._at = None
+        # Where outputs will be is known from any call.
+        handle = types_pb2.SequenceHandle(id=bytes(16), generation=1)
+        rows = [Row(Sequence(client, handle), 0)] * batch
+        self.prepare(None, rows, None)
+        self.out = host_tensor(self.call.out)
+        self.call.drop()
+        self.call = None
+
+    def prepare(self, at, rows, policy):
+        """Layer and step are the call's name."""
+        self._at = at
+        layer = 0 if at is None else at[1]
+        self.call = self._client.prepare_rows(
+            layer, rows, self.buffers, policy=policy,
+            output_dtype=types_pb2.DATA_TYPE_BFLOAT16)
+
+    def finish(self, times):
+        """Reads the answer of the last call, if there is one."""
+        if self.call is None:
+            return
+        self.reply = self.call.finish()
+        self.call = None
+        times.note_reply(*self._at, self.reply)
+
+
+def shared_row(client, buffers, steps):
+    """q, k and v lie one behind the other in the shared memory as in a step, and are copied as
+    one."""
+    memory, q = buffers.shared_memory, buffers.q
+    if memory is None:
+        raise CheckFailedError(f"no shared memory: {client.lane_error}")
+    first, k, v, begin = (array.__array_interface__["data"][0] for array in
+                          (q, buffers.k, buffers.v, memory))
+    if (k - first, v - k) != (q.nbytes, buffers.k.nbytes):
+        raise CheckFailedError("q, k and v are not side by side")
+    return host_tensor(memory[first - begin :][: steps[0].nbytes].view(np.uint16))
+
+
 class Times:
     """When calls began and ended, and what the server says of them: [steps, layers]."""
 
@@ -309,6 +435,11 @@ class Times:
     def note(self, step, layer, ready, reply):
         self.done[step, layer] = time.perf_counter()
         self.ready[step, layer] = ready
+        self.note_reply(step, layer, reply)
+
+    def note_reply(self, step, layer, reply):
+        """What a reply says; CheckFailedError or KvServiceError where it is not what it should be.
+        """
         self.service[step, layer], self.queue[step, layer] = reply.service_s, reply.queue_s
         if reply.transport != "lane":
             raise CheckFailedError("a call did not travel by shared memory")

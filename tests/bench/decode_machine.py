@@ -3,10 +3,13 @@ the CPU, on which the same loops run one operation after the other."""
 
 import contextlib
 import platform
+import time
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend
+
+from kvservice import cuda_stream
 
 
 def host_tensor(array):
@@ -54,6 +57,18 @@ class CpuMachine:
     def pin(self, array):
         """Whether copies from and to this memory need no detour."""
         return True
+
+    def attend(self, prepared, stream):
+        """Makes a prepared call where the stream is."""
+        prepared.ring()
+        prepared.wait()
+
+    def mark(self, stream):
+        """A time in the stream, for seconds_between."""
+        return time.perf_counter()
+
+    def seconds_between(self, first, second):
+        return second - first
 
     def pinned_like(self, tensor):
         return torch.empty_like(tensor, device="cpu")
@@ -122,6 +137,19 @@ class CudaMachine:
 
     def pinned_like(self, tensor):
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
+
+    def attend(self, prepared, stream):
+        """Enqueues a prepared call."""
+        cuda_stream.call(stream.cuda_stream, prepared)
+
+    def mark(self, stream):
+        """A time in the stream, for seconds_between once that is there."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def seconds_between(self, first, second):
+        return first.elapsed_time(second) * 1e-3
 
 
 def machine_named(device, *, has_graphs=True):

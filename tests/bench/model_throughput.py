@@ -11,7 +11,8 @@ bf16; what goes to attention are planted rows (decode_model.py), the same in bot
 - the server's rows: the layers between two calls are one CUDA graph each; q, k and v go to memory
   that is shared with the server, which appends k and v and attends in one call, and outputs come
   back from there. "halves": the batch in two halves, each in a loop of its own at the same time, so
-  that one computes while the other is at the server; both read all weights.
+  that one computes while the other is at the server; both read all weights. "by stream": the CPU
+  prepares calls ahead and the GPU's stream makes them (kvservice.prepared, kvservice.cuda_stream).
 
 Layers 0 and 1 are dense under every policy, as by default. Prompts are stored beforehand. Where a
 model's whole cache would take too long to fill (--kv-gib), fewer layers have weights and caches,
@@ -29,7 +30,7 @@ import time
 import torch
 
 import decode_loops
-from decode_loops import DenseLoop, Limit, Part, Plan
+from decode_loops import DenseLoop, Limit, Part, Plan, StreamPart
 from decode_machine import machine_named
 from decode_model import SHAPES, Planted, Weights
 from kvservice import Client, LaneOptions, make_policy
@@ -43,6 +44,7 @@ CELLS = (
 )
 MASS_LIMIT = 0.05
 POLICIES = "dense,certified,cpe"
+WAYS = "whole,halves,stream,stream-halves"
 COLUMNS = (
     "model      batch  tokens  layers  attention                     ms/step  tokens/s  ratio"
     "   compute    call  server   queue    read    error"
@@ -151,20 +153,24 @@ def run_local(machine, cell, weights, planted, steps, limit):
     return [row | {"ratio": rows[0]["step_ms"] / row["step_ms"]} for row in rows]
 
 
-def split_batch(batch):
-    """Slices of the batch that run at the same time, by the end of a row's name."""
-    whole = {"": [slice(0, batch)]}
+def ways_of(batch, names):
+    """How the batch is decoded, by the end of a row's name: the kind of loop, and the slices of
+    the batch that run at the same time."""
     middle = batch // 2
-    return whole | {", halves": [slice(0, middle), slice(middle, batch)]} if middle else whole
+    whole, halves = [slice(0, batch)], [slice(0, middle), slice(middle, batch)]
+    ways = {"whole": ("", Part, whole), "halves": (", halves", Part, halves),
+            "stream": (", by stream", StreamPart, whole),
+            "stream-halves": (", by stream, halves", StreamPart, halves)}
+    return [ways[name] for name in names.split(",") if middle or "halves" not in name]
 
 
 def run_served(machine, cell, weights, planted, steps, arguments, limit):
     """Yields rows of attention in a server of its own."""
     plan, shape = cell.plan, cell.shape
     policies = make_policies(arguments)
-    ways = split_batch(plan.batch)
+    ways = ways_of(plan.batch, arguments.ways)
     pool = decode_loops.pool_bytes(shape, plan, len(policies) * len(ways))
-    lane = LaneOptions(calls_max=4, call_bytes_max=decode_loops.CALL_BYTES_MAX,
+    lane = LaneOptions(calls_max=decode_loops.CALLS_MAX, call_bytes_max=decode_loops.CALL_BYTES_MAX,
                        spin_s=arguments.spin_us and arguments.spin_us * 1e-6)
     with OwnServer(f"--device={machine.device}", pool_bytes=pool) as server, Client(
         server.endpoint, transport="lane", lane=lane
@@ -175,8 +181,8 @@ def run_served(machine, cell, weights, planted, steps, arguments, limit):
         stored = plan.batch * plan.layers * plan.prompt_tokens * shape.layer_token_bytes
         seconds = time.perf_counter() - began
         print(f"  {stored / 1e9:.1f} GB stored in {seconds:.1f} s", flush=True)
-        for suffix, slices in ways.items():
-            parts = [Part(machine, weights, steps, client, plan, rows) for rows in slices]
+        for suffix, kind, slices in ways:
+            parts = [kind(machine, weights, steps, client, plan, rows) for rows in slices]
             for name, policy, limit_mass in policies:
                 runs = decode_loops.run_parts(parts, handles, policy, limit)
                 checks = [
@@ -213,6 +219,7 @@ def parse_arguments(words):
     parser.add_argument("--cells", default=CELLS, help="MODEL:BATCHxTOKENS, separated by commas")
     parser.add_argument("--policies", default=POLICIES,
                         help="dense, certified[:LIMIT], SELECTOR[:TOKENS], separated by commas")
+    parser.add_argument("--ways", default=WAYS, help="of calling, separated by commas")
     parser.add_argument("--list-tokens", type=int, default=2048, help="where a policy names none")
     parser.add_argument("--dense-below", type=int, default=2048, help="dense_below_tokens")
     parser.add_argument("--warm", type=int, default=4, help="steps before those measured")

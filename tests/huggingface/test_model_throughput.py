@@ -28,7 +28,7 @@ def test_every_row_of_a_cell(tmp_path):
     assert model_throughput.main([*SIZES, "--cells=tiny:2x256", f"--out={out}"]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [row["attention"] for row in rows if "local" not in row["attention"]] == [
-        f"server: {policy}{way}" for way in ("", ", halves")
+        f"server: {policy}{way}" for way in ("", ", halves", ", by stream", ", by stream, halves")
         for policy in ("dense", "certified 0.05", "cpe 64")]
     assert rows[0]["ratio"] == 1.0
     assert all(row["layers_measured"] == 4 and row["layers"] == 6 for row in rows)
@@ -42,7 +42,7 @@ def test_every_row_of_a_cell(tmp_path):
 def test_memory_that_cannot_be_registered_is_reached_by_a_detour(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_machine.CpuMachine, "pin", lambda machine, array: False)
     out = tmp_path / "out"
-    cells = ["--cells=tiny:2x256", "--policies=dense", f"--out={out}"]
+    cells = ["--cells=tiny:2x256", "--policies=dense", "--ways=whole,halves", f"--out={out}"]
     assert model_throughput.main([*SIZES, *cells]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert rows[-1]["attention"] == "server: dense, halves, by a detour"
@@ -52,7 +52,7 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path):
     out = tmp_path / "out"
     cells = "--cells=tiny:1x9223372036854775807,tiny:1x128"
     assert model_throughput.main([*SIZES, cells, "--policies=dense", f"--out={out}"]) == 1
-    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 3
+    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 4
     assert "9223372036854775807: stopped" in out.with_suffix(".txt").read_text()
 
 

@@ -23,6 +23,7 @@ from kvservice.client import Client  # noqa: E402
 from kvservice.errors import KvServiceError  # noqa: E402
 from kvservice.lane import LaneOptions  # noqa: E402
 from kvservice.policies import layer_override, make_policy  # noqa: E402
+from kvservice.prepared import PreparedAttend  # noqa: E402
 from kvservice.results import (  # noqa: E402
     Action,
     AttendResult,
@@ -64,6 +65,7 @@ __all__ = [
     "KvServiceError",
     "LaneOptions",
     "Level",
+    "PreparedAttend",
     "Row",
     "Selector",
     "Sequence",

@@ -18,6 +18,7 @@ import numpy as np
 from kvservice.attend import AttendReply, Row, put_row, read_rows, row_tensor
 from kvservice.errors import KvServiceError, error_from_call
 from kvservice.lane import LaneOptions, LanePath, LaneReply, Tensors
+from kvservice.prepared import PreparedAttend, tensors_of
 from kvservice.results import AttendResult
 from kvservice.sequence import Sequence
 from kvservice.step_buffers import StepBuffers, StepShape
@@ -42,6 +43,52 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", _MESSAGE_BYTES_MAX),
 ]
+
+
+def _attend_request(
+    layer: int,
+    rows: Iterable[Row],
+    policy: types_pb2.Policy | None,
+    return_selected: bool,
+    output_dtype: types_pb2.DataType,
+) -> attention_pb2.AttendRequest:
+    """Without its tensors."""
+    request = attention_pb2.AttendRequest(
+        layer=layer,
+        policy=policy,
+        return_selected=return_selected,
+        output_dtype=output_dtype,
+    )
+    for row in rows:
+        put_row(row, request.rows.add())
+    return request
+
+
+def _read_reply(
+    request: attention_pb2.AttendRequest,
+    message: attention_pb2.AttendResponse,
+    out: Any,
+    lse: Any,
+    transport: Transport,
+) -> AttendReply:
+    return AttendReply(
+        rows=read_rows(request, message, out, lse),
+        out=out,
+        lse=lse,
+        transport=transport,
+        queue_s=message.queue_ns * 1e-9,
+        service_s=message.service_ns * 1e-9,
+        message=message,
+    )
+
+
+def _not_prepared(problem: str) -> KvServiceError:
+    return KvServiceError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        f"no prepared call: {problem}",
+        reason="LANE_UNAVAILABLE",
+        field="buffers",
+    )
 
 
 class Client:
@@ -170,14 +217,7 @@ class Client:
         `buffers` are the ones whose whole arrays q, k and v are: then outputs too stay where the
         server wrote them if they can, and are overwritten by the next call with these buffers.
         """
-        request = attention_pb2.AttendRequest(
-            layer=layer,
-            policy=policy,
-            return_selected=return_selected,
-            output_dtype=output_dtype,
-        )
-        for row in rows:
-            put_row(row, request.rows.add())
+        request = _attend_request(layer, rows, policy, return_selected, output_dtype)
         tensors = {"q": row_tensor(q, "q")}
         if k is not None or v is not None:
             if k is None or v is None:
@@ -188,15 +228,36 @@ class Client:
         if not isinstance(q, np.ndarray):
             # torch has no tensors that only read.
             out, lse = (like(x if x.flags.writeable else x.copy(), q) for x in (out, lse))
-        return AttendReply(
-            rows=read_rows(request, reply.message, out, lse),
-            out=out,
-            lse=lse,
-            transport=transport,
-            queue_s=reply.message.queue_ns * 1e-9,
-            service_s=reply.message.service_ns * 1e-9,
-            message=reply.message,
-        )
+        return _read_reply(request, reply.message, out, lse, transport)
+
+    def prepare_rows(
+        self,
+        layer: int,
+        rows: Iterable[Row],
+        buffers: StepBuffers,
+        *,
+        store: bool = True,
+        policy: types_pb2.Policy | None = None,
+        return_selected: bool = False,
+        output_dtype: types_pb2.DataType = types_pb2.DATA_TYPE_UNSPECIFIED,
+    ) -> PreparedAttend:
+        """The call that `attend_rows` would make with the buffers' arrays, left for somebody else
+        to begin, a stream of a GPU above all: see `kvservice.prepared`.
+
+        q, and with `store` k and v, are written by then, not yet. KvServiceError with
+        LANE_UNAVAILABLE if the buffers share no memory with the server, or have a call already.
+        """
+        request = _attend_request(layer, rows, policy, return_selected, output_dtype)
+        lane, reserved = self._lane(), buffers.reserved
+        if lane is None or reserved is None or not buffers.is_in(lane):
+            raise _not_prepared("these buffers share no memory with the server")
+        if not lane.prepare(request, tensors_of(buffers, store=store), reserved):
+            raise _not_prepared("these buffers have a call under way, or no room for this one")
+
+        def read(request: attention_pb2.AttendRequest, reply: LaneReply) -> AttendReply:
+            return _read_reply(request, reply.message, reply.out, reply.lse, "lane")
+
+        return PreparedAttend(buffers, reserved, request, read, self._deadline_s)
 
     def attend(self, request: attention_pb2.AttendRequest) -> list[AttendResult | KvServiceError]:
         """The same for a message that holds its tensors."""

@@ -36,6 +36,8 @@ _REOPEN_PAUSE_S = 1.0
 # As the C++ client: only where the threads that look leave enough CPUs to the others.
 _SPIN_CPUS_MIN = 8
 _SPIN_S = 2e-3
+# Between looks at a call that somebody else hands over, who wakes nobody.
+_NAP_S = 50e-6
 _WORD_MAX = 0xFFFFFFFF
 
 _log = logging.getLogger("kvservice")
@@ -63,6 +65,8 @@ class _Slot:
     is_reserved: bool = False
     # Its call was given up; the server may still answer it.
     is_abandoned: bool = False
+    # A request lies ready, or is under way, that somebody else hands over.
+    is_prepared: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,102 @@ class Lane:
         finally:
             self._leave_slot(index)
 
+    def prepare(
+        self, request: attention_pb2.AttendRequest, tensors: Tensors, reserved: Reservation
+    ) -> bool:
+        """Lays out a call in a reserved slot, where its tensors are or will be, for whoever stores
+        `next_number` there. False if the slot has another call, or no room.
+
+        Ended by `finish_prepared` or `drop_prepared`, once.
+        """
+        index = self._take_slot(reserved)
+        if index is None or not self.is_usable:
+            return False
+        slot = self._slots[index]
+        placed = self._place_request(index, request, tensors, reserved.tensor_bytes)
+        if placed is None:
+            return False
+        slot.words.describe_request(lane_memory.ATTEND, 0, *placed)
+        slot.number = (slot.words.request_number() + 1) & _WORD_MAX
+        slot.is_prepared = True
+        return True
+
+    def slot(self, reserved: Reservation) -> _Slot:
+        """A reserved slot."""
+        return self._slots[reserved.index]
+
+    def output_arrays(
+        self, reserved: Reservation, q_shape: tuple[int, int, int], dtype: np.dtype
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where out and lse of a call in this slot will be."""
+        begin = self._slots[reserved.index].words.reply_begin
+        lse = self._memory.array(begin, q_shape[:2], np.dtype("<f4"))
+        out = self._memory.array(align_up(begin + lse.nbytes), q_shape, dtype)
+        return out, lse
+
+    def hand_over(self, reserved: Reservation) -> None:
+        """Hands a prepared call to the server."""
+        slot = self._slots[reserved.index]
+        slot.words.hand_over(slot.number)
+
+    def wait_for_prepared(self, reserved: Reservation, deadline: float) -> None:
+        """Returns once a prepared call is answered, and wakes the server for whoever handed it
+        over. Else raises, and whoever waits for the answer goes on with what is there."""
+        slot = self._slots[reserved.index]
+        spin_end = time.monotonic() + self._spin_s
+        check_at = time.monotonic() + _CONNECTION_CHECK_S
+        while slot.words.reply_number() != slot.number:
+            now = time.monotonic()
+            is_over = now >= deadline
+            is_gone = self._is_broken or (now >= check_at and not self._is_connected())
+            if is_over or is_gone or not self._ring_for(slot):
+                self._give_up_prepared(slot, is_over)
+            if now >= check_at:
+                check_at = now + _CONNECTION_CHECK_S
+            if now < spin_end:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP_S)
+
+    def finish_prepared(
+        self, reserved: Reservation, request: attention_pb2.AttendRequest
+    ) -> LaneReply:
+        """The answer to a prepared call that came, in place; raises what the server says."""
+        try:
+            message = self._take_message(reserved.index)
+            response = self._parse(attention_pb2.AttendResponse, message)
+            reply = self._take_outputs(reserved.index, request, response, True)
+            places = self.output_arrays(reserved, tuple(request.q.shape), reply.out.dtype)
+            for name, place in zip(("out", "lse"), places, strict=True):
+                own = getattr(reply, name)
+                if own.__array_interface__["data"] != place.__array_interface__["data"]:
+                    raise _malformed(name, "is elsewhere than it was expected")
+            return reply
+        finally:
+            self.drop_prepared(reserved)
+
+    def drop_prepared(self, reserved: Reservation) -> None:
+        """The slot is free: at once if nobody has handed the call over, else once it is answered.
+        """
+        self._slots[reserved.index].is_prepared = False
+        self._leave_slot(reserved.index)
+
+    def _ring_for(self, slot: _Slot) -> bool:
+        """Wakes the server for who handed a call over; False when it is gone."""
+        return slot.words.request_number() != slot.number or self._ring()
+
+    def _give_up_prepared(self, slot: _Slot, is_over: bool) -> None:
+        # The server may still write here: nobody uses this lane again.
+        self._is_broken = True
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if is_over else grpc.StatusCode.UNAVAILABLE
+        slot.words.answer_instead(code.value[0], slot.number)
+        slot.is_prepared = False
+        raise KvServiceError(
+            code,
+            "the server did not answer in time" if is_over else "the server is gone",
+            reason="PREPARED_CALL_LOST",
+        )
+
     def reserve_slot(self, tensor_bytes: int) -> Reservation | None:
         """A slot for `StepBuffers` of so many bytes; None if there is none to have."""
         if tensor_bytes >= self._memory.shape.request_bytes or not self.is_usable:
@@ -218,7 +318,7 @@ class Lane:
             if reserved is not None:
                 slot = self._slots[reserved.index]
                 self._reclaim(slot)
-                return None if slot.is_abandoned else reserved.index
+                return None if slot.is_abandoned or slot.is_prepared else reserved.index
             for index, slot in enumerate(self._slots):
                 self._reclaim(slot)
                 if not slot.is_taken:
@@ -250,8 +350,13 @@ class Lane:
     ) -> bytes | None:
         """The answer's message; None for another way. The area's first `kept_bytes` are left to
         tensors."""
-        if not self._put_request(index, method, request, tensors, kept_bytes):
+        placed = self._place_request(index, request, tensors, kept_bytes)
+        if placed is None:
             return None
+        slot = self._slots[index]
+        slot.number = (slot.number + 1) & _WORD_MAX
+        order = self._next_order() if method == lane_memory.APPEND else 0
+        slot.words.put_request(method, order, *placed, slot.number)
         answered = self._wait(index, deadline)
         if answered is None:
             self._is_broken = True
@@ -260,17 +365,25 @@ class Lane:
             raise KvServiceError(
                 grpc.StatusCode.DEADLINE_EXCEEDED, "the server did not answer in time"
             )
-        return self._take_message(index)
+        try:
+            return self._take_message(index)
+        except KvServiceError as error:
+            # Another way may do better.
+            if error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "REPLY_TOO_LARGE":
+                return None
+            raise
 
-    def _put_request(
-        self, index: int, method: int, request: Request, tensors: Tensors, kept_bytes: int
-    ) -> bool:
+    def _place_request(
+        self, index: int, request: Request, tensors: Tensors, kept_bytes: int
+    ) -> tuple[int, int] | None:
+        """Writes tensors and message into the slot; offset and bytes of the message, or None if
+        there is no room."""
         memory, slot = self._memory, self._slots[index]
         offset = slot.words.request_begin
         end = offset + memory.shape.request_bytes
         for name, array in tensors.items():
             if array.nbytes > end - offset:
-                return False
+                return None
             # Those of a reserved slot are in place already.
             if kept_bytes == 0:
                 np.copyto(memory.array(offset, array.shape, array.dtype), array)
@@ -281,12 +394,9 @@ class Lane:
         offset = max(offset, slot.words.request_begin + kept_bytes)
         message = request.SerializeToString()
         if len(message) > end - offset:
-            return False
+            return None
         memory.bytes[offset : offset + len(message)] = np.frombuffer(message, np.uint8)
-        slot.number = (slot.number + 1) & _WORD_MAX
-        order = self._next_order() if method == lane_memory.APPEND else 0
-        slot.words.put_request(method, order, offset, len(message), slot.number)
-        return True
+        return offset, len(message)
 
     def _next_order(self) -> int:
         with self._mutex:
@@ -342,7 +452,7 @@ class Lane:
         except OSError:
             return False
 
-    def _take_message(self, index: int) -> bytes | None:
+    def _take_message(self, index: int) -> bytes:
         words = self._slots[index].words
         code, offset, byte_count = words.reply()
         if not words.reply_begin <= offset <= offset + byte_count <= words.reply_end:
@@ -351,11 +461,7 @@ class Lane:
         message = self._memory.bytes[offset : offset + byte_count].tobytes()
         if code == 0:
             return message
-        error = error_from_status(code, self._parse(error_details_pb2.Status, message))
-        # Another way may do better.
-        if error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "REPLY_TOO_LARGE":
-            return None
-        raise error
+        raise error_from_status(code, self._parse(error_details_pb2.Status, message))
 
     def _parse(self, message_type: Any, message: bytes) -> Any:
         try:

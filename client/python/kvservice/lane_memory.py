@@ -101,7 +101,8 @@ class SlotWords:
         self._longs = memory.longs
         self._word = first // 4
         self._long = first // 8
-        self._reply_address = memory.address + first + 64
+        self.request_address = memory.address + first
+        self.reply_address = memory.address + first + 64
         self._futex = memory.futex
         self.request_begin = shape.head_bytes + index * (shape.request_bytes + shape.reply_bytes)
         self.reply_begin = self.request_begin + shape.request_bytes
@@ -114,12 +115,20 @@ class SlotWords:
 
         `order` counts the appends of a lane.
         """
+        self.describe_request(method, order, offset, byte_count)
+        self.hand_over(number)
+
+    def hand_over(self, number: int) -> None:
+        """Makes what was described a request."""
+        self._words[self._word] = number
+
+    def describe_request(self, method: int, order: int, offset: int, byte_count: int) -> None:
+        """What the next request is; the server looks once it has the slot."""
         self._words[self._word + 4] = method
         self._words[self._word + 5] = order
         self._longs[self._long + 1] = offset
         self._words[self._word + 1] = byte_count
         self._words[self._word + 21] = 0
-        self._words[self._word] = number
 
     def request_number(self) -> int:
         """The number of the last request that was handed over."""
@@ -134,6 +143,11 @@ class SlotWords:
         words, word = self._words, self._word
         return words[word + 17], self._longs[self._long + 9], words[word + 20]
 
+    def answer_instead(self, code: int, number: int) -> None:
+        """Ends a call that the server will not: whoever waits for its number goes on."""
+        self._words[self._word + 17] = code
+        self._words[self._word + 16] = number
+
     def say_asleep(self) -> None:
         """From now on the server wakes whoever sleeps."""
         self._words[self._word + 21] = 1
@@ -146,7 +160,7 @@ class SlotWords:
         whole = int(seconds)
         time_max = _Timespec(whole, int((seconds - whole) * 1e9))
         self._futex(
-            _SYS_FUTEX, self._reply_address, _FUTEX_WAIT, seen, ctypes.byref(time_max), None, 0
+            _SYS_FUTEX, self.reply_address, _FUTEX_WAIT, seen, ctypes.byref(time_max), None, 0
         )
 
 

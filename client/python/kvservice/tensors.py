@@ -132,6 +132,11 @@ def element_type(tensor: types_pb2.Tensor) -> np.dtype | None:
     return _NUMPY_TYPES.get(tensor.dtype)
 
 
+def numpy_type(dtype: types_pb2.DataType) -> np.dtype:
+    """numpy's name of an element type."""
+    return _NUMPY_TYPES[dtype]
+
+
 def from_message(tensor: types_pb2.Tensor) -> np.ndarray:
     """The array in a tensor message, read-only; bf16 comes as uint16 bits."""
     dtype = _NUMPY_TYPES[tensor.dtype]
