@@ -3,12 +3,21 @@
 import contextlib
 import ctypes
 import os
+import struct
 import threading
 
 import grpc
 import numpy as np
 import pytest
-from kvservice import Client, KvServiceError, LaneOptions, Row, Sequence, make_policy
+from kvservice import (
+    Client,
+    KvServiceError,
+    LaneOptions,
+    Row,
+    Sequence,
+    cuda_stream,
+    make_policy,
+)
 from kvservice.tensors import to_bf16
 from kvservice.v1 import error_details_pb2, types_pb2
 from kvservice_demo.gguf_model import LlamaConfig
@@ -249,3 +258,52 @@ def test_what_the_server_says_of_the_call_is_not_repeated_elsewhere(tmp_path, se
         with pytest.raises(KvServiceError) as down:
             prepared.finish()
         assert (down.value.code, down.value.message) == (grpc.StatusCode.UNAVAILABLE, "draining")
+
+
+class Driver:
+    """Notes what is asked of it; `code` is its answer."""
+
+    def __init__(self, code=0):
+        self.code, self.asked = code, []
+
+    def cuMemHostRegister_v2(self, *arguments):  # noqa: N802
+        self.asked.append(arguments)
+        return self.code
+
+    def cuStreamBatchMemOp_v2(self, stream, count, operations, flags):  # noqa: N802
+        self.asked.append((stream, count, bytes(operations), flags))
+        return self.code
+
+
+def test_a_stream_is_told_to_write_the_word_and_to_wait(client, filled, monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(cuda_stream, "_driver", lambda: driver)
+    with new_buffers(client) as buffers, new_buffers(client) as others:
+        cuda_stream.register(buffers)
+        cuda_stream.register(others)
+        memory = buffers.shared_memory
+        # Both are in the same memory: once. 3: for all contexts, and mapped.
+        assert driver.asked == [(memory.ctypes.data, memory.nbytes, 3)]
+        prepared = prepare(client, filled, buffers)
+        cuda_stream.call(77, prepared)
+        stream, count, operations, flags = driver.asked[1]
+        assert (stream, count, flags, len(operations)) == (77, 2, 0, 96)
+        bell = prepared.doorbell
+        # CUstreamBatchMemOpParams of cuda.h: operation, address, value, flags.
+        ring, wait = (struct.unpack_from("<I4xQI4xI", operations, at) for at in (0, 48))
+        assert ring == (2, bell.request, bell.value, 0)  # WRITE_VALUE_32, with a fence before it
+        assert wait == (1, bell.reply, bell.value, 1)  # WAIT_VALUE_32, EQ
+        driver.code = 801
+        with pytest.raises(cuda_stream.CudaError, match="801"):
+            cuda_stream.call(77, prepared)
+        prepared.drop()
+
+
+def test_what_a_driver_refuses_is_said(server, monkeypatch):
+    monkeypatch.setattr(cuda_stream, "_driver", lambda: Driver(code=1))
+    with Client(server.endpoint) as client, new_buffers(client) as buffers:
+        with pytest.raises(cuda_stream.CudaError, match="cuMemHostRegister failed with CUresult 1"):
+            cuda_stream.register(buffers)
+    with Client(server.endpoint, transport="unary") as client, new_buffers(client) as buffers:
+        with pytest.raises(cuda_stream.CudaError, match="share no memory"):
+            cuda_stream.register(buffers)
