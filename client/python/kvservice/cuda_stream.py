@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # CUstreamBatchMemOpType and flags of cuda.h.
 _WAIT_VALUE_32 = 1
 _WRITE_VALUE_32 = 2
-_WAIT_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
+# CU_STREAM_WAIT_VALUE_GEQ: numbers of calls count up, and a lane that breaks may have gone on.
+_WAIT_REACHED = 0
 _WRITE_AFTER_FENCE = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
 _PORTABLE_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 
@@ -84,6 +85,6 @@ def call(stream: int, prepared: PreparedAttend) -> None:
     bell = prepared.doorbell
     operations = (_MemoryOperation * 2)(
         (_WRITE_VALUE_32, bell.request, bell.value, _WRITE_AFTER_FENCE),
-        (_WAIT_VALUE_32, bell.reply, bell.value, _WAIT_EQUAL),
+        (_WAIT_VALUE_32, bell.reply, bell.value, _WAIT_REACHED),
     )
     _check(_driver().cuStreamBatchMemOp_v2(stream, 2, operations, 0), "cuStreamBatchMemOp")

@@ -108,6 +108,14 @@ def _malformed(name: str, problem: str) -> KvServiceError:
     )
 
 
+def _lost(is_over: bool) -> KvServiceError:
+    return KvServiceError(
+        grpc.StatusCode.DEADLINE_EXCEEDED if is_over else grpc.StatusCode.UNAVAILABLE,
+        "the server did not answer in time" if is_over else "the server is gone, or the lane broke",
+        reason="LANE_BROKEN",
+    )
+
+
 class Lane:
     """One open lane. Any thread; each call has a slot of its own, and the calling thread waits."""
 
@@ -208,7 +216,9 @@ class Lane:
         if placed is None:
             return False
         slot.words.describe_request(lane_memory.ATTEND, 0, *placed)
-        slot.number = (slot.words.request_number() + 1) & _WORD_MAX
+        # Also the number of a call that was dropped is not used again: whoever rings for it late
+        # shall not begin this one.
+        slot.number = (slot.number + 1) & _WORD_MAX
         slot.is_prepared = True
         return True
 
@@ -234,6 +244,8 @@ class Lane:
         """Returns once a prepared call is answered, and wakes the server for whoever handed it
         over. Else raises, and whoever waits for the answer goes on with what is there."""
         slot = self._slots[reserved.index]
+        if self._is_broken and slot.words.reply()[0] == grpc.StatusCode.UNAVAILABLE.value[0]:
+            raise _lost(False)
         spin_end = time.monotonic() + self._spin_s
         check_at = time.monotonic() + _CONNECTION_CHECK_S
         while slot.words.reply_number() != slot.number:
@@ -241,7 +253,8 @@ class Lane:
             is_over = now >= deadline
             is_gone = self._is_broken or (now >= check_at and not self._is_connected())
             if is_over or is_gone or not self._ring_for(slot):
-                self._give_up_prepared(slot, is_over)
+                self._break_prepared()
+                raise _lost(is_over)
             if now >= check_at:
                 check_at = now + _CONNECTION_CHECK_S
             if now < spin_end:
@@ -269,24 +282,30 @@ class Lane:
     def drop_prepared(self, reserved: Reservation) -> None:
         """The slot is free: at once if nobody has handed the call over, else once it is answered.
         """
-        self._slots[reserved.index].is_prepared = False
-        self._leave_slot(reserved.index)
+        slot = self._slots[reserved.index]
+        is_begun = slot.words.request_number() == slot.number
+        if is_begun:
+            self._ring()
+        with self._mutex:
+            slot.is_prepared = False
+            slot.is_abandoned = is_begun and slot.words.reply_number() != slot.number
 
     def _ring_for(self, slot: _Slot) -> bool:
         """Wakes the server for who handed a call over; False when it is gone."""
         return slot.words.request_number() != slot.number or self._ring()
 
-    def _give_up_prepared(self, slot: _Slot, is_over: bool) -> None:
-        # The server may still write here: nobody uses this lane again.
+    def _break_prepared(self) -> None:
+        """Ends all prepared calls: whoever waits for an answer goes on, and what it rings for next
+        is nothing that a server takes, as its tensors would be made of outputs that nobody
+        computed. The server may still write here, so nobody uses this lane again."""
         self._is_broken = True
-        code = grpc.StatusCode.DEADLINE_EXCEEDED if is_over else grpc.StatusCode.UNAVAILABLE
-        slot.words.answer_instead(code.value[0], slot.number)
-        slot.is_prepared = False
-        raise KvServiceError(
-            code,
-            "the server did not answer in time" if is_over else "the server is gone",
-            reason="PREPARED_CALL_LOST",
-        )
+        waiting = [slot for slot in self._slots
+                   if slot.is_prepared and slot.words.reply_number() != slot.number]
+        for slot in waiting:
+            slot.words.describe_request(lane_memory.ATTEND, 0, lane_memory.NOWHERE, 0)
+        code = grpc.StatusCode.UNAVAILABLE.value[0]
+        for slot in waiting:
+            slot.words.answer_instead(code, slot.number)
 
     def reserve_slot(self, tensor_bytes: int) -> Reservation | None:
         """A slot for `StepBuffers` of so many bytes; None if there is none to have."""

@@ -25,6 +25,9 @@ SLOTS_MAX = 16
 PAGE_BYTES = 4096
 ALIGNMENT = 64
 
+# An offset that no message has.
+NOWHERE = (1 << 64) - 1
+
 # Methods of calls.
 ATTEND = 0
 APPEND = 1

@@ -40,7 +40,8 @@ class Doorbell:
     """Addresses of two 32-bit words in this process.
 
     The call begins when `value` is stored at `request`, after its tensors; it is answered, and its
-    outputs are there, when `value` can be read at `reply`.
+    outputs are there, when the word at `reply` has reached `value` (their difference, as a signed
+    number, is not negative: a lane that breaks counts on).
     """
 
     request: int
@@ -95,15 +96,16 @@ class PreparedAttend:
         reserved = self._own()
         try:
             reserved.lane.wait_for_prepared(reserved, time.monotonic() + self._deadline_s)
-        except BaseException:
-            if not reserved.lane.is_usable:
-                self._reserved = None
+        except KvServiceError:
+            self.drop()
             raise
 
     def finish(self) -> AttendReply:
         """The answer, waited for; its outputs are `out` and `lse`, in place. Once.
 
-        Raises as `Client.attend_rows` does; then the outputs mean nothing. Nothing is repeated.
+        Raises as `Client.attend_rows` does; then the outputs mean nothing. Nothing is repeated, and
+        a stream that goes on has later layers store what it makes of them: truncate the sequences
+        to this step's position before it is tried again. Finish in the order of ringing.
         """
         self.wait()
         reserved = self._own()
