@@ -161,8 +161,12 @@ absl::StatusOr<std::unique_ptr<Tenant>> Tenant::Make(const std::string& endpoint
   auto tenant = std::make_unique<Tenant>();
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  tenant->stub_ = v1::AttentionService::NewStub(
-      grpc::CreateCustomChannel(endpoint, grpc::InsecureChannelCredentials(), arguments));
+  const std::shared_ptr<grpc::Channel> channel =
+      grpc::CreateCustomChannel(endpoint, grpc::InsecureChannelCredentials(), arguments);
+  // Until the process ends: with the last channel that calls back, gRPC (1.51) ends the threads for
+  // that, and now and then two of them free their queue.
+  [[maybe_unused]] static const auto* const kFirst = new std::shared_ptr<grpc::Channel>(channel);
+  tenant->stub_ = v1::AttentionService::NewStub(channel);
   ModelSpec model = SmallModel(1);
   model.layout = kLayout;
   v1::SequenceHandle handle;
