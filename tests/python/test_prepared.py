@@ -311,3 +311,26 @@ def test_what_a_driver_refuses_is_said(server, monkeypatch):
     with Client(server.endpoint, transport="unary") as client, new_buffers(client) as buffers:
         with pytest.raises(cuda_stream.CudaError, match="share no memory"):
             cuda_stream.register(buffers)
+
+
+def test_a_real_stream_makes_calls(client, filled):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    with filled.fork() as other, new_buffers(client) as buffers:
+        cuda_stream.register(buffers)
+        stream = torch.cuda.Stream()
+        for position in range(TOKENS, TOKENS + 20):
+            tensors = step_tensors(position)
+            with torch.cuda.stream(stream):
+                prepared = prepare(client, filled, buffers, position)
+                for to, tensor in zip((buffers.q, buffers.k, buffers.v), tensors, strict=True):
+                    on_gpu = torch.from_numpy(tensor.view(np.int16)).cuda()
+                    torch.from_numpy(to.view(np.int16)).copy_(on_gpu, non_blocking=True)
+                cuda_stream.call(stream.cuda_stream, prepared)
+                out = torch.from_numpy(prepared.out.view(np.int16)).cuda(non_blocking=True)
+            reply = prepared.finish()
+            stream.synchronize()
+            expected = client.attend_rows(0, [Row(other, position)], *tensors, output_dtype=BF16)
+            np.testing.assert_array_equal(out.cpu().numpy(), expected.out.view(np.int16))
+            assert reply.rows[0].attended_tokens == position + 1
