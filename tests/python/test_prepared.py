@@ -308,6 +308,9 @@ def test_what_a_driver_refuses_is_said(server, monkeypatch):
     with Client(server.endpoint) as client, new_buffers(client) as buffers:
         with pytest.raises(cuda_stream.CudaError, match="cuMemHostRegister failed with CUresult 1"):
             cuda_stream.register(buffers)
+        monkeypatch.setattr(cuda_stream, "_driver", lambda: Driver(code=201))
+        with pytest.raises(cuda_stream.CudaError, match="no CUDA context yet"):
+            cuda_stream.register(buffers)
     with Client(server.endpoint, transport="unary") as client, new_buffers(client) as buffers:
         with pytest.raises(cuda_stream.CudaError, match="share no memory"):
             cuda_stream.register(buffers)
@@ -318,6 +321,7 @@ def test_a_real_stream_makes_calls(client, filled):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     with filled.fork() as other, new_buffers(client) as buffers:
+        torch.zeros(1, device="cuda")
         cuda_stream.register(buffers)
         stream = torch.cuda.Stream()
         for position in range(TOKENS, TOKENS + 20):

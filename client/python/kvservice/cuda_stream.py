@@ -20,6 +20,7 @@ _WRITE_VALUE_32 = 2
 # CU_STREAM_WAIT_VALUE_GEQ: numbers of calls count up, and a lane that breaks may have gone on.
 _WAIT_REACHED = 0
 _WRITE_AFTER_FENCE = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
+_NO_CONTEXT = 201
 _PORTABLE_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 
 
@@ -75,6 +76,8 @@ def register(buffers: StepBuffers) -> None:
     address = memory.__array_interface__["data"][0]
     if address not in _registered:
         code = _driver().cuMemHostRegister_v2(address, memory.nbytes, _PORTABLE_MAPPED)
+        if code == _NO_CONTEXT:
+            raise CudaError("this thread has no CUDA context yet: make a tensor on the GPU first")
         _check(code, "cuMemHostRegister")
         _registered[address] = memory
 
