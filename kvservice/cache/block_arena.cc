@@ -83,7 +83,8 @@ void BlockArena::Return(std::byte* data, size_t bytes) {
 }
 
 bool BlockArena::Fits(size_t bytes, size_t count) const {
-  bytes = std::max(Rounded(bytes), kLineBytes);
+  if (bytes == 0) return true;
+  bytes = Rounded(bytes);
   size_t found = 0;
   for (auto range = free_by_bytes_.rbegin(); found < count; ++range) {
     if (range == free_by_bytes_.rend() || range->first < bytes) return false;

@@ -137,6 +137,7 @@ TEST_F(BlockPoolTest, WhatFitsIsWhatCanBeTaken) {
   std::vector<std::byte*> pieces(10);
   for (std::byte*& piece : pieces) piece = arena.Take(4096, 0);
   EXPECT_TRUE(arena.Fits(1, 0));
+  EXPECT_TRUE(arena.Fits(0, 3));
   EXPECT_FALSE(arena.Fits(1, 1));
   // Ranges of one, two and three pieces.
   for (const int freed : {0, 2, 3, 5, 6, 7}) arena.Return(pieces[freed], 4096);

@@ -191,6 +191,45 @@ def test_a_call_that_nobody_begins_is_taken_back(client, filled):
         assert second.finish().rows[0].attended_tokens == TOKENS + 1
 
 
+def test_a_call_that_was_dropped_is_refused(client, filled):
+    with new_buffers(client) as buffers:
+        dropped = prepare(client, filled, buffers)
+        bell = dropped.doorbell
+        dropped.drop()
+        word(bell.request).value = bell.value
+        own = buffers.reserved.lane
+        own._ring()
+        while word(bell.reply).value != bell.value:
+            os.sched_yield()
+        code = own.slot(buffers.reserved).words.reply()[0]
+        assert code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    # Nothing was stored.
+    assert filled.describe().length_tokens == TOKENS
+
+
+def test_buffers_that_are_closed_leave_their_call_its_place(client, filled):
+    buffers = new_buffers(client)
+    prepared = prepare(client, filled, buffers)
+    buffers.close()
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(new_buffers(client)) for _ in range(4)]
+        places = {own.q.ctypes.data for own in others}
+        assert buffers.q.ctypes.data not in places
+        prepared.drop()
+        assert new_buffers(client).q.ctypes.data == buffers.q.ctypes.data
+
+
+def test_a_call_whose_outputs_have_no_room_is_not_prepared(server, filled):
+    lane = LaneOptions(call_bytes_max=8192)
+    with Client(server.endpoint, lane=lane) as client:
+        with client.step_buffers(10, 4, 1, CONFIG.head_dim, q_dtype="float16") as buffers:
+            assert buffers.shared_memory is not None
+            rows = [Row(Sequence(client, filled.handle), TOKENS, 10)]
+            with pytest.raises(KvServiceError) as refused:
+                client.prepare_rows(0, rows, buffers, store=False)
+            assert refused.value.reason == "LANE_UNAVAILABLE"
+
+
 def test_a_refused_call_lets_the_stream_go_on(client, filled):
     with new_buffers(client) as buffers:
         prepared = prepare(client, filled, buffers, layer=CONFIG.layer_count)
@@ -239,6 +278,8 @@ def test_a_stream_does_not_wait_for_a_server_that_never_answers(tmp_path, server
         with pytest.raises(KvServiceError) as lost:
             prepared.finish()
         assert (lost.value.code, lost.value.reason) == (code, "LANE_BROKEN")
+        # What a slow server writes there after the stream was let go is no answer any more.
+        others.reserved.lane.slot(others.reserved).words.answer_instead(0, behind.doorbell.value)
         with pytest.raises(KvServiceError) as lost:
             behind.finish()
         # At once, without another deadline.

@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from kvservice import lane_memory
 from kvservice.errors import KvServiceError, error_from_status
 from kvservice.lane_memory import LaneMemory, LaneShape, SlotWords, align_up
-from kvservice.tensors import describe_tensor, element_type
+from kvservice.tensors import describe_tensor, element_type, numpy_type
 from kvservice.v1 import attention_pb2, error_details_pb2, lane_pb2, sequence_pb2, types_pb2
 
 UNIX_PREFIX = "unix:"
@@ -67,6 +67,8 @@ class _Slot:
     is_abandoned: bool = False
     # A request lies ready, or is under way, that somebody else hands over.
     is_prepared: bool = False
+    # Whoever waited for its answer was let go without one, whatever the server still writes.
+    is_released: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Lane:
         self, request: attention_pb2.AttendRequest, tensors: Tensors, reserved: Reservation
     ) -> bool:
         """Lays out a call in a reserved slot, where its tensors are or will be, for whoever stores
-        `next_number` there. False if the slot has another call, or no room.
+        its number there. False if the slot has another call, or no room for it or its outputs.
 
         Ended by `finish_prepared` or `drop_prepared`, once.
         """
@@ -213,7 +215,7 @@ class Lane:
             return False
         slot = self._slots[index]
         placed = self._place_request(index, request, tensors, reserved.tensor_bytes)
-        if placed is None:
+        if placed is None or not self._has_room_for_outputs(request):
             return False
         slot.words.describe_request(lane_memory.ATTEND, 0, *placed)
         # Also the number of a call that was dropped is not used again: whoever rings for it late
@@ -221,6 +223,12 @@ class Lane:
         slot.number = (slot.number + 1) & _WORD_MAX
         slot.is_prepared = True
         return True
+
+    def _has_room_for_outputs(self, request: attention_pb2.AttendRequest) -> bool:
+        tokens, heads, dim = request.q.shape
+        dtype = numpy_type(request.output_dtype or types_pb2.DATA_TYPE_FLOAT32)
+        end = align_up(4 * tokens * heads) + tokens * heads * dim * dtype.itemsize
+        return end <= self._memory.shape.reply_bytes
 
     def slot(self, reserved: Reservation) -> _Slot:
         """A reserved slot."""
@@ -236,15 +244,16 @@ class Lane:
         return out, lse
 
     def hand_over(self, reserved: Reservation) -> None:
-        """Hands a prepared call to the server."""
+        """Hands a prepared call to the server, whose end is noticed by who waits."""
         slot = self._slots[reserved.index]
         slot.words.hand_over(slot.number)
+        self._ring()
 
     def wait_for_prepared(self, reserved: Reservation, deadline: float) -> None:
         """Returns once a prepared call is answered, and wakes the server for whoever handed it
         over. Else raises, and whoever waits for the answer goes on with what is there."""
         slot = self._slots[reserved.index]
-        if self._is_broken and slot.words.reply()[0] == grpc.StatusCode.UNAVAILABLE.value[0]:
+        if slot.is_released:
             raise _lost(False)
         spin_end = time.monotonic() + self._spin_s
         check_at = time.monotonic() + _CONNECTION_CHECK_S
@@ -263,17 +272,20 @@ class Lane:
                 time.sleep(_NAP_S)
 
     def finish_prepared(
-        self, reserved: Reservation, request: attention_pb2.AttendRequest
+        self,
+        reserved: Reservation,
+        request: attention_pb2.AttendRequest,
+        places: tuple[np.ndarray, np.ndarray],
     ) -> LaneReply:
-        """The answer to a prepared call that came, in place; raises what the server says."""
+        """The answer to a prepared call that came, with outputs at these `places`; raises what the
+        server says."""
         try:
             message = self._take_message(reserved.index)
             response = self._parse(attention_pb2.AttendResponse, message)
             reply = self._take_outputs(reserved.index, request, response, True)
-            places = self.output_arrays(reserved, tuple(request.q.shape), reply.out.dtype)
             for name, place in zip(("out", "lse"), places, strict=True):
                 own = getattr(reply, name)
-                if own.__array_interface__["data"] != place.__array_interface__["data"]:
+                if own.__array_interface__ != place.__array_interface__:
                     raise _malformed(name, "is elsewhere than it was expected")
             return reply
         finally:
@@ -286,9 +298,13 @@ class Lane:
         is_begun = slot.words.request_number() == slot.number
         if is_begun:
             self._ring()
+        else:
+            # Should somebody hand it over all the same, the server refuses it.
+            slot.words.describe_request(lane_memory.ATTEND, 0, lane_memory.NOWHERE, 0)
         with self._mutex:
             slot.is_prepared = False
             slot.is_abandoned = is_begun and slot.words.reply_number() != slot.number
+            slot.is_taken = slot.is_reserved or slot.is_abandoned
 
     def _ring_for(self, slot: _Slot) -> bool:
         """Wakes the server for who handed a call over; False when it is gone."""
@@ -305,6 +321,7 @@ class Lane:
             slot.words.describe_request(lane_memory.ATTEND, 0, lane_memory.NOWHERE, 0)
         code = grpc.StatusCode.UNAVAILABLE.value[0]
         for slot in waiting:
+            slot.is_released = True
             slot.words.answer_instead(code, slot.number)
 
     def reserve_slot(self, tensor_bytes: int) -> Reservation | None:
@@ -323,7 +340,7 @@ class Lane:
         with self._mutex:
             slot = self._slots[reserved.index]
             slot.is_reserved = False
-            slot.is_taken = slot.is_abandoned
+            slot.is_taken = slot.is_abandoned or slot.is_prepared
 
     def request_array(
         self, reserved: Reservation, offset: int, shape: tuple[int, ...], dtype: np.dtype

@@ -110,10 +110,12 @@ class PreparedAttend:
         self.wait()
         reserved = self._own()
         self._reserved = None
-        return self._read(self._request, reserved.lane.finish_prepared(reserved, self._request))
+        reply = reserved.lane.finish_prepared(reserved, self._request, (self.out, self.lse))
+        return self._read(self._request, reply)
 
     def drop(self) -> None:
-        """Takes the call back if it has not begun, else leaves its answer; harmless to repeat."""
+        """Takes the call back if it has not begun, else leaves its answer; harmless to repeat.
+        Whoever rings for it later is refused."""
         if self._reserved is not None:
             self._reserved.lane.drop_prepared(self._reserved)
         self._reserved = None
